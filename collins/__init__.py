@@ -1,0 +1,20 @@
+"""Collins: AdamW whose moment buffers live in Count-Sketch tables, 0.25 byte of state per parameter.
+
+How data flows: `Collins.step` (optimizer) checks every gradient, looks up each parameter's layout (layout) and hash
+(hashing), and hands a list of `Work` to the engine in `collins.compile`. The engine calls `update_` (update), eagerly
+or compiled, which encodes a gradient into bucket means and decays the tables (sketch), applies the update rule (rule)
+and writes the results (rounding). `Collins.memory_report` (report) counts bytes from the layouts alone.
+"""
+
+from pathlib import Path
+
+# In a source tree, `compile/` and `offload/` stand beside this folder; installed, they lie inside it.
+_tree = Path(__file__).resolve().parent.parent
+if (_tree / "pyproject.toml").is_file() and (_tree / "compile" / "engine.py").is_file():
+    __path__.append(str(_tree))
+
+from collins.hashing import BlockHash, UniversalHash  # noqa: E402
+from collins.optimizer import Collins  # noqa: E402
+from collins.report import MemoryReport, ParameterRow  # noqa: E402
+
+__all__ = ["BlockHash", "Collins", "MemoryReport", "ParameterRow", "UniversalHash"]

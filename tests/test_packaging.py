@@ -1,0 +1,97 @@
+"""What a wheel and an editable install put where."""
+
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTS = "import collins.compile, collins.offload; print(collins.__file__)"
+
+
+def run(*command, cwd=None):
+    ran = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of what a build reads, so that building leaves nothing in the checkout."""
+    copy = tmp_path_factory.mktemp("tree")
+    run("cp", "-R", *(ROOT / name for name in ("collins", "compile", "offload", "pyproject.toml", "README.md")), copy)
+    run("cp", ROOT / "LICENSE", copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory):
+    target = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", target, tree)
+    (path,) = target.glob("collins_optim-*.whl")
+    return path
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A new virtual environment that sees this one's packages, but not its install of Collins."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    (site,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
+    # A path in a .pth file is searched, but the .pth files there, an editable install of Collins, are not read.
+    (site / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return tmp_path / "venv" / "bin" / "python", site
+
+
+def install(python, *what):
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-build-isolation")
+    run(*pip, "--ignore-installed", *what)
+
+
+def test_a_wheel_has_one_top_level_name(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"collins"}
+    for expected in ("py.typed", "optimizer.py", "compile/engine.py", "offload/memory.py"):
+        assert f"collins/{expected}" in names
+
+
+def test_the_wheel_states_name_licence_and_needs(wheel):
+    files = zipfile.ZipFile(wheel)
+    (metadata,) = (name for name in files.namelist() if name.endswith("METADATA"))
+    lines = files.read(metadata).decode().splitlines()
+    for line in (
+        "Name: collins-optim",
+        "License-Expression: MIT",
+        "License-File: LICENSE",
+        "Requires-Dist: torch>=2.9",
+        "Requires-Dist: numpy",
+        "Requires-Dist: psutil",
+        "Provides-Extra: test",
+        "Provides-Extra: examples",
+    ):
+        assert line in lines
+
+
+def test_installed_it_imports_from_any_folder(wheel, environment, tmp_path):
+    python, site = environment
+    install(python, wheel)
+    assert {path.name for path in site.iterdir()} >= {"collins"}
+    assert not {"compile", "offload"} & {path.name for path in site.iterdir()}
+    for folder in (tmp_path, Path("/"), site):
+        assert run(python, "-c", IMPORTS, cwd=folder).strip() == str(site / "collins" / "__init__.py")
+    # In a source tree Python finds that tree first; its rooms stand beside it.
+    assert run(python, "-c", IMPORTS, cwd=ROOT).strip() == str(ROOT / "collins" / "__init__.py")
+
+
+def test_editable_it_imports_from_any_folder(tree, environment, tmp_path):
+    python, site = environment
+    install(python, "--editable", tree)
+    assert not {"compile", "offload"} & {path.name for path in site.iterdir()}
+    for folder in (tmp_path, Path("/"), tree, tree / "compile"):
+        assert run(python, "-c", IMPORTS, cwd=folder).strip() == str(tree / "collins" / "__init__.py")
+    for name in ("compile", "offload"):
+        found = run(python, "-c", f"import importlib.util; print(importlib.util.find_spec({name!r}))", cwd=tmp_path)
+        assert found.strip() == "None"
