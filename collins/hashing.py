@@ -1,0 +1,257 @@
+"""Position hashes h and sign hashes s: pure, stateless, the same on every device.
+
+A hash answers, for the row-major index i of an element, which of K buckets it falls into and with which sign it is
+added there. Everything random comes from `derive(seed, key, ...)`, where the key is the parameter's place in the
+optimizer, so that replicas agree and two optimizers built alike step alike.
+
+Two families:
+
+- `UniversalHash`: Carter & Wegman, "Universal classes of hash functions" (1979), over the prime field P = 2^31 - 1.
+- `BlockHash`: h(i) = i // c, so that a bucket is c neighbours in memory, with hashed signs that are drawn anew every
+  `rehash_period` steps. One integer hash per bucket, not per element.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PRIME = 2**31 - 1
+WORD = 32  # bits in a word
+
+# A word is an int64 in [0, 2^32). No product below leaves int64: a compiler may assume that signed integers never
+# overflow, and one that did removed the end of a loop.
+_MASK = 2**32 - 1
+_TICK_STRIDE = 0x1E3779B9  # odd: neighbouring ticks lie far apart before they are mixed
+_PHASE_TWEAK = 0x5BD1E995
+
+
+class HashKey(NamedTuple):
+    """Two words that set one parameter's stream of words apart from all others: ints, or 0-d int64 tensors."""
+
+    low: int | Tensor
+    high: int | Tensor
+
+
+def derive(seed: int, key: int, purpose: str) -> int:
+    """128 bits that depend on all of (seed, key, purpose), as a Python int; BLAKE2b does the mixing."""
+    digest = hashlib.blake2b(f"collins/{purpose}/{seed}/{key}".encode(), digest_size=16).digest()
+    return int.from_bytes(digest, "little")
+
+
+def hash_key(seed: int, key: int, purpose: str) -> HashKey:
+    """The `HashKey` of the parameter at place `key` for one purpose ("sign" or "round")."""
+    bits = derive(seed, key, purpose)
+    return HashKey(bits & _MASK, bits >> 32 & _MASK)
+
+
+def mix32(x: Tensor) -> Tensor:
+    """A bijection of words in which each input bit flips each output bit half of the time.
+
+    Source: the xorshift-multiply form and the search of C. Wellons, "Prospecting for hash functions" (2018), with
+    multipliers found by that search later.
+    """
+    x = x ^ (x >> 16)
+    x = (x * 0x21F0AAAD) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x735A2D97) & _MASK
+    return x ^ (x >> 15)
+
+
+def mixed_word(index: Tensor, tick: int | Tensor, key: HashKey) -> Tensor:
+    """One word for each index (int64, any shape) at one tick (an epoch or a step, below 2^31)."""
+    return mix32(mix32((index + key.low) & _MASK) ^ ((tick * _TICK_STRIDE + key.high) & _MASK))
+
+
+def epoch_of(bucket: Tensor, step: int | Tensor, key: HashKey, period: int | Tensor) -> tuple[Tensor, Tensor]:
+    """epoch_b = floor((t + phi_b) / T) as int64, and (t + phi_b) mod T = 0 as bool, for buckets (int64, any shape).
+
+    phi_b = mix(seed, key, b) mod T spreads the buckets over the period: 1/T of them draw new signs in any one step.
+    """
+    phase = mix32(mix32((bucket + key.low) & _MASK) ^ key.high ^ _PHASE_TWEAK) % period
+    age = phase + step
+    return torch.div(age, period, rounding_mode="floor"), age % period == 0
+
+
+def sign_bits(bucket: Tensor, load: int, epoch: Tensor | int, key: HashKey) -> Tensor:
+    """The sign bits of whole buckets at once, without an index per element.
+
+    s(i) is bit (i mod 32) of a word: the bucket's own for loads up to 32, else the one of its 32 neighbours.
+
+    Args:
+        bucket: bucket numbers, int64, shape (R,).
+        load: c, a power of two.
+        epoch: int64 of shape (R,), or 0 for signs that never change.
+        key: the parameter's sign key.
+
+    Returns:
+        int32 of shape (R, c): 1 where s = -1, 0 where s = +1.
+    """
+    row = bucket[:, None]
+    tick = epoch[:, None] if isinstance(epoch, Tensor) else epoch
+    lane = torch.arange(min(load, WORD), dtype=torch.int32, device=bucket.device)
+    if load <= WORD:
+        if load < WORD:
+            lane = ((row * load).to(torch.int32) & (WORD - 1)) + lane
+        return (mixed_word(row, tick, key).to(torch.int32) >> lane) & 1
+    words = torch.arange(load // WORD, device=bucket.device) + row * (load // WORD)
+    return ((mixed_word(words, tick, key).to(torch.int32)[:, :, None] >> lane) & 1).reshape(-1, load)
+
+
+def as_sign(bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """+1 for bit 0, -1 for bit 1."""
+    return 1 - 2 * bits.to(dtype)
+
+
+def universal_bucket(index: Tensor, a: int | Tensor, b: int | Tensor, buckets: int) -> Tensor:
+    """((a i + b) mod P) mod K as int64, for `index` int64. The index is reduced first, so that no product overflows."""
+    return (a * (index % PRIME) + b) % PRIME % buckets
+
+
+def universal_sign_bits(index: Tensor, c: int | Tensor, d: int | Tensor) -> Tensor:
+    """1 where s(i) = 2 (((c i + d) mod P) mod 2) - 1 is -1, as int64, for `index` int64."""
+    return 1 - (c * (index % PRIME) + d) % PRIME % 2
+
+
+def _require_integers(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        got = f"dtype {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} must be a tensor of integers, got {got}")
+
+
+class UniversalHash:
+    """The 2-universal (Carter-Wegman) family over P = 2^31 - 1.
+
+        h(i) = ((a i + b) mod P) mod K        s(i) = 2 (((c i + d) mod P) mod 2) - 1
+
+    The coefficients are readable and settable; an optimizer uses what is set on the object that `hash_of` returned.
+    Indices may exceed P: they are reduced modulo P first, so that no product leaves int64. The family is 2-universal
+    over residues, so i and i + P share bucket and sign in tensors of more than P elements.
+
+    Args:
+        numel: N, the elements hashed.
+        buckets: K.
+        seed, key: what the coefficients are derived from; `key` is the parameter's place in the optimizer.
+    """
+
+    def __init__(self, numel: int, buckets: int, *, seed: int = 0, key: int = 0) -> None:
+        if not 1 <= buckets <= PRIME:
+            raise ValueError(f"buckets must be in [1, 2**31 - 1], got {buckets}")
+        self.numel = numel
+        self.buckets = buckets
+        position, sign = derive(seed, key, "position"), derive(seed, key, "parity")
+        self.a = 1 + (position & 0xFFFFFFFFFFFFFFFF) % (PRIME - 1)
+        self.b = (position >> 64) % PRIME
+        self.c = 1 + (sign & 0xFFFFFFFFFFFFFFFF) % (PRIME - 1)
+        self.d = (sign >> 64) % PRIME
+
+    def __setattr__(self, name: str, value: int) -> None:
+        lowest = {"a": 1, "b": 0, "c": 1, "d": 0}.get(name)
+        if lowest is not None and not (isinstance(value, int) and lowest <= value < PRIME):
+            raise ValueError(f"{name} must be an int in [{lowest}, 2**31 - 2], got {value!r}")
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return (
+            f"UniversalHash(numel={self.numel}, buckets={self.buckets}, a={self.a}, b={self.b}, c={self.c}, d={self.d})"
+        )
+
+    def bucket(self, index: Tensor) -> Tensor:
+        """h(i): int64 in [0, K), shaped like `index` (any integer dtype)."""
+        _require_integers("index", index)
+        return universal_bucket(index.long(), self.a, self.b, self.buckets)
+
+    def sign(self, index: Tensor, step: int = 1) -> Tensor:
+        """s(i): float32, -1 or +1, shaped like `index`. It is the same at every step."""
+        _require_integers("index", index)
+        return as_sign(universal_sign_bits(index.long(), self.c, self.d))
+
+    def fresh(self, bucket: Tensor, step: int) -> Tensor:
+        """Which buckets draw new signs in this step: none, ever (bool, shaped like `bucket`)."""
+        _require_integers("bucket", bucket)
+        return torch.zeros_like(bucket, dtype=torch.bool)
+
+    def load(self, bucket: Tensor) -> Tensor:
+        """The expected load N / K of every bucket (float32, shaped like `bucket`); true loads vary around it."""
+        _require_integers("bucket", bucket)
+        return torch.full_like(bucket, self.numel / self.buckets, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class BlockHash:
+    """Buckets of c neighbours, with hashed signs on a rolling schedule.
+
+        h(i) = floor(i / c)        s(i) = bit (i mod 32) of mix(seed, key, word of i, epoch_b)
+
+    The sign hash makes the decode unbiased whatever the position hash is. Each bucket draws new signs every `period`
+    steps at a phase of its own; a bucket of one element keeps its sign, so that there the sketch stays exact.
+
+    Args:
+        numel: N, the elements hashed.
+        block: c, a power of two: the load of every bucket but the last, which holds what remains.
+        seed, key: what the signs are derived from; `key` is the parameter's place in the optimizer.
+        period: steps between two draws of one bucket's signs; None for signs that never change.
+    """
+
+    numel: int
+    block: int
+    seed: int = 0
+    key: int = 0
+    period: int | None = 100
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.block & (self.block - 1):
+            raise ValueError(f"block must be a power of two, got {self.block}")
+        if self.period is not None and self.period < 1:
+            raise ValueError(f"period must be None or at least 1, got {self.period}")
+
+    @cached_property
+    def sign_key(self) -> HashKey:
+        """The constants that every sign word of this parameter is mixed with."""
+        return hash_key(self.seed, self.key, "sign")
+
+    @property
+    def buckets(self) -> int:
+        """K = ceil(N / c)."""
+        return -(-self.numel // self.block)
+
+    @property
+    def tail(self) -> int:
+        """The load of the last bucket, in [1, c]."""
+        return self.numel - (self.buckets - 1) * self.block
+
+    def bucket(self, index: Tensor) -> Tensor:
+        """h(i): int64 in [0, K), shaped like `index` (any integer dtype)."""
+        _require_integers("index", index)
+        return index.long() // self.block
+
+    def sign(self, index: Tensor, step: int = 1) -> Tensor:
+        """s(i) as it is used in `step`: float32, -1 or +1, shaped like `index`."""
+        bucket = self.bucket(index)
+        epoch, _ = self._epoch(bucket, step)
+        word = bucket if self.block <= WORD else index.long() // WORD
+        return as_sign(mixed_word(word, epoch, self.sign_key) >> (index.long() & (WORD - 1)) & 1)
+
+    def fresh(self, bucket: Tensor, step: int) -> Tensor:
+        """Which buckets draw new signs in this step (bool, shaped like `bucket`)."""
+        _require_integers("bucket", bucket)
+        return self._epoch(bucket, step)[1]
+
+    def load(self, bucket: Tensor) -> Tensor:
+        """The number of elements c_b in each bucket (float32, shaped like `bucket`)."""
+        _require_integers("bucket", bucket)
+        return torch.where(bucket == self.buckets - 1, float(self.tail), float(self.block))
+
+    def _epoch(self, bucket: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        bucket = bucket.long()
+        still = torch.zeros_like(bucket)
+        if self.period is None:
+            return still, still.bool()
+        epoch, fresh = epoch_of(bucket, step, self.sign_key, self.period)
+        lonely = self.load(bucket) == 1
+        return torch.where(lonely, still, epoch), fresh & ~lonely

@@ -1,0 +1,39 @@
+"""Which tensors are compressed, and into how many buckets: decided on the global number of elements alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+HASHES = ("block", "universal")
+DECODES = ("residual", "sketch")
+
+
+class Layout(NamedTuple):
+    """How one parameter's moments are kept.
+
+    `hash` is None for dense moments, shaped like the parameter. Otherwise there are two tables of `buckets` entries,
+    K, whose load c is `load`: an exact power of two for "block", the expected N / K for "universal".
+    """
+
+    hash: str | None
+    numel: int
+    buckets: int
+    load: float
+
+
+def layout_of(numel: int, *, compress_ratio: float, min_K: int, hash: str) -> Layout:
+    """The layout of a parameter of N = `numel` elements.
+
+    N <= min_K, or compress_ratio = 1: dense. "universal": K = max(N // compress_ratio, min_K). "block": c is the
+    largest power of two <= compress_ratio that leaves at least min_K buckets, and K = ceil(N / c); c = 1 means dense.
+    """
+    dense = Layout(None, numel, numel, 1)
+    if numel <= min_K or compress_ratio == 1:
+        return dense
+    if hash == "universal":
+        buckets = max(int(numel // compress_ratio), min_K)
+        return Layout(hash, numel, buckets, numel / buckets)
+    load = 1
+    while 2 * load <= compress_ratio and -(-numel // (2 * load)) >= min_K:
+        load *= 2
+    return Layout(hash, numel, -(-numel // load), load) if load > 1 else dense

@@ -1,0 +1,59 @@
+"""Stochastic rounding to bfloat16 and float16 with counter-based random bits.
+
+Rounding to nearest drops every update smaller than half a unit in the last place, so a bf16 weight under small steps
+stands still and a bf16 average with beta2 = 0.999 never moves. Rounding up with a probability equal to the fraction
+lost is right on average (Croci et al., "Stochastic rounding: implementation, error analysis and applications", 2022).
+
+The random bits of element i are a hash of (seed, step, parameter, stream, i). There is no generator state: a resumed
+run rounds as the uninterrupted one does, and replicas agree.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from collins.hashing import WORD, HashKey, mix32, mixed_word
+
+ROUNDED = (torch.bfloat16, torch.float16)
+
+# The tensors one step writes, each with random bits of its own.
+PARAM, FIRST, SECOND = 0, 0x3C6EF372, 0x1F83D9AB
+_SECOND_WORD = 0x510E527F
+
+_HALF_MAX = 65504.0  # largest float16
+_HALF_OVERFLOW = 65520.0  # from here on, round-to-nearest gives infinity
+_HALF_NORMAL = 2.0**-14  # smallest normal float16
+_HALF_QUANTUM = 2.0**-24  # spacing of the subnormal ones
+
+
+def random_bits(first: int, count: int, step: int | Tensor, key: HashKey, stream: int, device: torch.device) -> Tensor:
+    """16 random bits, as int32 in [0, 65536), for each of the elements first, ..., first + count - 1: shape (count,).
+
+    32 neighbours share two hashed words A and B, of 24 bits each, and number j of them takes the upper bits of
+    A + j B mod 2^24: uniform, and independent between any two of them (Dietzfelbinger, "Universal hashing and k-wise
+    independent random variables via integer arithmetic without primes", 1996).
+    """
+    start, skip = divmod(first, WORD)
+    words = -(-(skip + count) // WORD)
+    index = torch.arange(start, start + words, device=device)
+    word = mixed_word(index, step, HashKey(key.low, key.high ^ stream))
+    A, B = ((w >> 8).to(torch.int32)[:, None] for w in (word, mix32(word ^ _SECOND_WORD)))
+    lane = torch.arange(WORD, dtype=torch.int32, device=device)
+    return (((A + B * lane) & 0xFFFFFF) >> 8).reshape(-1)[skip : skip + count]
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """`x` (float32) rounded to bf16 or fp16 so that its expectation is x; `bits` int32 in [0, 65536), shaped like x.
+
+    Infinities and NaN pass through; a value that nearest rounding keeps finite stays finite.
+    """
+    if dtype == torch.bfloat16:
+        raised = ((x.view(torch.int32) + bits) & -65536).view(torch.float32)
+        return torch.where(torch.isfinite(x), raised, x).to(dtype)
+    bits = bits >> 3  # float32 carries 13 bits more than float16
+    normal = ((x.view(torch.int32) + bits) & -8192).view(torch.float32)
+    tiny = torch.floor(x / _HALF_QUANTUM + bits.to(torch.float32) / 8192) * _HALF_QUANTUM
+    rounded = torch.where(x.abs() < _HALF_NORMAL, tiny, normal)
+    rounded = torch.where(x.abs() < _HALF_OVERFLOW, rounded.clamp(-_HALF_MAX, _HALF_MAX), x)
+    return rounded.to(dtype)

@@ -1,0 +1,62 @@
+"""The update rule: one line of mathematics, shared by dense, residual and published parameters.
+
+    p <- (1 - lr wd) p - lr (m_hat + rho r) / (sqrt(v_hat + r^2) + eps)
+
+| state | m_hat | v_hat | r |
+|---|---|---|---|
+| dense moments (AdamW, Loshchilov & Hutter 2019) | m / (1 - beta1^t) | v / (1 - beta2^t) | none |
+| sketch, decode="residual" | s sqrt(c) M / (1 - beta1^t) | V / (1 - beta2^t) | g - s mu |
+| sketch, decode="sketch" (Collins v0.1) | s c M / (1 - beta1^t) | c V / (1 - beta2^t) | none |
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+
+
+class Scalars(NamedTuple):
+    """What one step's formulas need besides tensors: Python numbers, or 0-d tensors, which compiled code takes."""
+
+    step: int | Tensor
+    lr: Scalar
+    shrink: Scalar  # 1 - lr wd
+    beta1: Scalar
+    beta2: Scalar
+    correction1: Scalar  # 1 - beta1^t
+    correction2: Scalar  # 1 - beta2^t
+    eps: Scalar
+    rho: Scalar
+
+
+def scalars(
+    step: int,
+    *,
+    lr: Scalar,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    residual_weight: float | None,
+) -> Scalars:
+    """The `Scalars` of step t = `step`, counted from 1.
+
+    rho = sqrt((1 - beta1) / (1 + beta1)) unless set: an EMA shrinks independent noise by that factor, so the sketched
+    momentum and the raw residual enter the update with equal noise.
+    """
+    beta1, beta2 = betas
+    rho = math.sqrt((1 - beta1) / (1 + beta1)) if residual_weight is None else residual_weight
+    return Scalars(step, lr, 1 - lr * weight_decay, beta1, beta2, 1 - beta1**step, 1 - beta2**step, eps, rho)
+
+
+def updated(p: Tensor, m_hat: Tensor, v_hat: Tensor, r: Tensor | None, h: Scalars) -> Tensor:
+    """The new parameter, in the dtype of the moments; all tensors broadcast against `p`."""
+    if r is None:
+        direction = m_hat / (v_hat.sqrt() + h.eps)
+    else:
+        direction = (m_hat + h.rho * r) / (torch.sqrt(v_hat + r * r) + h.eps)
+    return p * h.shrink - h.lr * direction

@@ -1,0 +1,180 @@
+"""One parameter's whole step, in place: hash, encode, decay, decode, write. The only code that changes a parameter.
+
+Eager, compiled, offloaded and in-backward steps all call `update_`. It works through the parameter in pieces of `chunk`
+elements, so that an eager step needs a few small temporaries; compiled code takes the parameter as one piece and fuses
+it. Every number that differs between parameters of one `Spec` may be a 0-d tensor: one compiled graph serves them all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from collins.hashing import HashKey, as_sign, epoch_of, sign_bits, universal_bucket, universal_sign_bits
+from collins.layout import Layout
+from collins.rounding import FIRST, PARAM, ROUNDED, SECOND, random_bits, stochastic_round
+from collins.rule import Scalars, updated
+from collins.sketch import add_scattered, decay, encode_rows
+
+
+class Spec(NamedTuple):
+    """What is fixed when a step is compiled. Hashable: together with the tensors' shapes it is a signature."""
+
+    layout: Layout
+    decode: str  # "residual" or "sketch"
+    rehash: bool  # whether signs are ever drawn anew
+    rounding: bool  # stochastic, for whatever is stored in 16 bits
+    maximize: bool
+
+
+class Keys(NamedTuple):
+    """The hash constants of one parameter: ints, or 0-d int64 tensors."""
+
+    sign: HashKey
+    rounding: HashKey
+    universal: tuple[int | Tensor, int | Tensor, int | Tensor, int | Tensor]  # a, b, c, d
+    period: int | Tensor
+
+
+class Work(NamedTuple):
+    """One parameter's part of a step: what `update_` needs to know.
+
+    p, g: the parameter and its gradient: any shape and strides, one dtype and device; i counts in row-major order.
+    m, v: contiguous moments, shaped like `p` when dense, else (K,).
+    spec, keys, h: the static part, the parameter's constants, the step's numbers.
+    """
+
+    p: Tensor
+    g: Tensor
+    m: Tensor
+    v: Tensor
+    spec: Spec
+    keys: Keys
+    h: Scalars
+
+
+def update_(work: Work, chunk: int | None = None) -> None:
+    """Updates p, m and v in place, about `chunk` elements at a time; None takes the tensor whole."""
+    p, g = work.p, work.g
+    if p.is_contiguous() and g.is_contiguous():
+        work = work._replace(p=p.view(-1), g=g.view(-1))
+    _UPDATES[work.spec.layout.hash](work, chunk or max(p.numel(), 1))
+
+
+class _Piece(NamedTuple):
+    """Slices of p and g along their first dimension that are consecutive elements in row-major order."""
+
+    first: int  # the number of the first element
+    p: Tensor
+    g: Tensor
+
+
+def _pieces(work: Work, chunk: int, unit: int = 1) -> Iterator[_Piece]:
+    """The parameter in pieces of about `chunk` elements, each but the last a multiple of `unit`."""
+    p, g = work.p, work.g
+    width = p[0].numel()
+    aligned = unit // math.gcd(unit, width)  # the fewest rows that make whole units
+    rows = max(chunk // (width * aligned), 1) * aligned
+    for row in range(0, p.shape[0], rows):
+        yield _Piece(row * width, p[row : row + rows], g[row : row + rows])
+
+
+def _dense_(work: Work, chunk: int) -> None:
+    h, m, v = work.h, work.m.view(-1), work.v.view(-1)
+    for first, p, g in _pieces(work, chunk):
+        part = slice(first, first + p.numel())
+        grad = _gradient(g, work.spec)
+        first_moment = decay(m[part], grad, h.beta1)
+        second_moment = decay(v[part], grad * grad, h.beta2)
+        m_hat, v_hat = first_moment / h.correction1, second_moment / h.correction2
+        _store(p, updated(_flat(p, grad.dtype), m_hat, v_hat, None, h), first, PARAM, work)
+        _store(m[part], first_moment, first, FIRST, work)
+        _store(v[part], second_moment, first, SECOND, work)
+
+
+def _block_(work: Work, chunk: int) -> None:
+    _, _, spec, keys, h = work[2:]
+    _, numel, buckets, load = spec.layout
+    load = int(load)
+    tail = numel - (buckets - 1) * load
+    for start, p, g in _pieces(work, chunk, load):
+        count = p.numel()
+        first, rows = start // load, -(-count // load)
+        table = slice(first, first + rows)
+        bucket = torch.arange(first, first + rows, device=p.device)
+        epoch, fresh = epoch_of(bucket, h.step, keys.sign, keys.period) if spec.rehash else (0, None)
+        loads: float | Tensor = load
+        grad, old = _gradient(g, spec), _flat(p, torch.promote_types(p.dtype, torch.float32))
+        if count % load:  # the tail bucket is padded with zeros, which add nothing to its sums
+            grad, old = (torch.nn.functional.pad(t, (0, rows * load - count)) for t in (grad, old))
+            is_tail = bucket == buckets - 1
+            loads = torch.where(is_tail, tail, load).to(grad.dtype)
+            if tail == 1 and fresh is not None:  # alone, an element keeps its sign: the sketch is exact there
+                epoch, fresh = torch.where(is_tail, 0, epoch), fresh & ~is_tail
+        grad, old = grad.view(rows, load), old.view(rows, load)
+        signs = as_sign(sign_bits(bucket, load, epoch, keys.sign), grad.dtype)
+        mu, q = encode_rows(signs, grad, loads)
+        first_moment = decay(work.m[table], mu, h.beta1, fresh)
+        second_moment = decay(work.v[table], q, h.beta2)
+        _store(work.m[table], first_moment, first, FIRST, work)
+        _store(work.v[table], second_moment, first, SECOND, work)
+        m_b, v_b = _scaled(first_moment, second_moment, loads, work)
+        r = grad - signs * mu[:, None] if spec.decode == "residual" else None
+        new = updated(old, signs * m_b[:, None], v_b[:, None], r, h)
+        _store(p, new.view(-1)[:count], start, PARAM, work)
+
+
+def _universal_(work: Work, chunk: int) -> None:
+    _, _, spec, keys, h = work[2:]
+    _, _, buckets, load = spec.layout
+    a, b, c, d = keys.universal
+
+    def hashed(first: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.arange(first, first + g.numel(), device=g.device)
+        grad = _gradient(g, spec)
+        return grad, universal_bucket(index, a, b, buckets), as_sign(universal_sign_bits(index, c, d), grad.dtype)
+
+    mu = torch.zeros(buckets, dtype=torch.promote_types(work.p.dtype, torch.float32), device=work.p.device)
+    q = torch.zeros_like(mu)
+    for first, _, g in _pieces(work, chunk):
+        grad, bucket, signs = hashed(first, g)
+        add_scattered(mu, q, bucket, signs, grad, load)
+    first_moment, second_moment = decay(work.m, mu, h.beta1), decay(work.v, q, h.beta2)
+    m_b, v_b = _scaled(first_moment, second_moment, load, work)
+    for first, p, g in _pieces(work, chunk):
+        grad, bucket, signs = hashed(first, g)
+        r = grad - signs * mu[bucket] if spec.decode == "residual" else None
+        new = updated(_flat(p, grad.dtype), signs * m_b[bucket], v_b[bucket], r, h)
+        _store(p, new, first, PARAM, work)
+    _store(work.m, first_moment, 0, FIRST, work)
+    _store(work.v, second_moment, 0, SECOND, work)
+
+
+_UPDATES = {None: _dense_, "block": _block_, "universal": _universal_}
+
+
+def _flat(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.reshape(-1).to(dtype)
+
+
+def _gradient(g: Tensor, spec: Spec) -> Tensor:
+    g = _flat(g, torch.promote_types(g.dtype, torch.float32))
+    return -g if spec.maximize else g
+
+
+def _scaled(M: Tensor, V: Tensor, load: float | Tensor, work: Work) -> tuple[Tensor, Tensor]:
+    """What each bucket contributes to m_hat, up to the sign, and to v_hat."""
+    m, v = M / work.h.correction1, V / work.h.correction2
+    return (m * load, v * load) if work.spec.decode == "sketch" else (m * load**0.5, v)
+
+
+def _store(target: Tensor, value: Tensor, first: int, stream: int, work: Work) -> None:
+    """Writes flat `value` over `target`, whose first element is number `first` of its tensor."""
+    if work.spec.rounding and target.dtype in ROUNDED:
+        bits = random_bits(first, target.numel(), work.h.step, work.keys.rounding, stream, target.device)
+        value = stochastic_round(value.to(torch.float32), target.dtype, bits)
+    target.copy_(value.view(target.shape))

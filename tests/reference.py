@@ -1,0 +1,127 @@
+"""The oracle: Collins for one parameter in float64, written from the formulas, slow and obvious.
+
+It shares no code with the library: Python integers for the hashes, NumPy for the means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+
+MASK = 0xFFFFFFFF
+P = 2**31 - 1
+
+
+def mix(x: int) -> int:
+    x ^= x >> 16
+    x = x * 0x21F0AAAD & MASK
+    x ^= x >> 15
+    x = x * 0x735A2D97 & MASK
+    return x ^ (x >> 15)
+
+
+def constants(seed: int, key: int, purpose: str) -> int:
+    digest = hashlib.blake2b(f"collins/{purpose}/{seed}/{key}".encode(), digest_size=16).digest()
+    return int.from_bytes(digest, "little")
+
+
+class Block:
+    """hash="block" for N elements in buckets of c."""
+
+    def __init__(self, N, c, seed=0, key=0, T=100):
+        self.N, self.c, self.T = N, c, T
+        self.K = math.ceil(N / c)
+        bits = constants(seed, key, "sign")
+        self.low, self.high = bits & MASK, bits >> 32 & MASK
+
+    def members(self, b):
+        return range(b * self.c, min((b + 1) * self.c, self.N))
+
+    def age(self, b, t):
+        """t + phi_b, or None for a bucket whose signs never change."""
+        if self.T is None or len(self.members(b)) == 1:
+            return None
+        inner = mix(b + self.low & MASK)
+        return mix(inner ^ self.high ^ 0x5BD1E995) % self.T + t
+
+    def fresh(self, b, t):
+        age = self.age(b, t)
+        return age is not None and age % self.T == 0
+
+    def h(self, i):
+        return i // self.c
+
+    def s(self, i, t):
+        b = self.h(i)
+        age = self.age(b, t)
+        epoch = 0 if age is None else age // self.T
+        word = b if self.c <= 32 else i // 32
+        mixed = mix(mix(word + self.low & MASK) ^ (epoch * 0x1E3779B9 + self.high & MASK))
+        return 1 - 2 * (mixed >> i % 32 & 1)
+
+    def load(self, b):
+        return len(self.members(b))
+
+
+class Universal:
+    """hash="universal" for N elements in K buckets with coefficients a, b, c, d."""
+
+    def __init__(self, N, K, a, b, c, d):
+        self.N, self.K, self.coefficients = N, K, (a, b, c, d)
+
+    def fresh(self, b, t):
+        return False
+
+    def h(self, i):
+        a, b, _, _ = self.coefficients
+        return (a * i + b) % P % self.K
+
+    def s(self, i, t):
+        _, _, c, d = self.coefficients
+        return 2 * ((c * i + d) % P % 2) - 1
+
+    def load(self, b):
+        return self.N / self.K
+
+
+class Reference:
+    """One parameter. `hash=None` is AdamW."""
+
+    def __init__(self, p, hash=None, decode="residual", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
+                 residual_weight=None):  # fmt: skip
+        self.p = np.array(p, dtype=np.float64).reshape(-1)
+        self.hash, self.decode, self.lr, self.betas, self.eps, self.wd = hash, decode, lr, betas, eps, weight_decay
+        self.rho = math.sqrt((1 - betas[0]) / (1 + betas[0])) if residual_weight is None else residual_weight
+        buckets = self.p.size if hash is None else hash.K
+        self.M, self.V, self.t = np.zeros(buckets), np.zeros(buckets), 0
+
+    def step(self, g):
+        g = np.array(g, dtype=np.float64).reshape(-1)
+        self.t += 1
+        t, (beta1, beta2), hash = self.t, self.betas, self.hash
+        correct1, correct2 = 1 - beta1**t, 1 - beta2**t
+        if hash is None:
+            self.M = beta1 * self.M + (1 - beta1) * g
+            self.V = beta2 * self.V + (1 - beta2) * g**2
+            m, v, r = self.M / correct1, self.V / correct2, 0
+        else:
+            N = range(g.size)
+            h = np.array([hash.h(i) for i in N])
+            s = np.array([hash.s(i, t) for i in N])
+            c = np.array([hash.load(b) for b in range(hash.K)])
+            mu, q = np.zeros(hash.K), np.zeros(hash.K)
+            for i in N:
+                mu[h[i]] += s[i] * g[i] / c[h[i]]
+                q[h[i]] += g[i] ** 2 / c[h[i]]
+            for b in range(hash.K):
+                if hash.fresh(b, t):
+                    self.M[b] = 0
+            self.M = beta1 * self.M + (1 - beta1) * mu
+            self.V = beta2 * self.V + (1 - beta2) * q
+            if self.decode == "sketch":
+                m, v, r = s * (c * self.M)[h] / correct1, (c * self.V)[h] / correct2, 0
+            else:
+                m, v, r = s * (np.sqrt(c) * self.M)[h] / correct1, self.V[h] / correct2, g - s * mu[h]
+        self.p = (1 - self.lr * self.wd) * self.p - self.lr * (m + self.rho * r) / (np.sqrt(v + r**2) + self.eps)

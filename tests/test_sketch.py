@@ -1,0 +1,70 @@
+"""Encode, decay and decode: no bias in m, no negative v, and nothing below the true v in the published decode."""
+
+import math
+
+import pytest
+import torch
+
+from collins import BlockHash, Collins, UniversalHash
+from collins.sketch import add_scattered, decay, encode_rows
+
+NUMEL, BUCKETS = 256, 8
+
+
+def encoded(hash, g, step=1):
+    """mu and q by the library's own encoders, and each element's bucket and sign."""
+    index = torch.arange(NUMEL)
+    bucket, sign = hash.bucket(index), hash.sign(index, step).to(g.dtype)
+    if isinstance(hash, BlockHash):
+        mu, q = encode_rows(sign.view(BUCKETS, -1), g.view(BUCKETS, -1), 32)
+    else:
+        mu, q = torch.zeros(BUCKETS, dtype=g.dtype), torch.zeros(BUCKETS, dtype=g.dtype)
+        add_scattered(mu, q, bucket, sign, g, NUMEL / BUCKETS)
+    return mu, q, bucket, sign
+
+
+@pytest.mark.parametrize("family", ["block", "universal"])
+def test_signed_decode_is_unbiased_over_seeds(family):
+    g = torch.randn(NUMEL, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seeds, load = 3000, NUMEL / BUCKETS
+    total = torch.zeros_like(g)
+    for seed in range(seeds):
+        hash = BlockHash(NUMEL, 32, seed) if family == "block" else UniversalHash(NUMEL, BUCKETS, seed=seed)
+        mu, _, bucket, sign = encoded(hash, g)
+        total += load * sign * mu[bucket]
+    # The noise of one decode is the other elements of the bucket: about sqrt(load) in standard deviation.
+    error = (total / seeds - g) / (g.square().sum() / BUCKETS / seeds).sqrt()
+    assert error.abs().max() < 5
+    assert abs(error.mean().item()) < 5 / math.sqrt(NUMEL)
+
+
+@pytest.mark.parametrize("family", ["block", "universal"])
+def test_decoded_second_moments(family):
+    hash = BlockHash(NUMEL, 32) if family == "block" else UniversalHash(NUMEL, BUCKETS)
+    generator = torch.Generator().manual_seed(1)
+    table, exact = torch.zeros(BUCKETS, dtype=torch.float64), torch.zeros(NUMEL, dtype=torch.float64)
+    for _ in range(50):
+        g = torch.randn(NUMEL, dtype=torch.float64, generator=generator).exp()
+        _, q, bucket, _ = encoded(hash, g)
+        table, exact = decay(table, q, 0.99), decay(exact, g * g, 0.99)
+        assert (table >= 0).all()
+        assert (NUMEL / BUCKETS * table[bucket] >= exact * (1 - 1e-12)).all()
+
+
+def test_a_table_counts_as_zero_where_signs_are_fresh():
+    table, mean = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
+    assert torch.equal(decay(table, mean, 0.5, torch.tensor([False, True])), torch.tensor([5.5, 10.0]))
+    poisoned = torch.tensor([float("nan"), float("inf")])
+    assert torch.equal(decay(poisoned, mean, 0.5, torch.tensor([True, True])), mean / 2)
+
+
+@pytest.mark.parametrize("hash", ["block", "universal"])
+def test_residual_first_moment_has_the_gradients_rms(hash):
+    """sqrt(c) s mu is variance-normalised: after one step, RMS(m_hat) = RMS(g)."""
+    p = torch.nn.Parameter(torch.zeros(2**16, dtype=torch.float64))
+    opt = Collins([p], min_K=64, hash=hash, table_dtype=torch.float64)
+    p.grad = torch.randn(2**16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    opt.step()
+    m_hat = math.sqrt(32) * opt.state[p]["m_table"] / (1 - 0.9)
+    rms = (opt.hash_of(p).load(torch.arange(len(m_hat))) * m_hat**2).sum().div(2**16).sqrt()
+    assert abs(rms.item() - 1) < 0.05
