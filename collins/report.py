@@ -1,0 +1,63 @@
+"""How many bytes of state the optimizer keeps, parameter by parameter, known before any of it is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """The state of one parameter. Bytes include the step counter, as AdamW's do."""
+
+    name: str
+    shape: tuple[int, ...]
+    hash: str | None  # None: dense moments
+    load: float  # elements per bucket, c
+    state_bytes: int
+    adamw_bytes: int  # what torch.optim.AdamW keeps: two moments in the parameter's dtype
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """State of all parameters. `str()` gives a table of it."""
+
+    rows: tuple[ParameterRow, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state that this optimizer keeps."""
+        return sum(row.state_bytes for row in self.rows)
+
+    @property
+    def adamw_bytes(self) -> int:
+        """Bytes of state that torch.optim.AdamW keeps for the same parameters."""
+        return sum(row.adamw_bytes for row in self.rows)
+
+    @property
+    def ratio(self) -> float:
+        """adamw_bytes / state_bytes."""
+        return self.adamw_bytes / self.state_bytes if self.state_bytes else 1.0
+
+    def __str__(self) -> str:
+        heads = ("parameter", "shape", "state", "load", "bytes", "AdamW bytes")
+        lines = [
+            (
+                row.name,
+                "x".join(map(str, row.shape)) or "scalar",
+                row.hash or "dense",
+                f"{row.load:g}",
+                f"{row.state_bytes:,}",
+                f"{row.adamw_bytes:,}",
+            )
+            for row in self.rows
+        ]
+        lines.append(("total", "", "", f"{self.ratio:.2f}x less", f"{self.state_bytes:,}", f"{self.adamw_bytes:,}"))
+        widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
+        ruled = [heads, tuple("-" * width for width in widths), *lines]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i < 3 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in ruled
+        )

@@ -1,0 +1,170 @@
+"""With exact moments Collins is torch.optim.AdamW, under everything people do to an optimizer."""
+
+import copy
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from collins import Collins
+
+
+def parameters(dtype, device, shapes=((33, 37), (5,), (), (2, 3, 4, 5))):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
+
+
+def set_gradients(step, *lists):
+    generator = torch.Generator().manual_seed(step)
+    for ps in zip(*lists, strict=True):
+        g = torch.randn(ps[0].shape, generator=generator)
+        for p in ps:
+            p.grad = g.to(p.device, p.dtype)
+
+
+def close(ours, theirs, dtype):
+    tight = {"rtol": 1e-12, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 1e-6}
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), **tight)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compile"), [(torch.float64, False), (torch.float32, False), (torch.float32, True)], ids=str
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lr": 1e-2, "weight_decay": 0.3}, {"betas": (0.0, 0.5), "eps": 1e-3}, {"maximize": True, "weight_decay": 0}],
+    ids=str,
+)
+def test_ratio_one_equals_adamw_over_100_steps(options, dtype, compile, device):
+    ours, theirs = parameters(dtype, device), parameters(dtype, device)
+    opts = Collins(ours, **options, compress_ratio=1, compile=compile), torch.optim.AdamW(theirs, **options)
+    for step in range(100):
+        set_gradients(step, ours, theirs)
+        for opt in opts:
+            opt.step()
+    close(ours, theirs, dtype)
+    for p, q in zip(ours, theirs, strict=True):
+        assert opts[0].state[p].keys() == opts[1].state[q].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert opts[0].state[p]["step"].item() == 100
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1)),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 3),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [3, 6]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, 4),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=6),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 8),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-4, 1e-2, 3),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 1e-2, total_steps=12),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.1, 3), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, total_iters=3), lr_scheduler.StepLR(o, 2)], [3]
+    ),
+}
+
+
+def test_every_scheduler_is_tried():
+    public = {name for name in lr_scheduler.__all__ if name not in ("LRScheduler", "SWALR")}
+    assert public == SCHEDULERS.keys()
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler(name, tensor_lr):
+    ours, theirs = parameters(torch.float64, "cpu"), parameters(torch.float64, "cpu")
+    rates = [torch.tensor(1e-2, dtype=torch.float64) if tensor_lr else 1e-2 for _ in range(2)]
+    opts = Collins(ours, lr=rates[0], compress_ratio=1), torch.optim.AdamW(theirs, lr=rates[1])
+    schedules = [SCHEDULERS[name](opt) for opt in opts]
+    for step in range(10):
+        set_gradients(step, ours, theirs)
+        for opt, schedule in zip(opts, schedules, strict=True):
+            opt.step()
+            schedule.step(1.0) if name == "ReduceLROnPlateau" else schedule.step()
+        assert float(opts[0].param_groups[0]["lr"]) == pytest.approx(float(opts[1].param_groups[0]["lr"]))
+    close(ours, theirs, torch.float64)
+
+
+def test_swa_utils_and_swalr():
+    ours, theirs = parameters(torch.float64, "cpu"), parameters(torch.float64, "cpu")
+    opts = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
+    schedules = [torch.optim.swa_utils.SWALR(opt, swa_lr=0.05, anneal_epochs=3) for opt in opts]
+    for step in range(6):
+        set_gradients(step, ours, theirs)
+        for opt, schedule in zip(opts, schedules, strict=True):
+            opt.step()
+            schedule.step()
+    close(ours, theirs, torch.float64)
+
+
+def test_groups_names_and_late_groups():
+    def build(make, **exact):
+        ps = parameters(torch.float64, "cpu")
+        opt = make([{"params": [("a", ps[0])], "lr": 1e-2}, {"params": [("b", ps[1])], "weight_decay": 0.5}], **exact)
+        return ps, opt
+
+    ours, opt = build(Collins, compress_ratio=1)
+    theirs, adamw = build(torch.optim.AdamW)
+    for step in range(20):
+        if step == 5:
+            for ps, o in ((ours, opt), (theirs, adamw)):
+                o.add_param_group({"params": [("c", ps[2]), ("d", ps[3])], "betas": (0.5, 0.6)})
+        set_gradients(step, ours, theirs)
+        opt.step()
+        adamw.step()
+    close(ours, theirs, torch.float64)
+    assert [group["param_names"] for group in opt.param_groups] == [["a"], ["b"], ["c", "d"]]
+
+
+def test_gradients_that_come_and_go():
+    ours, theirs = parameters(torch.float64, "cpu"), parameters(torch.float64, "cpu")
+    opts = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
+    for step in range(12):
+        set_gradients(step, ours, theirs)
+        absent = step % len(ours)
+        ours[absent].grad = theirs[absent].grad = None
+        for opt in opts:
+            opt.step()
+    close(ours, theirs, torch.float64)
+
+
+def test_closure_and_its_loss():
+    ours, theirs = parameters(torch.float64, "cpu"), parameters(torch.float64, "cpu")
+    opts = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
+    losses = []
+    for ps, opt in zip((ours, theirs), opts, strict=True):
+
+        def closure(ps=ps, opt=opt):
+            opt.zero_grad()
+            loss = sum(p.square().sum() for p in ps)
+            loss.backward()
+            return loss
+
+        losses.append([opt.step(closure).item() for _ in range(5)])
+    assert losses[0] == pytest.approx(losses[1])
+    close(ours, theirs, torch.float64)
+
+
+def test_adamw_state_loads_into_exact_moments_and_back():
+    ours, theirs = parameters(torch.float64, "cpu"), parameters(torch.float64, "cpu")
+    opt, adamw = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
+    set_gradients(0, ours, theirs)
+    adamw.step()
+    for p, q in zip(ours, theirs, strict=True):
+        p.data.copy_(q.data)
+    loaded = copy.deepcopy(adamw.state_dict())
+    for group in loaded["param_groups"]:
+        group["compress_ratio"] = 1
+    opt.load_state_dict(loaded)
+    set_gradients(1, ours, theirs)
+    opt.step()
+    adamw.step()
+    close(ours, theirs, torch.float64)

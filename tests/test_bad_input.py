@@ -1,0 +1,183 @@
+"""What cannot be used is refused by name, with its value and what is accepted, before anything changes."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from collins import Collins
+
+BAD_OPTIONS = [
+    ("lr", -1e-3, "finite and at least 0"),
+    ("lr", float("nan"), "finite and at least 0"),
+    ("lr", float("inf"), "finite and at least 0"),
+    ("lr", "fast", "finite and at least 0"),
+    ("lr", torch.tensor(-1.0), "finite and at least 0"),
+    ("lr", torch.tensor([1.0, 2.0]), "a number or a tensor of one element"),
+    ("betas", (-0.1, 0.9), "two numbers in [0, 1)"),
+    ("betas", (0.9, 1.0), "two numbers in [0, 1)"),
+    ("betas", (0.9, float("nan")), "two numbers in [0, 1)"),
+    ("betas", (0.9,), "two numbers in [0, 1)"),
+    ("betas", 0.9, "two numbers in [0, 1)"),
+    ("eps", -1e-8, "finite and at least 0"),
+    ("eps", float("inf"), "finite and at least 0"),
+    ("weight_decay", -0.1, "finite and at least 0"),
+    ("weight_decay", float("nan"), "finite and at least 0"),
+    ("compress_ratio", 0.5, "at least 1"),
+    ("compress_ratio", 0, "at least 1"),
+    ("compress_ratio", float("inf"), "at least 1"),
+    ("min_K", 0, "an int of at least 1"),
+    ("min_K", 10.0, "an int of at least 1"),
+    ("hash", "sha256", "block or universal"),
+    ("decode", "raw", "residual or sketch"),
+    ("residual_weight", -1.0, "None, or finite and at least 0"),
+    ("residual_weight", float("nan"), "None, or finite and at least 0"),
+    ("rehash_period", 0, "None or an int of at least 1"),
+    ("rehash_period", 2.5, "None or an int of at least 1"),
+    ("table_dtype", torch.float16, "torch.float64, torch.float32 or torch.bfloat16"),
+    ("table_dtype", "float32", "torch.float64, torch.float32 or torch.bfloat16"),
+    ("maximize", 1, "True or False"),
+    ("stochastic_rounding", "yes", "True, False or None"),
+]
+ids = [f"{name}={value}" for name, value, _ in BAD_OPTIONS]
+
+
+def param(*shape):
+    return torch.nn.Parameter(torch.randn(*shape))
+
+
+def message(name, value, accepted):
+    return re.escape(f"{name} must be {accepted}, got {value!r}")
+
+
+@pytest.mark.parametrize(("name", "value", "accepted"), BAD_OPTIONS, ids=ids)
+def test_an_option_out_of_range(name, value, accepted):
+    with pytest.raises(ValueError, match=message(name, value, accepted)):
+        Collins([param(10)], **{name: value})
+    with pytest.raises(ValueError, match=message(name, value, accepted)):
+        Collins([{"params": [param(10)], name: value}])
+    opt = Collins([param(10)])
+    with pytest.raises(ValueError, match=message(name, value, accepted)):
+        opt.add_param_group({"params": [param(3)], name: value})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize(("name", "value", "accepted"), BAD_OPTIONS, ids=ids)
+def test_an_option_set_out_of_range_later_stops_the_step_before_it_begins(name, value, accepted):
+    p, q = param(10), param(10)
+    opt = Collins([{"params": [p]}, {"params": [q]}])
+    p.grad, q.grad = torch.ones(10), torch.ones(10)
+    opt.param_groups[1][name] = value
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match=message(name, value, accepted)):
+        opt.step()
+    assert torch.equal(p.detach(), before)
+    assert not opt.state
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"), [("seed", 0.5, "an int"), ("compile", "yes", "True, False or None")]
+)
+def test_options_of_the_whole_optimizer(name, value, accepted):
+    with pytest.raises(ValueError, match=message(name, value, accepted)):
+        Collins([param(10)], **{name: value})
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), 0, 1])
+def test_any_real_number_is_a_number(value):
+    Collins([param(10)], lr=value, eps=value, weight_decay=value)
+
+
+BAD_PARAMETERS = [
+    (torch.randn(3, dtype=torch.complex64), TypeError, "parameter 1 has dtype torch.complex64; Collins accepts torch"),
+    (torch.zeros(3, dtype=torch.int64), TypeError, "parameter 1 has dtype torch.int64"),
+    (torch.eye(3).to_sparse(), TypeError, "parameter 1 has layout torch.sparse_coo; Collins accepts torch.strided"),
+    ("weights", TypeError, "optimizer can only optimize Tensors"),
+]
+
+
+@pytest.mark.parametrize(("bad", "error", "text"), BAD_PARAMETERS)
+def test_a_parameter_that_cannot_be_optimized(bad, error, text):
+    with pytest.raises(error, match=text):
+        Collins([param(3), bad])
+    with pytest.raises(error, match=text.replace("parameter 1", "parameter 'w'")):
+        Collins([("v", param(3)), ("w", bad)])
+    opt = Collins([param(3)])
+    with pytest.raises(error):
+        opt.add_param_group({"params": [param(2), bad]})
+    assert len(opt.param_groups) == 1
+
+
+def test_a_parameter_given_twice():
+    p, q = param(3), param(3)
+    with pytest.raises(ValueError, match="parameter 2 of the new group is already in the optimizer as parameter 0"):
+        Collins([p, q, p])
+    with pytest.raises(ValueError, match="parameter 'b' of the new group is already in the optimizer as parameter 'a'"):
+        Collins([("a", p), ("b", p)])
+    opt = Collins([p])
+    with pytest.raises(ValueError, match="parameter 1 of the new group is already in the optimizer as parameter 0"):
+        opt.add_param_group({"params": [q, p]})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("params", [[], torch.zeros(3), [{"params": {param(3)}}]])
+def test_what_torch_refuses_stays_refused(params):
+    with pytest.raises((TypeError, ValueError)):
+        Collins(params)
+
+
+def test_a_group_without_parameters():
+    with pytest.raises(TypeError, match=re.escape("param_group must be a dict with the key 'params', got {}")):
+        Collins([param(3)]).add_param_group({})
+
+
+def foreign_gradient(p, kind):
+    if kind == "sparse":
+        return torch.eye(*p.shape).to_sparse(), TypeError, "has layout torch.sparse_coo"
+    if kind == "shape":
+        return torch.zeros(3), ValueError, r"must have its shape torch.Size\(\[40, 50\]\), got torch.Size\(\[3\]\)"
+    if kind == "dtype":
+        return torch.zeros(40, 50).double(), ValueError, "must have its dtype torch.float32, got torch.float64"
+    return torch.zeros(40, 50, device="meta"), ValueError, "must have its device cpu, got meta"
+
+
+class Foreign(torch.nn.Parameter):
+    """A parameter whose gradient is whatever it was given; torch itself refuses to attach most of these."""
+
+    @property
+    def grad(self):
+        return self.given
+
+    @grad.setter
+    def grad(self, value):
+        self.given = value
+
+
+@pytest.mark.parametrize("kind", ["sparse", "shape", "dtype", "device"])
+def test_a_gradient_that_does_not_fit_its_parameter(kind):
+    p, q = param(64, 64), Foreign(torch.randn(40, 50))
+    p.grad = torch.ones_like(p)
+    q.grad, error, text = foreign_gradient(q, kind)
+    opt = Collins([("p", p), ("q", q)])
+    before = p.detach().clone()
+    with pytest.raises(error, match=f"the gradient of parameter 'q' {text}"):
+        opt.step()
+    assert torch.equal(p.detach(), before)
+    assert not opt.state
+
+
+def test_a_layout_that_no_longer_fits_its_tables():
+    p = param(64, 64)
+    opt = Collins([p], min_K=16)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    opt.param_groups[0]["compress_ratio"] = 8
+    with pytest.raises(ValueError, match=r"parameter 0 has moments .*512.* the optimizer holds .*128"):
+        opt.step()
+    assert opt.state[p]["step"].item() == 1
+
+
+def test_hash_of_a_stranger():
+    with pytest.raises(ValueError, match=r"param must be a parameter of this optimizer, got a \(3,\) tensor"):
+        Collins([param(10)]).hash_of(param(3))

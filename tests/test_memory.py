@@ -1,0 +1,79 @@
+"""Bytes: what the state of real models takes, and what a step allocates on the way."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from collins import Collins
+
+
+def llama(layers, hidden, feed_forward, key_value, vocabulary):
+    """The shapes of a LLaMA model's parameters."""
+    layer = [(hidden, hidden), (key_value, hidden), (key_value, hidden), (hidden, hidden), (feed_forward, hidden)]
+    layer += [(feed_forward, hidden), (hidden, feed_forward), (hidden,), (hidden,)]
+    return [(vocabulary, hidden), *layer * layers, (hidden,), (vocabulary, hidden)]
+
+
+MODELS = {
+    "7B": (llama(32, 4096, 11008, 4096, 32000), 6.738e9, 1.75e9),
+    "70B": (llama(80, 8192, 28672, 1024, 128256), 70.55e9, 17.5e9),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("hash", ["block", "universal"])
+def test_a_quarter_of_a_byte_per_parameter(name, hash):
+    shapes, parameters, named_bytes = MODELS[name]
+    meta = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    report = Collins(meta, hash=hash).memory_report()
+    count = sum(p.numel() for p in meta)
+    assert count == pytest.approx(parameters, rel=1e-3)
+    assert report.state_bytes / count == pytest.approx(0.25, rel=0.01)
+    # "7B" and "70B" are round names: 6.74 and 70.55 billion parameters.
+    assert report.state_bytes * float(name[:-1]) * 1e9 / count == pytest.approx(named_bytes, rel=0.01)
+    assert report.adamw_bytes / count == pytest.approx(8, rel=0.01)
+
+
+class Meter(TorchDispatchMode):
+    """Watches every tensor that operations create: the bytes alive at once, and the largest int64 tensor."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {t.untyped_storage()._cdata for t in known}
+        self.alive, self.peak, self.widest_index = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                if tensor.dtype == torch.int64:
+                    self.widest_index = max(self.widest_index, tensor.numel())
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(768, 767), (2048, 2048)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize("hash", ["block", "universal"])
+def test_peak_extra_memory_of_an_eager_step(hash, transposed, shape, dtype):
+    ps = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for _ in range(3)]
+    if transposed:
+        ps = [torch.nn.Parameter(p.detach().t()) for p in ps]
+    opt = Collins(ps, hash=hash, compile=False)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    opt.step()  # makes the state
+    held = [t for p in ps for t in (p, p.grad, *opt.state[p].values())]
+    with Meter(held) as meter:
+        opt.step()
+    assert meter.peak > 0
+    if hash == "block":
+        assert meter.peak <= 2.2 * ps[0].nbytes
+    assert meter.widest_index < ps[0].numel()

@@ -1,0 +1,323 @@
+"""`Collins` as a torch optimizer: groups, hooks, copies, reports."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from collins import BlockHash, Collins, MemoryReport, UniversalHash
+
+
+def model(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    layers = [torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)]
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+def train(net, opt, steps, first=0):
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(16, 64, generator=generator).to(net[0].weight)
+        opt.zero_grad()
+        net(x).square().mean().backward()
+        opt.step()
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def same(ours, theirs):
+    return all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+OPTIONS = [
+    {},
+    {"hash": "universal"},
+    {"decode": "sketch", "table_dtype": torch.bfloat16},
+    {"compress_ratio": 1},
+    {"rehash_period": None},
+]
+
+
+def test_is_an_optimizer_with_adamws_leading_arguments():
+    net = model()
+    opt = Collins(net.parameters(), 1e-2, (0.8, 0.9), 1e-6, 0.1)
+    assert isinstance(opt, torch.optim.Optimizer)
+    group = opt.param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-2, (0.8, 0.9), 1e-6, 0.1)
+    reference = torch.optim.AdamW(net.parameters()).defaults
+    for name in ("lr", "betas", "eps", "weight_decay", "maximize"):
+        assert Collins(net.parameters()).defaults[name] == reference[name]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_training_lowers_the_loss(options):
+    net = model()
+    opt = Collins(net.parameters(), lr=1e-2, min_K=16, **options)
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(100):
+        opt.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        opt.step()
+    assert losses[-1] < losses[0] / 3
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_state_has_the_promised_names_shapes_and_dtypes(options):
+    net = model()
+    opt = Collins(net.parameters(), min_K=16, **options)
+    train(net, opt, 2)
+    for p in net.parameters():
+        state, hash = opt.state[p], opt.hash_of(p)
+        assert state["step"].shape == ()
+        assert state["step"].item() == 2
+        if hash is None:
+            assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            assert state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape
+        else:
+            assert state.keys() == {"step", "m_table", "v_table"}
+            assert state["m_table"].shape == state["v_table"].shape == (hash.buckets,)
+            assert state["m_table"].dtype == state["v_table"].dtype == options.get("table_dtype", torch.float32)
+
+
+def test_every_option_but_compile_and_seed_may_be_set_per_group():
+    p, q, r = (torch.nn.Parameter(torch.randn(64, 64)) for _ in range(3))
+    opt = Collins(
+        [
+            {"params": [p], "lr": 0.0},
+            {"params": [q], "hash": "universal", "min_K": 8, "compress_ratio": 8, "table_dtype": torch.bfloat16},
+            {"params": [r], "decode": "sketch", "maximize": True, "rehash_period": None, "min_K": 64, "eps": 1e-6},
+        ]
+    )
+    assert isinstance(opt.hash_of(p), BlockHash)
+    assert isinstance(opt.hash_of(q), UniversalHash)
+    assert opt.hash_of(q).buckets == 512
+    assert opt.hash_of(r).period is None
+    before = [t.detach().clone() for t in (p, q, r)]
+    for t in (p, q, r):
+        t.grad = torch.ones_like(t)
+    opt.step()
+    assert torch.equal(p.detach(), before[0])
+    assert not torch.equal(q.detach(), before[1])
+    assert (r.detach() - before[2]).mean() > 0  # ascends
+    assert opt.state[q]["m_table"].dtype == torch.bfloat16
+
+
+def test_optimizers_built_alike_step_alike_and_other_seeds_do_not():
+    def trained(noise, **options):
+        net = model()
+        torch.manual_seed(noise)  # the global generator must not matter
+        opt = Collins(net.parameters(), lr=1e-2, min_K=16, **options)
+        return train(net, opt, 5)
+
+    for hash in ("block", "universal"):
+        assert same(trained(1, hash=hash), trained(2, hash=hash))
+        assert not same(trained(1, hash=hash), trained(1, hash=hash, seed=1))
+
+
+def test_parameters_of_one_shape_hash_differently():
+    p, q = torch.nn.Parameter(torch.randn(64, 64)), torch.nn.Parameter(torch.randn(64, 64))
+    index = torch.arange(4096)
+    for hash in ("block", "universal"):
+        opt = Collins([p, q], min_K=16, hash=hash)
+        assert not torch.equal(opt.hash_of(p).sign(index), opt.hash_of(q).sign(index))
+
+
+def test_hash_of_is_one_object_until_settings_change():
+    p = torch.nn.Parameter(torch.randn(64, 64))
+    opt = Collins([p], hash="universal")
+    assert opt.hash_of(p) is opt.hash_of(p)
+    opt.param_groups[0]["hash"] = "block"
+    assert isinstance(opt.hash_of(p), BlockHash)
+    opt.param_groups[0]["compress_ratio"] = 1
+    assert opt.hash_of(p) is None
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_goes_on_like_the_original(how, options):
+    net = model()
+    opt = Collins(net.parameters(), lr=1e-2, min_K=16, seed=5, **options)
+    if options.get("hash") == "universal":
+        opt.hash_of(net[0].weight).a = 12345
+    train(net, opt, 3)
+    both = copy.deepcopy((net, opt)) if how == "deepcopy" else pickle.loads(pickle.dumps((net, opt)))
+    assert both[1].seed == 5
+    assert same(train(net, opt, 3, first=3), train(*both, 3, first=3))
+
+
+def test_step_hooks_and_state_dict_hooks_run():
+    net = model()
+    opt = Collins(net.parameters(), min_K=16)
+    seen = []
+    opt.register_step_pre_hook(lambda *_: seen.append("before step"))
+    opt.register_step_post_hook(lambda *_: seen.append("after step"))
+    opt.register_state_dict_pre_hook(lambda *_: seen.append("before state_dict"))
+    opt.register_state_dict_post_hook(lambda *_: seen.append("after state_dict"))
+    opt.register_load_state_dict_pre_hook(lambda *_: seen.append("before load"))
+    table = []
+    opt.register_load_state_dict_post_hook(lambda o: table.append(o.state[net[0].weight]["m_table"].clone()))
+    train(net, opt, 1)
+    state = opt.state_dict()
+    opt.load_state_dict(state)
+    assert seen == ["before step", "after step", "before state_dict", "after state_dict", "before load"]
+    assert torch.equal(table[0], opt.state[net[0].weight]["m_table"])  # hooks see what was loaded
+
+
+def test_a_load_hook_may_replace_the_state_dict():
+    net, other = model(), model()
+    opt, source = Collins(net.parameters(), min_K=16), Collins(other.parameters(), min_K=16)
+    train(other, source, 3)
+    opt.register_load_state_dict_pre_hook(lambda _, given: source.state_dict())
+    opt.load_state_dict(opt.state_dict())
+    assert opt.state[net[0].weight]["step"].item() == 3
+
+
+def test_repr_shows_the_options():
+    text = repr(Collins(model().parameters(), lr=0.123, decode="sketch"))
+    for part in ("Collins", "lr: 0.123", "decode: sketch", "compress_ratio: 32", "min_K: 1024", "rehash_period: 100"):
+        assert part in text
+
+
+def test_empty_and_scalar_parameters():
+    ps = [torch.nn.Parameter(torch.randn(shape)) for shape in ((), (0,), (3, 0))]
+    opt = Collins(ps)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    before = ps[0].item()
+    opt.step()
+    opt.step()
+    assert ps[0].item() < before
+    assert opt.state[ps[1]]["exp_avg"].shape == (0,)
+
+
+def test_a_model_can_be_replaced_under_the_optimizer_before_its_first_step():
+    """Sharding wrappers swap parameters after the optimizer was built: nothing may be cached in the constructor."""
+    net = model()
+    opt = Collins(net.parameters(), lr=1e-2, min_K=16)
+    swapped = [torch.nn.Parameter(p.detach().clone()) for p in net.parameters()]
+    opt.param_groups[0]["params"] = swapped
+    for p in swapped:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert opt.state.keys() == set(swapped)
+
+
+def test_memory_report_is_what_is_held():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for options in OPTIONS:
+            net = model(dtype=dtype)
+            named = Collins(net.named_parameters(), min_K=16, **options)
+            before = named.memory_report()
+            assert isinstance(before, MemoryReport)
+            train(net, named, 1)
+            held = sum(t.nbytes for state in named.state.values() for t in state.values())
+            assert before == named.memory_report()
+            assert before.state_bytes == sum(row.state_bytes for row in before.rows) == held
+            adamw = torch.optim.AdamW(net.parameters())
+            adamw.step()
+            assert before.adamw_bytes == sum(t.nbytes for state in adamw.state.values() for t in state.values())
+            assert before.ratio == before.adamw_bytes / before.state_bytes
+
+
+def test_memory_report_reads_as_a_table():
+    lines = str(Collins(model().named_parameters(), min_K=16).memory_report()).splitlines()
+    assert lines[0].split() == ["parameter", "shape", "state", "load", "bytes", "AdamW", "bytes"]
+    assert lines[2].split() == ["parameter", "'0.weight'", "128x64", "block", "32", "2,052", "65,540"]
+    assert lines[-1].startswith("total")
+    assert len(lines) == 3 + 4
+
+
+def test_memory_report_of_meta_parameters_and_of_none():
+    with torch.device("meta"):
+        net = torch.nn.Linear(4096, 4096)
+    opt = Collins(net.parameters())
+    assert opt.memory_report().state_bytes == 2 * 4 * (2**24 // 32) + 2 * 4 * 2**12 // 4 + 8
+    empty = Collins([torch.nn.Parameter(torch.zeros(0))]).memory_report()
+    assert empty.ratio == 1.0
+
+
+def test_state_dict_survives_a_weights_only_file():
+    net = model(dtype=torch.bfloat16)
+    opt = Collins(net.parameters(), lr=1e-2, min_K=16)
+    train(net, opt, 3)
+    file = io.BytesIO()
+    torch.save({"model": net.state_dict(), "optimizer": opt.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = model(seed=1, dtype=torch.bfloat16)
+    resumed = Collins(other.parameters(), min_K=16)
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert same(train(net, opt, 10, first=3), train(other, resumed, 10, first=3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_loading_is_bit_exact(options, dtype):
+    net, other = model(dtype=dtype), model(seed=1, dtype=dtype)
+    opt, resumed = (Collins(n.parameters(), lr=1e-2, min_K=16, **options) for n in (net, other))
+    train(net, opt, 3)
+    other.load_state_dict(net.state_dict())
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        for name, value in opt.state[p].items():
+            assert resumed.state[q][name].dtype == value.dtype
+            assert torch.equal(resumed.state[q][name], value)
+    assert same(train(net, opt, 10, first=3), train(other, resumed, 10, first=3))
+
+
+def test_loading_overwrites_moments_in_place_and_shares_none_with_the_source():
+    net, other = model(), model()
+    opt, resumed = Collins(net.parameters(), min_K=16), Collins(other.parameters(), min_K=16)
+    train(net, opt, 3)
+    train(other, resumed, 1)
+    weight, twin = net[0].weight, other[0].weight
+    address = resumed.state[twin]["m_table"].data_ptr()
+    resumed.load_state_dict(opt.state_dict())
+    assert resumed.state[twin]["m_table"].data_ptr() == address
+    assert opt.state[weight]["m_table"].data_ptr() != address
+
+
+def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_changes():
+    net = model()
+    opt = Collins(net.named_parameters(), min_K=16)
+    train(net, opt, 2)
+    before = copy.deepcopy(opt.state_dict())
+
+    finer = copy.deepcopy(before)
+    finer["param_groups"][0]["compress_ratio"] = 8
+    adamw = torch.optim.AdamW(net.parameters())
+    adamw.step()
+    fewer = copy.deepcopy(before)
+    fewer["param_groups"][0]["params"].pop()
+    broken = copy.deepcopy(before)
+    broken["param_groups"][0]["betas"] = (0.9, 2.0)
+    for wrong, text in (
+        (finer, r"parameter '0.weight' has moments .*1024.* state_dict holds .*256"),
+        (adamw.state_dict(), r"parameter '0.weight' has moments .*m_table.* state_dict holds .*exp_avg"),
+        (fewer, r"state_dict has parameter groups of \[3\] parameters; this optimizer has \[4\]"),
+        (broken, "betas must be two numbers"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            opt.load_state_dict(wrong)
+        after = opt.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        for key, state in before["state"].items():
+            assert all(torch.equal(state[name], after["state"][key][name]) for name in state)
+
+
+def test_zero_gradients_and_zero_lr_create_state_and_change_nothing():
+    """torch.distributed.checkpoint makes an optimizer's state this way."""
+    net = model()
+    opt = Collins(net.parameters(), lr=torch.tensor(0.0), min_K=16)
+    before = [p.detach().clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    assert same(before, [p.detach() for p in net.parameters()])
+    assert len(opt.state) == 4
+    assert all(not t.isnan().any() for state in opt.state.values() for t in state.values())
