@@ -28,7 +28,6 @@ WORD = 32  # bits in a word
 # overflow, and one that did removed the end of a loop.
 _MASK = 2**32 - 1
 _TICK_STRIDE = 0x1E3779B9  # odd: neighbouring ticks lie far apart before they are mixed
-_PHASE_TWEAK = 0x5BD1E995
 
 
 class HashKey(NamedTuple):
@@ -71,11 +70,13 @@ def mixed_word(index: Tensor, tick: int | Tensor, key: HashKey) -> Tensor:
 def epoch_of(bucket: Tensor, step: int | Tensor, key: HashKey, period: int | Tensor) -> tuple[Tensor, Tensor]:
     """epoch_b = floor((t + phi_b) / T) as int64, and (t + phi_b) mod T = 0 as bool, for buckets (int64, any shape).
 
-    phi_b = mix(seed, key, b) mod T spreads the buckets over the period: 1/T of them draw new signs in any one step.
+    phi_b = floor(mix(seed, key, b) T / 2^32) spreads the buckets over the period: 1/T of them draw new signs in any one
+    step. Neither it nor the epoch takes a division per bucket. Its word is half of a sign word's mixing, done anyway.
     """
-    phase = mix32(mix32((bucket + key.low) & _MASK) ^ key.high ^ _PHASE_TWEAK) % period
-    age = phase + step
-    return torch.div(age, period, rounding_mode="floor"), age % period == 0
+    phase = (mix32((bucket + key.low) & _MASK) * period) >> 32
+    begun = step // period
+    past = phase + (step - begun * period)  # in [0, 2 T)
+    return begun + (past >= period), (past == period) | (past == 0)
 
 
 def sign_bits(bucket: Tensor, load: int, epoch: Tensor | int, key: HashKey) -> Tensor:

@@ -115,6 +115,8 @@ def _block_(work: Work, chunk: int) -> None:
             loads = torch.where(is_tail, tail, load).to(grad.dtype)
             if tail == 1 and fresh is not None:  # alone, an element keeps its sign: the sketch is exact there
                 epoch, fresh = torch.where(is_tail, 0, epoch), fresh & ~is_tail
+        elif p.is_contiguous():
+            p = p.view(rows, load)  # compiled, reads, sums and writes then share one loop over rows
         grad, old = grad.view(rows, load), old.view(rows, load)
         signs = as_sign(sign_bits(bucket, load, epoch, keys.sign), grad.dtype)
         mu, q = encode_rows(signs, grad, loads)

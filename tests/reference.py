@@ -43,8 +43,7 @@ class Block:
         """t + phi_b, or None for a bucket whose signs never change."""
         if self.T is None or len(self.members(b)) == 1:
             return None
-        inner = mix(b + self.low & MASK)
-        return mix(inner ^ self.high ^ 0x5BD1E995) % self.T + t
+        return (mix(b + self.low & MASK) * self.T >> 32) + t
 
     def fresh(self, b, t):
         age = self.age(b, t)
