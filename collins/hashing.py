@@ -28,6 +28,7 @@ WORD = 32  # bits in a word
 # overflow, and one that did removed the end of a loop.
 _MASK = 2**32 - 1
 _TICK_STRIDE = 0x1E3779B9  # odd: neighbouring ticks lie far apart before they are mixed
+_GOLDEN = 0x61C88647  # 2^32 / (golden ratio)^2
 
 
 class HashKey(NamedTuple):
@@ -64,16 +65,16 @@ def mix32(x: Tensor) -> Tensor:
 
 def mixed_word(index: Tensor, tick: int | Tensor, key: HashKey) -> Tensor:
     """One word for each index (int64, any shape) at one tick (an epoch or a step, below 2^31)."""
-    return mix32(mix32((index + key.low) & _MASK) ^ ((tick * _TICK_STRIDE + key.high) & _MASK))
+    return mix32(((index + key.low) & _MASK) ^ ((tick * _TICK_STRIDE + key.high) & _MASK))
 
 
 def epoch_of(bucket: Tensor, step: int | Tensor, key: HashKey, period: int | Tensor) -> tuple[Tensor, Tensor]:
     """epoch_b = floor((t + phi_b) / T) as int64, and (t + phi_b) mod T = 0 as bool, for buckets (int64, any shape).
 
-    phi_b = floor(mix(seed, key, b) T / 2^32) spreads the buckets over the period: 1/T of them draw new signs in any one
-    step. Neither it nor the epoch takes a division per bucket. Its word is half of a sign word's mixing, done anyway.
+    phi_b = floor(T frac((b + key) / golden ratio^2)) spreads the buckets evenly over the period (Fibonacci hashing;
+    Knuth, "The Art of Computer Programming", 6.4): 1/T of them draw new signs in any step, and none needs a division.
     """
-    phase = (mix32((bucket + key.low) & _MASK) * period) >> 32
+    phase = ((((bucket + key.low) & _MASK) * _GOLDEN & _MASK) * period) >> 32
     begun = step // period
     past = phase + (step - begun * period)  # in [0, 2 T)
     return begun + (past >= period), (past == period) | (past == 0)

@@ -208,13 +208,7 @@ class Collins(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            check_options(group)
-        members = [member for member in self._members() if member.p.grad is not None]
-        for member in members:
-            _check_gradient(member)
-            self._check_state(member)
-        self._engine.run([self._work(member) for member in members])
+        self._update()
         return loss
 
     def hash_of(self, param: Tensor) -> Hash | None:
@@ -292,6 +286,19 @@ class Collins(Optimizer):
                 _check_moments(member.name, "state_dict", found, _moment_shapes(member.p, _layout(member.p, group)))
                 moments[member.p] = found
         return moments
+
+    @torch.compiler.disable
+    def _update(self) -> None:
+        """Checks everything, then performs the step. Code that compiles `step` calls this as it is: the engine compiles
+        its own graphs, which no change of learning rate, gradients or state invalidates.
+        """
+        for group in self.param_groups:
+            check_options(group)
+        members = [member for member in self._members() if member.p.grad is not None]
+        for member in members:
+            _check_gradient(member)
+            self._check_state(member)
+        self._engine.run([self._work(member) for member in members])
 
     def _members(self) -> Iterator[_Member]:
         key = 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from collins.hashing import WORD, HashKey, mix32, mixed_word
+from collins.hashing import WORD, HashKey, mixed_word
 
 ROUNDED = (torch.bfloat16, torch.float16)
 
@@ -35,10 +35,10 @@ def random_bits(first: int, count: int, step: int | Tensor, key: HashKey, stream
     independent random variables via integer arithmetic without primes", 1996).
     """
     start, skip = divmod(first, WORD)
-    words = -(-(skip + count) // WORD)
-    index = torch.arange(start, start + words, device=device)
-    word = mixed_word(index, step, HashKey(key.low, key.high ^ stream))
-    A, B = ((w >> 8).to(torch.int32)[:, None] for w in (word, mix32(word ^ _SECOND_WORD)))
+    index = torch.arange(start, start + -(-(skip + count) // WORD), device=device)
+    streams = (stream, stream ^ _SECOND_WORD)
+    words = [mixed_word(index, step, HashKey(key.low, key.high ^ s)) for s in streams]
+    A, B = ((word >> 8).to(torch.int32)[:, None] for word in words)
     lane = torch.arange(WORD, dtype=torch.int32, device=device)
     return (((A + B * lane) & 0xFFFFFF) >> 8).reshape(-1)[skip : skip + count]
 

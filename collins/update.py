@@ -62,7 +62,7 @@ def update_(work: Work, chunk: int | None = None) -> None:
     p, g = work.p, work.g
     if p.is_contiguous() and g.is_contiguous():
         work = work._replace(p=p.view(-1), g=g.view(-1))
-    _UPDATES[work.spec.layout.hash](work, chunk or max(p.numel(), 1))
+    _UPDATES[work.spec.layout.hash](work, chunk)
 
 
 class _Piece(NamedTuple):
@@ -73,9 +73,12 @@ class _Piece(NamedTuple):
     g: Tensor
 
 
-def _pieces(work: Work, chunk: int, unit: int = 1) -> Iterator[_Piece]:
+def _pieces(work: Work, chunk: int | None, unit: int = 1) -> Iterator[_Piece]:
     """The parameter in pieces of about `chunk` elements, each but the last a multiple of `unit`."""
     p, g = work.p, work.g
+    if chunk is None:
+        yield _Piece(0, p, g)
+        return
     width = p[0].numel()
     aligned = unit // math.gcd(unit, width)  # the fewest rows that make whole units
     rows = max(chunk // (width * aligned), 1) * aligned
@@ -83,7 +86,7 @@ def _pieces(work: Work, chunk: int, unit: int = 1) -> Iterator[_Piece]:
         yield _Piece(row * width, p[row : row + rows], g[row : row + rows])
 
 
-def _dense_(work: Work, chunk: int) -> None:
+def _dense_(work: Work, chunk: int | None) -> None:
     h, m, v = work.h, work.m.view(-1), work.v.view(-1)
     for first, p, g in _pieces(work, chunk):
         part = slice(first, first + p.numel())
@@ -96,7 +99,7 @@ def _dense_(work: Work, chunk: int) -> None:
         _store(v[part], second_moment, first, SECOND, work)
 
 
-def _block_(work: Work, chunk: int) -> None:
+def _block_(work: Work, chunk: int | None) -> None:
     _, _, spec, keys, h = work[2:]
     _, numel, buckets, load = spec.layout
     load = int(load)
@@ -130,7 +133,7 @@ def _block_(work: Work, chunk: int) -> None:
         _store(p, new.view(-1)[:count], start, PARAM, work)
 
 
-def _universal_(work: Work, chunk: int) -> None:
+def _universal_(work: Work, chunk: int | None) -> None:
     _, _, spec, keys, h = work[2:]
     _, _, buckets, load = spec.layout
     a, b, c, d = keys.universal
@@ -140,7 +143,7 @@ def _universal_(work: Work, chunk: int) -> None:
         grad = _gradient(g, spec)
         return grad, universal_bucket(index, a, b, buckets), as_sign(universal_sign_bits(index, c, d), grad.dtype)
 
-    mu = torch.zeros(buckets, dtype=torch.promote_types(work.p.dtype, torch.float32), device=work.p.device)
+    mu = torch.zeros_like(work.m, dtype=torch.promote_types(work.p.dtype, torch.float32))
     q = torch.zeros_like(mu)
     for first, _, g in _pieces(work, chunk):
         grad, bucket, signs = hashed(first, g)

@@ -10,17 +10,105 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from collins.hashing import HashKey
 from collins.rule import Scalars
 from collins.update import Keys, Spec, Work, update_
 
 # Elements per piece of an eager step, at most: enough to outweigh the calls, few enough to stay in cache.
 _PIECE_CPU = 1 << 18
 _PIECE_ACCELERATOR = 1 << 22
-_PIECE_SMALLEST = 1 << 14
+_PIECE_SMALLEST = 1 << 15
 
-_Compiled = Callable[..., None]
+# Dense tensors of at most this many elements are stacked by signature and stepped in one call: launches rule there.
+_SMALL = 1 << 16
+
+_Graph = Callable[..., None]
+
+
+class Engine:
+    """Applies `update_` to every parameter of a step.
+
+    Args:
+        compile: True or False for all devices; None compiles on accelerators and not on the CPU.
+    """
+
+    def __init__(self, compile: bool | None = None) -> None:
+        self._compile = compile
+        self._graphs: dict[tuple[Any, ...], _Graph] = {}
+        self._constants: dict[Keys, Keys] = {}
+        self._compiler_works = True
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs have been made: one for each signature seen."""
+        return len(self._graphs)
+
+    def run(self, works: Sequence[Work]) -> None:
+        """Performs all of them; they must be of different parameters."""
+        small: dict[tuple[Any, ...], list[Work]] = {}
+        numbers: dict[Scalars, Scalars] = {}
+        for work in works:
+            if work.p.numel() == 0:
+                continue
+            if not self._compiles(work.p.device):
+                update_(work, _piece(work.p))
+            elif work.spec.layout.hash is None and work.p.numel() <= _SMALL:
+                small.setdefault((work.spec, work.p.shape, work.p.dtype, work.p.device), []).append(work)
+            else:
+                self._run_one(work, numbers)
+        for signature, batch in small.items():
+            self._run_stacked(signature, batch)
+
+    def _compiles(self, device: torch.device) -> bool:
+        wanted = device.type != "cpu" if self._compile is None else self._compile
+        return wanted and self._compiler_works
+
+    def _run_one(self, work: Work, numbers: dict[Scalars, Scalars]) -> None:
+        p, g, m, v, spec, keys, h = work
+        tensors = [t.detach().view(shape) for t, shape in zip((p, g, m, v), _views(work), strict=True)]
+        signature = (spec, p.device, *((t.dtype, t.shape, t.stride()) for t in tensors))
+        if keys not in self._constants:
+            self._constants[keys] = tree_map(torch.tensor, keys)
+        if h not in numbers:
+            numbers[h] = Scalars(
+                torch.tensor(h.step), *(torch.as_tensor(number, dtype=torch.float64) for number in h[1:])
+            )
+        if signature not in self._graphs:
+            self._graphs[signature] = _graph_of_one(spec, p.device, len(self._graphs))
+        if not self._called(self._graphs[signature], *tensors, self._constants[keys], numbers[h]):
+            update_(work, _piece(p))
+
+    def _run_stacked(self, signature: tuple[Any, ...], batch: list[Work]) -> None:
+        """Small dense tensors of one signature, stacked along a first dimension whose size may change between steps."""
+        if signature not in self._graphs:
+            self._graphs[signature] = _graph_of_many(batch[0].spec, batch[0].p.device, len(self._graphs))
+        doubled = batch * 2 if len(batch) == 1 else batch  # a size of 1 would be compiled as a constant
+        tensors = [torch.stack(column) for column in zip(*(work[:4] for work in doubled), strict=True)]
+        device = batch[0].p.device
+        keys = torch.tensor([tree_flatten(work.keys)[0] for work in doubled], device=device)
+        steps = torch.tensor([work.h.step for work in doubled], device=device)
+        numbers = torch.stack([_row(work.h[1:], device) for work in doubled])
+        for stacked in (*tensors, keys, steps, numbers):
+            torch._dynamo.mark_dynamic(stacked, 0)
+        if not self._called(self._graphs[signature], *tensors, keys, steps, numbers):
+            for work in batch:
+                update_(work, _piece(work.p))
+            return
+        for place, results in ((0, tensors[0]), (2, tensors[2]), (3, tensors[3])):
+            torch._foreach_copy_([work[place] for work in batch], list(results.unbind(0))[: len(batch)])
+
+    def _called(self, graph: _Graph, *args: Any) -> bool:
+        """Whether the graph could be run; if not, nothing has changed and a warning has said why."""
+        try:
+            graph(*args)
+        except TorchDynamoException as error:  # raised while compiling, before anything ran
+            cause = " ".join(str(error).split("\n\n")[0].split())
+            if self._compiler_works:
+                warnings.warn(f"Collins steps eagerly, because torch.compile failed: {cause}", stacklevel=2)
+            self._compiler_works = False
+        return self._compiler_works
 
 
 def _piece(p: Tensor) -> int:
@@ -29,67 +117,64 @@ def _piece(p: Tensor) -> int:
     return min(max(p.numel() // 16, _PIECE_SMALLEST), largest)
 
 
-def _compiled(spec: Spec, number: int) -> _Compiled:
-    """`update_` for one signature, behind a code object of its own: the recompilation limit counts per code object."""
+def _views(work: Work) -> tuple[tuple[int, ...], ...]:
+    """Shapes under which p, g, m and v enter a graph: one row a bucket where that is a view, so that the graph's loops
+    agree and parameters of different shapes share it.
+    """
+    p, g, m, _, spec, _, _ = work
+    table = (m.numel(),)
+    if not (p.is_contiguous() and g.is_contiguous()):
+        return p.shape, g.shape, table, table
+    load = int(spec.layout.load)
+    whole = spec.layout.hash == "block" and p.numel() % load == 0
+    shape = (p.numel() // load, load) if whole else (p.numel(),)
+    return shape, shape, table, table
 
-    def whole(p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: Keys, h: Scalars) -> None:
+
+def _row(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    if any(isinstance(number, Tensor) for number in numbers):
+        return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+def _graph_of_one(spec: Spec, device: torch.device, number: int) -> _Graph:
+    def one(p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: Keys, h: Scalars) -> None:
         update_(Work(p, g, m, v, spec, keys, h))
 
-    code = whole.__code__.replace(co_name=f"collins_step_{number}")
-    own = types.FunctionType(code, whole.__globals__, code.co_name, None, whole.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=_options(device))
 
 
-def _key_tensors(keys: Keys) -> Keys:
-    return tree_map(torch.tensor, keys)
+def _graph_of_many(spec: Spec, device: torch.device, number: int) -> _Graph:
+    structure = tree_flatten(Keys(HashKey(0, 0), HashKey(0, 0), (0, 0, 0, 0), 0))[1]
+
+    def one(
+        p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: Tensor, step: Tensor, numbers: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        update_(Work(p, g, m, v, spec, tree_unflatten(keys.unbind(), structure), Scalars(step, *numbers.unbind())))
+        return p, m, v
+
+    many = torch.vmap(one)
+
+    def stacked(*args: Tensor) -> None:
+        many(*args)
+
+    return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=_options(device))
 
 
-def _scalar_tensors(h: Scalars) -> Scalars:
-    step, *rest = h
-    return Scalars(torch.tensor(step), *(torch.as_tensor(x, dtype=torch.float64) for x in rest))
+def _with_own_code(function: Any, number: int) -> Any:
+    """The function behind a code object of its own: PyTorch's recompilation limit counts per code object."""
+    code = function.__code__.replace(co_name=f"collins_{function.__code__.co_name}_{number}")
+    return types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
 
 
-class Engine:
-    """Applies `update_` to each parameter.
-
-    Args:
-        compile: True or False for all devices; None compiles on accelerators and not on the CPU.
+def _options(device: torch.device) -> dict[str, Any]:
+    """How much Inductor inlines. By default it stores any value of more than 30 operations, here one of the parameter's
+    size. On accelerators everything becomes one kernel, which computes hashes once a row; on the CPU hashes are worth
+    storing, one a bucket.
     """
-
-    def __init__(self, compile: bool | None = None) -> None:
-        self._compile = compile
-        self._graphs: dict[tuple[Any, ...], _Compiled] = {}
-        self._constants: dict[Keys, Keys] = {}
-        self._compiler_works = True
-
-    def run(self, works: Sequence[Work]) -> None:
-        """Performs every work, in order."""
-        numbers: dict[Scalars, Scalars] = {}
-        for work in works:
-            if work.p.numel() == 0:
-                continue
-            if not (self._compiles(work.p.device) and self._run_compiled(work, numbers)):
-                update_(work, _piece(work.p))
-
-    def _compiles(self, device: torch.device) -> bool:
-        wanted = device.type != "cpu" if self._compile is None else self._compile
-        return wanted and self._compiler_works
-
-    def _run_compiled(self, work: Work, numbers: dict[Scalars, Scalars]) -> bool:
-        """Whether it could be done; if not, nothing has changed and a warning has said why."""
-        p, g, m, v, spec, keys, h = work
-        signature = (spec, p.device, *((t.dtype, t.shape, t.stride()) for t in (p, g, m, v)))
-        graph = self._graphs.get(signature)
-        if graph is None:
-            graph = self._graphs[signature] = _compiled(spec, len(self._graphs))
-        if keys not in self._constants:
-            self._constants[keys] = _key_tensors(keys)
-        if h not in numbers:
-            numbers[h] = _scalar_tensors(h)
-        try:
-            graph(p, g, m, v, self._constants[keys], numbers[h])
-        except TorchDynamoException as error:  # raised while compiling, before anything ran
-            self._compiler_works = False
-            cause = str(error).strip().splitlines()
-            warnings.warn(f"Collins steps eagerly, because torch.compile failed: {' '.join(cause[:3])}", stacklevel=2)
-        return self._compiler_works
+    operations = 40 if device.type == "cpu" else 10_000
+    return {
+        "realize_opcount_threshold": operations,
+        "realize_reads_threshold": 1000,
+        "realize_acc_reads_threshold": 1000,
+    }

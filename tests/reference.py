@@ -43,7 +43,7 @@ class Block:
         """t + phi_b, or None for a bucket whose signs never change."""
         if self.T is None or len(self.members(b)) == 1:
             return None
-        return (mix(b + self.low & MASK) * self.T >> 32) + t
+        return ((b + self.low & MASK) * 0x61C88647 % 2**32 * self.T >> 32) + t
 
     def fresh(self, b, t):
         age = self.age(b, t)
@@ -57,7 +57,7 @@ class Block:
         age = self.age(b, t)
         epoch = 0 if age is None else age // self.T
         word = b if self.c <= 32 else i // 32
-        mixed = mix(mix(word + self.low & MASK) ^ (epoch * 0x1E3779B9 + self.high & MASK))
+        mixed = mix((word + self.low & MASK) ^ (epoch * 0x1E3779B9 + self.high & MASK))
         return 1 - 2 * (mixed >> i % 32 & 1)
 
     def load(self, b):

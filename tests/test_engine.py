@@ -1,17 +1,19 @@
 """The engine: compiled steps are the eager steps, compiled once, and eager where there is no compiler."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from collins import Collins
 
 CASES = [
     (torch.float32, {}),
-    (torch.bfloat16, {}),
-    (torch.float16, {}),
+    (torch.bfloat16, {"compress_ratio": 8}),
+    (torch.float16, {"rehash_period": None}),
     (torch.bfloat16, {"hash": "universal", "decode": "sketch"}),
     (torch.float32, {"table_dtype": torch.bfloat16, "compress_ratio": 64, "maximize": True}),
 ]
@@ -24,7 +26,7 @@ def test_compiled_equals_eager(dtype, options, device):
     sides = []
     for compile in (False, True):
         ps = [torch.nn.Parameter(value.clone()) for value in values]
-        opt = Collins(ps, lr=1e-2, min_K=16, rehash_period=3, compile=compile, **options)
+        opt = Collins(ps, **{"lr": 1e-2, "min_K": 16, "rehash_period": 3, "compile": compile, **options})
         for step in range(6):
             for i, p in enumerate(ps):
                 g = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
@@ -72,3 +74,128 @@ assert all(state["step"] == 2 for state in opt.state.values())
     assert ran.returncode == 0, ran.stderr
     assert "Collins steps eagerly, because torch.compile failed" in ran.stdout
     assert "compiler" in ran.stdout
+
+
+def parameters(*shapes):
+    ps = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for p in ps:
+        p.grad = torch.randn_like(p)
+    return ps
+
+
+def llama(layers, hidden, feed_forward, key_value, vocabulary):
+    layer = [(hidden, hidden), (key_value, hidden), (key_value, hidden), (hidden, hidden), (feed_forward, hidden)]
+    layer += [(feed_forward, hidden), (hidden, feed_forward), (hidden,), (hidden,)]
+    return [(vocabulary, hidden), *layer * layers, (hidden,), (vocabulary, hidden)]
+
+
+def test_one_graph_for_each_signature_and_not_for_each_parameter():
+    ps = parameters(*llama(32, 64, 192, 16, 512))
+    assert len(ps) == 291
+    opt = Collins(ps, min_K=128, compile=True)
+    opt.step()
+    # Dense norms; 64x64; 16x64; 192x64 and 64x192 as the same rows; 512x64.
+    assert opt._engine.graphs == 5
+
+
+def test_nothing_recompiles_after_the_first_step():
+    """Not for another lr, tensor or float, betas, weight decay, absent gradients, epochs, nor a loaded state."""
+    body, norms = parameters((96, 64), (64, 96), (96, 64)), parameters((40,), (40,), (40,))
+    opt = Collins([{"params": body}, {"params": norms, "weight_decay": 0.0}], min_K=16, rehash_period=3, compile=True)
+    opt.step()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=1e-2, total_steps=20)  # cycles the betas too
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(12):
+            opt.step()
+            schedule.step()
+            opt.param_groups[0]["weight_decay"] = 0.01 * step
+            norms[step % 3].grad = body[step % 3].grad = None
+            norms[(step + 1) % 3].grad, body[(step + 1) % 3].grad = (
+                torch.randn(40),
+                torch.randn_like(body[step % 3 - 2]),
+            )
+        opt.load_state_dict(opt.state_dict())
+        opt.step()
+        for group in opt.param_groups:
+            group["lr"] = torch.tensor(1e-3)
+        opt.step()
+        before = opt._engine.graphs
+        opt.add_param_group({"params": parameters((64, 96), (40,)), "lr": 1e-3})
+        opt.step()
+        assert opt._engine.graphs == before
+    late = parameters((48, 64))
+    opt.add_param_group({"params": late})
+    opt.step()
+    assert opt._engine.graphs == before + 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own, of loss
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_inside_a_compiled_training_step(compile):
+    def build(inner):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 64))
+        opt = Collins(net.parameters(), lr=torch.tensor(1e-2), min_K=16, rehash_period=3, compile=inner)
+        return net, opt, torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)
+
+    def trained(wrap, inner):
+        net, opt, schedule = build(inner)
+
+        def train_step(x):
+            loss = net(x).square().mean()
+            loss.backward()
+            opt.step()
+            schedule.step()
+            opt.zero_grad()
+            return loss
+
+        step = wrap(train_step)
+        for i in range(4):
+            step(torch.randn(8, 64, generator=torch.Generator().manual_seed(i)))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for i in range(4, 9):
+                step(torch.randn(8, 64, generator=torch.Generator().manual_seed(i)))
+        return [p.detach() for p in net.parameters()]
+
+    expected = trained(lambda function: function, False)
+    for p, q in zip(trained(torch.compile, compile), expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_compiling_the_bound_step(compile):
+    sides = []
+    for wrap, inner in ((lambda function: function, False), (torch.compile, compile)):
+        torch.manual_seed(0)
+        ps = parameters((96, 64), (40,))
+        opt = Collins(ps, lr=1e-2, min_K=16, compile=inner)
+        step = wrap(opt.step)
+        for _ in range(4):
+            step()
+        sides.append(ps)
+    for p, q in zip(*sides, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"decode": "sketch"}], ids=str)
+def test_one_kernel_is_called_for_a_compressed_tensor(options, dtype, device):
+    p = torch.nn.Parameter(torch.randn(512, 256, device=device).to(dtype))
+    p.grad = torch.randn_like(p)
+    _, codes = run_and_get_code(Collins([p], compile=True, **options).step)
+    assert len(codes) == 1
+    made = {"cpu": r"async_compile\.cpp_pybinding\(", "cuda": r"async_compile\.triton\("}[device.type]
+    assert len(re.findall(made, codes[0])) == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_step_needs_no_memory_of_the_parameters_size(dtype):
+    p = torch.nn.Parameter(torch.randn(8192, 8192, device="cuda").to(dtype))
+    p.grad = torch.randn_like(p)
+    opt = Collins([p])
+    opt.step()
+    resident = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    opt.step()
+    assert torch.cuda.max_memory_allocated() <= 1.01 * resident
