@@ -1,6 +1,6 @@
 """One parameter's whole step, in place: hash, encode, decay, decode, write. The only code that changes a parameter.
 
-Eager, compiled, offloaded and in-backward steps all call `update_`. It works through the parameter in pieces of `chunk`
+Eager and compiled steps call the same `update_`. It works through the parameter in pieces of `chunk`
 elements, so that an eager step needs a few small temporaries; compiled code takes the parameter as one piece and fuses
 it. Every number that differs between parameters of one `Spec` may be a 0-d tensor: one compiled graph serves them all.
 """
@@ -46,6 +46,7 @@ class Work(NamedTuple):
     p, g: the parameter and its gradient: any shape and strides, one dtype and device; i counts in row-major order.
     m, v: contiguous moments, shaped like `p` when dense, else (K,).
     spec, keys, h: the static part, the parameter's constants, the step's numbers.
+    start: the number of the first element, where p, g, m and v are slices of a larger parameter's, at a whole bucket.
     """
 
     p: Tensor
@@ -55,6 +56,7 @@ class Work(NamedTuple):
     spec: Spec
     keys: Keys
     h: Scalars
+    start: int = 0
 
 
 def update_(work: Work, chunk: int | None = None) -> None:
@@ -68,7 +70,7 @@ def update_(work: Work, chunk: int | None = None) -> None:
 class _Piece(NamedTuple):
     """Slices of p and g along their first dimension that are consecutive elements in row-major order."""
 
-    first: int  # the number of the first element
+    offset: int  # of the first element from the start of the work
     p: Tensor
     g: Tensor
 
@@ -88,8 +90,8 @@ def _pieces(work: Work, chunk: int | None, unit: int = 1) -> Iterator[_Piece]:
 
 def _dense_(work: Work, chunk: int | None) -> None:
     h, m, v = work.h, work.m.view(-1), work.v.view(-1)
-    for first, p, g in _pieces(work, chunk):
-        part = slice(first, first + p.numel())
+    for offset, p, g in _pieces(work, chunk):
+        first, part = work.start + offset, slice(offset, offset + p.numel())
         grad = _gradient(g, work.spec)
         first_moment = decay(m[part], grad, h.beta1)
         second_moment = decay(v[part], grad * grad, h.beta2)
@@ -100,14 +102,14 @@ def _dense_(work: Work, chunk: int | None) -> None:
 
 
 def _block_(work: Work, chunk: int | None) -> None:
-    _, _, spec, keys, h = work[2:]
+    spec, keys, h = work.spec, work.keys, work.h
     _, numel, buckets, load = spec.layout
     load = int(load)
     tail = numel - (buckets - 1) * load
-    for start, p, g in _pieces(work, chunk, load):
+    for offset, p, g in _pieces(work, chunk, load):
         count = p.numel()
-        first, rows = start // load, -(-count // load)
-        table = slice(first, first + rows)
+        first, rows = (work.start + offset) // load, -(-count // load)
+        table = slice(offset // load, offset // load + rows)
         bucket = torch.arange(first, first + rows, device=p.device)
         epoch, fresh = epoch_of(bucket, h.step, keys.sign, keys.period) if spec.rehash else (0, None)
         loads: float | Tensor = load
@@ -130,13 +132,13 @@ def _block_(work: Work, chunk: int | None) -> None:
         m_b, v_b = _scaled(first_moment, second_moment, loads, work)
         r = grad - signs * mu[:, None] if spec.decode == "residual" else None
         new = updated(old, signs * m_b[:, None], v_b[:, None], r, h)
-        _store(p, new.view(-1)[:count], start, PARAM, work)
+        _store(p, new.view(-1)[:count], work.start + offset, PARAM, work)
 
 
 def _universal_(work: Work, chunk: int | None) -> None:
-    _, _, spec, keys, h = work[2:]
+    spec, h = work.spec, work.h
     _, _, buckets, load = spec.layout
-    a, b, c, d = keys.universal
+    a, b, c, d = work.keys.universal
 
     def hashed(first: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.arange(first, first + g.numel(), device=g.device)

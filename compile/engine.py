@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from collins.hashing import HashKey
+from collins.hashing import WORD, HashKey
+from collins.rounding import ROUNDED
 from collins.rule import Scalars
 from collins.update import Keys, Spec, Work, update_
 
@@ -50,23 +51,30 @@ class Engine:
         small: dict[tuple[Any, ...], list[Work]] = {}
         numbers: dict[Scalars, Scalars] = {}
         for work in works:
-            if work.p.numel() == 0:
-                continue
-            if not self._compiles(work.p.device):
-                update_(work, _piece(work.p))
-            elif work.spec.layout.hash is None and work.p.numel() <= _SMALL:
-                small.setdefault((work.spec, work.p.shape, work.p.dtype, work.p.device), []).append(work)
-            else:
+            p = work.p
+            whole = _whole(work) if self._compiles(p.device) else 0
+            if whole == 0:
+                self._run_eagerly(work)
+            elif work.spec.layout.hash is None and whole == p.numel() <= _SMALL:
+                small.setdefault((work.spec, p.shape, p.dtype, p.device), []).append(work)
+            elif whole == p.numel():
                 self._run_one(work, numbers)
+            else:
+                for part in _split(work, whole):
+                    self._run_one(part, numbers) if part.start == 0 else self._run_eagerly(part)
         for signature, batch in small.items():
             self._run_stacked(signature, batch)
+
+    def _run_eagerly(self, work: Work) -> None:
+        if work.p.numel():
+            update_(work, _piece(work.p))
 
     def _compiles(self, device: torch.device) -> bool:
         wanted = device.type != "cpu" if self._compile is None else self._compile
         return wanted and self._compiler_works
 
     def _run_one(self, work: Work, numbers: dict[Scalars, Scalars]) -> None:
-        p, g, m, v, spec, keys, h = work
+        p, g, m, v, spec, keys, h, _ = work
         tensors = [t.detach().view(shape) for t, shape in zip((p, g, m, v), _views(work), strict=True)]
         signature = (spec, p.device, *((t.dtype, t.shape, t.stride()) for t in tensors))
         if keys not in self._constants:
@@ -78,7 +86,7 @@ class Engine:
         if signature not in self._graphs:
             self._graphs[signature] = _graph_of_one(spec, p.device, len(self._graphs))
         if not self._called(self._graphs[signature], *tensors, self._constants[keys], numbers[h]):
-            update_(work, _piece(p))
+            self._run_eagerly(work)
 
     def _run_stacked(self, signature: tuple[Any, ...], batch: list[Work]) -> None:
         """Small dense tensors of one signature, stacked along a first dimension whose size may change between steps."""
@@ -94,7 +102,7 @@ class Engine:
             torch._dynamo.mark_dynamic(stacked, 0)
         if not self._called(self._graphs[signature], *tensors, keys, steps, numbers):
             for work in batch:
-                update_(work, _piece(work.p))
+                self._run_eagerly(work)
             return
         for place, results in ((0, tensors[0]), (2, tensors[2]), (3, tensors[3])):
             torch._foreach_copy_([work[place] for work in batch], list(results.unbind(0))[: len(batch)])
@@ -117,17 +125,42 @@ def _piece(p: Tensor) -> int:
     return min(max(p.numel() // 16, _PIECE_SMALLEST), largest)
 
 
+def _whole(work: Work) -> int:
+    """How many leading elements a graph may take: all of the parameter but an odd end, or none of it.
+
+    Inductor's CPU backend splits a loop over x where it sees x // 32, and loses the end when 32 does not divide the
+    range (seen in torch 2.13). So graphs take whole buckets, and where values are rounded stochastically whole words.
+    """
+    p, g, m, _, spec, _, _, _ = work
+    load = int(spec.layout.load) if spec.layout.hash == "block" else 1
+    unit = load
+    if spec.rounding:
+        unit = load * WORD if m.dtype in ROUNDED else max(load, WORD)
+    if p.numel() % unit == 0:
+        return p.numel()
+    divisible = spec.layout.hash != "universal" and p.is_contiguous() and g.is_contiguous()
+    return p.numel() // unit * unit if divisible else 0
+
+
+def _split(work: Work, whole: int) -> tuple[Work, Work]:
+    """The first `whole` elements of a contiguous parameter, and the rest."""
+    p, g, m, v = (t.detach().view(-1) for t in work[:4])
+    entry = whole // int(work.spec.layout.load)
+    return (
+        work._replace(p=p[:whole], g=g[:whole], m=m[:entry], v=v[:entry]),
+        work._replace(p=p[whole:], g=g[whole:], m=m[entry:], v=v[entry:], start=whole),
+    )
+
+
 def _views(work: Work) -> tuple[tuple[int, ...], ...]:
     """Shapes under which p, g, m and v enter a graph: one row a bucket where that is a view, so that the graph's loops
     agree and parameters of different shapes share it.
     """
-    p, g, m, _, spec, _, _ = work
+    p, g, m = work.p, work.g, work.m
     table = (m.numel(),)
     if not (p.is_contiguous() and g.is_contiguous()):
         return p.shape, g.shape, table, table
-    load = int(spec.layout.load)
-    whole = spec.layout.hash == "block" and p.numel() % load == 0
-    shape = (p.numel() // load, load) if whole else (p.numel(),)
+    shape = (m.numel(), p.numel() // m.numel()) if work.spec.layout.hash == "block" else (p.numel(),)
     return shape, shape, table, table
 
 

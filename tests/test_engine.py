@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from shapes import llama
 from torch._inductor.utils import run_and_get_code
 
 from collins import Collins
@@ -22,7 +23,9 @@ CASES = [
 @pytest.mark.parametrize(("dtype", "options"), CASES, ids=str)
 def test_compiled_equals_eager(dtype, options, device):
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(shape, generator=generator).to(device, dtype) for shape in ((96, 64), (40,), (), (96, 64))]
+    values = [
+        torch.randn(shape, generator=generator).to(device, dtype) for shape in ((96, 64), (33, 37), (40,), (), (96, 64))
+    ]
     sides = []
     for compile in (False, True):
         ps = [torch.nn.Parameter(value.clone()) for value in values]
@@ -81,12 +84,6 @@ def parameters(*shapes):
     for p in ps:
         p.grad = torch.randn_like(p)
     return ps
-
-
-def llama(layers, hidden, feed_forward, key_value, vocabulary):
-    layer = [(hidden, hidden), (key_value, hidden), (key_value, hidden), (hidden, hidden), (feed_forward, hidden)]
-    layer += [(feed_forward, hidden), (hidden, feed_forward), (hidden,), (hidden,)]
-    return [(vocabulary, hidden), *layer * layers, (hidden,), (vocabulary, hidden)]
 
 
 def test_one_graph_for_each_signature_and_not_for_each_parameter():

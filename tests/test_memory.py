@@ -2,19 +2,12 @@
 
 import pytest
 import torch
+from shapes import llama
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from collins import Collins
-
-
-def llama(layers, hidden, feed_forward, key_value, vocabulary):
-    """The shapes of a LLaMA model's parameters."""
-    layer = [(hidden, hidden), (key_value, hidden), (key_value, hidden), (hidden, hidden), (feed_forward, hidden)]
-    layer += [(feed_forward, hidden), (hidden, feed_forward), (hidden,), (hidden,)]
-    return [(vocabulary, hidden), *layer * layers, (hidden,), (vocabulary, hidden)]
-
 
 MODELS = {
     "7B": (llama(32, 4096, 11008, 4096, 32000), 6.738e9, 1.75e9),

@@ -1,0 +1,106 @@
+"""Time of one optimizer step, side by side on the shapes of real models.
+
+    pytest tests/benchmarks --benchmark-json=step.json
+
+runs on the GPU where there is one, in fp32 and bf16, and on the CPU in fp32 with fewer layers; it ends with a table of
+medians, each as a ratio to fused AdamW's in the same run and as a share of a copy's speed on the bytes that must move.
+"""
+
+import gc
+import importlib.util
+
+import pytest
+import torch
+from shapes import gpt2, llama
+
+from collins import Collins
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_CPU = DEVICE.type == "cpu"
+MODELS = {
+    "gpt2-124m": gpt2(),
+    "llama-1b": llama(1 if ON_CPU else 16, 2048, 8192, 512, 32000),
+    "llama-7b": llama(1 if ON_CPU else 32, 4096, 11008, 4096, 32000),
+}
+OPTIMIZERS = {
+    "AdamW fused": lambda ps: torch.optim.AdamW(ps, fused=True),
+    "AdamW foreach": lambda ps: torch.optim.AdamW(ps, foreach=True),
+    "Adafactor": lambda ps: torch.optim.Adafactor(ps),
+    "Collins compiled": lambda ps: Collins(ps, compile=True),
+    "Collins eager": lambda ps: Collins(ps, compile=False),
+    "Collins universal": lambda ps: Collins(ps, hash="universal", compile=True),
+}
+if importlib.util.find_spec("bitsandbytes") and not ON_CPU:
+    OPTIMIZERS["bitsandbytes 8-bit"] = lambda ps: importlib.import_module("bitsandbytes").optim.AdamW8bit(ps)
+if importlib.util.find_spec("torchao"):
+    OPTIMIZERS["torchao 8-bit"] = lambda ps: importlib.import_module("torchao.optim").AdamW8bit(ps)
+
+
+def settle():
+    """Waits until the device has done what it was given."""
+    if not ON_CPU:
+        torch.cuda.synchronize()
+
+
+def rounds(parameters):
+    """Fewer repetitions for larger models: a run over all of them stays within ten minutes on two CPU cores."""
+    return 7 if ON_CPU and parameters > 2e8 else 15
+
+
+@pytest.fixture
+def measure(benchmark):
+    def timed(function, group, name, **extra):
+        def once():
+            function()
+            settle()
+
+        benchmark.group = group
+        benchmark.extra_info.update(name=name, **extra)
+        benchmark.pedantic(once, rounds=extra["rounds"], warmup_rounds=3)
+
+    yield timed
+    gc.collect()
+    if not ON_CPU:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(params=[torch.float32] if ON_CPU else [torch.float32, torch.bfloat16], ids=str)
+def dtype(request):
+    return request.param
+
+
+def group_of(model, dtype):
+    return f"{model} {str(dtype).removeprefix('torch.')} {DEVICE.type}"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_copy(measure, model, dtype):
+    """The device's own speed: a copy of all the model's parameters in one piece, at most 4 GiB."""
+    count = sum(torch.Size(shape).numel() for shape in MODELS[model])
+    source = torch.randn(min(count, 2**32 // dtype.itemsize), device=DEVICE, dtype=dtype)
+    target = torch.empty_like(source)
+    extra = {"bytes": 2 * source.nbytes, "rounds": rounds(count), "peak": None}
+    measure(lambda: target.copy_(source), group_of(model, dtype), "copy", **extra)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_step(measure, model, name, dtype):
+    ps = [torch.nn.Parameter(torch.randn(shape, device=DEVICE, dtype=dtype)) for shape in MODELS[model]]
+    for p in ps:
+        p.grad = torch.randn_like(p)
+    opt = OPTIMIZERS[name](ps)
+    opt.step()
+    state = sum(t.nbytes for kept in opt.state.values() for t in kept.values() if isinstance(t, torch.Tensor))
+    held = sum(p.nbytes for p in ps)
+    peak = None
+    if not ON_CPU:
+        settle()
+        resident = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        opt.step()
+        settle()
+        peak = torch.cuda.max_memory_allocated() - resident
+    # Each gradient is read; each parameter and each moment is read and written.
+    extra = {"bytes": 3 * held + 2 * state, "rounds": rounds(sum(p.numel() for p in ps)), "peak": peak}
+    measure(opt.step, group_of(model, dtype), name, **extra)
