@@ -251,6 +251,8 @@ class Collins(Optimizer):
 
         def put_back(_: Optimizer) -> None:
             for member in self._members():
+                if "step" in self.state.get(member.p, ()):  # the base class would share it with the source
+                    self.state[member.p]["step"] = torch.tensor(float(self.state[member.p]["step"]))
                 for name, loaded in moments.get(member.p, {}).items():
                     moment = present.get(member.p, {}).get(name)
                     dtype = _moment_dtype(member.p, self._plan(member).spec.layout, member.group["table_dtype"])
@@ -282,7 +284,7 @@ class Collins(Optimizer):
         for (saved, group), member in zip(places, self._members(), strict=True):
             state = state_dict["state"].get(saved, {})
             found = {name: state[name] for name in _MOMENTS if name in state}
-            if found:
+            if state:
                 _check_moments(member.name, "state_dict", found, _moment_shapes(member.p, _layout(member.p, group)))
                 moments[member.p] = found
         return moments

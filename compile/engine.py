@@ -70,7 +70,7 @@ class Engine:
             update_(work, _piece(work.p))
 
     def _compiles(self, device: torch.device) -> bool:
-        wanted = device.type != "cpu" if self._compile is None else self._compile
+        wanted = device.type not in ("cpu", "meta") if self._compile is None else self._compile
         return wanted and self._compiler_works
 
     def _run_one(self, work: Work, numbers: dict[Scalars, Scalars]) -> None:

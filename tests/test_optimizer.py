@@ -280,6 +280,8 @@ def test_loading_overwrites_moments_in_place_and_shares_none_with_the_source():
     resumed.load_state_dict(opt.state_dict())
     assert resumed.state[twin]["m_table"].data_ptr() == address
     assert opt.state[weight]["m_table"].data_ptr() != address
+    train(net, opt, 1)
+    assert resumed.state[twin]["step"].item() == 3
 
 
 def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_changes():
@@ -296,7 +298,10 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_changes():
     fewer["param_groups"][0]["params"].pop()
     broken = copy.deepcopy(before)
     broken["param_groups"][0]["betas"] = (0.9, 2.0)
+    half = copy.deepcopy(before)
+    del half["state"][0]["v_table"]
     for wrong, text in (
+        (half, r"parameter '0.weight' has moments .*v_table.* state_dict holds {'m_table': \(256,\)}"),
         (finer, r"parameter '0.weight' has moments .*1024.* state_dict holds .*256"),
         (adamw.state_dict(), r"parameter '0.weight' has moments .*m_table.* state_dict holds .*exp_avg"),
         (fewer, r"state_dict has parameter groups of \[3\] parameters; this optimizer has \[4\]"),
