@@ -42,6 +42,8 @@ class _Plan(NamedTuple):
     spec: Spec
     keys: Keys
     hash: Hash | None
+    shapes: dict[str, tuple[int, ...]]  # of the moments, by name, the first one first
+    dtype: torch.dtype  # of the moments
 
 
 class Collins(Optimizer):
@@ -255,7 +257,7 @@ class Collins(Optimizer):
                     self.state[member.p]["step"] = torch.tensor(float(self.state[member.p]["step"]))
                 for name, loaded in moments.get(member.p, {}).items():
                     moment = present.get(member.p, {}).get(name)
-                    dtype = _moment_dtype(member.p, self._plan(member).spec.layout, member.group["table_dtype"])
+                    dtype = self._plan(member).dtype
                     if moment is None or moment.shape != loaded.shape or moment.dtype != dtype:
                         moment = torch.empty(loaded.shape, dtype=dtype, device=member.p.device)
                     self.state[member.p][name] = moment.copy_(loaded)
@@ -322,24 +324,23 @@ class Collins(Optimizer):
             hash = BlockHash(p.numel(), int(layout.load), seed=self.seed, key=key, period=period)
         elif layout.hash == "universal":
             hash = UniversalHash(p.numel(), layout.buckets, seed=self.seed, key=key)
-        dtypes = (p.dtype, _moment_dtype(p, layout, group["table_dtype"]))
-        rounding = group["stochastic_rounding"] is not False and any(dtype in ROUNDED for dtype in dtypes)
+        dtype = _moment_dtype(p, layout, group["table_dtype"])
+        rounding = group["stochastic_rounding"] is not False and (p.dtype in ROUNDED or dtype in ROUNDED)
         rehash = layout.hash == "block" and period is not None
         spec = Spec(layout, group["decode"], rehash, rounding, group["maximize"])
         sign_key, rounding_key = hash_key(self.seed, key, "sign"), hash_key(self.seed, key, "round")
-        plan = _Plan(settings, spec, Keys(sign_key, rounding_key, (0, 0, 0, 0), period or 0), hash)
-        self._plans[p] = plan
+        keys = Keys(sign_key, rounding_key, (0, 0, 0, 0), period or 0)
+        plan = self._plans[p] = _Plan(settings, spec, keys, hash, _moment_shapes(p, layout), dtype)
         return plan
 
     def _work(self, member: _Member) -> Work:
         """One parameter's share of this step; makes its state on first use and counts the step."""
         p, group, _, _ = member
-        _, spec, keys, hash = self._plan(member)
+        _, spec, keys, hash, shapes, dtype = self._plan(member)
         state = self.state[p]
         if not state:
-            dtype = _moment_dtype(p, spec.layout, group["table_dtype"])
             state["step"] = torch.tensor(0.0)
-            for name, shape in _moment_shapes(p, spec.layout).items():
+            for name, shape in shapes.items():
                 state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
         if isinstance(hash, UniversalHash):
             keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
@@ -353,13 +354,15 @@ class Collins(Optimizer):
             weight_decay=group["weight_decay"],
             residual_weight=group["residual_weight"],
         )
-        first, second = (state[name] for name in _moment_shapes(p, spec.layout))
+        first, second = (state[name] for name in shapes)
         return Work(p, cast(Tensor, p.grad), first, second, spec, keys, h)
 
     def _check_state(self, member: _Member) -> None:
         if state := self.state.get(member.p):
-            shapes = _moment_shapes(member.p, self._plan(member).spec.layout)
-            _check_moments(member.name, "the optimizer", {k: state[k] for k in _MOMENTS if k in state}, shapes)
+            shapes = self._plan(member).shapes
+            if not all(name in state and state[name].shape == shape for name, shape in shapes.items()):
+                held = {name: state[name] for name in _MOMENTS if name in state}
+                _check_moments(member.name, "the optimizer", held, shapes)
 
     def _report_row(self, member: _Member) -> ParameterRow:
         p, group, _, name = member
