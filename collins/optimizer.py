@@ -291,7 +291,7 @@ class Collins(Optimizer):
                 moments[member.p] = found
         return moments
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update(self) -> None:
         """Checks everything, then performs the step. Code that compiles `step` calls this as it is: the engine compiles
         its own graphs, which no change of learning rate, gradients or state invalidates.

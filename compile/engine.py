@@ -93,7 +93,7 @@ class Engine:
         if signature not in self._graphs:
             self._graphs[signature] = _graph_of_many(batch[0].spec, batch[0].p.device, len(self._graphs))
         doubled = batch * 2 if len(batch) == 1 else batch  # a size of 1 would be compiled as a constant
-        tensors = [torch.stack(column) for column in zip(*(work[:4] for work in doubled), strict=True)]
+        tensors = [torch.stack(column) for column in zip(*((w.p, w.g, w.m, w.v) for w in doubled), strict=True)]
         device = batch[0].p.device
         keys = torch.tensor([tree_flatten(work.keys)[0] for work in doubled], device=device)
         steps = torch.tensor([work.h.step for work in doubled], device=device)
@@ -104,8 +104,10 @@ class Engine:
             for work in batch:
                 self._run_eagerly(work)
             return
-        for place, results in ((0, tensors[0]), (2, tensors[2]), (3, tensors[3])):
-            torch._foreach_copy_([work[place] for work in batch], list(results.unbind(0))[: len(batch)])
+        p, _, m, v = (list(results.unbind(0))[: len(batch)] for results in tensors)
+        torch._foreach_copy_([work.p for work in batch], p)
+        torch._foreach_copy_([work.m for work in batch], m)
+        torch._foreach_copy_([work.v for work in batch], v)
 
     def _called(self, graph: _Graph, *args: Any) -> bool:
         """Whether the graph could be run; if not, nothing has changed and a warning has said why."""

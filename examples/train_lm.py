@@ -65,7 +65,8 @@ class Block(nn.Module):
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+        fed: Tensor = self.down(functional.gelu(self.up(self.norm2(x))))
+        return x + fed
 
 
 class GPT(nn.Module):
@@ -92,7 +93,8 @@ class GPT(nn.Module):
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy in nats of each byte given those before it; `tokens` (batch, context + 1), int64."""
-        return functional.cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        logits: Tensor = self(tokens[:, :-1])
+        return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def standard_library() -> Tensor:
