@@ -99,7 +99,7 @@ def sign_bits(bucket: Tensor, load: int, epoch: Tensor | int, key: HashKey) -> T
     lane = torch.arange(min(load, WORD), dtype=torch.int32, device=bucket.device)
     if load <= WORD:
         if load < WORD:
-            lane = ((row * load).to(torch.int32) & (WORD - 1)) + lane
+            lane = (row * load & (WORD - 1)).to(torch.int32) + lane
         return (mixed_word(row, tick, key).to(torch.int32) >> lane) & 1
     words = torch.arange(load // WORD, device=bucket.device) + row * (load // WORD)
     return ((mixed_word(words, tick, key).to(torch.int32)[:, :, None] >> lane) & 1).reshape(-1, load)
