@@ -56,7 +56,7 @@ class Engine:
             if whole == 0:
                 self._run_eagerly(work)
             elif work.spec.layout.hash is None and whole == p.numel() <= _SMALL:
-                small.setdefault((work.spec, p.shape, p.dtype, p.device), []).append(work)
+                small.setdefault((work.spec, p.shape, p.dtype, work.m.dtype, p.device), []).append(work)
             elif whole == p.numel():
                 self._run_one(work, numbers)
             else:

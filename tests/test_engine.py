@@ -95,6 +95,22 @@ def test_one_graph_for_each_signature_and_not_for_each_parameter():
     assert opt._engine.graphs == 5
 
 
+def test_dense_moments_of_different_dtypes_are_not_stacked_together():
+    sides = []
+    for compile in (False, True):
+        ps = [torch.nn.Parameter(torch.linspace(-1, 1, 64).bfloat16()) for _ in range(2)]
+        groups = [{"params": [ps[0]]}, {"params": [ps[1]], "table_dtype": torch.bfloat16}]
+        opt = Collins(groups, lr=1e-2, compile=compile)
+        for step in range(3):
+            for p in ps:
+                p.grad = torch.sin(torch.arange(64.0) + step).bfloat16()
+            opt.step()
+        assert [opt.state[p]["exp_avg"].dtype for p in ps] == [torch.float32, torch.bfloat16]
+        sides.append([t for p in ps for t in (p.detach(), opt.state[p]["exp_avg"], opt.state[p]["exp_avg_sq"])])
+    for eager, compiled in zip(*sides, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-6, atol=1e-8)  # bf16 to the bit
+
+
 def test_nothing_recompiles_after_the_first_step():
     """Not for another lr, tensor or float, betas, weight decay, absent gradients, epochs, nor a loaded state."""
     body, norms = parameters((96, 64), (64, 96), (96, 64)), parameters((40,), (40,), (40,))
