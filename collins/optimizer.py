@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from collins.compile import Engine
-from collins.hashing import BlockHash, UniversalHash, hash_key
+from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.layout import DECODES, HASHES, Layout, layout_of
 from collins.report import MemoryReport, ParameterRow
 from collins.rounding import ROUNDED
@@ -298,11 +298,11 @@ class Collins(Optimizer):
         """
         for group in self.param_groups:
             check_options(group)
-        members = [member for member in self._members() if member.p.grad is not None]
-        for member in members:
+        planned = [(member, self._plan(member)) for member in self._members() if member.p.grad is not None]
+        for member, plan in planned:
             _check_gradient(member)
-            self._check_state(member)
-        self._engine.run([self._work(member) for member in members])
+            self._check_state(member, plan)
+        self._engine.run([self._work(member, plan) for member, plan in planned])
 
     def _members(self) -> Iterator[_Member]:
         key = 0
@@ -328,15 +328,15 @@ class Collins(Optimizer):
         rounding = group["stochastic_rounding"] is not False and (p.dtype in ROUNDED or dtype in ROUNDED)
         rehash = layout.hash == "block" and period is not None
         spec = Spec(layout, group["decode"], rehash, rounding, group["maximize"])
-        sign_key, rounding_key = hash_key(self.seed, key, "sign"), hash_key(self.seed, key, "round")
-        keys = Keys(sign_key, rounding_key, (0, 0, 0, 0), period or 0)
+        sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
+        keys = Keys(sign_key, hash_key(self.seed, key, "round"), (0, 0, 0, 0), period or 0)
         plan = self._plans[p] = _Plan(settings, spec, keys, hash, _moment_shapes(p, layout), dtype)
         return plan
 
-    def _work(self, member: _Member) -> Work:
+    def _work(self, member: _Member, plan: _Plan) -> Work:
         """One parameter's share of this step; makes its state on first use and counts the step."""
         p, group, _, _ = member
-        _, spec, keys, hash, shapes, dtype = self._plan(member)
+        _, spec, keys, hash, shapes, dtype = plan
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -357,12 +357,11 @@ class Collins(Optimizer):
         first, second = (state[name] for name in shapes)
         return Work(p, cast(Tensor, p.grad), first, second, spec, keys, h)
 
-    def _check_state(self, member: _Member) -> None:
-        if state := self.state.get(member.p):
-            shapes = self._plan(member).shapes
-            if not all(name in state and state[name].shape == shape for name, shape in shapes.items()):
-                held = {name: state[name] for name in _MOMENTS if name in state}
-                _check_moments(member.name, "the optimizer", held, shapes)
+    def _check_state(self, member: _Member, plan: _Plan) -> None:
+        state = self.state.get(member.p)
+        if state and not all(name in state and state[name].shape == shape for name, shape in plan.shapes.items()):
+            held = {name: state[name] for name in _MOMENTS if name in state}
+            _check_moments(member.name, "the optimizer", held, plan.shapes)
 
     def _report_row(self, member: _Member) -> ParameterRow:
         p, group, _, name = member
