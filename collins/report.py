@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from collins.table import as_table, shape_text
+
 
 @dataclass(frozen=True)
 class ParameterRow:
@@ -43,7 +45,7 @@ class MemoryReport:
         lines = [
             (
                 row.name,
-                "x".join(map(str, row.shape)) or "scalar",
+                shape_text(row.shape),
                 row.hash or "dense",
                 f"{row.load:g}",
                 f"{row.state_bytes:,}",
@@ -52,12 +54,4 @@ class MemoryReport:
             for row in self.rows
         ]
         lines.append(("total", "", "", f"{self.ratio:.2f}x less", f"{self.state_bytes:,}", f"{self.adamw_bytes:,}"))
-        widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
-        ruled = [heads, tuple("-" * width for width in widths), *lines]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i < 3 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in ruled
-        )
+        return as_table(heads, lines, left=3)
