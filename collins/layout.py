@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 HASHES = ("block", "universal")
 DECODES = ("residual", "sketch")
 
@@ -37,3 +39,13 @@ def layout_of(numel: int, *, compress_ratio: float, min_K: int, hash: str) -> La
     while 2 * load <= compress_ratio and -(-numel // (2 * load)) >= min_K:
         load *= 2
     return Layout(hash, numel, -(-numel // load), load) if load > 1 else dense
+
+
+def moment_dtype(layout: Layout, dtype: torch.dtype, table_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the moments of a parameter of `dtype`: dense ones are never narrower than the parameter."""
+    return torch.promote_types(dtype, table_dtype) if layout.hash is None else table_dtype
+
+
+def moment_bytes(layout: Layout, dtype: torch.dtype, table_dtype: torch.dtype) -> int:
+    """Bytes of both moments of a parameter of `dtype`; the step counter, kept on the host, is not among them."""
+    return 2 * layout.buckets * moment_dtype(layout, dtype, table_dtype).itemsize
