@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from shapes import llama
 from torch._inductor.utils import run_and_get_code
 
 from collins import Collins
+from collins.offload.shapes import llama
 
 CASES = [
     (torch.float32, {}),
@@ -87,7 +87,7 @@ def parameters(*shapes):
 
 
 def test_one_graph_for_each_signature_and_not_for_each_parameter():
-    ps = parameters(*llama(32, 64, 192, 16, 512))
+    ps = parameters(*llama(32, 64, 192, 16, 512).shapes)
     assert len(ps) == 291
     opt = Collins(ps, min_K=128, compile=True)
     opt.step()

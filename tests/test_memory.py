@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from shapes import llama
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from collins import Collins
+from collins.offload.shapes import llama
 
 MODELS = {
-    "7B": (llama(32, 4096, 11008, 4096, 32000), 6.738e9, 1.75e9),
-    "70B": (llama(80, 8192, 28672, 1024, 128256), 70.55e9, 17.5e9),
+    "7B": (llama(32, 4096, 11008, 4096, 32000).shapes, 6.738e9, 1.75e9),
+    "70B": (llama(80, 8192, 28672, 1024, 128256).shapes, 70.55e9, 17.5e9),
 }
 
 

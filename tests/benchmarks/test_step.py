@@ -11,16 +11,16 @@ import importlib.util
 
 import pytest
 import torch
-from shapes import gpt2, llama
 
 from collins import Collins
+from collins.offload.shapes import gpt2, llama
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_CPU = DEVICE.type == "cpu"
 MODELS = {
-    "gpt2-124m": gpt2(),
-    "llama-1b": llama(1 if ON_CPU else 16, 2048, 8192, 512, 32000),
-    "llama-7b": llama(1 if ON_CPU else 32, 4096, 11008, 4096, 32000),
+    "gpt2-124m": gpt2().shapes,
+    "llama-1b": llama(1 if ON_CPU else 16, 2048, 8192, 512, 32000).shapes,
+    "llama-7b": llama(1 if ON_CPU else 32, 4096, 11008, 4096, 32000).shapes,
 }
 OPTIMIZERS = {
     "AdamW fused": lambda ps: torch.optim.AdamW(ps, fused=True),
