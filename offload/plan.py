@@ -1,0 +1,293 @@
+"""`place`: which parameter's tables go where. Pure arithmetic on sizes that were measured elsewhere.
+
+Rows keep the order of the parameters and are cut at one point: what stands before it is on the device, the rest on the
+host. As soon as anything is on the host, a ring of staging slots, each as large as the largest bucket, takes room on
+the device too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
+
+from collins.offload.policy import MemoryPolicy
+from collins.offload.sizes import size_text
+from collins.table import as_table, shape_text
+
+_ROOM = "makes room for the staging ring"
+_RAN_OUT = "the device ran out of memory while placing"
+
+
+class Request(NamedTuple):
+    """One parameter's tables, to be placed: `bytes` of both moments, without the step counter."""
+
+    name: str
+    shape: tuple[int, ...]  # the parameter's
+    bytes: int
+
+
+class PlacementRow(NamedTuple):
+    """One parameter's tables, placed on tier "device" or "host"."""
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+    tier: str
+    why: str
+
+
+@dataclass(frozen=True)
+class PlacementPlan:
+    """Where every parameter's tables go, in the order of the parameters. `str()` is a table that says why.
+
+    The free and total figures, in bytes, are those that the plan was decided from; those of the device are None when
+    the parameters are on the CPU.
+    """
+
+    rows: tuple[PlacementRow, ...]
+    policy: MemoryPolicy
+    device_free: int | None
+    device_total: int | None
+    host_free: int
+    host_total: int
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of tables on the device."""
+        return sum(row.bytes for row in self.rows if row.tier == "device")
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of tables on the host."""
+        return sum(row.bytes for row in self.rows if row.tier == "host")
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tables."""
+        return self.device_bytes + self.host_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one staging slot: the largest bucket's, at most. 0 when nothing is on the host."""
+        return _slot([row.bytes for row in self.rows if row.tier == "host"], self.policy)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of the staging ring, on the device."""
+        return self.policy.staging_slots * self.slot_bytes
+
+    @property
+    def pin_limit(self) -> int | None:
+        """Bytes of host memory that may be page-locked; None for no limit."""
+        return self.policy.pin_limit_of(self.host_total)
+
+    @property
+    def limits(self) -> Limits:
+        """What tables and staging may take of each memory."""
+        return _limits(self.policy, self.device_free, self.device_total, self.host_free, self.host_total)
+
+    def spilled(self, from_row: int) -> PlacementPlan:
+        """The plan for when the device ran out of memory before row number `from_row` was on it.
+
+        From that row on all is on the host. What stood on the device before it has shown how much the device does hold;
+        where the staging ring would not fit into that, rows before `from_row` move to the host as well. Make the ring
+        of the new plan after those rows are off the device. When nothing had been placed, nothing stays on the device.
+
+        Raises:
+            IndexError: for a row that the plan does not have.
+            MemoryError: when the policy forces the device, or the host cannot hold the rest.
+        """
+        if not 0 <= from_row < len(self.rows):
+            raise IndexError(f"from_row must be in [0, {len(self.rows) - 1}], got {from_row}")
+        if self.policy.tier == "device":
+            name = self.rows[from_row].name
+            raise MemoryError(
+                f"{_RAN_OUT} {name} of {size_text(self.bytes)} of tables under tier='device'; tier='auto' would put the"
+                " rest on the host"
+            )
+        sizes = [row.bytes for row in self.rows]
+        shown = sum(row.bytes for row in self.rows[:from_row] if row.tier == "device") + self.staging_bytes
+        cut = min(from_row, sum(row.tier == "device" for row in self.rows))
+        while cut and sum(sizes[:cut]) + self.policy.staging_slots * _slot(sizes[cut:], self.policy) > shown:
+            cut -= 1
+        if sum(sizes[cut:]) > self.limits.host:
+            raise MemoryError(f"{_RAN_OUT}. {_shortage(sizes, self)}")
+        moved = [
+            row._replace(tier="host", why=_ROOM if index < from_row else _RAN_OUT) if row.tier == "device" else row
+            for index, row in enumerate(self.rows[cut:], start=cut)
+        ]
+        return replace(self, rows=(*self.rows[:cut], *moved))
+
+    def __str__(self) -> str:
+        lines = [(row.name, shape_text(row.shape), row.tier, row.why, f"{row.bytes:,}") for row in self.rows]
+        lines.append(("total", "", "", "", f"{self.bytes:,}"))
+        return f"{as_table(('parameter', 'shape', 'tier', 'why', 'bytes'), lines, left=4)}\n{self.totals()}"
+
+    def summary(self) -> str:
+        """The table with one line for all parameters of one shape, tier and reason, in the order they first appear."""
+        groups: dict[tuple[str, ...], list[PlacementRow]] = {}
+        for row in self.rows:
+            groups.setdefault((shape_text(row.shape), row.tier, row.why), []).append(row)
+        lines = [
+            (
+                rows[0].name + (" ..." if len(rows) > 1 else ""),
+                *key,
+                f"{len(rows):,}",
+                f"{sum(r.bytes for r in rows):,}",
+            )
+            for key, rows in groups.items()
+        ]
+        lines.append(("total", "", "", "", f"{len(self.rows):,}", f"{self.bytes:,}"))
+        heads = ("parameter", "shape", "tier", "why", "count", "bytes")
+        return f"{as_table(heads, lines, left=4)}\n{self.totals()}"
+
+    def totals(self) -> str:
+        """Two lines: what each memory takes of what it may, and the staging ring."""
+        policy, limits = self.policy, self.limits
+        ring = f"{size_text(self.staging_bytes)} ({policy.staging_slots} slots of {size_text(self.slot_bytes)})"
+        where = "device"
+        if self.device_free is None or self.device_total is None:
+            where, kept = "device (the CPU)", f"{size_text(self.host_free)} free"
+        else:
+            kept = _kept(self.device_free, "device_reserve", policy.device_reserve)
+        if policy.device_budget is not None:
+            kept += f", device_budget {policy.device_budget!r}"
+        pinned = "" if policy.pin_limit is None else f", pin_limit {policy.pin_limit!r}"
+        return "\n".join(
+            (
+                f"{where}: {size_text(self.device_bytes)} of tables, {ring if self.host_bytes else 'no'} staging;"
+                f" may take {size_text(limits.device)} ({kept})",
+                f"host: {size_text(self.host_bytes)} of tables; may take {size_text(limits.host)}"
+                f" ({_kept(self.host_free, 'host_reserve', policy.host_reserve)}){pinned}",
+            )
+        )
+
+
+class Limits(NamedTuple):
+    """The most that tables and staging may take, in bytes, never negative."""
+
+    device: int
+    host: int
+    shared: int | None  # of both together, where the parameters are on the CPU
+
+
+def place(
+    requests: Sequence[Request],
+    policy: MemoryPolicy,
+    *,
+    device_free: int | None,
+    device_total: int | None,
+    host_free: int,
+    host_total: int,
+) -> PlacementPlan:
+    """The plan with the most rows on the device that keeps every limit of the policy.
+
+    It depends on its arguments alone. Parameters on the CPU (both device figures None) have their device in host
+    memory: tables stay with them, on tier "device", until `host_free` or a `device_budget` is spent, and no reserve is
+    kept back; a plan that puts some on the host copies them within the same memory, which serves to test the pipeline.
+
+    Args:
+        requests: what to place, in the order of the parameters.
+        policy: tier, reserves, budget, and the staging ring.
+        device_free: bytes that the device has for tables and staging, once all else that a step needs has its room.
+        device_total: bytes of the device, which shares such as "10%" refer to.
+        host_free: bytes of host memory that this process can still take.
+        host_total: bytes of host memory, which shares refer to.
+
+    Raises:
+        ValueError: for a figure below 0, or one device figure without the other.
+        MemoryError: when no cut keeps the limits, with all the numbers.
+    """
+    figures = {"device_free": device_free, "device_total": device_total, "host_free": host_free}
+    for name, figure in (figures | {"host_total": host_total}).items():
+        if figure is not None and figure < 0:
+            raise ValueError(f"{name} must be at least 0, got {figure}")
+    if (device_free is None) != (device_total is None):
+        raise ValueError(
+            f"device_free and device_total must both be given or both None, got {device_free=}, {device_total=}"
+        )
+    plan = PlacementPlan((), policy, device_free, device_total, host_free, host_total)
+    sizes = [request.bytes for request in requests]
+    cut = _cut(sizes, policy, plan.limits)
+    if cut is None:
+        raise MemoryError(_shortage(sizes, plan))
+    on_device, on_host = _reasons(policy, plan, cut, len(sizes))
+    rows = (
+        PlacementRow(*request, *(("device", on_device) if index < cut else ("host", on_host)))
+        for index, request in enumerate(requests)
+    )
+    return replace(plan, rows=tuple(rows))
+
+
+def _limits(
+    policy: MemoryPolicy, device_free: int | None, device_total: int | None, host_free: int, host_total: int
+) -> Limits:
+    host = max(host_free - policy.host_reserve_of(host_total), 0)
+    shared = None
+    if device_free is None or device_total is None:
+        device_total, device, shared = host_total, host_free, host_free
+    else:
+        device = max(device_free - policy.device_reserve_of(device_total), 0)
+    budget = policy.device_budget_of(device_total)
+    return Limits(device if budget is None else min(device, budget), host, shared)
+
+
+def _cut(sizes: Sequence[int], policy: MemoryPolicy, limits: Limits) -> int | None:
+    """The largest number of leading rows that the device can hold beside the staging of the others, if there is one."""
+    total, on_device = sum(sizes), [0, *accumulate(sizes)]
+    largest = [*accumulate(reversed(sizes), max, initial=0)][::-1]  # of the rows from here on
+    cuts = {"auto": range(len(sizes), -1, -1), "device": (len(sizes),), "host": (0,)}[policy.tier]
+    for cut in cuts:
+        on_host = total - on_device[cut]
+        device = on_device[cut] + policy.staging_slots * max(largest[cut], min(policy.bucket_bytes, on_host))
+        within_shared = limits.shared is None or device + on_host <= (limits.host if on_host else limits.shared)
+        if device <= limits.device and on_host <= limits.host and within_shared:
+            return cut
+    return None
+
+
+def _slot(host_sizes: Sequence[int], policy: MemoryPolicy) -> int:
+    """Bytes of a slot: of the largest row, or of as many rows as `bucket_size` allows together."""
+    return max(max(host_sizes, default=0), min(policy.bucket_bytes, sum(host_sizes)))
+
+
+def _reasons(policy: MemoryPolicy, plan: PlacementPlan, cut: int, count: int) -> tuple[str, str]:
+    if policy.tier != "auto":
+        forced = f"tier={policy.tier!r}"
+        return forced, forced
+    if plan.device_free is None and policy.device_budget is None:
+        return "its parameter is on the CPU", ""
+    budget = size_text(plan.limits.device)
+    if cut == count:
+        return f"all fit into the {budget} left", ""
+    rest = f"the device's {budget} are spent" if cut else f"the device's {budget} hold staging alone"
+    return f"first within the device's {budget}", rest
+
+
+def _kept(free: int, name: str, reserve: int | str) -> str:
+    kept = size_text(reserve) if isinstance(reserve, int) else reserve
+    return f"{size_text(free)} free less {name} {kept}"
+
+
+def _shortage(sizes: Sequence[int], plan: PlacementPlan) -> str:
+    """Every number that a failed placement was decided from, and what can be done."""
+    policy, limits = plan.policy, plan.limits
+    slots, slot = policy.staging_slots, _slot(sizes, policy)
+    if plan.device_free is None:
+        device = f"they are on the CPU, with {size_text(plan.host_free)} free"
+    else:
+        device = _kept(plan.device_free, "device_reserve", policy.device_reserve)
+    if policy.device_budget is not None:
+        device += f" and device_budget {policy.device_budget!r}"
+    host = _kept(plan.host_free, "host_reserve", policy.host_reserve)
+    forced = "" if policy.tier == "auto" else ", or use tier='auto'"
+    return (
+        f"{size_text(sum(sizes))} of tables fit neither on the device nor on the host under tier={policy.tier!r}."
+        f" The device may give {size_text(limits.device)} ({device}); all tables on the host would need"
+        f" {size_text(slots * slot)} of it for staging ({slots} slots of {size_text(slot)})."
+        f" The host may give {size_text(limits.host)} ({host})."
+        " Free memory, lower a reserve, raise compress_ratio, choose table_dtype=torch.bfloat16, lower staging_slots or"
+        f" bucket_size{forced}."
+    )

@@ -1,0 +1,57 @@
+"""Sizes in bytes: as policies and the command line write them, and as reports print them."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+_UNITS = {"B": 1} | {
+    prefix + unit: base**power
+    for unit, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+_FACTORS = {unit.lower(): factor for unit, factor in _UNITS.items()}
+_WRITTEN = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+|%)", re.IGNORECASE)
+
+BYTES = "an int of bytes or a string with a unit such as '2GiB', '512 MiB' or '1.5GB'"
+ACCEPTED = f"{BYTES}, or a share of the total such as '10%'"
+
+
+class Size(NamedTuple):
+    """A fixed number of bytes plus a share, in [0, 1], of a total that is known later."""
+
+    fixed: int
+    share: Fraction
+
+    def of(self, total: int) -> int:
+        """Bytes, where there are `total` bytes in all."""
+        return self.fixed + int(self.share * total)
+
+
+def parse_size(name: str, value: object, *, relative: bool = True) -> Size:
+    """What `value` says: an int of bytes; or "2GiB", "1.5GB" (units in powers of 1024 and of 1000); or "10%".
+
+    Raises:
+        ValueError: naming `name`, `value` and what is accepted; shares are not where `relative` is False.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return Size(value, Fraction(0))
+    written = _WRITTEN.fullmatch(value.strip()) if isinstance(value, str) else None
+    if written:
+        amount, unit = Fraction(written[1]), written[2].lower()
+        if unit in _FACTORS:
+            return Size(int(amount * _FACTORS[unit]), Fraction(0))
+        if unit == "%" and relative and amount <= 100:
+            return Size(0, amount / 100)
+        if unit != "%":
+            raise ValueError(f"{name} must be in one of the units {', '.join(_UNITS)}, got {value!r}")
+    raise ValueError(f"{name} must be {ACCEPTED if relative else BYTES}, got {value!r}")
+
+
+def size_text(count: int) -> str:
+    """`count` bytes in the largest binary unit that leaves a whole part: "16.42 GiB"."""
+    for unit, digits in (("GiB", 2), ("MiB", 1), ("KiB", 1)):
+        if abs(count) >= _UNITS[unit]:
+            return f"{count / _UNITS[unit]:,.{digits}f} {unit}"
+    return f"{count} B"
