@@ -1,0 +1,98 @@
+"""What training takes of the device beside the tables: computed from shapes, for a plan made without a device.
+
+All in bytes, with w the bytes of a value in the model's dtype, T = batch size times sequence length, and the widths h
+hidden, q of all query heads, k of all key-value heads, f of the feed-forward network:
+
+    weights              N w
+    gradients            N w when the step comes after backward. In backward, where each is freed as soon as it is used,
+                         those that exist together: one block's (a compiled block hands out all of its at once) or,
+                         outside the blocks, the largest parameter's
+    checkpoints          layers T h w: the input of each block (activation checkpointing)
+    recomputed block     T (3 h + 2 q + 2 k + 7 f) w, or 4 f in place of 7 f without a gate: what one block saves for
+                         its backward (two norms' results, the residual in between, q, k, v and the attention's result,
+                         the feed-forward's inner values), and the inner gradients on their way back. Attention is
+                         taken to be fused: no T x T matrix
+    logits               T / chunks * vocabulary * 8: a chunk of logits and their gradients, in float32
+
+These do not all peak at the same moment; their sum is what is planned with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from collins.layout import layout_of, moment_bytes
+from collins.offload.plan import Request
+from collins.offload.shapes import Transformer, numel
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained, as far as memory depends on it.
+
+    Args:
+        dtype: of weights, gradients and activations.
+        batch_size, seq_len: sequences on the device at once, and tokens in each.
+        loss_chunks: into how many pieces the logits of a batch are cut, one computed at a time.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    batch_size: int = 1
+    seq_len: int = 2048
+    loss_chunks: int = 8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes on the device beside tables and staging; the formulas stand at the top of this file."""
+
+    weights: int
+    gradients: int  # stepping after backward
+    gradients_in_backward: int
+    checkpoints: int
+    recomputed: int
+    logits: int
+
+    @property
+    def activations(self) -> int:
+        """Checkpoints, one recomputed block and a chunk of logits."""
+        return self.checkpoints + self.recomputed + self.logits
+
+    def held(self, in_backward: bool) -> int:
+        """All of it, when the optimizer steps in backward or after it."""
+        return self.weights + (self.gradients_in_backward if in_backward else self.gradients) + self.activations
+
+
+def budget_of(model: Transformer, training: Training) -> Budget:
+    """What `model` takes under `training`."""
+    width, tokens = training.dtype.itemsize, training.batch_size * training.seq_len
+    inner = 7 if model.gated else 4
+    saved = 3 * model.hidden + 2 * model.query + 2 * model.key_value + inner * model.feed_forward
+    alone = [math.prod(shape) for _, shape in (*model.before, *model.after)]
+    return Budget(
+        weights=model.count * width,
+        gradients=model.count * width,
+        gradients_in_backward=max(*alone, numel(model.block) if model.layers else 0, 0) * width,
+        checkpoints=model.layers * tokens * model.hidden * width,
+        recomputed=tokens * saved * width if model.layers else 0,
+        logits=-(-tokens // training.loss_chunks) * (model.vocabulary or 0) * 8,
+    )
+
+
+def requests_of(
+    model: Transformer,
+    dtype: torch.dtype,
+    *,
+    compress_ratio: float,
+    min_K: int,
+    hash: str,
+    table_dtype: torch.dtype,
+) -> Iterator[Request]:
+    """What `place` is asked for when `Collins` optimizes `model` in `dtype` with these options."""
+    for name, shape in model.parameters():
+        layout = layout_of(math.prod(shape), compress_ratio=compress_ratio, min_K=min_K, hash=hash)
+        yield Request(name, shape, moment_bytes(layout, dtype, table_dtype))
