@@ -153,8 +153,8 @@ class PlacementPlan:
         else:
             kept = _kept(self.device_free, "device_reserve", policy.device_reserve)
         if policy.device_budget is not None:
-            kept += f", device_budget {policy.device_budget!r}"
-        pinned = "" if policy.pin_limit is None else f", pin_limit {policy.pin_limit!r}"
+            kept += f", device_budget {_written(policy.device_budget)}"
+        pinned = "" if policy.pin_limit is None else f", pin_limit {_written(policy.pin_limit)}"
         return "\n".join(
             (
                 f"{where}: {size_text(self.device_bytes)} of tables, {ring if self.host_bytes else 'no'} staging;"
@@ -266,9 +266,13 @@ def _reasons(policy: MemoryPolicy, plan: PlacementPlan, cut: int, count: int) ->
     return f"first within the device's {budget}", rest
 
 
+def _written(size: int | str) -> str:
+    """A policy's size as the user wrote it, a bare number of bytes in a unit that can be read."""
+    return size_text(size) if isinstance(size, int) else size
+
+
 def _kept(free: int, name: str, reserve: int | str) -> str:
-    kept = size_text(reserve) if isinstance(reserve, int) else reserve
-    return f"{size_text(free)} free less {name} {kept}"
+    return f"{size_text(free)} free less {name} {_written(reserve)}"
 
 
 def _shortage(sizes: Sequence[int], plan: PlacementPlan) -> str:
@@ -280,7 +284,7 @@ def _shortage(sizes: Sequence[int], plan: PlacementPlan) -> str:
     else:
         device = _kept(plan.device_free, "device_reserve", policy.device_reserve)
     if policy.device_budget is not None:
-        device += f" and device_budget {policy.device_budget!r}"
+        device += f" and device_budget {_written(policy.device_budget)}"
     host = _kept(plan.host_free, "host_reserve", policy.host_reserve)
     forced = "" if policy.tier == "auto" else ", or use tier='auto'"
     return (

@@ -54,7 +54,7 @@ def install(python, *what):
 def test_a_wheel_has_one_top_level_name(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"collins"}
-    for expected in ("py.typed", "optimizer.py", "compile/engine.py", "offload/memory.py"):
+    for expected in ("py.typed", "__main__.py", "optimizer.py", "compile/engine.py", "offload/memory.py"):
         assert f"collins/{expected}" in names
 
 

@@ -1,0 +1,155 @@
+"""A memory policy says what the user meant, from whatever it is given; or what is wrong with it."""
+
+import doctest
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import collins.offload.policy
+from collins.offload import MemoryPolicy
+from collins.offload.sizes import parse_size, size_text
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (0, 0),
+        (12345, 12345),
+        ("7B", 7),
+        ("2GiB", 2 * GIB),
+        ("512 MiB", 512 * 2**20),
+        ("1.5GB", 1_500_000_000),
+        ("139.8GiB", int(Fraction("139.8") * GIB)),
+        (" 3 kb ", 3000),
+        ("0.5tib", 2**39),
+    ],
+)
+def test_sizes_in_all_their_units(written, meant):
+    assert parse_size("x", written).of(10**15) == meant
+
+
+@given(st.integers(0, 2**50), st.integers(0, 10_000))
+def test_a_share_is_of_the_total_without_rounding_up(total, hundredths):
+    size = parse_size("x", f"{hundredths // 100}.{hundredths % 100:02}%")
+    assert size.of(total) == total * hundredths // 10_000
+
+
+@given(st.integers(0, 2**50))
+def test_a_size_read_back_from_its_text_is_within_what_the_text_shows(count):
+    assert parse_size("x", size_text(count).replace(",", "")).of(0) == pytest.approx(count, rel=0.05, abs=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["2 gigabytes", "2Gibs", "2", "", "GiB", "-1GiB", "1e9B", "1,5GB", "101%", "nan%", -1, 1.5, True, None, [1], b"1B"],
+    ids=repr,
+)
+@pytest.mark.parametrize("name", ["device_reserve", "host_reserve", "device_budget", "pin_limit", "bucket_size"])
+def test_a_size_that_is_none_names_itself_and_what_is_accepted(name, wrong):
+    if wrong is None and name in ("device_budget", "pin_limit"):
+        assert MemoryPolicy(**{name: None}) == MemoryPolicy()
+        return
+    with pytest.raises(ValueError, match=rf"^{name} must be .*GiB.*got {re.escape(repr(wrong))}$"):
+        MemoryPolicy(**{name: wrong})
+
+
+def test_a_bucket_has_a_size_of_its_own_above_zero():
+    with pytest.raises(ValueError, match=r"bucket_size must be an int of bytes or .*, got '10%'"):
+        MemoryPolicy(bucket_size="10%")
+    with pytest.raises(ValueError, match="bucket_size must be at least one byte, got 0"):
+        MemoryPolicy(bucket_size=0)
+
+
+@pytest.mark.parametrize("slots", [1, 0, -3, 2.0, "3", True, None], ids=repr)
+def test_a_ring_has_at_least_two_slots(slots):
+    with pytest.raises(ValueError, match=f"staging_slots must be an int of at least 2, got {slots!r}"):
+        MemoryPolicy(staging_slots=slots)
+
+
+@pytest.mark.parametrize("tier", ["hosts", "gpu", "", None, 3, ["auto"]], ids=repr)
+def test_a_tier_is_one_of_three(tier):
+    with pytest.raises(ValueError, match=re.escape(f"tier must be one of auto, device, host, got {tier!r}")):
+        MemoryPolicy(tier=tier)
+
+
+def test_from_a_policy_a_tier_and_a_mapping():
+    policy = MemoryPolicy("host", device_budget=5)
+    assert MemoryPolicy.of(policy) is policy
+    for tier in ("auto", "device", "host"):
+        assert MemoryPolicy.of(tier) == MemoryPolicy(tier=tier)
+    assert MemoryPolicy.of({"tier": "host", "device_budget": 5}) == policy
+    assert MemoryPolicy.of({}) == MemoryPolicy()
+
+
+@pytest.mark.parametrize("as_text", [True, False], ids=["str", "path"])
+def test_from_a_toml_file_that_others_use_too(tmp_path, as_text):
+    path = tmp_path / "Run.TOML"
+    keys = 'tier = "host"\npin_limit = "50%"\nstaging_slots = 2\n'
+    path.write_text(f'title = "run 7"\n[collins]\n[collins.memory]\n{keys}[data]\nx = 1\n')
+    assert MemoryPolicy.of(str(path) if as_text else path) == MemoryPolicy("host", pin_limit="50%", staging_slots=2)
+
+
+@pytest.mark.parametrize("text", ["", "[collins.memory]\n"], ids=["empty", "empty table"])
+def test_only_a_file_with_the_table_is_a_policy(tmp_path, text):
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    if text:
+        assert MemoryPolicy.of(path) == MemoryPolicy()
+    else:
+        with pytest.raises(
+            ValueError, match=r"policy.toml: a policy's keys must stand in the table \[collins.memory\]$"
+        ):
+            MemoryPolicy.of(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[collins.memory\n", "not TOML: "),
+        ("\udc80", "not TOML: "),
+        ('tier = "host"\n', r"must stand in the table \[collins.memory\]"),
+        ('[colins.memory]\ntier = "host"\n', r"table \[collins.memory\]; is 'colins' meant for 'collins'"),
+        ('[collins.memroy]\ntier = "host"\n', r"table \[collins.memory\]; is 'memroy' meant for 'memory'"),
+        ("collins = 3\n", r"must stand in the table \[collins.memory\]; is 'collins' meant"),
+        ("[collins.memory]\ndevice_reserv = 1\n", r"unknown key 'device_reserv' \(did you mean 'device_reserve'\?\);"),
+        (
+            "[collins.memory]\nx = 1\n",
+            "unknown key 'x'; accepted are tier, device_reserve, host_reserve, device_budget",
+        ),
+        ("[collins.memory]\npin_limit = 1.5\n", "pin_limit must be an int of bytes or a string .*, got 1.5"),
+        ("[collins.memory]\nhost_reserve = 2020-02-02\n", r"host_reserve must be .*, got datetime.date\(2020, 2, 2\)"),
+        ('[collins.memory]\ntier = "hots"\n', r"one of auto, device, host, got 'hots' \(did you mean 'host'\?\)"),
+    ],
+)
+def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path, text, message):
+    path = tmp_path / "policy.toml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=message) as caught:
+        MemoryPolicy.of(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_what_is_no_policy_at_all():
+    with pytest.raises(FileNotFoundError, match=r"a path to a TOML file, got 'no/such.toml', which is not a file"):
+        MemoryPolicy.of("no/such.toml")
+    with pytest.raises(FileNotFoundError, match="which is not a file"):
+        MemoryPolicy.of(Path(__file__).parent)
+    with pytest.raises(
+        ValueError, match=r"memory must be .* path to a TOML file, got 'hots' \(did you mean 'host'\?\)"
+    ):
+        MemoryPolicy.of("hots")
+    for wrong in (3, None, 1.5, ["auto"]):
+        with pytest.raises(TypeError, match=f"memory must be a MemoryPolicy, one of .*, got {re.escape(repr(wrong))}"):
+            MemoryPolicy.of(wrong)
+    with pytest.raises(ValueError, match="unknown key 7; accepted are"):
+        MemoryPolicy.of({7: 7})
+
+
+def test_the_docstring_example():
+    assert doctest.testmod(collins.offload.policy).failed == 0
