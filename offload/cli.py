@@ -157,7 +157,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     print(f"\n{_formulas(model)}\n")
     adamw = 2 * model.count * training.dtype.itemsize
     tables = sum(request.bytes for request in requests)
-    print(f"Tables take {size_text(tables)} in all; AdamW's moments would take {size_text(adamw)}.\n")
+    print(f"Tables take {size_text(tables)}; AdamW's moments, in {arguments.dtype}, would take {size_text(adamw)}.\n")
     for outcome in outcomes:
         if outcome.plan is not None:
             print(f"Placement, {_mode(outcome.in_backward)}:\n\n{outcome.plan.summary()}")
