@@ -1,12 +1,15 @@
-"""Where tables live: on the device, or on the host when the device has no room.
+"""Where tables live, and how those in host memory are stepped on the device.
 
 Public names: `MemoryPolicy`, what the user wants; `place`, which turns it and the figures of `device_figures`,
 `host_memory_free` and `host_memory_total` into a `PlacementPlan`; `Request` and `PlacementRow`, its rows before and
-after. `python -m collins plan` prints the same plan for a model that need not exist.
+after. `python -m collins plan` prints the same plan for a model that need not exist. `Part`, `Slab`, `grouped`,
+`pinned_bytes`, `set_pin_limit`: pinned host memory.
 
 Figures are bytes, measured at the moment of the call. Host memory is what the kernel would hand out without swapping,
 cut to what the process's control groups still allow; device memory is what the driver reports free plus what PyTorch's
 allocator holds in reserve without using it.
+
+`grouped` sorts parameters into buckets; each bucket's moments lie in one `Slab` of pinned host memory.
 """
 
 from collins.offload.memory import (
@@ -18,16 +21,22 @@ from collins.offload.memory import (
 )
 from collins.offload.plan import PlacementPlan, PlacementRow, Request, place
 from collins.offload.policy import MemoryPolicy
+from collins.offload.slabs import Part, Slab, grouped, pinned_bytes, set_pin_limit
 
 __all__ = [
     "DeviceFigures",
     "MemoryPolicy",
+    "Part",
     "PlacementPlan",
     "PlacementRow",
     "Request",
+    "Slab",
     "device_figures",
     "device_memory_free",
+    "grouped",
     "host_memory_free",
     "host_memory_total",
+    "pinned_bytes",
     "place",
+    "set_pin_limit",
 ]
