@@ -1,0 +1,329 @@
+"""Prefetch, compute, write-back: moments that live in host slabs, updated on the device through a ring of slots.
+
+Two streams copy, one each way, while the caller's stream computes. What waits for what (`Rule` names each wait):
+
+    h2d(b into slot)     after the slot's last use, and after the last d2h of b
+    compute(b)           after h2d(b), and after earlier compute on it
+    d2h(b)               after compute(b); then the slot is free
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from collins.offload.slabs import Slab, carve
+from collins.offload.streams import Event, Lane, Rule, Streams
+
+_SLOT_ALIGNMENT = 512  # bytes: what PyTorch's device allocator aligns its own blocks to
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One stretch of device memory, and what it holds."""
+
+    memory: Tensor
+    staged: Event  # after the last h2d into it
+    computed: Event  # after the last compute on it, or after a failed one was taken back
+    free: Event  # after the last use of whatever it held before
+    bucket: int | None = None
+    held: tuple[int, ...] | None = None  # the parts in use, between acquire and release
+    changed: set[int] = field(default_factory=set)  # parts that differ from the slab's
+    touched: int = 0
+
+
+class Pipeline:
+    """Stages buckets of moments on the device, and writes them back.
+
+    Bucket b is `slabs[b]`. `run` takes a whole step's buckets in a known order. Gradients that arrive during backward
+    call `using` (or `acquire` and `release`) in whatever order they come, and `finish` once a step: the order of one
+    step is the prediction for the next, and a wrong prediction costs time, not correctness. A bucket of several
+    parameters may be used in several goes (`more=True`); it is written back early if its slot is needed.
+
+    As long as the order of buckets stays the same, each bucket is staged at the same device addresses in every step.
+
+    When compute raises, the parts of the bucket that it was given keep the values from before it, on the device and in
+    the slab; other parts and other buckets keep whatever was computed for them. The pipeline can then be used on.
+
+    Calls may come from any thread and under any current stream, one call at a time. Compute belongs on the stream that
+    is current when `acquire` and `release` are called; both look it up anew.
+
+    Args:
+        slabs: the buckets. None is to be touched by anyone else but after `drain`.
+        streams: of the device that computes; see `streams_for`.
+        slots: staging slots, each as large as the largest slab. Three let both directions and compute overlap.
+
+    Raises:
+        ValueError: without slabs or slots.
+        RuntimeError: from every method in a process forked from the one that made the pipeline.
+    """
+
+    def __init__(self, slabs: Sequence[Slab], streams: Streams, *, slots: int = 3) -> None:
+        if not slabs:
+            raise ValueError("slabs must hold at least one slab, got none")
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, got {slots}")
+        self.slabs = tuple(slabs)
+        self.streams = streams
+        self._written = [streams.event() for _ in self.slabs]
+        self._views: dict[tuple[int, int], list[Tensor]] = {}  # by bucket and slot
+        self._expected: dict[int, int] = {}  # places of the buckets in the order that this step should take
+        self._seen: dict[int, None] = {}  # the order that this step has taken so far
+        self._clock = 0
+
+        self.slot_bytes = max(slab.nbytes for slab in self.slabs)
+        stride = -(-self.slot_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+        memory = streams.empty(slots * stride)
+        self._slots = []
+        for place in range(slots):
+            slot = _Slot(memory[place * stride :][:stride], streams.event(), streams.event(), streams.event())
+            # Fresh memory may still be in use on this stream by whoever freed it.
+            streams.record(slot.free, Lane.CURRENT)
+            self._slots.append(slot)
+        # The arguments keep the slabs until the copies are done that still read and write them.
+        weakref.finalize(self, _settle, streams, self._slots, self.slabs, os.getpid()).atexit = False
+
+    def expect(self, order: Sequence[int]) -> None:
+        """Begins a step that should take the buckets in this order. Without it the last step's order is expected."""
+        for bucket in order:
+            self._check(bucket)
+        self._expected = {bucket: place for place, bucket in enumerate(order)}
+        self._seen = {}
+
+    def prefetch(self, bucket: int) -> bool:
+        """Starts to stage a bucket if a slot is empty, and says whether the bucket is staged or on its way."""
+        self._check(bucket)
+        if self._slot_of(bucket) is None:
+            slot = self._room(bucket)
+            if slot is None:
+                return False
+            self._stage(bucket, slot)
+        return True
+
+    def prefetch_first(self) -> None:
+        """Starts to stage what the next step should take first: call it while the device does other work."""
+        self._check_process()
+        for bucket in list(self._expected)[: len(self._slots)]:
+            self.prefetch(bucket)
+
+    def acquire(self, bucket: int, parts: Sequence[int] | None = None) -> list[Tensor]:
+        """The bucket's tensors on the device, for compute on the current stream until `release` or `discard`.
+
+        Args:
+            bucket: which one.
+            parts: the tensors to be given, by their places in the slab; None for all. Others must not be changed.
+
+        Raises:
+            ValueError: for a bucket or a part that does not exist.
+            RuntimeError: when the bucket is acquired already, or all slots hold acquired buckets.
+        """
+        self._check(bucket)
+        every = range(len(self.slabs[bucket].parts))
+        chosen = tuple(every) if parts is None else tuple(parts)
+        if not set(chosen) <= set(every):
+            raise ValueError(f"parts of bucket {bucket} must be in [0, {len(every) - 1}], got {list(chosen)}")
+        slot = self._slot_of(bucket)
+        if slot is not None and slot.held is not None:
+            raise RuntimeError(f"bucket {bucket} is acquired already: release it first")
+        if slot is not None and slot.changed.intersection(chosen):
+            # A failure now could not be taken back from the slab, which is older than the last use.
+            self._write_back(slot)
+            slot = None
+        ahead = self._upcoming(bucket)
+        if slot is None:
+            slot = self._room(bucket, keep=ahead, force=True)
+            if slot is None:
+                held = [other.bucket for other in self._slots]
+                raise RuntimeError(f"no slot for bucket {bucket}: all hold acquired buckets, {held}; release one first")
+            self._stage(bucket, slot)
+        self.streams.wait(Lane.CURRENT, slot.staged, Rule.STAGED)
+        if slot.changed:
+            self.streams.wait(Lane.CURRENT, slot.computed, Rule.EARLIER_USE)
+        self.streams.hold(slot.memory, Lane.CURRENT)
+        slot.held = chosen
+        self._touch(slot)
+        self._seen.setdefault(bucket)
+        for following in ahead:
+            room = self._room(following, keep=ahead) if self._slot_of(following) is None else None
+            if room is not None:
+                self._stage(following, room)
+        tensors = self._tensors(slot)
+        return [tensors[part] for part in chosen]
+
+    def release(self, bucket: int, *, more: bool = False) -> None:
+        """Compute on an acquired bucket has been enqueued on the current stream: schedules the write-back.
+
+        Args:
+            bucket: which one.
+            more: other parts of it will be used in this step: it stays staged until then, until its slot is needed, or
+                until `finish`.
+
+        Raises:
+            RuntimeError: when the bucket is not acquired.
+        """
+        slot, parts = self._acquired(bucket)
+        self.streams.record(slot.computed, Lane.CURRENT)
+        slot.held = None
+        slot.changed.update(parts)
+        if not more:
+            self._write_back(slot)
+
+    def discard(self, bucket: int) -> None:
+        """Compute on an acquired bucket has failed: its parts keep the values from before `acquire`.
+
+        Raises:
+            RuntimeError: when the bucket is not acquired.
+        """
+        slot, parts = self._acquired(bucket)
+        slot.held = None
+        if not slot.changed:
+            self.streams.record(slot.free, Lane.CURRENT)
+            slot.bucket = None
+            return
+        self.streams.record(slot.computed, Lane.CURRENT)
+        self.streams.wait(Lane.H2D, slot.computed, Rule.UNDONE)
+        for part in parts:
+            self.streams.copy(Lane.H2D, self._tensors(slot)[part], self.slabs[bucket].tensors[part])
+        self.streams.record(slot.computed, Lane.H2D)
+
+    @contextlib.contextmanager
+    def using(self, bucket: int, parts: Sequence[int] | None = None, *, more: bool = False) -> Iterator[list[Tensor]]:
+        """`acquire`, then `release`, or `discard` when the body raises."""
+        tensors = self.acquire(bucket, parts)
+        try:
+            yield tensors
+        except BaseException:
+            self.discard(bucket)
+            raise
+        self.release(bucket, more=more)
+
+    def run(self, order: Sequence[int], compute: Callable[[int, list[Tensor]], None]) -> None:
+        """A whole step: `compute(bucket, tensors)` for each bucket in this order, with later ones staged meanwhile.
+
+        When compute raises, buckets before the failing one have their new values, it and those after it their old ones.
+        """
+        self.expect(order)
+        for bucket in order:
+            with self.using(bucket) as tensors:
+                compute(bucket, tensors)
+        self.finish()
+
+    def finish(self) -> None:
+        """Ends a step: schedules what is still to be written back, and expects this step's order again in the next.
+
+        Raises:
+            RuntimeError: when a bucket is still acquired.
+        """
+        self._check_process()
+        held = [slot.bucket for slot in self._slots if slot.held is not None]
+        if held:
+            raise RuntimeError(f"buckets {held} are still acquired: release or discard them first")
+        for slot in self._slots:
+            if slot.changed:
+                self._write_back(slot)
+        if self._seen:
+            self._expected = {bucket: place for place, bucket in enumerate(self._seen)}
+            self._seen = {}
+
+    def drain(self) -> None:
+        """Finishes, then waits until the slabs hold all values and no copy is under way.
+
+        From here to the next call of any other method the host may read and write the slabs; nothing stays staged.
+        """
+        self.finish()
+        _wait_for(self.streams, self._slots, Rule.DRAINED)
+        for slot in self._slots:
+            slot.bucket = None
+
+    def _stage(self, bucket: int, slot: _Slot) -> None:
+        self.streams.wait(Lane.H2D, slot.free, Rule.SLOT_FREE)
+        self.streams.wait(Lane.H2D, self._written[bucket], Rule.WRITTEN_BACK)
+        self.streams.copy(Lane.H2D, slot.memory[: self.slabs[bucket].nbytes], self.slabs[bucket].bytes)
+        self.streams.record(slot.staged, Lane.H2D)
+        slot.bucket = bucket
+        self._touch(slot)
+
+    def _write_back(self, slot: _Slot) -> None:
+        bucket = slot.bucket
+        assert bucket is not None
+        self.streams.wait(Lane.D2H, slot.computed, Rule.COMPUTED)
+        self.streams.copy(Lane.D2H, self.slabs[bucket].bytes, slot.memory[: self.slabs[bucket].nbytes])
+        self.streams.record(slot.free, Lane.D2H)
+        self.streams.record(self._written[bucket], Lane.D2H)
+        slot.bucket = None
+        slot.changed.clear()
+
+    def _room(self, bucket: int, keep: Collection[int] | None = None, *, force: bool = False) -> _Slot | None:
+        """A slot for a bucket, emptied if need be.
+
+        An empty one comes first; then one that was staged for nothing, but not for a bucket to `keep` (None: for none).
+        With `force` any that is not held will do, unchanged ones first. The place in the expected order decides between
+        empty slots, so that neighbours use different ones and every step the same.
+        """
+        home = self._expected.get(bucket, len(self._seen))
+        for turn in range(len(self._slots)):
+            slot = self._slots[(home + turn) % len(self._slots)]
+            if slot.bucket is None:
+                return slot
+        oldest = sorted((slot for slot in self._slots if slot.held is None), key=lambda slot: slot.touched)
+        unchanged = [slot for slot in oldest if not slot.changed]
+        useless = [slot for slot in unchanged if keep is not None and slot.bucket not in keep]
+        chosen = next(iter(useless + unchanged + oldest if force else useless), None)
+        if chosen is not None:
+            if chosen.changed:
+                self._write_back(chosen)
+            chosen.bucket = None
+        return chosen
+
+    def _upcoming(self, bucket: int) -> list[int]:
+        """Those expected next after a bucket, as many as there are other slots."""
+        if bucket not in self._expected:
+            return []
+        order = list(self._expected)[self._expected[bucket] + 1 :]
+        return [following for following in order if following not in self._seen][: len(self._slots) - 1]
+
+    def _tensors(self, slot: _Slot) -> list[Tensor]:
+        assert slot.bucket is not None
+        key = (slot.bucket, self._slots.index(slot))
+        if key not in self._views:
+            self._views[key] = carve(slot.memory, self.slabs[slot.bucket].parts)
+        return self._views[key]
+
+    def _slot_of(self, bucket: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.bucket == bucket), None)
+
+    def _acquired(self, bucket: int) -> tuple[_Slot, tuple[int, ...]]:
+        self._check(bucket)
+        slot = self._slot_of(bucket)
+        if slot is None or slot.held is None:
+            raise RuntimeError(f"bucket {bucket} is not acquired")
+        return slot, slot.held
+
+    def _touch(self, slot: _Slot) -> None:
+        self._clock += 1
+        slot.touched = self._clock
+
+    def _check(self, bucket: int) -> None:
+        self._check_process()
+        if not 0 <= bucket < len(self.slabs):
+            raise ValueError(f"bucket must be in [0, {len(self.slabs) - 1}], got {bucket}")
+
+    def _check_process(self) -> None:
+        self.slabs[0].check_process()
+
+
+def _wait_for(streams: Streams, slots: Sequence[_Slot], rule: Rule) -> None:
+    """Holds up the host until all copies from and to the slots are done."""
+    for slot in slots:
+        streams.synchronize(slot.staged, rule)
+        streams.synchronize(slot.free, rule)
+
+
+def _settle(streams: Streams, slots: Sequence[_Slot], slabs: Sequence[Slab], process: int) -> None:
+    if os.getpid() == process:
+        _wait_for(streams, slots, Rule.LET_GO)

@@ -1,0 +1,147 @@
+"""What the pipeline asks of a device: three streams, events between them, and copies."""
+
+from __future__ import annotations
+
+import functools
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Event = Any  # of the backend's own kind; one that was never recorded holds nobody up
+
+
+class Lane(Enum):
+    """A stream, by its role."""
+
+    H2D = "host to device"
+    D2H = "device to host"
+    CURRENT = "the caller's current stream, looked up at every call"
+
+
+class Rule(Enum):
+    """The promise that a wait keeps. Real backends need no name for it; a test that takes one wait away does."""
+
+    SLOT_FREE = "h2d into a slot waits for whoever used the slot's memory before"
+    WRITTEN_BACK = "h2d of a bucket waits for that bucket's last d2h"
+    STAGED = "compute waits for the bucket's h2d"
+    EARLIER_USE = "compute waits for earlier compute on the same staged bucket, which another stream may run"
+    COMPUTED = "d2h waits for compute"
+    UNDONE = "h2d that takes back a failed use waits for what that use has enqueued"
+    DRAINED = "the host waits for all copies before it reads"
+    LET_GO = "the host waits for all copies before slabs are freed"
+
+
+class Streams(Protocol):
+    """A device's streams. Work on one stream runs in order; work on different streams runs in any order that the waits
+    allow.
+    """
+
+    device: torch.device
+
+    def empty(self, nbytes: int) -> Tensor:
+        """Device memory for the current stream: uint8, shape (nbytes,)."""
+
+    def event(self) -> Event:
+        """A new event, not yet recorded."""
+
+    def record(self, event: Event, lane: Lane) -> None:
+        """Marks what `lane` has been given so far; an event recorded again forgets its earlier mark."""
+
+    def wait(self, lane: Lane, event: Event, rule: Rule) -> None:
+        """Holds up what `lane` is given from now on until what `event` marks now is done."""
+
+    def synchronize(self, event: Event, rule: Rule) -> None:
+        """Holds up the host until what `event` marks is done."""
+
+    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
+        """Enqueues a copy between host and device; the host does not wait for it."""
+
+    def hold(self, tensor: Tensor, lane: Lane) -> None:
+        """Keeps device memory from being used anew, once `tensor` is freed, before `lane` is done with it."""
+
+
+class CudaStreams:
+    """A CUDA device's streams: one for each direction, made once for the device, and whichever is current."""
+
+    def __init__(self, device: torch.device) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self._copies = _copy_streams(index)
+
+    def empty(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def event(self) -> torch.cuda.Event:
+        return torch.cuda.Event()
+
+    def record(self, event: torch.cuda.Event, lane: Lane) -> None:
+        event.record(self._stream(lane))
+
+    def wait(self, lane: Lane, event: torch.cuda.Event, rule: Rule) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "optimizer state in host memory cannot be used while a CUDA graph is captured, since replaying the"
+                " graph would not copy it; step outside the graph, or keep the state on the device"
+            )
+        self._stream(lane).wait_event(event)
+
+    def synchronize(self, event: torch.cuda.Event, rule: Rule) -> None:
+        event.synchronize()
+
+    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self._stream(lane)):
+            target.copy_(source, non_blocking=True)
+
+    def hold(self, tensor: Tensor, lane: Lane) -> None:
+        tensor.record_stream(self._stream(lane))
+
+    def _stream(self, lane: Lane) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device) if lane is Lane.CURRENT else self._copies[lane]
+
+
+@functools.cache
+def _copy_streams(index: int) -> dict[Lane, torch.cuda.Stream]:
+    return {lane: torch.cuda.Stream(index) for lane in (Lane.H2D, Lane.D2H)}
+
+
+class HostStreams:
+    """For parameters on the CPU: everything is done when the call returns."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def empty(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def event(self) -> None:
+        return None
+
+    def record(self, event: None, lane: Lane) -> None:
+        return None
+
+    def wait(self, lane: Lane, event: None, rule: Rule) -> None:
+        return None
+
+    def synchronize(self, event: None, rule: Rule) -> None:
+        return None
+
+    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def hold(self, tensor: Tensor, lane: Lane) -> None:
+        return None
+
+
+def streams_for(device: torch.device) -> Streams:
+    """The streams of a device.
+
+    Raises:
+        ValueError: for a device that is neither CUDA nor the CPU.
+    """
+    if device.type == "cuda":
+        return CudaStreams(device)
+    if device.type == "cpu":
+        return HostStreams()
+    raise ValueError(f"device must be a CUDA device or the CPU for tables in host memory, got {device}")

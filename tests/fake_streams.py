@@ -1,0 +1,226 @@
+"""Streams of a device that is not there, which does everything as late, as early or as oddly as it is allowed to.
+
+What would run on a device, copies and kernels, is queued and runs only when something that waits for it demands it, or
+when the `mode` picks it:
+
+    "late"      nothing runs before it is demanded
+    "eager"     everything runs as soon as it may
+    "h2d", "d2h", "current"     that lane runs as soon as it may, the others when demanded
+    an int      the seed of a random legal order
+
+Device memory is poisoned with 0xFF (NaN in every floating dtype): at first, by a kernel of its earlier user that is
+still in flight, and after each copy out of it. Once it is freed, work that still touches it raises `FreedMemoryError`,
+unless that work is on a stream that the allocator knows of: the one that it was made for, or one that `hold` named.
+"""
+
+import ctypes
+import random
+import weakref
+from contextlib import contextmanager
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from collins.offload.streams import Lane
+
+MODES = ("late", "eager", "h2d", "d2h", "current", 1, 2, 3)
+
+
+class FreedMemoryError(Exception):
+    """A copy or a kernel came to run after memory that it uses was freed."""
+
+
+class Stream:
+    """Operations in order, of which the first `done` have run. Each is (what it waits for or None, what it does)."""
+
+    def __init__(self, name):
+        self.name, self.operations, self.done = name, [], 0
+
+    @property
+    def head(self):
+        return self.operations[self.done] if self.done < len(self.operations) else None
+
+    def ready(self):
+        if self.head is None:
+            return False
+        mark = self.head[0]
+        return mark is None or mark[0].done >= mark[1]
+
+    def run_one(self):
+        mark, work = self.head
+        if mark is not None:
+            mark[0].run_to(mark[1])
+        self.done += 1
+        work()
+
+    def run_to(self, position):
+        while self.done < position:
+            self.run_one()
+
+
+class Event:
+    mark = None  # (stream, how many of its operations)
+
+
+class Region:
+    """One allocation. Its bytes outlive it, so that a use after it was freed is an error and not a crash."""
+
+    def __init__(self, nbytes, stream):
+        self.data, self.stream = bytearray(nbytes), stream
+        self.start = ctypes.addressof((ctypes.c_char * nbytes).from_buffer(self.data))
+        self.held_by, self.freed = {stream}, False
+        self.poison(0, nbytes)
+
+    def poison(self, first, count):
+        ctypes.memset(self.start + first, 0xFF, count)
+
+    def check(self, stream):
+        if self.freed and stream not in self.held_by:
+            raise FreedMemoryError("device memory was freed before this work on it had run")
+
+
+class FakeStreams:
+    """See `collins.offload.streams.Streams`.
+
+    Args:
+        mode: the order, see above.
+        drop: rules whose waits are left out.
+        inherits: False gives memory that had no earlier user.
+        holds: False leaves `hold` out.
+        caches_current: True looks the current stream up once, at construction.
+        remakes_streams: True makes new copy streams whenever `next_step` is called.
+    """
+
+    def __init__(self, mode="late", drop=(), *, inherits=True, holds=True, caches_current=False, remakes_streams=False):
+        self.device = torch.device("cpu")
+        self.mode, self.drop, self.inherits, self.holds = mode, set(drop), inherits, holds
+        self.remakes_streams = remakes_streams
+        self.chance = random.Random(mode if isinstance(mode, int) else 0)
+        self.streams, self.regions = [], []
+        self.current = self.new_stream("default")
+        self.cached = self.current if caches_current else None
+        self.make_copy_streams()
+
+    # What a Streams is.
+
+    def empty(self, nbytes):
+        region = Region(nbytes, self._stream(Lane.CURRENT))
+        self.regions.append(region)
+        owner = (ctypes.c_char * nbytes).from_buffer(region.data)
+        weakref.finalize(owner, setattr, region, "freed", True).atexit = False
+        if self.inherits:
+            self._enqueue(region.stream, lambda: region.poison(0, nbytes))
+        return torch.frombuffer(owner, dtype=torch.uint8)
+
+    def event(self):
+        return Event()
+
+    def record(self, event, lane):
+        stream = self._stream(lane)
+        event.mark = (stream, len(stream.operations))
+
+    def wait(self, lane, event, rule):
+        if rule not in self.drop and event.mark is not None:
+            self._enqueue(self._stream(lane), lambda: None, event.mark)
+
+    def synchronize(self, event, rule):
+        if rule not in self.drop and event.mark is not None:
+            event.mark[0].run_to(event.mark[1])
+
+    def copy(self, lane, target, source):
+        assert target.nbytes == source.nbytes
+        target_at, source_at, nbytes = target.data_ptr(), source.data_ptr(), target.nbytes
+        regions = [self._region(target), self._region(source)]
+        assert sum(region is not None for region in regions) == 1, "a copy between host and device"
+        host = StorageWeakRef((target if regions[1] else source).untyped_storage())
+        stream = self._stream(lane)
+
+        def run():
+            if host.expired():
+                raise FreedMemoryError("a slab was freed before this copy had run")
+            for region in filter(None, regions):
+                region.check(stream)
+            ctypes.memmove(target_at, source_at, nbytes)
+            if regions[1]:
+                regions[1].poison(source_at - regions[1].start, nbytes)
+
+        self._enqueue(stream, run)
+
+    def hold(self, tensor, lane):
+        if self.holds:
+            self._region(tensor).held_by.add(self._stream(lane))
+
+    # What a test does with the device.
+
+    def new_stream(self, name):
+        self.streams.append(Stream(name))
+        return self.streams[-1]
+
+    @contextmanager
+    def on(self, stream):
+        """Makes a stream the current one."""
+        self.current, before = stream, self.current
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def launch(self, kernel, *tensors):
+        """Enqueues `kernel(*tensors)` on the current stream. Like a real kernel, it keeps no device memory alive."""
+        uses = [(tensor, None) if self._region(tensor) is None else self._raw(tensor) for tensor in tensors]
+        stream = self.current
+
+        def run():
+            for _, region in uses:
+                if region is not None:
+                    region.check(stream)
+            kernel(*(tensor for tensor, _ in uses))
+
+        self._enqueue(stream, run)
+
+    def next_step(self):
+        if self.remakes_streams:
+            self.make_copy_streams()
+
+    def make_copy_streams(self):
+        self.lanes = {lane: self.new_stream(lane.value) for lane in (Lane.H2D, Lane.D2H)}
+
+    def finish_everything(self):
+        for stream in self.streams:
+            stream.run_to(len(stream.operations))
+
+    def _stream(self, lane):
+        return (self.cached or self.current) if lane is Lane.CURRENT else self.lanes[lane]
+
+    def _region(self, tensor):
+        at = tensor.data_ptr()
+        return next((r for r in self.regions if not r.freed and r.start <= at < r.start + len(r.data)), None)
+
+    def _raw(self, tensor):
+        region = self._region(tensor)
+        first = tensor.data_ptr() - region.start
+        flat = torch.frombuffer(region.data, dtype=torch.uint8)[first : first + tensor.nbytes]
+        return flat.view(tensor.dtype).view(tensor.shape), region
+
+    def _enqueue(self, stream, work, mark=None):
+        stream.operations.append((mark, work))
+        if self.mode == "late":
+            return
+        if isinstance(self.mode, int):
+            for _ in range(self.chance.randrange(4)):
+                ready = [one for one in self.streams if one.ready()]
+                if ready:
+                    self.chance.choice(ready).run_one()
+            return
+        lane = {"h2d": Lane.H2D, "d2h": Lane.D2H}.get(self.mode)
+        while True:
+            eager = self.streams
+            if self.mode == "current":
+                eager = [one for one in eager if one not in self.lanes.values()]
+            elif lane is not None:
+                eager = [self.lanes[lane]]
+            ready = [one for one in eager if one.ready()]
+            if not ready:
+                return
+            for one in ready:
+                one.run_one()
