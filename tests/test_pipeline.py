@@ -432,6 +432,25 @@ def test_a_failing_bucket_keeps_its_old_values_and_the_pipeline_its_use(mode):
     assert same_bits(staged, resident)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_second_use_that_fails_leaves_the_first(mode):
+    """Of the same part, when the first use has not been written back yet."""
+    streams = FakeStreams(mode)
+    pipeline = Pipeline([Slab([Part((4,), torch.float32)] * 2)], streams)
+    with pipeline.using(0, [1], more=True) as (m,):
+        streams.launch(lambda m: m.add_(5), m)
+
+    def fail():
+        with pipeline.using(0, [1], more=True) as (m,):
+            streams.launch(lambda m: m.add_(7), m)
+            raise ComputeError
+
+    with pytest.raises(ComputeError):
+        fail()
+    pipeline.drain()
+    assert [t.tolist() for t in pipeline.slabs[0].tensors] == [[0] * 4, [5] * 4]
+
+
 def test_the_host_backend_is_bit_equal_too():
     pipeline = Pipeline([Slab([Part((40,), torch.float32)]), Slab([Part((4,), torch.bfloat16)])], HostStreams())
     for step in (1, 2):
