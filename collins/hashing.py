@@ -27,8 +27,9 @@ WORD = 32  # bits in a word
 # A word is an int64 in [0, 2^32). No product below leaves int64: a compiler may assume that signed integers never
 # overflow, and one that did removed the end of a loop.
 _MASK = 2**32 - 1
-_TICK_STRIDE = 0x1E3779B9  # odd: neighbouring ticks lie far apart before they are mixed
-_GOLDEN = 0x61C88647  # 2^32 / (golden ratio)^2
+FIRST_MULTIPLIER, SECOND_MULTIPLIER = 0x21F0AAAD, 0x735A2D97
+TICK_STRIDE = 0x1E3779B9  # odd: neighbouring ticks lie far apart before they are mixed
+GOLDEN = 0x61C88647  # 2^32 / (golden ratio)^2
 
 
 class HashKey(NamedTuple):
@@ -57,15 +58,15 @@ def mix32(x: Tensor) -> Tensor:
     multipliers found by that search later.
     """
     x = x ^ (x >> 16)
-    x = (x * 0x21F0AAAD) & _MASK
+    x = (x * FIRST_MULTIPLIER) & _MASK
     x = x ^ (x >> 15)
-    x = (x * 0x735A2D97) & _MASK
+    x = (x * SECOND_MULTIPLIER) & _MASK
     return x ^ (x >> 15)
 
 
 def mixed_word(index: Tensor, tick: int | Tensor, key: HashKey) -> Tensor:
     """One word for each index (int64, any shape) at one tick (an epoch or a step, below 2^31)."""
-    return mix32(((index + key.low) & _MASK) ^ ((tick * _TICK_STRIDE + key.high) & _MASK))
+    return mix32(((index + key.low) & _MASK) ^ ((tick * TICK_STRIDE + key.high) & _MASK))
 
 
 def epoch_of(bucket: Tensor, step: int | Tensor, key: HashKey, period: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,7 @@ def epoch_of(bucket: Tensor, step: int | Tensor, key: HashKey, period: int | Ten
     phi_b = floor(T frac((b + key) / golden ratio^2)) spreads the buckets evenly over the period (Fibonacci hashing;
     Knuth, "The Art of Computer Programming", 6.4): 1/T of them draw new signs in any step, and none needs a division.
     """
-    phase = ((((bucket + key.low) & _MASK) * _GOLDEN & _MASK) * period) >> 32
+    phase = ((((bucket + key.low) & _MASK) * GOLDEN & _MASK) * period) >> 32
     begun = step // period
     past = phase + (step - begun * period)  # in [0, 2 T)
     return begun + (past >= period), (past == period) | (past == 0)
@@ -146,6 +147,7 @@ class UniversalHash:
             raise ValueError(f"buckets must be in [1, 2**31 - 1], got {buckets}")
         self.numel = numel
         self.buckets = buckets
+        self.key = key
         position, sign = derive(seed, key, "position"), derive(seed, key, "parity")
         self.a = 1 + (position & 0xFFFFFFFFFFFFFFFF) % (PRIME - 1)
         self.b = (position >> 64) % PRIME

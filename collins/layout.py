@@ -49,3 +49,16 @@ def moment_dtype(layout: Layout, dtype: torch.dtype, table_dtype: torch.dtype) -
 def moment_bytes(layout: Layout, dtype: torch.dtype, table_dtype: torch.dtype) -> int:
     """Bytes of both moments of a parameter of `dtype`; the step counter, kept on the host, is not among them."""
     return 2 * layout.buckets * moment_dtype(layout, dtype, table_dtype).itemsize
+
+
+def moment_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of each moment of a parameter of `shape`.
+
+    Dense moments have the parameter's. Where a bucket never crosses the first dimension, a table keeps that dimension,
+    (d0, N / d0 / c): sharding both along it keeps each bucket beside its elements. Elsewhere a table is (K,).
+    """
+    if layout.hash is None:
+        return shape
+    if layout.hash == "block" and shape and layout.numel // shape[0] % int(layout.load) == 0:
+        return shape[0], layout.numel // shape[0] // int(layout.load)
+    return (layout.buckets,)

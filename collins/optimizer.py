@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from numbers import Real
+import operator
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any, NamedTuple, cast, overload
 
 import torch
@@ -14,36 +15,47 @@ from torch.optim.optimizer import ParamsT
 
 from collins.compile import Engine
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
-from collins.layout import DECODES, HASHES, Layout, layout_of
+from collins.layout import Layout, layout_of, moment_bytes, moment_dtype, moment_shape
+from collins.offload import MemoryPolicy, PlacementPlan
+from collins.offload.housing import Housing, Tenant
+from collins.offload.slabs import Part
+from collins.options import check_options, listed, require
 from collins.report import MemoryReport, ParameterRow
 from collins.rounding import ROUNDED
-from collins.rule import scalars
+from collins.rule import Scalars, scalars
 from collins.update import Keys, Spec, Work
 
 _PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_TABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 Hash = BlockHash | UniversalHash
-
-
-class _Member(NamedTuple):
-    """A parameter with its place: `key` counts through all groups and is what its hashes derive from."""
-
-    p: Tensor
-    group: dict[str, Any]
-    key: int
-    name: str
 
 
 class _Plan(NamedTuple):
     """What follows from a parameter's size and its group's settings, kept from step to step."""
 
     settings: tuple[Any, ...]
+    size: torch.Size  # of the parameter
+    dtype: torch.dtype  # of the parameter
     spec: Spec
     keys: Keys
     hash: Hash | None
-    shapes: dict[str, tuple[int, ...]]  # of the moments, by name, the first one first
-    dtype: torch.dtype  # of the moments
+    names: tuple[str, str]  # of the moments, the first one first
+    shape: tuple[int, ...]  # of each moment
+    moment_dtype: torch.dtype
+
+
+class _Member:
+    """A parameter with its place: `key` counts through all groups and is what its hashes derive from."""
+
+    __slots__ = ("group", "key", "name", "p", "plan", "settled")
+
+    def __init__(self, p: Tensor, group: dict[str, Any], key: int, name: str) -> None:
+        self.p = p
+        self.group = group
+        self.key = key
+        self.name = name
+        self.plan: _Plan | None = None
+        self.settled: tuple[Any, Any] = (None, None)  # the moments that were found to fit the plan
 
 
 class Collins(Optimizer):
@@ -77,16 +89,24 @@ class Collins(Optimizer):
         seed: what every hash derives from, together with the parameter's place in the optimizer. Replicas must agree.
         maximize: ascend instead of descend.
         stochastic_rounding: whether parameters and tables in 16 bits are rounded stochastically; None for True.
-        compile: whether the step runs through torch.compile; None compiles on accelerators and not on the CPU.
+        compile: True steps through torch.compile, False eagerly. None takes the fastest: on CUDA devices one launch of
+            a Triton kernel for all tensors of a kind, on other accelerators torch.compile, on the CPU eager steps.
+        capturable: whether the step may be captured in a CUDA graph, as for `torch.optim.AdamW`: step counters live on
+            the device, and `lr` is read there when it is a tensor on it.
+        memory: where moments live: None beside their parameters; else a `MemoryPolicy`, a tier's name ("auto",
+            "device", "host"), a mapping of the policy's arguments, or the path of a TOML file. Decided at the first
+            step, when the activations' peak has been seen; `placement` tells what was decided.
+        in_backward: whether each parameter is stepped, and its gradient freed, as soon as the gradient has arrived in
+            backward. `step` then only ends the step.
 
-    All but `compile` and `seed` may be set per group.
+    All but `compile`, `seed`, `memory` and `in_backward` may be set per group.
 
     Raises:
         ValueError, TypeError: for an option, parameter or gradient that cannot be used, naming it, its value and what
             is accepted, before anything has changed.
 
-    State, in the names of `state_dict`: `step` (0-d), and `m_table`, `v_table` of shape (K,), or `exp_avg`,
-    `exp_avg_sq` shaped like a dense parameter.
+    State, in the names of `state_dict`: `step` (0-d), and `m_table`, `v_table` with K entries in the shape of
+    `collins.layout.moment_shape`, or `exp_avg`, `exp_avg_sq` shaped like a dense parameter.
 
     Example:
         >>> model = torch.nn.Linear(512, 512)
@@ -121,13 +141,19 @@ class Collins(Optimizer):
         maximize: bool = False,
         stochastic_rounding: bool | None = None,
         compile: bool | None = None,
+        capturable: bool = False,
+        memory: MemoryPolicy | str | Mapping[str, Any] | PathLike[str] | None = None,
+        in_backward: bool = False,
     ) -> None:
-        _require(isinstance(seed, int), "seed", seed, "an int")
-        _require(compile is None or isinstance(compile, bool), "compile", compile, "True, False or None")
+        require(isinstance(seed, int), "seed", seed, "an int")
+        require(compile is None or isinstance(compile, bool), "compile", compile, "True, False or None")
+        require(isinstance(in_backward, bool), "in_backward", in_backward, "True or False")
         self.seed = seed
         self.compile = compile
-        self._engine = Engine(compile)
-        self._plans: dict[Tensor, _Plan] = {}
+        self.in_backward = in_backward
+        self.memory = None if memory is None else MemoryPolicy.of(memory)
+        self._make_engines()
+        self._hashes: dict[Tensor, UniversalHash] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -142,18 +168,30 @@ class Collins(Optimizer):
             "table_dtype": table_dtype,
             "maximize": maximize,
             "stochastic_rounding": stochastic_rounding,
+            "capturable": capturable,
         }
         check_options(defaults)
         super().__init__(params, defaults)
 
+    def _make_engines(self) -> None:
+        """What is made anew in every process and every copy: compiled code, host memory, hooks."""
+        self._engine = Engine(self.compile)
+        self._housing = None if self.memory is None else Housing(self.memory)
+        self._rosters: list[tuple[list[Tensor], list[_Member]]] = []
+        self._settings: list[tuple[Any, ...]] = []
+        self._stepped: set[Tensor] = set()  # in backward, since the last call of step
+
     def __getstate__(self) -> dict[str, Any]:
-        hashes = {p: plan for p, plan in self._plans.items() if plan.hash is not None}
-        return {**super().__getstate__(), "seed": self.seed, "compile": self.compile, "_plans": hashes}
+        self._drain()
+        own = ("seed", "compile", "in_backward", "memory", "_hashes")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_engine" not in self.__dict__:  # unpickled or copied; compiled code stays behind
-            self._engine = Engine(self.compile)
+        if "_engine" not in self.__dict__:  # unpickled or copied
+            self._make_engines()
+            if self.in_backward:
+                self._hook(self._members())
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -180,11 +218,14 @@ class Collins(Optimizer):
             if p.layout != torch.strided:
                 raise TypeError(f"{label} has layout {p.layout}; Collins accepts torch.strided parameters")
             if p.dtype not in _PARAM_DTYPES:
-                raise TypeError(f"{label} has dtype {p.dtype}; Collins accepts {_listed(_PARAM_DTYPES)}")
+                raise TypeError(f"{label} has dtype {p.dtype}; Collins accepts {listed(_PARAM_DTYPES)}")
             if id(p) in seen:
                 raise ValueError(f"{label} of the new group is already in the optimizer as {seen[id(p)]}; give it once")
             seen[id(p)] = label
         super().add_param_group(param_group)
+        if self.in_backward:
+            group = self.param_groups[-1]
+            self._hook(member for member in self._members() if member.group is group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -206,6 +247,11 @@ class Collins(Optimizer):
             TypeError, ValueError: for a gradient that is sparse or whose shape, dtype or device is not its parameter's,
                 or an option that was set out of range. Nothing has changed then.
         """
+        if closure is not None and self.in_backward:
+            raise RuntimeError(
+                "closure must be None with in_backward=True, where parameters are stepped during backward: evaluate the"
+                " model before step(), or build Collins with in_backward=False"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -231,14 +277,25 @@ class Collins(Optimizer):
         """Bytes of state, in all and per parameter; exact before the first step, and for parameters on `meta`."""
         return MemoryReport(tuple(self._report_row(member) for member in self._members()))
 
+    @property
+    def placement(self) -> tuple[PlacementPlan, ...]:
+        """What the memory policy came to: a plan for each device, and for each time that parameters were new."""
+        return tuple(self._housing.plans) if self._housing else ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`; moments on the host are complete until the next step begins."""
+        self._drain()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, bit for bit: moments keep their dtype whatever the parameter's is.
 
-        Moments that exist already are overwritten in place.
+        Moments that exist already are overwritten in place; others are made on the tier where they belong.
 
         Raises:
             ValueError: when groups or moments do not fit this optimizer's parameters; it is then as it was.
         """
+        self._drain()
         moments: dict[Tensor, dict[str, Tensor]] = {}
         present = {p: dict(state) for p, state in self.state.items()}
 
@@ -252,15 +309,15 @@ class Collins(Optimizer):
             return {**given, "state": others}
 
         def put_back(_: Optimizer) -> None:
-            for member in self._members():
-                if "step" in self.state.get(member.p, ()):  # the base class would share it with the source
-                    self.state[member.p]["step"] = torch.tensor(float(self.state[member.p]["step"]))
-                for name, loaded in moments.get(member.p, {}).items():
-                    moment = present.get(member.p, {}).get(name)
-                    dtype = self._plan(member).dtype
-                    if moment is None or moment.shape != loaded.shape or moment.dtype != dtype:
-                        moment = torch.empty(loaded.shape, dtype=dtype, device=member.p.device)
-                    self.state[member.p][name] = moment.copy_(loaded)
+            loaded = [member for member in self._members() if member.p in moments]
+            self._settle(loaded)
+            for member in loaded:
+                plan, state = self._plan(member), self.state[member.p]
+                if "step" in state:  # the base class would share it with the source
+                    device = member.p.device if member.group["capturable"] else "cpu"
+                    state["step"] = torch.tensor(float(state["step"]), device=device)
+                for name, made in zip(plan.names, self._moments(member, present.get(member.p, {})), strict=True):
+                    state[name] = made.copy_(moments[member.p][name])
 
         hooks = (
             self.register_load_state_dict_pre_hook(set_aside),
@@ -287,7 +344,9 @@ class Collins(Optimizer):
             state = state_dict["state"].get(saved, {})
             found = {name: state[name] for name in _MOMENTS if name in state}
             if state:
-                _check_moments(member.name, "state_dict", found, _moment_shapes(member.p, _layout(member.p, group)))
+                layout = _layout(member.p, group)
+                shape = moment_shape(layout, tuple(member.p.shape))
+                _check_moments(member.name, "state_dict", found, dict.fromkeys(_names(layout), shape))
                 moments[member.p] = found
         return moments
 
@@ -296,84 +355,224 @@ class Collins(Optimizer):
         """Checks everything, then performs the step. Code that compiles `step` calls this as it is: the engine compiles
         its own graphs, which no change of learning rate, gradients or state invalidates.
         """
-        for group in self.param_groups:
+        ready = []
+        for members in self._roster():
+            if not members:
+                continue
+            group = members[0].group
             check_options(group)
-        planned = [(member, self._plan(member)) for member in self._members() if member.p.grad is not None]
-        for member, plan in planned:
-            _check_gradient(member)
-            self._check_state(member, plan)
-        self._engine.run([self._work(member, plan) for member, plan in planned])
+            settings = self._settings_of(group)
+            for member in members:
+                p = member.p
+                g = p.grad
+                if g is not None:
+                    plan = member.plan
+                    if plan is None or plan.settings is not settings or p.shape != plan.size or p.dtype != plan.dtype:
+                        plan = self._plan(member, settings)
+                    if g.dtype is not plan.dtype or g.shape != plan.size or g.layout is not torch.strided:
+                        _check_gradient(member, g)
+                    if g.device != p.device:
+                        _check_gradient(member, g)
+                    self._check_state(member, plan)
+                    ready.append((member, g))
+        if self._housing is not None and ready:
+            self._settle([member for members in self._roster() for member in members])
+        works = self._works(ready)
+        if self._housing is None:
+            self._engine.run(works)
+        else:
+            self._housing.run(works, [member.p for member, _ in ready], self._engine.run)
+            self._housing.finish()
+        self._stepped.clear()
+
+    def _hook(self, members: Iterator[_Member]) -> None:
+        """Has each parameter stepped when its gradient has arrived."""
+        this = weakref.ref(self)
+
+        def arrived(p: Tensor) -> None:
+            optimizer = this()
+            if optimizer is not None:
+                optimizer._update_one(p)
+
+        for member in members:
+            if member.p.requires_grad:
+                member.p.register_post_accumulate_grad_hook(arrived)
+
+    @torch.no_grad()
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _update_one(self, p: Tensor) -> None:
+        """The step of one parameter whose gradient has arrived; frees the gradient."""
+        member = next((m for members in self._roster() for m in members if m.p is p), None)
+        if member is None:  # taken out of its group since
+            return
+        if p in self._stepped:
+            raise RuntimeError(
+                f"the gradient of {member.name} arrived twice before step(): with in_backward=True gradients cannot be"
+                " accumulated over several backward passes; call step() after each, or use in_backward=False"
+            )
+        g = cast(Tensor, p.grad)
+        check_options(member.group)
+        plan = self._plan(member, self._settings_of(member.group))
+        _check_gradient(member, g)
+        self._check_state(member, plan)
+        if self._housing is not None:
+            self._settle([m for members in self._roster() for m in members])
+        works = self._works([(member, g)])
+        if self._housing is None:
+            self._engine.run(works)
+        else:
+            self._housing.run_one(works[0], p, self._engine.run)
+        self._stepped.add(p)
+        p.grad = None
 
     def _members(self) -> Iterator[_Member]:
-        key = 0
-        for group in self.param_groups:
-            names = group.get("param_names")
-            for place, p in enumerate(group["params"]):
-                yield _Member(p, group, key, _label(names[place] if names else key))
-                key += 1
+        for members in self._roster():
+            yield from members
 
-    def _plan(self, member: _Member) -> _Plan:
-        p, group, key, _ = member
-        settings = (p.numel(), p.dtype, key, *(group[name] for name in _PLANNED))
-        plan = self._plans.get(p)
-        if plan is not None and plan.settings == settings:
+    def _roster(self) -> Iterator[list[_Member]]:
+        """The parameters of each group, which whoever wraps a model may have replaced since the last call."""
+        del self._rosters[len(self.param_groups) :]
+        key = 0
+        for number, group in enumerate(self.param_groups):
+            params = group["params"]
+            if number < len(self._rosters):
+                known, members = self._rosters[number]
+                same = len(known) == len(params) and all(map(operator.is_, known, params))
+                if same and (not members or (members[0].key == key and members[0].group is group)):
+                    key += len(members)
+                    yield members
+                    continue
+            names = group.get("param_names")
+            members = [
+                _Member(p, group, key + place, _label(names[place] if names else key + place))
+                for place, p in enumerate(params)
+            ]
+            self._rosters[number : number + 1] = [(list(params), members)]
+            key += len(members)
+            yield members
+
+    def _settings_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What the plans of a group depend on: the same object for as long as nothing changes."""
+        settings = tuple(group[name] for name in _PLANNED)
+        for known in self._settings:
+            if known == settings:
+                return known
+        self._settings.append(settings)
+        return settings
+
+    def _plan(self, member: _Member, settings: tuple[Any, ...] | None = None) -> _Plan:
+        p, group, key = member.p, member.group, member.key
+        settings = self._settings_of(group) if settings is None else settings
+        plan = member.plan
+        if plan is not None and plan.settings is settings and plan.size == p.shape and plan.dtype == p.dtype:
             return plan
         layout, period = _layout(p, group), group["rehash_period"]
         hash: Hash | None = None
         if layout.hash == "block":
             hash = BlockHash(p.numel(), int(layout.load), seed=self.seed, key=key, period=period)
         elif layout.hash == "universal":
-            hash = UniversalHash(p.numel(), layout.buckets, seed=self.seed, key=key)
-        dtype = _moment_dtype(p, layout, group["table_dtype"])
+            hash = self._hashes.get(p)
+            if hash is None or (hash.numel, hash.buckets, hash.key) != (p.numel(), layout.buckets, key):
+                hash = self._hashes[p] = UniversalHash(p.numel(), layout.buckets, seed=self.seed, key=key)
+        dtype = moment_dtype(layout, p.dtype, group["table_dtype"])
         rounding = group["stochastic_rounding"] is not False and (p.dtype in ROUNDED or dtype in ROUNDED)
         rehash = layout.hash == "block" and period is not None
-        spec = Spec(layout, group["decode"], rehash, rounding, group["maximize"])
+        spec = Spec(layout.hash, layout.load, group["decode"], rehash, rounding, group["maximize"])
         sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
         keys = Keys(sign_key, hash_key(self.seed, key, "round"), (0, 0, 0, 0), period or 0)
-        plan = self._plans[p] = _Plan(settings, spec, keys, hash, _moment_shapes(p, layout), dtype)
+        shape = moment_shape(layout, tuple(p.shape))
+        plan = _Plan(settings, p.shape, p.dtype, spec, keys, hash, _names(layout), shape, dtype)
+        member.plan, member.settled = plan, (None, None)
         return plan
 
-    def _work(self, member: _Member, plan: _Plan) -> Work:
-        """One parameter's share of this step; makes its state on first use and counts the step."""
-        p, group, _, _ = member
-        _, spec, keys, hash, shapes, dtype = plan
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            for name, shape in shapes.items():
-                state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
-        if isinstance(hash, UniversalHash):
-            keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
-        state["step"] += 1
-        lr = group["lr"]
-        h = scalars(
-            int(state["step"].item()),
-            lr=lr.reshape(()) if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            residual_weight=group["residual_weight"],
+    def _settle(self, members: Sequence[_Member]) -> None:
+        """Under a memory policy, gives every parameter's moments their home; those that exist elsewhere move in."""
+        if self._housing is None:
+            return
+        plans = [self._plan(member) for member in members]
+        self._housing.settle(
+            [Tenant(m.name, m.p, Part(plan.shape, plan.moment_dtype)) for m, plan in zip(members, plans, strict=True)]
         )
-        first, second = (state[name] for name in shapes)
-        return Work(p, cast(Tensor, p.grad), first, second, spec, keys, h)
+        for member, plan in zip(members, plans, strict=True):
+            state = self.state.get(member.p)
+            if state:
+                for name, home in zip(plan.names, self._housing.moments(member.p), strict=True):
+                    if state.get(name) is not home and name in state:
+                        state[name] = home.copy_(state[name])
+
+    def _moments(self, member: _Member, present: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Where a parameter's moments are kept: what is there already if it fits, else new memory."""
+        plan = self._plan(member)
+        if self._housing is not None:
+            return self._housing.moments(member.p)
+        kept = []
+        for name in plan.names:
+            moment = present.get(name)
+            if moment is None or moment.shape != plan.shape or moment.dtype != plan.moment_dtype:
+                moment = torch.zeros(plan.shape, dtype=plan.moment_dtype, device=member.p.device)
+            kept.append(moment)
+        return kept[0], kept[1]
+
+    def _works(self, ready: Sequence[tuple[_Member, Tensor]]) -> list[Work]:
+        """Each parameter's share of this step; makes its state on first use and counts the step."""
+        states = []
+        for member, _ in ready:
+            state = self.state[member.p]
+            if not state:
+                plan = cast(_Plan, member.plan)
+                device = member.p.device if member.group["capturable"] else "cpu"
+                state["step"] = torch.zeros((), device=device)
+                state.update(zip(plan.names, self._moments(member, {}), strict=True))
+            states.append(state)
+        if states:
+            torch._foreach_add_([state["step"] for state in states], 1)
+        seen: dict[tuple[int, float], Scalars] = {}
+        works = []
+        for (member, g), state in zip(ready, states, strict=True):
+            group, plan, step = member.group, cast(_Plan, member.plan), state["step"]
+            if group["capturable"]:
+                h = _scalars(step, group)
+            else:
+                place = (id(group), step.item())
+                found = seen.get(place)
+                if found is None:
+                    found = seen[place] = _scalars(int(place[1]), group)
+                h = found
+            keys, hash = plan.keys, plan.hash
+            if isinstance(hash, UniversalHash):
+                keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
+            first, second = plan.names
+            works.append(Work(member.p, g, state[first], state[second], plan.spec, keys, h, hash.numel if hash else 0))
+        return works
 
     def _check_state(self, member: _Member, plan: _Plan) -> None:
         state = self.state.get(member.p)
-        if state and not all(name in state and state[name].shape == shape for name, shape in plan.shapes.items()):
+        if not state:
+            return
+        first, second = plan.names
+        settled = member.settled
+        if state.get(first) is settled[0] is not None and state.get(second) is settled[1]:
+            return
+        shapes = dict.fromkeys(plan.names, plan.shape)
+        if not all(name in state and state[name].shape == plan.shape for name in plan.names):
             held = {name: state[name] for name in _MOMENTS if name in state}
-            _check_moments(member.name, "the optimizer", held, plan.shapes)
+            _check_moments(member.name, "the optimizer", held, shapes)
+        member.settled = (state[first], state[second])
+
+    def _drain(self) -> None:
+        if self._housing is not None:
+            self._housing.drain()
 
     def _report_row(self, member: _Member) -> ParameterRow:
-        p, group, _, name = member
+        p, group = member.p, member.group
         layout = _layout(p, group)
         step_bytes = torch.float32.itemsize
-        moments = sum(math.prod(shape) for shape in _moment_shapes(p, layout).values())
         return ParameterRow(
-            name=name,
+            name=member.name,
             shape=tuple(p.shape),
             hash=layout.hash,
             load=layout.load,
-            state_bytes=step_bytes + moments * _moment_dtype(p, layout, group["table_dtype"]).itemsize,
+            state_bytes=step_bytes + moment_bytes(layout, p.dtype, group["table_dtype"]),
             adamw_bytes=step_bytes + 2 * p.numel() * p.dtype.itemsize,
         )
 
@@ -397,73 +596,31 @@ def _layout(p: Tensor, group: dict[str, Any]) -> Layout:
     return layout_of(p.numel(), compress_ratio=group["compress_ratio"], min_K=group["min_K"], hash=group["hash"])
 
 
-def _moment_shapes(p: Tensor, layout: Layout) -> dict[str, tuple[int, ...]]:
-    if layout.hash is None:
-        return dict.fromkeys(_DENSE, tuple(p.shape))
-    return dict.fromkeys(_TABLES, (layout.buckets,))
+def _names(layout: Layout) -> tuple[str, str]:
+    return _DENSE if layout.hash is None else _TABLES
 
 
-def _moment_dtype(p: Tensor, layout: Layout, table_dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(p.dtype, table_dtype) if layout.hash is None else table_dtype
+def _scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
+    lr = group["lr"]
+    return scalars(
+        step,
+        lr=lr.reshape(()) if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        residual_weight=group["residual_weight"],
+    )
 
 
 def _label(name: str | int) -> str:
     return f"parameter {name!r}"
 
 
-def _listed(values: tuple[Any, ...]) -> str:
-    return ", ".join(map(str, values[:-1])) + f" or {values[-1]}"
-
-
-def _require(holds: bool, name: str, value: object, accepted: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {accepted}, got {value!r}")
-
-
-def _number(value: object) -> float:
-    """A real number as it is; anything else as NaN, which no range contains."""
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_options(group: dict[str, Any]) -> None:
-    """Raises a ValueError that names the first option of a parameter group that is out of range."""
-    lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor):
-        _require(lr.numel() == 1, "lr", lr, "a number or a tensor of one element")
-        lr = float(lr) if lr.is_cpu else 0.0  # reading it from an accelerator would stall the device
-    _require(0 <= _number(lr) < math.inf, "lr", group["lr"], "finite and at least 0")
-    in_range = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= _number(beta) < 1 for beta in betas)
-    _require(in_range, "betas", betas, "two numbers in [0, 1)")
-    for name in ("eps", "weight_decay"):
-        _require(0 <= _number(group[name]) < math.inf, name, group[name], "finite and at least 0")
-    _require(1 <= _number(group["compress_ratio"]) < math.inf, "compress_ratio", group["compress_ratio"], "at least 1")
-    _require(_whole(group["min_K"]) and group["min_K"] >= 1, "min_K", group["min_K"], "an int of at least 1")
-    _require(group["hash"] in HASHES, "hash", group["hash"], _listed(HASHES))
-    _require(group["decode"] in DECODES, "decode", group["decode"], _listed(DECODES))
-    rho, period = group["residual_weight"], group["rehash_period"]
-    _require(rho is None or 0 <= _number(rho) < math.inf, "residual_weight", rho, "None, or finite and at least 0")
-    _require(
-        period is None or (_whole(period) and 1 <= period < 2**31),
-        "rehash_period",
-        period,
-        "None or an int of at least 1",
-    )
-    _require(group["table_dtype"] in _TABLE_DTYPES, "table_dtype", group["table_dtype"], _listed(_TABLE_DTYPES))
-    _require(isinstance(group["maximize"], bool), "maximize", group["maximize"], "True or False")
-    rounding = group["stochastic_rounding"]
-    _require(rounding is None or isinstance(rounding, bool), "stochastic_rounding", rounding, "True, False or None")
-
-
-def _check_gradient(member: _Member) -> None:
-    p, g = member.p, cast(Tensor, member.p.grad)
+def _check_gradient(member: _Member, g: Tensor) -> None:
     if g.layout != torch.strided:
         raise TypeError(f"the gradient of {member.name} has layout {g.layout}; Collins accepts torch.strided gradients")
     for what in ("shape", "dtype", "device"):
-        got, accepted = getattr(g, what), getattr(p, what)
+        got, accepted = getattr(g, what), getattr(member.p, what)
         if got != accepted:
             raise ValueError(f"the gradient of {member.name} must have its {what} {accepted}, got {got}")
 

@@ -19,7 +19,7 @@ ROUNDED = (torch.bfloat16, torch.float16)
 
 # The tensors one step writes, each with random bits of its own.
 PARAM, FIRST, SECOND = 0, 0x3C6EF372, 0x1F83D9AB
-_SECOND_WORD = 0x510E527F
+SECOND_WORD = 0x510E527F
 
 _HALF_MAX = 65504.0  # largest float16
 _HALF_OVERFLOW = 65520.0  # from here on, round-to-nearest gives infinity
@@ -27,16 +27,20 @@ _HALF_NORMAL = 2.0**-14  # smallest normal float16
 _HALF_QUANTUM = 2.0**-24  # spacing of the subnormal ones
 
 
-def random_bits(first: int, count: int, step: int | Tensor, key: HashKey, stream: int, device: torch.device) -> Tensor:
+def random_bits(
+    first: int | Tensor, count: int, step: int | Tensor, key: HashKey, stream: int, device: torch.device
+) -> Tensor:
     """16 random bits, as int32 in [0, 65536), for each of the elements first, ..., first + count - 1: shape (count,).
+
+    A `first` that is a tensor, as in compiled code, is a multiple of 32.
 
     32 neighbours share two hashed words A and B, of 24 bits each, and number j of them takes the upper bits of
     A + j B mod 2^24: uniform, and independent between any two of them (Dietzfelbinger, "Universal hashing and k-wise
     independent random variables via integer arithmetic without primes", 1996).
     """
-    start, skip = divmod(first, WORD)
-    index = torch.arange(start, start + -(-(skip + count) // WORD), device=device)
-    streams = (stream, stream ^ _SECOND_WORD)
+    start, skip = divmod(first, WORD) if isinstance(first, int) else (first // WORD, 0)
+    index = torch.arange(-(-(skip + count) // WORD), device=device) + start
+    streams = (stream, stream ^ SECOND_WORD)
     words = [mixed_word(index, step, HashKey(key.low, key.high ^ s)) for s in streams]
     A, B = ((word >> 8).to(torch.int32)[:, None] for word in words)
     lane = torch.arange(WORD, dtype=torch.int32, device=device)

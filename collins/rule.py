@@ -35,7 +35,7 @@ class Scalars(NamedTuple):
 
 
 def scalars(
-    step: int,
+    step: int | Tensor,
     *,
     lr: Scalar,
     betas: tuple[float, float],
@@ -43,13 +43,17 @@ def scalars(
     weight_decay: float,
     residual_weight: float | None,
 ) -> Scalars:
-    """The `Scalars` of step t = `step`, counted from 1.
+    """The `Scalars` of step t = `step`, counted from 1; as a float tensor it stays on its device.
 
     rho = sqrt((1 - beta1) / (1 + beta1)) unless set: an EMA shrinks independent noise by that factor, so the sketched
     momentum and the raw residual enter the update with equal noise.
     """
     beta1, beta2 = betas
     rho = math.sqrt((1 - beta1) / (1 + beta1)) if residual_weight is None else residual_weight
+    if isinstance(step, Tensor):
+        exact = step.to(torch.float64)
+        corrections = 1 - beta1**exact, 1 - beta2**exact
+        return Scalars(step.to(torch.int64), lr, 1 - lr * weight_decay, beta1, beta2, *corrections, eps, rho)
     return Scalars(step, lr, 1 - lr * weight_decay, beta1, beta2, 1 - beta1**step, 1 - beta2**step, eps, rho)
 
 

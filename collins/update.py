@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from collins.hashing import HashKey, as_sign, epoch_of, sign_bits, universal_bucket, universal_sign_bits
-from collins.layout import Layout
 from collins.rounding import FIRST, PARAM, ROUNDED, SECOND, random_bits, stochastic_round
 from collins.rule import Scalars, updated
 from collins.sketch import add_scattered, decay, encode_rows
@@ -24,7 +23,8 @@ from collins.sketch import add_scattered, decay, encode_rows
 class Spec(NamedTuple):
     """What is fixed when a step is compiled. Hashable: together with the tensors' shapes it is a signature."""
 
-    layout: Layout
+    hash: str | None  # as in Layout
+    load: float
     decode: str  # "residual" or "sketch"
     rehash: bool  # whether signs are ever drawn anew
     rounding: bool  # stochastic, for whatever is stored in 16 bits
@@ -44,9 +44,11 @@ class Work(NamedTuple):
     """One parameter's part of a step: what `update_` needs to know.
 
     p, g: the parameter and its gradient: any shape and strides, one dtype and device; i counts in row-major order.
-    m, v: contiguous moments, shaped like `p` when dense, else (K,).
+    m, v: contiguous moments, shaped like `p` when dense, else one entry per bucket in any shape.
     spec, keys, h: the static part, the parameter's constants, the step's numbers.
-    start: the number of the first element, where p, g, m and v are slices of a larger parameter's, at a whole bucket.
+    numel: N, of the whole parameter.
+    start: the number of the first element, where p, g, m and v are slices of the parameter's, at a whole bucket; a 0-d
+        tensor in compiled code, whose slices hold whole buckets only.
     """
 
     p: Tensor
@@ -56,7 +58,8 @@ class Work(NamedTuple):
     spec: Spec
     keys: Keys
     h: Scalars
-    start: int = 0
+    numel: int
+    start: int | Tensor = 0
 
 
 def update_(work: Work, chunk: int | None = None) -> None:
@@ -64,7 +67,7 @@ def update_(work: Work, chunk: int | None = None) -> None:
     p, g = work.p, work.g
     if p.is_contiguous() and g.is_contiguous():
         work = work._replace(p=p.view(-1), g=g.view(-1))
-    _UPDATES[work.spec.layout.hash](work, chunk)
+    _UPDATES[work.spec.hash](work._replace(m=work.m.view(-1), v=work.v.view(-1)), chunk)
 
 
 class _Piece(NamedTuple):
@@ -89,7 +92,7 @@ def _pieces(work: Work, chunk: int | None, unit: int = 1) -> Iterator[_Piece]:
 
 
 def _dense_(work: Work, chunk: int | None) -> None:
-    h, m, v = work.h, work.m.view(-1), work.v.view(-1)
+    h, m, v = work.h, work.m, work.v
     for offset, p, g in _pieces(work, chunk):
         first, part = work.start + offset, slice(offset, offset + p.numel())
         grad = _gradient(g, work.spec)
@@ -103,20 +106,19 @@ def _dense_(work: Work, chunk: int | None) -> None:
 
 def _block_(work: Work, chunk: int | None) -> None:
     spec, keys, h = work.spec, work.keys, work.h
-    _, numel, buckets, load = spec.layout
-    load = int(load)
-    tail = numel - (buckets - 1) * load
+    load = int(spec.load)
+    last, tail = (work.numel - 1) // load, (work.numel - 1) % load + 1
     for offset, p, g in _pieces(work, chunk, load):
         count = p.numel()
         first, rows = (work.start + offset) // load, -(-count // load)
         table = slice(offset // load, offset // load + rows)
-        bucket = torch.arange(first, first + rows, device=p.device)
+        bucket = torch.arange(rows, device=p.device) + first
         epoch, fresh = epoch_of(bucket, h.step, keys.sign, keys.period) if spec.rehash else (0, None)
         loads: float | Tensor = load
         grad, old = _gradient(g, spec), _flat(p, torch.promote_types(p.dtype, torch.float32))
         if count % load:  # the tail bucket is padded with zeros, which add nothing to its sums
             grad, old = (torch.nn.functional.pad(t, (0, rows * load - count)) for t in (grad, old))
-            is_tail = bucket == buckets - 1
+            is_tail = bucket == last
             loads = torch.where(is_tail, tail, load).to(grad.dtype)
             if tail == 1 and fresh is not None:  # alone, an element keeps its sign: the sketch is exact there
                 epoch, fresh = torch.where(is_tail, 0, epoch), fresh & ~is_tail
@@ -137,11 +139,11 @@ def _block_(work: Work, chunk: int | None) -> None:
 
 def _universal_(work: Work, chunk: int | None) -> None:
     spec, h = work.spec, work.h
-    _, _, buckets, load = spec.layout
+    buckets, load = work.m.numel(), spec.load
     a, b, c, d = work.keys.universal
 
     def hashed(first: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        index = torch.arange(first, first + g.numel(), device=g.device)
+        index = torch.arange(g.numel(), device=g.device) + first
         grad = _gradient(g, spec)
         return grad, universal_bucket(index, a, b, buckets), as_sign(universal_sign_bits(index, c, d), grad.dtype)
 
@@ -179,7 +181,7 @@ def _scaled(M: Tensor, V: Tensor, load: float | Tensor, work: Work) -> tuple[Ten
     return (m * load, v * load) if work.spec.decode == "sketch" else (m * load**0.5, v)
 
 
-def _store(target: Tensor, value: Tensor, first: int, stream: int, work: Work) -> None:
+def _store(target: Tensor, value: Tensor, first: int | Tensor, stream: int, work: Work) -> None:
     """Writes flat `value` over `target`, whose first element is number `first` of its tensor."""
     if work.spec.rounding and target.dtype in ROUNDED:
         bits = random_bits(first, target.numel(), work.h.step, work.keys.rounding, stream, target.device)

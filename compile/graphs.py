@@ -1,0 +1,164 @@
+"""The step through torch.compile: one graph per signature, which every parameter of that signature shares."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from collins.hashing import WORD, HashKey
+from collins.rounding import ROUNDED
+from collins.rule import Scalars
+from collins.update import Keys, Spec, Work, update_
+
+# Dense tensors of at most this many elements are stacked by signature and stepped in one call: launches rule there.
+SMALL = 1 << 16
+
+_Graph = Callable[..., None]
+
+
+class Graphs:
+    """Compiles and keeps the graphs of one optimizer."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[Any, ...], _Graph] = {}
+        self._constants: dict[Any, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def run(self, work: Work, numbers: dict[int, Scalars]) -> None:
+        """Performs `work`, of which `whole_of` says that a graph can take it.
+
+        Args:
+            work: a parameter's step.
+            numbers: the hyperparameters of this step as tensors, by the identity of theirs; filled here.
+        """
+        p, g, m, v, spec, keys, h, _, start = work
+        tensors = [t.detach().view(shape) for t, shape in zip((p, g, m, v), _views(work), strict=True)]
+        signature = (spec, p.device, *((t.dtype, t.shape, t.stride()) for t in tensors))
+        for constant in (keys, start):
+            if constant not in self._constants:
+                self._constants[constant] = tree_map(torch.tensor, constant)
+        if id(h) not in numbers:
+            numbers[id(h)] = Scalars(
+                torch.as_tensor(h.step), *(torch.as_tensor(number, dtype=torch.float64) for number in h[1:])
+            )
+        if signature not in self._graphs:
+            self._graphs[signature] = _graph_of_one(spec, p.device, len(self))
+        self._graphs[signature](*tensors, self._constants[keys], numbers[id(h)], self._constants[start])
+
+    def run_stacked(self, batch: Sequence[Work]) -> None:
+        """Small dense tensors of one signature, stacked along a first dimension whose size may change between steps."""
+        spec, device = batch[0].spec, batch[0].p.device
+        signature = (spec, device, batch[0].p.shape, batch[0].p.dtype, batch[0].m.dtype)
+        if signature not in self._graphs:
+            self._graphs[signature] = _graph_of_many(spec, device, len(self))
+        doubled = [*batch, *batch] if len(batch) == 1 else batch  # a size of 1 would be compiled as a constant
+        tensors = [torch.stack(column) for column in zip(*((w.p, w.g, w.m, w.v) for w in doubled), strict=True)]
+        keys = torch.tensor([tree_flatten(work.keys)[0] for work in doubled]).to(device)
+        steps = torch.stack([torch.as_tensor(work.h.step) for work in doubled]).to(device)
+        numbers = torch.stack([_row(work.h[1:], device) for work in doubled])
+        starts = torch.tensor([work.start for work in doubled]).to(device)
+        for stacked in (*tensors, keys, steps, numbers, starts):
+            torch._dynamo.mark_dynamic(stacked, 0)
+        self._graphs[signature](*tensors, keys, steps, numbers, starts)
+        p, _, m, v = (list(results.unbind(0))[: len(batch)] for results in tensors)
+        torch._foreach_copy_([work.p for work in batch], p)
+        torch._foreach_copy_([work.m for work in batch], m)
+        torch._foreach_copy_([work.v for work in batch], v)
+
+
+def whole_of(work: Work) -> int:
+    """How many leading elements a graph may take: all of the parameter but an odd end, or none of it.
+
+    Inductor's CPU backend splits a loop over x where it sees x // 32, and loses the end when 32 does not divide the
+    range (seen in torch 2.13). So graphs take whole buckets, and where values are rounded stochastically whole words.
+    """
+    p, g, m, _, spec, _, _, _, start = work
+    load = int(spec.load) if spec.hash == "block" else 1
+    unit = load
+    if spec.rounding:
+        unit = load * WORD if m.dtype in ROUNDED else max(load, WORD)
+    if start % unit:
+        return 0
+    if p.numel() % unit == 0:
+        return p.numel()
+    divisible = spec.hash != "universal" and p.is_contiguous() and g.is_contiguous()
+    return p.numel() // unit * unit if divisible else 0
+
+
+def split(work: Work, whole: int) -> tuple[Work, Work]:
+    """The first `whole` elements of a contiguous parameter, and the rest."""
+    p, g, m, v = (t.detach().view(-1) for t in work[:4])
+    entry = whole // int(work.spec.load)
+    return (
+        work._replace(p=p[:whole], g=g[:whole], m=m[:entry], v=v[:entry]),
+        work._replace(p=p[whole:], g=g[whole:], m=m[entry:], v=v[entry:], start=work.start + whole),
+    )
+
+
+def _views(work: Work) -> tuple[tuple[int, ...], ...]:
+    """Shapes under which p, g, m and v enter a graph: one row a bucket where that is a view, so that the graph's loops
+    agree and parameters of different shapes share it.
+    """
+    p, g, m = work.p, work.g, work.m
+    table = (m.numel(),)
+    if not (p.is_contiguous() and g.is_contiguous()):
+        return p.shape, g.shape, table, table
+    shape = (m.numel(), p.numel() // m.numel()) if work.spec.hash == "block" else (p.numel(),)
+    return shape, shape, table, table
+
+
+def _row(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    if any(isinstance(number, Tensor) for number in numbers):
+        return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+def _graph_of_one(spec: Spec, device: torch.device, number: int) -> _Graph:
+    def one(p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: Keys, h: Scalars, start: Tensor) -> None:
+        update_(Work(p, g, m, v, spec, keys, h, p.numel(), start))
+
+    return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=_options(device))
+
+
+def _graph_of_many(spec: Spec, device: torch.device, number: int) -> _Graph:
+    structure = tree_flatten(Keys(HashKey(0, 0), HashKey(0, 0), (0, 0, 0, 0), 0))[1]
+
+    def one(
+        p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: Tensor, step: Tensor, numbers: Tensor, start: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h = Scalars(step, *numbers.unbind())
+        update_(Work(p, g, m, v, spec, tree_unflatten(keys.unbind(), structure), h, p.numel(), start))
+        return p, m, v
+
+    many = torch.vmap(one)
+
+    def stacked(*args: Tensor) -> None:
+        many(*args)
+
+    return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=_options(device))
+
+
+def _with_own_code(function: Any, number: int) -> Any:
+    """The function behind a code object of its own: PyTorch's recompilation limit counts per code object."""
+    code = function.__code__.replace(co_name=f"collins_{function.__code__.co_name}_{number}")
+    return types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    """How much Inductor inlines. By default it stores any value of more than 30 operations, here one of the parameter's
+    size. On accelerators everything becomes one kernel, which computes hashes once a row; on the CPU hashes are worth
+    storing, one a bucket.
+    """
+    operations = 40 if device.type == "cpu" else 10_000
+    return {
+        "realize_opcount_threshold": operations,
+        "realize_reads_threshold": 1000,
+        "realize_acc_reads_threshold": 1000,
+    }
