@@ -53,10 +53,11 @@ class Model:
         return torch.randn(self.p[i].shape, generator=chance)
 
     def update(self, i, step, g, m, v):
-        spec = Spec(self.layouts[i], "residual", True, True, False)
+        layout = self.layouts[i]
+        spec = Spec(layout.hash, layout.load, "residual", True, True, False)
         keys = Keys(hash_key(0, i, "sign"), hash_key(0, i, "round"), (0, 0, 0, 0), 3)
         h = scalars(step, lr=0.02, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None)
-        update_(Work(self.p[i], g, m, v, spec, keys, h))
+        update_(Work(self.p[i], g, m, v, spec, keys, h, layout.numel))
 
 
 class Resident(Model):

@@ -12,19 +12,19 @@ import gc
 
 import pytest
 import torch
-from shapes import llama
 
 from collins.compile import Engine
 from collins.hashing import hash_key
 from collins.layout import layout_of
 from collins.offload import Part, Pipeline, Slab, grouped, streams_for
+from collins.offload.shapes import llama
 from collins.offload.streams import Lane, Rule
 from collins.rule import scalars
 from collins.update import Keys, Spec, Work
 
 pytestmark = pytest.mark.cuda
 
-SHAPES = llama(32, 4096, 11008, 4096, 32000)
+SHAPES = llama(32, 4096, 11008, 4096, 32000).shapes
 BUCKET_SIZE = 64 * 2**20
 SLOTS = 3
 ROUNDS = 15
@@ -61,11 +61,12 @@ class Tables:
                     ps[i],
                     gs[i],
                     *tensors[2 * j : 2 * j + 2],
-                    Spec(self.layouts[i], "residual", self.layouts[i].hash is not None, True, False),
+                    Spec(layout.hash, layout.load, "residual", layout.hash is not None, True, False),
                     Keys(hash_key(0, i, "sign"), hash_key(0, i, "round"), (0, 0, 0, 0), 100),
                     h,
+                    layout.numel,
                 )
-                for j, i in enumerate(self.members[bucket])
+                for j, (i, layout) in enumerate((i, self.layouts[i]) for i in self.members[bucket])
             )
 
         return compute
