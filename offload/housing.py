@@ -16,8 +16,9 @@ from torch import Tensor
 
 from collins.offload.memory import device_figures, host_memory_free, host_memory_total
 from collins.offload.pipeline import Pipeline
-from collins.offload.plan import PlacementPlan, Request, place
+from collins.offload.plan import PlacementPlan, Request, place, ring_bytes
 from collins.offload.policy import MemoryPolicy
+from collins.offload.sizes import size_text
 from collins.offload.slabs import Part, Slab, grouped, set_pin_limit
 from collins.offload.streams import streams_for
 from collins.update import Work
@@ -50,28 +51,49 @@ class Housing:
         self._hosts: dict[Tensor, tuple[_Host, int]] = {}
         self.plans: list[PlacementPlan] = []
 
-    def settle(self, tenants: Sequence[Tenant]) -> None:
+    def __contains__(self, p: Tensor) -> bool:
+        return p in self._moments
+
+    @property
+    def waits(self) -> bool:
+        """Whether what is decided depends on the device's peak, which only a step has seen."""
+        return self._policy.tier == "auto"
+
+    def settle(self, tenants: Sequence[Tenant], *, early: bool = False) -> None:
         """Finds a home, filled with zeros, for each parameter that has none yet.
 
+        Args:
+            early: within the first backward, which has still to show how much it takes: see `device_room`.
+
         Raises:
-            MemoryError: when neither tier can hold them; nothing has been allocated then.
+            MemoryError: when neither tier can hold them; nobody has moved in then.
         """
-        new = [tenant for tenant in tenants if tenant.p not in self._moments]
         by_device: dict[torch.device, list[Tenant]] = {}
-        for tenant in new:
-            by_device.setdefault(tenant.p.device, []).append(tenant)
+        for tenant in tenants:
+            if tenant.p not in self._moments:
+                by_device.setdefault(tenant.p.device, []).append(tenant)
+        if not by_device:
+            return
+        plans, host_free = [], host_memory_free()
         for device, group in by_device.items():
-            self.plans.append(self._settle_on(device, group))
+            plan = _planned(self._policy, device, group, host_free, early)
+            host_free -= plan.host_bytes + (plan.device_bytes if device.type == "cpu" else 0)
+            plans.append(plan)
+        built = [_built(device, by_device[device], plan) for device, plan in zip(by_device, plans, strict=True)]
+        for plan, moments, host, on_host in built:
+            self.plans.append(plan)
+            self._moments.update(moments)
+            if host is not None:
+                self._hosts.update((p, (host, number)) for number, p in enumerate(on_host))
 
     def moments(self, p: Tensor) -> Moments:
         """The moments of a settled parameter; read or write those on the host after `drain` only."""
         return self._moments[p]
 
-    def is_on_host(self, p: Tensor) -> bool:
-        return p in self._hosts
-
     def run(self, works: Sequence[Work], params: Sequence[Tensor], compute: Compute) -> None:
-        """A whole step: what is on the device at once, the rest bucket after bucket, in the order of the parameters."""
+        """A whole step, or what backward has left of one: what is on the device at once, the rest bucket after bucket,
+        in the order of the parameters.
+        """
         resident: list[Work] = []
         hosts: dict[_Host, list[tuple[int, Work]]] = {}
         for work, p in zip(works, params, strict=True):
@@ -93,7 +115,7 @@ class Housing:
             compute([work])
 
     def finish(self) -> None:
-        """Ends a step of `run_one`."""
+        """Ends a step. What the next one should need first is on its way to the device from here on."""
         for host in self._all_hosts():
             host.finish()
 
@@ -105,39 +127,100 @@ class Housing:
     def _all_hosts(self) -> list[_Host]:
         return list(dict.fromkeys(host for host, _ in self._hosts.values()))
 
-    def _settle_on(self, device: torch.device, tenants: Sequence[Tenant]) -> PlacementPlan:
-        requests = [Request(t.name, tuple(t.p.shape), 2 * t.moment.nbytes) for t in tenants]
-        figures = device_figures(device) if device.type == "cuda" else None
-        plan = place(
-            requests,
-            self._policy,
-            device_free=figures.spare if figures else None,
-            device_total=figures.total if figures else None,
-            host_free=host_memory_free(),
-            host_total=host_memory_total(),
-        )
-        made: dict[Tensor, Moments] = {}
-        row = 0
-        while row < len(tenants) and plan.rows[row].tier == "device":
-            tenant = tenants[row]
-            try:
-                shape, dtype = tenant.moment
-                made[tenant.p] = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))  # type: ignore[assignment]
-                row += 1
-            except torch.OutOfMemoryError:
-                plan = plan.spilled(row)
-                warnings.warn(f"Collins moves tables to the host: {plan.rows[row].why}\n{plan.totals()}", stacklevel=2)
-                row = sum(r.tier == "device" for r in plan.rows)
-                for spilled in tenants[row:]:
-                    made.pop(spilled.p, None)
-        on_host = tenants[row:]
-        if on_host:
-            host = _Host(on_host, plan, device)
-            for number, tenant in enumerate(on_host):
-                made[tenant.p] = host.moments(number)
-                self._hosts[tenant.p] = host, number
-        self._moments.update(made)
-        return plan
+
+def device_room(spare: int, total: int, policy: MemoryPolicy, requests: Sequence[Request], largest: int) -> int:
+    """What to plan with on a device in the midst of its first backward.
+
+    The first gradient arrives when forward's activations are at their peak, but the gradients that will be there
+    together are still to come: of one tensor in eager code, of one block where blocks are compiled. A block of a
+    transformer has up to `_TO_COME` times the elements of its largest matrix, so that many times the largest gradient
+    is kept free. Where a checkpointed block takes more to recompute than that, a `device_reserve` has to say so. The
+    staging ring goes before this margin: without it nothing can be stepped.
+
+    Args:
+        spare: what no forward has used so far, in bytes.
+        total: bytes of the device.
+        policy: whose tier decides: only "auto" leaves a choice.
+        requests: what is to be placed.
+        largest: bytes of the largest parameter.
+    """
+    if policy.tier != "auto":
+        return spare
+    ring = ring_bytes([request.bytes for request in requests], policy) + policy.device_reserve_of(total)
+    return max(spare - _TO_COME * largest, min(spare, ring))
+
+
+_TO_COME = 5
+
+
+def _planned(
+    policy: MemoryPolicy, device: torch.device, tenants: Sequence[Tenant], host_free: int, early: bool
+) -> PlacementPlan:
+    requests = [Request(t.name, tuple(t.p.shape), 2 * t.moment.nbytes) for t in tenants]
+    free, total = None, None
+    if device.type == "cuda":
+        figures = device_figures(device)
+        free, total = figures.spare, figures.total
+        if early:
+            free = device_room(free, total, policy, requests, max(t.p.nbytes for t in tenants))
+    return place(
+        requests,
+        policy,
+        device_free=free,
+        device_total=total,
+        host_free=max(host_free, 0),
+        host_total=host_memory_total(),
+    )
+
+
+class _Built(NamedTuple):
+    """A plan that has come true, and the parameters whose moments are on the host, in order."""
+
+    plan: PlacementPlan
+    moments: dict[Tensor, Moments]
+    host: _Host | None
+    on_host: list[Tensor]
+
+
+def _built(device: torch.device, tenants: Sequence[Tenant], plan: PlacementPlan) -> _Built:
+    """Allocates what a plan says; where the device runs out of memory, more goes to the host, with a warning."""
+    made: dict[Tensor, Moments] = {}
+    for row, tenant in enumerate(tenants):
+        if plan.rows[row].tier == "host":
+            break
+        try:
+            made[tenant.p] = _zeros(tenant.moment, device), _zeros(tenant.moment, device)
+        except torch.OutOfMemoryError:
+            plan = _spilled(plan, row)
+    while True:
+        cut = sum(row.tier == "device" for row in plan.rows)
+        made = dict(list(made.items())[:cut])
+        if cut == len(tenants):
+            return _Built(plan, made, None, [])
+        try:
+            host = _Host(tenants[cut:], plan, device)
+        except torch.OutOfMemoryError as error:
+            if cut == 0:
+                raise MemoryError(
+                    f"{device} has no room for the staging ring of {size_text(plan.staging_bytes)}"
+                    f" ({plan.policy.staging_slots} slots of {size_text(plan.slot_bytes)}): free memory, or lower"
+                    f" staging_slots or bucket_size\n{plan.totals()}"
+                ) from error
+            plan = _spilled(plan, 0)
+            continue
+        made.update((tenant.p, host.moments(number)) for number, tenant in enumerate(tenants[cut:]))
+        return _Built(plan, made, host, [tenant.p for tenant in tenants[cut:]])
+
+
+def _spilled(plan: PlacementPlan, row: int) -> PlacementPlan:
+    plan = plan.spilled(row)
+    why = next(row.why for row in plan.rows if row.tier == "host")
+    warnings.warn(f"Collins moves tables to the host: {why}\n{plan.totals()}", stacklevel=2)
+    return plan
+
+
+def _zeros(part: Part, device: torch.device) -> Tensor:
+    return torch.zeros(part.shape, dtype=part.dtype, device=device)
 
 
 class _Host:
@@ -163,6 +246,10 @@ class _Host:
         return m, v
 
     def run(self, items: Sequence[tuple[int, Work]], compute: Compute) -> None:
+        if self._arrived:  # the rest of a step: the order in which gradients arrived stays the prediction for the next
+            for number, work in items:
+                self.run_one(number, work, compute)
+            return
         buckets: dict[int, list[tuple[int, Work]]] = {}
         for number, work in items:
             bucket, i = self._where[number]
@@ -183,3 +270,4 @@ class _Host:
     def finish(self) -> None:
         self._arrived.clear()
         self.pipeline.finish()
+        self.pipeline.prefetch_first()

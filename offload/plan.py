@@ -248,6 +248,11 @@ def _cut(sizes: Sequence[int], policy: MemoryPolicy, limits: Limits) -> int | No
     return None
 
 
+def ring_bytes(sizes: Sequence[int], policy: MemoryPolicy) -> int:
+    """What the device must have room for when tables of these sizes are all on the host."""
+    return policy.staging_slots * _slot(sizes, policy)
+
+
 def _slot(host_sizes: Sequence[int], policy: MemoryPolicy) -> int:
     """Bytes of a slot: of the largest row, or of as many rows as `bucket_size` allows together."""
     return max(max(host_sizes, default=0), min(policy.bucket_bytes, sum(host_sizes)))
