@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-import weakref
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, NamedTuple, cast, overload
@@ -17,6 +17,7 @@ from collins.compile import Engine
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.layout import Layout, layout_of, moment_bytes, moment_dtype, moment_shape
 from collins.offload import MemoryPolicy, PlacementPlan
+from collins.offload.backward import Arrivals
 from collins.offload.housing import Housing, Tenant
 from collins.offload.slabs import Part
 from collins.options import check_options, listed, require
@@ -97,7 +98,9 @@ class Collins(Optimizer):
             "device", "host"), a mapping of the policy's arguments, or the path of a TOML file. Decided at the first
             step, when the activations' peak has been seen; `placement` tells what was decided.
         in_backward: whether each parameter is stepped, and its gradient freed, as soon as the gradient has arrived in
-            backward. `step` then only ends the step.
+            backward; the results are the same to the bit. `step` then ends the step: call it after every backward.
+            Closures, gradients accumulated over several backward passes and a GradScaler are refused. Clipping by the
+            global norm finds no gradients any more and does nothing: it cannot be noticed here.
 
     All but `compile`, `seed`, `memory` and `in_backward` may be set per group.
 
@@ -150,7 +153,7 @@ class Collins(Optimizer):
         require(isinstance(in_backward, bool), "in_backward", in_backward, "True or False")
         self.seed = seed
         self.compile = compile
-        self.in_backward = in_backward
+        self.in_backward = False  # until all groups have been accepted
         self.memory = None if memory is None else MemoryPolicy.of(memory)
         self._make_engines()
         self._hashes: dict[Tensor, UniversalHash] = {}
@@ -172,6 +175,8 @@ class Collins(Optimizer):
         }
         check_options(defaults)
         super().__init__(params, defaults)
+        if in_backward:
+            self._step_in_backward()
 
     def _make_engines(self) -> None:
         """What is made anew in every process and every copy: compiled code, host memory, hooks."""
@@ -179,7 +184,9 @@ class Collins(Optimizer):
         self._housing = None if self.memory is None else Housing(self.memory)
         self._rosters: list[tuple[list[Tensor], list[_Member]]] = []
         self._settings: list[tuple[Any, ...]] = []
-        self._stepped: set[Tensor] = set()  # in backward, since the last call of step
+        self._arrivals: Arrivals | None = None
+        self._awaited: dict[Tensor, _Member] | None = None  # from the first gradient that arrives until `step`
+        self._stepped: set[Tensor] = set()  # those of them that have been stepped
 
     def __getstate__(self) -> dict[str, Any]:
         self._drain()
@@ -191,7 +198,8 @@ class Collins(Optimizer):
         if "_engine" not in self.__dict__:  # unpickled or copied
             self._make_engines()
             if self.in_backward:
-                self._hook(self._members())
+                self._step_in_backward()
+        self._awaited = None
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -223,9 +231,7 @@ class Collins(Optimizer):
                 raise ValueError(f"{label} of the new group is already in the optimizer as {seen[id(p)]}; give it once")
             seen[id(p)] = label
         super().add_param_group(param_group)
-        if self.in_backward:
-            group = self.param_groups[-1]
-            self._hook(member for member in self._members() if member.group is group)
+        self._watch()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -246,12 +252,10 @@ class Collins(Optimizer):
         Raises:
             TypeError, ValueError: for a gradient that is sparse or whose shape, dtype or device is not its parameter's,
                 or an option that was set out of range. Nothing has changed then.
+            RuntimeError: for what `in_backward` refuses.
         """
-        if closure is not None and self.in_backward:
-            raise RuntimeError(
-                "closure must be None with in_backward=True, where parameters are stepped during backward: evaluate the"
-                " model before step(), or build Collins with in_backward=False"
-            )
+        if self.in_backward:
+            self._check_in_backward(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -310,7 +314,7 @@ class Collins(Optimizer):
 
         def put_back(_: Optimizer) -> None:
             loaded = [member for member in self._members() if member.p in moments]
-            self._settle(loaded)
+            self._settle(loaded, loading=True)
             for member in loaded:
                 plan, state = self._plan(member), self.state[member.p]
                 if "step" in state:  # the base class would share it with the source
@@ -384,46 +388,82 @@ class Collins(Optimizer):
             self._housing.run(works, [member.p for member, _ in ready], self._engine.run)
             self._housing.finish()
         self._stepped.clear()
+        self._awaited = None
+        self._watch()  # whoever takes gradients since
 
-    def _hook(self, members: Iterator[_Member]) -> None:
-        """Has each parameter stepped when its gradient has arrived."""
-        this = weakref.ref(self)
+    def _step_in_backward(self) -> None:
+        """From now on parameters are stepped as their gradients arrive."""
+        self.in_backward = True
+        self._lock = threading.Lock()  # gradients on several devices arrive in as many threads
+        self._arrivals = Arrivals(self, Collins._update_one)
+        # Asks a GradScaler to hand its scale over instead of finding no gradients: see _check_in_backward.
+        self._step_supports_amp_scaling = True
+        self._watch()
 
-        def arrived(p: Tensor) -> None:
-            optimizer = this()
-            if optimizer is not None:
-                optimizer._update_one(p)
+    def _watch(self) -> None:
+        if self._arrivals is not None:
+            self._arrivals.watch((member.name, member.p) for member in self._members())
 
-        for member in members:
-            if member.p.requires_grad:
-                member.p.register_post_accumulate_grad_hook(arrived)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _check_in_backward(self, closure: object) -> None:
+        if closure is not None:
+            raise RuntimeError(
+                "closure must be None with in_backward=True, where parameters are stepped during backward: evaluate the"
+                " model before step(), or build Collins with in_backward=False"
+            )
+        if hasattr(self, "found_inf"):
+            self.__dict__.pop("found_inf", None)
+            self.__dict__.pop("grad_scale", None)
+            raise RuntimeError(
+                "a GradScaler cannot be used with in_backward=True: parameters have been stepped with gradients that"
+                " were still scaled. Train in bfloat16 without one, or build Collins with in_backward=False"
+            )
+        for p in self._stepped:
+            if p.grad is not None:
+                raise RuntimeError(_twice(cast(dict[Tensor, _Member], self._awaited)[p].name))
 
     @torch.no_grad()
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update_one(self, p: Tensor) -> None:
         """The step of one parameter whose gradient has arrived; frees the gradient."""
-        member = next((m for members in self._roster() for m in members if m.p is p), None)
-        if member is None:  # taken out of its group since
-            return
-        if p in self._stepped:
-            raise RuntimeError(
-                f"the gradient of {member.name} arrived twice before step(): with in_backward=True gradients cannot be"
-                " accumulated over several backward passes; call step() after each, or use in_backward=False"
-            )
-        g = cast(Tensor, p.grad)
-        check_options(member.group)
-        plan = self._plan(member, self._settings_of(member.group))
-        _check_gradient(member, g)
-        self._check_state(member, plan)
-        if self._housing is not None:
-            self._settle([m for members in self._roster() for m in members])
-        works = self._works([(member, g)])
-        if self._housing is None:
-            self._engine.run(works)
-        else:
-            self._housing.run_one(works[0], p, self._engine.run)
-        self._stepped.add(p)
-        p.grad = None
+        with self._lock:
+            if self._awaited is None:
+                self._awaited = self._await()
+            member, g = self._awaited.get(p), p.grad
+            if member is None or g is None:  # taken out of its group since, or already used by another hook
+                return
+            if p in self._stepped:
+                p.grad = None
+                raise RuntimeError(_twice(member.name))
+            _check_gradient(member, g)
+            known = p in self.state
+            work = self._works([(member, g)])[0]
+            try:
+                if self._housing is None:
+                    self._engine.run([work])
+                else:
+                    self._housing.run_one(work, p, self._engine.run)
+            except BaseException:
+                if known:
+                    self.state[p]["step"] -= 1
+                else:
+                    del self.state[p]
+                raise
+            self._stepped.add(p)
+            p.grad = None
+
+    def _await(self) -> dict[Tensor, _Member]:
+        """All parameters, checked and housed before the first of them is stepped in this backward pass."""
+        awaited = {}
+        for members in self._roster():
+            if members:
+                check_options(members[0].group)
+                settings = self._settings_of(members[0].group)
+            for member in members:
+                self._check_state(member, self._plan(member, settings))
+                awaited[member.p] = member
+        self._settle(list(awaited.values()), early=True)
+        return awaited
 
     def _members(self) -> Iterator[_Member]:
         for members in self._roster():
@@ -485,13 +525,19 @@ class Collins(Optimizer):
         member.plan, member.settled = plan, (None, None)
         return plan
 
-    def _settle(self, members: Sequence[_Member]) -> None:
-        """Under a memory policy, gives every parameter's moments their home; those that exist elsewhere move in."""
-        if self._housing is None:
+    def _settle(self, members: Sequence[_Member], *, early: bool = False, loading: bool = False) -> None:
+        """Under a memory policy, gives every parameter's moments their home; those that exist elsewhere move in.
+
+        Args:
+            early: within backward, whose peak is still to come.
+            loading: before any step: what depends on the peak is left for the first step to decide.
+        """
+        if self._housing is None or (loading and self._housing.waits):
             return
         plans = [self._plan(member) for member in members]
         self._housing.settle(
-            [Tenant(m.name, m.p, Part(plan.shape, plan.moment_dtype)) for m, plan in zip(members, plans, strict=True)]
+            [Tenant(m.name, m.p, Part(plan.shape, plan.moment_dtype)) for m, plan in zip(members, plans, strict=True)],
+            early=early,
         )
         for member, plan in zip(members, plans, strict=True):
             state = self.state.get(member.p)
@@ -503,13 +549,14 @@ class Collins(Optimizer):
     def _moments(self, member: _Member, present: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Where a parameter's moments are kept: what is there already if it fits, else new memory."""
         plan = self._plan(member)
-        if self._housing is not None:
+        if self._housing is not None and member.p in self._housing:
             return self._housing.moments(member.p)
+        device = member.p.device if self._housing is None else "cpu"
         kept = []
         for name in plan.names:
             moment = present.get(name)
             if moment is None or moment.shape != plan.shape or moment.dtype != plan.moment_dtype:
-                moment = torch.zeros(plan.shape, dtype=plan.moment_dtype, device=member.p.device)
+                moment = torch.zeros(plan.shape, dtype=plan.moment_dtype, device=device)
             kept.append(moment)
         return kept[0], kept[1]
 
@@ -614,6 +661,14 @@ def _scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
 
 def _label(name: str | int) -> str:
     return f"parameter {name!r}"
+
+
+def _twice(name: str) -> str:
+    return (
+        f"the gradient of {name} arrived twice before step(), and the second one is not used: with in_backward=True"
+        " gradients cannot be accumulated over several backward passes, of which a reentrant checkpoint is one. Call"
+        " step() after each, checkpoint with use_reentrant=False, or build Collins with in_backward=False"
+    )
 
 
 def _check_gradient(member: _Member, g: Tensor) -> None:
