@@ -214,8 +214,9 @@ def _built(device: torch.device, tenants: Sequence[Tenant], plan: PlacementPlan)
 
 def _spilled(plan: PlacementPlan, row: int) -> PlacementPlan:
     plan = plan.spilled(row)
-    why = next(row.why for row in plan.rows if row.tier == "host")
-    warnings.warn(f"Collins moves tables to the host: {why}\n{plan.totals()}", stacklevel=2)
+    warnings.warn(
+        f"Collins moves tables to the host: the device ran out of memory for them\n{plan.totals()}", stacklevel=2
+    )
     return plan
 
 

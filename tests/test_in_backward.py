@@ -1,0 +1,453 @@
+"""Stepping in backward gives the bits of stepping after it, frees gradients at once, and refuses what cannot work."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from training import OPTIONS, TIERS, backward, made, same_bits, stepped, trained
+
+from collins import Collins
+from collins.compile import Engine
+
+tiers = pytest.mark.parametrize("memory", TIERS.values(), ids=TIERS)
+
+
+def groups(model):
+    blocks = [p for block in model.blocks for p in block.parameters()]
+    return [
+        {"params": blocks, "weight_decay": 0.2, "decode": "sketch"},
+        {"params": model.tokens.parameters(), "compress_ratio": 4, "lr": 3e-3},
+        {"params": [*model.seldom.parameters(), *model.head.parameters()], "betas": (0.8, 0.95), "maximize": True},
+    ]
+
+
+SCHEDULES = {
+    "LambdaLR": lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
+    "OneCycleLR": lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.03, total_steps=20),  # moves betas as well
+}
+
+
+@tiers
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_groups_and_schedules(memory, schedule, device):
+    options = {"params": groups, "schedule": schedule, "memory": memory, "model": {"device": device}}
+    housed = trained(**options, in_backward=True)
+    assert same_bits(trained(**options), housed)
+    tiers = {row.tier for plan in housed[1].placement for row in plan.rows}
+    assert len(tiers) == {"unhoused": 0, "device": 1, "host": 1, "mixed": 2}[_name(memory)]
+
+
+def _name(memory):
+    return next(name for name, policy in TIERS.items() if policy == memory)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile's own look at its inputs
+@tiers
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"tied": True},
+        {"checkpointed": False},
+        {"checkpointed": False, "tied": True},
+        {"checkpointed": True},
+        {"compiled": "aot_eager"},
+        {"compiled": "aot_eager", "checkpointed": False, "tied": True},
+    ],
+    ids=lambda model: " ".join(f"{key}={value}" for key, value in model.items()),
+)
+def test_shapes_of_graphs(memory, model, device):
+    model = {**model, "device": device}
+    assert same_bits(trained(model=model, memory=memory), trained(model=model, memory=memory, in_backward=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("checkpointed", [None, False])
+def test_blocks_compiled_by_inductor(checkpointed):
+    model = {"compiled": "inductor", "checkpointed": checkpointed, "device": "cuda"}
+    assert same_bits(trained(model=model), trained(model=model, in_backward=True, memory=TIERS["host"]))
+
+
+@tiers
+def test_gradients_are_freed_as_they_arrive(memory):
+    model = made()
+    opt = Collins(model.parameters(), **OPTIONS, memory=memory, in_backward=True)
+    held = []
+
+    def count(_):
+        held.append(sum(p.grad is not None for p in model.parameters()))
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(count)  # called after the optimizer's
+    backward(model, 0)
+    assert held == [0] * len(list(model.parameters()))
+    opt.step()
+
+
+@pytest.mark.cuda
+@tiers
+def test_gradients_never_add_up(memory):
+    layers = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(16))).cuda()
+    peaks = []
+    for in_backward in (False, True):
+        model = copy.deepcopy(layers)
+        opt = Collins(model.parameters(), memory=memory, in_backward=in_backward)
+        for _ in range(2):
+            model(torch.ones(1, 1024, device="cuda")).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+        resident = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model(torch.ones(1, 1024, device="cuda")).square().sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - resident)
+        opt.step()
+        del model, opt
+    one = 4 * 1024**2
+    assert peaks[0] >= 16 * one
+    assert peaks[1] <= 3 * one
+
+
+@tiers
+def test_a_group_that_comes_later(memory):
+    sides = []
+    for in_backward in (False, True):
+        model = made()
+        opt = Collins(model.blocks.parameters(), **OPTIONS, memory=memory, in_backward=in_backward)
+        for extra in (None, model.tokens, model.head):
+            if extra is not None:
+                opt.add_param_group({"params": extra.parameters()})
+            for step in range(3):
+                backward(model, step)
+                opt.step()
+                model.zero_grad()
+        sides.append((model, opt))
+    assert same_bits(*sides)
+
+
+@tiers
+def test_parameters_that_are_frozen_and_thawed(memory):
+    sides = []
+    for in_backward in (False, True):
+        model = made()
+        model.head.weight.requires_grad_(False)
+        opt = Collins(model.parameters(), **OPTIONS, memory=memory, in_backward=in_backward)
+        for phase in range(3):
+            model.head.weight.requires_grad_(phase % 2 == 1)
+            model.tokens.weight.requires_grad_(phase % 2 == 0)
+            stepped(model, opt, range(3))
+        backward(model, 0)
+        assert (model.tokens.weight.grad is None) == in_backward
+        sides.append((model, opt))
+        opt.step()
+    assert same_bits(*sides)
+
+
+def test_a_layer_that_was_moved_and_cast():
+    sides = []
+    for in_backward in (False, True):
+        model = made()
+        opt = Collins(model.parameters(), **OPTIONS, in_backward=in_backward)
+        model.bfloat16()
+        stepped(model, opt, range(3))
+        sides.append((model, opt))
+    assert same_bits(*sides)
+
+
+@tiers
+def test_clipping_tensor_by_tensor(memory):
+    def clipped(g):
+        return g * (0.01 / (g.norm() + 1e-6)).clamp(max=1)
+
+    sides = []
+    for in_backward in (False, True):
+        model = made()
+        for p in model.parameters():
+            p.register_hook(clipped)
+        opt = Collins(model.parameters(), **OPTIONS, memory=memory, in_backward=in_backward)
+        stepped(model, opt, range(4))
+        sides.append((model, opt))
+    assert same_bits(*sides)
+
+
+def test_clipping_by_the_global_norm_finds_no_gradients():
+    """The reason for which the documentation warns of it."""
+    model, opt = trained(steps=1, in_backward=True)
+    backward(model, 1)
+    assert nn.utils.clip_grad_norm_(model.parameters(), 1e-3) == 0
+    opt.step()
+
+
+def test_a_backward_in_two_halves_is_one_step():
+    sides = []
+    for in_backward in (False, True):
+        torch.manual_seed(0)
+        model = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+        opt = Collins(model.parameters(), **OPTIONS, in_backward=in_backward)
+        for _ in range(3):
+            for half in model:
+                half(torch.ones(1, 32)).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+        sides.append((model, opt))
+    assert same_bits(*sides)
+
+
+def test_an_optimizer_looks_its_parameters_up_once_a_backward(monkeypatch):
+    calls = []
+    for name in ("_roster", "_settle"):
+        method = getattr(Collins, name)
+        monkeypatch.setattr(Collins, name, lambda *args, m=method, **kw: (calls.append(m.__name__), m(*args, **kw))[1])
+    for count in (2, 40):
+        layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(count)))
+        opt = Collins(layers.parameters(), in_backward=True, memory="host")
+        layers(torch.ones(1, 8)).sum().backward()
+        opt.step()
+        calls.clear()
+        layers(torch.ones(1, 8)).sum().backward()
+        assert sorted(calls) == ["_roster", "_settle"]
+        opt.step()
+
+
+# What is refused, and what is left then.
+
+
+def snapshot(model, opt):
+    return copy.deepcopy((model.state_dict(), opt.state_dict()))
+
+
+def unchanged(model, opt, before):
+    weights, state = before
+    now = opt.state_dict()["state"]
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert now.keys() == state["state"].keys()
+    assert all(torch.equal(v, state["state"][key][name]) for key in now for name, v in now[key].items())
+
+
+@tiers
+def test_accumulation_is_refused(memory):
+    model, opt = trained(memory=memory, in_backward=True)
+    backward(model, 8)
+    before = snapshot(model, opt)
+    with pytest.raises(
+        RuntimeError, match=r"parameter \d+ arrived twice before step\(\).*accumulated.*in_backward=False"
+    ):
+        backward(model, 9)
+    unchanged(model, opt, before)
+    assert all(p.grad is None for p in model.parameters())
+    opt.step()
+    other, other_opt = trained(memory=memory)
+    stepped(other, other_opt, [8, 10])
+    stepped(model, opt, [10])
+    assert same_bits((model, opt), (other, other_opt))
+
+
+def test_a_parameter_in_two_reentrant_checkpoints_is_refused():
+    model = made(checkpointed=True)
+    model.blocks[2] = model.blocks[1]
+    opt = Collins(model.parameters(), **OPTIONS, in_backward=True)
+    with pytest.raises(RuntimeError, match=r"arrived twice.*use_reentrant=False"):
+        backward(model, 0)
+    opt.step()
+    assert all(state["step"] == 1 for state in opt.state.values())
+
+
+def test_a_gradient_set_by_hand_after_the_step_is_refused():
+    model, opt = trained(in_backward=True)
+    backward(model, 8)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    before = snapshot(model, opt)
+    with pytest.raises(RuntimeError, match="arrived twice"):
+        opt.step()
+    unchanged(model, opt, before)
+    model.zero_grad()
+    opt.step()
+
+
+def test_a_closure_is_refused():
+    model, opt = trained(in_backward=True)
+    before = snapshot(model, opt)
+    with pytest.raises(RuntimeError, match=r"closure must be None with in_backward=True.*in_backward=False"):
+        opt.step(lambda: backward(model, 0))
+    unchanged(model, opt, before)
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_grad_scaler_is_refused(unscaled):
+    model, opt = trained(steps=1, in_backward=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    backward(model, 1)
+    if unscaled:
+        scaler.unscale_(opt)
+    with pytest.raises(RuntimeError, match=r"GradScaler cannot be used with in_backward=True.*bfloat16"):
+        scaler.step(opt)
+    opt.step()
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    off.scale(torch.zeros(()))
+    backward(model, 2)
+    off.step(opt)
+
+
+def test_in_backward_must_be_a_bool():
+    with pytest.raises(ValueError, match="in_backward must be True or False, got 1"):
+        Collins([nn.Parameter(torch.ones(3))], in_backward=1)
+
+
+def test_two_optimizers_over_one_parameter_are_refused():
+    model, opt = trained(in_backward=True)
+    with pytest.raises(ValueError, match="parameter 0 is stepped in backward by another optimizer already"):
+        Collins(model.parameters(), in_backward=True)
+    with pytest.raises(ValueError, match="by another optimizer already"):
+        copy.copy(opt)
+    stepped(model, opt, [7])
+    other, other_opt = trained(steps=8)
+    assert same_bits((model, opt), (other, other_opt))
+    del opt
+    assert Collins(model.parameters(), in_backward=True)
+
+
+@tiers
+def test_an_option_out_of_range_changes_nothing(memory):
+    model, opt = trained(memory=memory, in_backward=True)
+    before = snapshot(model, opt)
+    opt.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match=r"lr must be finite and at least 0, got -1\.0"):
+        backward(model, 7)
+    unchanged(model, opt, before)
+    model.zero_grad()
+    opt.param_groups[0]["lr"] = OPTIONS["lr"]
+    other, other_opt = trained(memory=memory)
+    for side in ((model, opt), (other, other_opt)):
+        stepped(*side, [7])
+    assert same_bits((model, opt), (other, other_opt))
+
+
+def test_a_sparse_gradient_changes_nothing():
+    embedding = nn.Embedding(50, 8, sparse=True)
+    opt = Collins(embedding.parameters(), in_backward=True)
+    before = snapshot(embedding, opt)
+    with pytest.raises(TypeError, match=r"the gradient of parameter 0 has layout torch\.sparse_coo"):
+        embedding(torch.tensor([1])).sum().backward()
+    unchanged(embedding, opt, before)
+
+
+@tiers
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_fails_is_not_counted(memory, first, monkeypatch):
+    model, opt = trained(steps=0 if first else 3, memory=memory, in_backward=True)
+    before = snapshot(model, opt)
+
+    def fail(self, works):
+        for work in works:
+            work.m.fill_(3) if memory == TIERS["host"] else None
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "run", fail)
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            backward(model, 3)
+    unchanged(model, opt, before)
+    model.zero_grad()
+    opt.step()
+    stepped(model, opt, [4])
+    other, other_opt = trained(steps=0 if first else 3, memory=memory)
+    stepped(other, other_opt, [4])
+    assert same_bits((model, opt), (other, other_opt))
+
+
+# Hooks: as many as there are optimizers, for as long as there are.
+
+
+def hooks(model):
+    return [len(p._post_accumulate_grad_hooks or {}) for p in model.parameters()]
+
+
+@tiers
+def test_hooks_go_with_their_optimizer(memory):
+    model, opt = trained(memory=memory, in_backward=True)
+    assert set(hooks(model)) == {1}
+    known = weakref.ref(opt)
+    del opt
+    assert known() is None
+    assert set(hooks(model)) == {0}
+    backward(model, 7)
+    assert all(p.grad is not None for p in model.blocks.parameters())
+
+
+def test_hooks_go_with_an_optimizer_in_a_cycle():
+    model = made()
+    opt = Collins(model.parameters(), **OPTIONS, in_backward=True)
+    schedule = torch.optim.lr_scheduler.ConstantLR(opt)
+    known = weakref.ref(opt)
+    del opt, schedule
+    gc.collect()
+    assert known() is None
+    assert set(hooks(model)) == {0}
+
+
+def test_an_optimizer_that_was_refused_leaves_no_hooks():
+    model = made()
+    with pytest.raises(ValueError, match="eps"):
+        Collins(
+            [{"params": model.head.parameters()}, {"params": model.tokens.parameters(), "eps": -1}], in_backward=True
+        )
+    assert set(hooks(model)) == {0}
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+    "torch.save": lambda pair: torch.load(_saved(pair), weights_only=False),
+}
+
+
+def _saved(pair):
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return file
+
+
+@tiers
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_copies_step_on_by_themselves(memory, duplicate, steps):
+    model, opt = pair = trained(steps=steps, memory=memory, in_backward=True)
+    copied, copied_opt = duplicate(pair)
+    assert same_bits(pair, (copied, copied_opt))
+    assert hooks(copied) == hooks(model)
+    assert set(hooks(copied)) == {1}
+    before = snapshot(model, opt)
+    stepped(copied, copied_opt, range(steps, 5))
+    unchanged(model, opt, before)
+    stepped(model, opt, range(steps, 5))
+    reference = trained(steps=5)
+    assert same_bits((copied, copied_opt), reference)
+    assert same_bits(pair, reference)
+
+
+def test_a_copy_of_the_model_alone_has_no_hooks():
+    model, _opt = trained(in_backward=True)
+    assert set(hooks(copy.deepcopy(model))) == {0}
+
+
+@tiers
+def test_resumes_between_backward_and_step(memory):
+    model, opt = trained(memory=memory, in_backward=True)
+    backward(model, 7)
+    weights, state = snapshot(model, opt)
+    opt.step()
+    resumed = made()
+    resumed.load_state_dict(weights)
+    resumed_opt = Collins(resumed.parameters(), **OPTIONS, memory=memory, in_backward=True)
+    resumed_opt.load_state_dict(state)
+    opt.load_state_dict(opt.state_dict())
+    for side in ((model, opt), (resumed, resumed_opt)):
+        stepped(*side, range(8, 11))
+    assert same_bits((model, opt), (resumed, resumed_opt))
+    assert same_bits((model, opt), trained(steps=11))

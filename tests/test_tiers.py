@@ -1,0 +1,327 @@
+"""Wherever moments live, weights and state are the same to the bit; and what happens when memory runs out."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from fake_streams import MODES, FakeStreams
+from torch import nn
+from training import OPTIONS, TIERS, backward, made, same_bits, stepped, trained
+
+from collins import Collins
+from collins.compile import Engine
+from collins.offload import MemoryPolicy, Request, housing, pinned_bytes, set_pin_limit, slabs
+from collins.offload.housing import device_room
+from collins.offload.memory import DeviceFigures
+from collins.offload.streams import HostStreams
+from collins.update import update_
+
+CASES = [
+    (torch.float32, {}),
+    (torch.float32, {"decode": "sketch", "rehash_period": None}),
+    (torch.float32, {"hash": "universal"}),
+    (torch.float32, {"table_dtype": torch.bfloat16, "compress_ratio": 4}),
+    (torch.float32, {"table_dtype": torch.float64, "maximize": True}),
+    (torch.float64, {"hash": "universal", "decode": "sketch"}),
+    (torch.bfloat16, {}),
+    (torch.bfloat16, {"table_dtype": torch.bfloat16}),
+    (torch.bfloat16, {"table_dtype": torch.bfloat16, "hash": "universal", "decode": "sketch"}),
+    (torch.float16, {"stochastic_rounding": False, "compress_ratio": 1}),
+]
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def _pin_limit_as_before():
+    yield
+    set_pin_limit(None)
+
+
+def tiers_of(opt):
+    return [row.tier for plan in opt.placement for row in plan.rows]
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+@pytest.mark.parametrize("tier", ["device", "host", "mixed"])
+@pytest.mark.parametrize(("dtype", "options"), CASES, ids=str)
+def test_every_tier_has_the_same_bits(dtype, options, tier, in_backward, device):
+    policy = TIERS[tier]
+    options = {**options, "model": {"dtype": dtype, "device": device, "odd": dtype == torch.float32}}
+    if tier == "mixed":
+        sizes = trained(steps=0, **options)[1].memory_report().rows
+        policy = {**policy, "device_budget": 4 * sum(row.state_bytes - 4 for row in sizes) // 5}
+    resident = trained(**options)
+    housed = trained(**options, memory=policy, in_backward=in_backward)
+    assert same_bits(resident, housed)
+    assert set(tiers_of(housed[1])) == ({"device", "host"} if tier == "mixed" else {tier})
+
+
+@pytest.mark.parametrize("compile", [True, pytest.param(None, marks=pytest.mark.cuda)])
+def test_compiled_steps_have_the_same_bits_on_the_host(compile, device):
+    """With as many buckets as parameters: what is stacked into one call decides how the compiler rounds."""
+    if compile is None and device.type == "cpu":
+        pytest.skip("the fastest way on the CPU is the eager one")
+    torch.manual_seed(0)
+    start = nn.Linear(64, 96, bias=False).to(device)
+    sides = []
+    for options in ({}, {"memory": "host"}, {"memory": "host", "in_backward": True}):
+        model = copy.deepcopy(start)
+        opt = Collins(model.parameters(), **OPTIONS, compile=compile, **options)
+        for step in range(4):
+            model(torch.full((2, 64), 1.0 + step, device=device)).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        sides.append((model, opt))
+    assert same_bits(sides[0], sides[1])
+    assert same_bits(sides[0], sides[2])
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_copy_is_taken_for_granted(mode, in_backward, monkeypatch):
+    """The whole optimizer over a device that runs everything as late or as oddly as it may."""
+    fake = FakeStreams(mode)
+    monkeypatch.setattr(housing, "streams_for", lambda device: fake)
+
+    def launched(self, works):
+        for work in works:
+            tensors = [t.detach() for t in work[:4]]
+            fake.launch(lambda p, g, m, v, w=work: update_(w._replace(p=p, g=g, m=m, v=v)), *tensors)
+
+    resident = trained()
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "run", launched)
+        model = made()
+        opt = Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=in_backward)
+        for step in range(7):
+            backward(model, step)
+            opt.step()
+            opt.zero_grad()
+            fake.current.run_to(len(fake.current.operations))  # the next forward is behind it on the same stream
+        assert same_bits(resident, (model, opt))
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+def test_nothing_is_decided_before_the_first_step(in_backward):
+    model = made()
+    opt = Collins(model.parameters(), **OPTIONS, memory="host", in_backward=in_backward)
+    loss = model(torch.zeros(1, 2, dtype=torch.long), seldom=True).sum()
+    assert opt.placement == ()
+    loss.backward()
+    opt.step()
+    (plan,) = opt.placement
+    assert [row.bytes for row in plan.rows] == [row.state_bytes - 4 for row in opt.memory_report().rows]
+    stepped(model, opt, range(3))
+    assert opt.placement == (plan,)
+
+
+@pytest.mark.parametrize("loaded", ["unhoused", "host", "mixed", "auto"])
+@pytest.mark.parametrize("saved", ["unhoused", "host", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_checkpoints_move_between_tiers(saved, loaded, dtype):
+    model, opt = trained(model={"dtype": dtype}, memory=TIERS[saved])
+    other = made(dtype)
+    other.load_state_dict(model.state_dict())
+    other_opt = Collins(other.parameters(), **OPTIONS, memory=TIERS.get(loaded, loaded), in_backward=True)
+    other_opt.load_state_dict(opt.state_dict())
+    assert same_bits((model, opt), (other, other_opt))
+    if loaded in ("mixed", "auto"):
+        assert other_opt.placement == ()  # a peak is still to be seen
+    for side in ((model, opt), (other, other_opt)):
+        stepped(*side, range(7, 10))
+    assert same_bits((model, opt), (other, other_opt))
+    assert bool(other_opt.placement) == (loaded != "unhoused")
+
+
+def test_a_tables_home_stays_while_its_values_change():
+    model, opt = trained(steps=1, memory="host")
+    places = [state[key].data_ptr() for state in opt.state.values() for key in state if key != "step"]
+    opt.load_state_dict(opt.state_dict())
+    stepped(model, opt, range(1, 4))
+    assert places == [state[key].data_ptr() for state in opt.state.values() for key in state if key != "step"]
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+def test_host_memory_goes_with_the_optimizer(in_backward, monkeypatch):
+    made_slabs = weakref.WeakSet()
+
+    class Slab(slabs.Slab):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made_slabs.add(self)
+
+    monkeypatch.setattr(housing, "Slab", Slab)
+    model, opt = trained(memory=TIERS["host"], in_backward=in_backward)
+    assert len(made_slabs) > 5
+    del opt
+    gc.collect()
+    assert not made_slabs
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# When memory runs out.
+
+
+def failing_zeros(monkeypatch, after):
+    """The device's allocator gives `after` moments, then nothing more."""
+    zeros, given = housing._zeros, []
+
+    def allocate(part, device):
+        if len(given) >= after:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        given.append(weakref.ref(zeros(part, device)))
+        return zeros(part, device)
+
+    monkeypatch.setattr(housing, "_zeros", allocate)
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+@pytest.mark.parametrize("after", [0, 1, 6, 41])
+def test_tables_spill_to_the_host(after, in_backward, monkeypatch):
+    failing_zeros(monkeypatch, after)
+    with pytest.warns(
+        UserWarning, match=r"(?s)Collins moves tables to the host: the device ran out of memory.*\nhost: "
+    ):
+        model, opt = trained(memory={"bucket_size": 900, "staging_slots": 2}, in_backward=in_backward)
+    assert same_bits((model, opt), trained())
+    tiers = tiers_of(opt)
+    assert tiers == sorted(tiers)
+    assert tiers.count("device") <= after // 2
+    assert after < 41 or tiers.count("device") > 0
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+def test_a_forced_device_that_runs_out_changes_nothing(in_backward, monkeypatch):
+    model = made()
+    opt = Collins(model.parameters(), **OPTIONS, memory="device", in_backward=in_backward)
+    weights = copy.deepcopy(model.state_dict())
+    with monkeypatch.context() as patched:
+        failing_zeros(patched, 5)
+        with pytest.raises(MemoryError, match=r"ran out of memory while placing parameter 2 of .*KiB.*tier='auto'"):
+            stepped(model, opt, [0])
+    assert opt.placement == ()
+    assert not opt.state
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    opt.zero_grad()
+    stepped(model, opt, range(7))
+    assert same_bits((model, opt), trained())
+
+
+def failing_ring(monkeypatch, failures):
+    left, empty = [failures], HostStreams.empty
+
+    def allocate(self, nbytes):
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(self, nbytes)
+
+    monkeypatch.setattr(HostStreams, "empty", allocate)
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+def test_tables_on_the_device_make_room_for_the_ring(in_backward, monkeypatch):
+    failing_ring(monkeypatch, 1)
+    with pytest.warns(UserWarning, match="Collins moves tables to the host"):
+        pair = trained(memory=TIERS["mixed"], in_backward=in_backward)
+    assert set(tiers_of(pair[1])) == {"host"}
+    assert same_bits(pair, trained())
+
+
+def test_nobody_moves_in_when_there_is_no_room_for_the_ring(monkeypatch):
+    failing_ring(monkeypatch, 1)
+    model = made()
+    opt = Collins(model.parameters(), **OPTIONS, memory=TIERS["host"])
+    with pytest.raises(MemoryError, match=r"cpu has no room for the staging ring of .*2 slots of .*staging_slots"):
+        stepped(model, opt, [0])
+    assert opt.placement == ()
+    assert not opt.state
+    opt.zero_grad()
+    stepped(model, opt, range(7))
+    assert same_bits((model, opt), trained())
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+@pytest.mark.parametrize("tier", ["auto", "host", "device"])
+def test_neither_tier_can_hold_the_tables(tier, in_backward, monkeypatch):
+    model = made()
+    opt = Collins(model.parameters(), **OPTIONS, memory=tier, in_backward=in_backward)
+    weights = copy.deepcopy(model.state_dict())
+    with monkeypatch.context() as patched:
+        patched.setattr(housing, "host_memory_free", lambda: 3000)
+        numbers = rf"tier='{tier}'\. The device may give 2\.9 KiB.*The host may give"
+        with pytest.raises(MemoryError, match=numbers):
+            stepped(model, opt, [0])
+    assert opt.placement == ()
+    assert not opt.state
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    opt.zero_grad()
+    stepped(model, opt, range(7))
+    assert same_bits((model, opt), trained())
+
+
+def test_nobody_moves_in_when_one_device_cannot_be_served(monkeypatch):
+    """What the first device's tables take of the host is gone for the second's."""
+    opt = Collins([nn.Parameter(torch.ones(64, 64, device=device)) for device in ("cpu", "meta")], memory="auto")
+    for p in opt.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    monkeypatch.setattr(housing, "host_memory_free", lambda: 40_000)  # each takes 2 * 4 * 64 * 64 / 4 bytes
+    assert [row.state_bytes - 4 for row in opt.memory_report().rows] == [8192, 8192]
+    monkeypatch.setattr(housing, "host_memory_free", lambda: 10_000)
+    with pytest.raises(MemoryError, match=r"The device may give 1\.8 KiB"):
+        opt.step()
+    assert opt.placement == ()
+    assert not opt.state
+
+
+def test_the_policys_pin_limit_is_set():
+    trained(steps=1, memory={"tier": "host", "pin_limit": "3KiB"})
+    assert slabs._pins.limit == 3072
+
+
+@pytest.mark.cuda
+def test_pins_no_more_than_the_policy_allows():
+    before = pinned_bytes()
+    with pytest.warns(UserWarning, match="pageable host memory"):
+        pair = trained(memory={**TIERS["host"], "pin_limit": before + 3000}, model={"device": "cuda"})
+    assert before < pinned_bytes() <= before + 3000
+    assert same_bits(pair, trained(model={"device": "cuda"}))
+    del pair
+    gc.collect()
+    assert pinned_bytes() == before
+
+
+@pytest.mark.cuda
+def test_the_device_tier_keeps_within_what_is_free():
+    model = made(device="cuda")
+    opt = Collins(model.parameters(), **OPTIONS, memory={"device_reserve": "100%"}, in_backward=True)
+    with pytest.raises(MemoryError, match="device_reserve 100%"):
+        backward(model, 0)
+    assert not opt.state
+
+
+# How much of a device is planned with in the midst of its first backward.
+
+
+def test_room_is_left_for_the_gradients_to_come():
+    requests = [Request("p", (1,), GIB)] * 3
+    auto = MemoryPolicy(device_reserve="1%", staging_slots=2)
+    ring = 2 * GIB + GIB  # and the reserve, of 100 GiB
+    assert device_room(50 * GIB, 100 * GIB, auto, requests, 4 * GIB) == 30 * GIB
+    assert device_room(22 * GIB, 100 * GIB, auto, requests, 4 * GIB) == ring
+    assert device_room(2 * GIB, 100 * GIB, auto, requests, 4 * GIB) == 2 * GIB
+    for tier in ("device", "host"):
+        assert device_room(22 * GIB, 100 * GIB, MemoryPolicy(tier=tier), requests, 4 * GIB) == 22 * GIB
+
+
+@pytest.mark.parametrize(("early", "tier"), [(True, "host"), (False, "device")])
+def test_a_card_that_holds_the_ring_but_no_margin_is_used_from_the_host(early, tier, monkeypatch):
+    spare = DeviceFigures(100 * GIB, 4 * GIB, fraction=1.0, reserved=96 * GIB, allocated=96 * GIB, peak=97 * GIB)
+    assert spare.spare == 3 * GIB
+    monkeypatch.setattr(housing, "device_figures", lambda device: spare)
+    p = torch.empty(GIB // 2, device="meta", dtype=torch.bfloat16)  # 1 GiB
+    tenants = [housing.Tenant(str(i), p, housing.Part((2**24,), torch.float32)) for i in range(8)]  # of 1 GiB in all
+    plan = housing._planned(MemoryPolicy(), torch.device("cuda"), tenants, 64 * GIB, early)
+    assert [row.tier for row in plan.rows] == 8 * [tier]

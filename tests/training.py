@@ -1,0 +1,97 @@
+"""A small model with all that makes steps in backward hard, and training that can be compared bit by bit."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from collins import Collins
+
+TIERS = {
+    "unhoused": None,
+    "device": "device",
+    "host": {"tier": "host", "bucket_size": 900, "staging_slots": 2},
+    "mixed": {"device_budget": "6KiB", "bucket_size": 900, "staging_slots": 2},
+}
+OPTIONS = {"lr": 1e-2, "min_K": 16, "rehash_period": 3}
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+
+    def forward(self, x):
+        return x + self.down(functional.gelu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    """Embedding, blocks, one more block that only some calls use, and a head that may be the embedding."""
+
+    def __init__(self, *, tied=False, checkpointed=None, odd=False, compiled=None):
+        super().__init__()
+        width = 21 if odd else 24
+        self.tokens = nn.Embedding(61, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+        self.seldom = Block(width)
+        self.head = nn.Linear(width, 61, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+        self.checkpointed = checkpointed  # as `use_reentrant`, or None
+        for block in self.blocks if compiled else ():
+            block.compile(backend=compiled)
+
+    def forward(self, tokens, seldom):
+        x = self.tokens(tokens)
+        for block in self.blocks:
+            x = block(x) if self.checkpointed is None else checkpoint(block, x, use_reentrant=self.checkpointed)
+        return self.head(self.seldom(x) if seldom else x)
+
+
+def made(dtype=torch.float32, device="cpu", **model):
+    torch.manual_seed(0)
+    return Model(**model).to(device, dtype)
+
+
+def backward(model, step):
+    """Gradients of step number `step`, or the steps that they lead to; every second step uses all of the model."""
+    device = next(model.parameters()).device
+    tokens = torch.randint(61, (4, 7), generator=torch.Generator().manual_seed(step)).to(device)
+    logits = model(tokens[:, :-1], seldom=step % 2 == 0).float()
+    loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    return loss.item()
+
+
+def stepped(model, opt, steps, schedule=None):
+    for step in steps:
+        backward(model, step)
+        opt.step()
+        opt.zero_grad()
+        if schedule is not None:
+            schedule.step()
+
+
+def trained(steps=7, params=lambda model: model.parameters(), schedule=None, model=None, **options):
+    """A model after some steps, and its optimizer."""
+    model = made(**(model or {}))
+    opt = Collins(params(model), **{**OPTIONS, **options})
+    stepped(model, opt, range(steps), None if schedule is None else schedule(opt))
+    return model, opt
+
+
+def bits(t):
+    return t.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def same_bits(some, others):
+    """Whether two (model, optimizer) pairs agree in every bit of weights and state."""
+    (model, opt), (other_model, other_opt) = some, others
+    states, other_states = opt.state_dict()["state"], other_opt.state_dict()["state"]
+    assert states.keys() == other_states.keys()
+    pairs = list(zip(model.parameters(), other_model.parameters(), strict=True))
+    for key, state in states.items():
+        assert state.keys() == other_states[key].keys()
+        pairs += [(value, other_states[key][name]) for name, value in state.items()]
+    return all(a.dtype == b.dtype and torch.equal(bits(a), bits(b)) for a, b in pairs)
