@@ -2,6 +2,7 @@
 
 python examples/train_lm.py
 python examples/train_lm.py --steps 3000 --device cuda --optimizers adamw collins --lr adamw=2e-3 collins=8e-3
+python examples/train_lm.py --optimizers collins --memory examples/policies/one-24gb-card.toml
 
 Each optimizer runs at the best rate of a sweep made beforehand with these defaults (one CPU thread, one rate at a time:
 `--optimizers collins --lr 4e-3`). Validation loss after 300 steps, in nats per byte:
@@ -25,9 +26,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sysconfig
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +35,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import torch
+from corpus import batches, clock, standard_library
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from collins import Collins
+from collins.offload import MemoryPolicy, PlacementPlan
 
 VOCABULARY = 256
 
@@ -97,22 +98,6 @@ class GPT(nn.Module):
         return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def standard_library() -> Tensor:
-    """The bytes of the standard library's own sources, uint8, in the order of their paths."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "test", "tests", "idlelib", "__pycache__"}
-    files = (path for path in sorted(root.rglob("*.py")) if skipped.isdisjoint(path.relative_to(root).parts))
-    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8)
-
-
-def batches(text: Tensor, count: int, batch: int, context: int, seed: int, device: torch.device) -> Iterable[Tensor]:
-    """`count` batches of random windows of the text: int64 of shape (batch, context + 1)."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        start = torch.randint(len(text) - context, (batch, 1), generator=generator)
-        yield text[start + torch.arange(context + 1)].long().to(device)
-
-
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, object], float]] = {
     # name: class, its options, the best rate of the sweep above
     "adamw": (torch.optim.AdamW, {}, 2e-3),
@@ -132,6 +117,7 @@ class Run:
     state_bytes: int = 0
     milliseconds: float = 0.0  # median time of optimizer.step()
     parameters: int = 0
+    placement: tuple[PlacementPlan, ...] = ()  # what --memory came to
 
 
 def train(name: str, lr: float, text: Tensor, held_out: Tensor, args: argparse.Namespace) -> Run:
@@ -140,6 +126,8 @@ def train(name: str, lr: float, text: Tensor, held_out: Tensor, args: argparse.N
     torch.manual_seed(args.seed)
     model = GPT(args.layers, args.width, args.width // 32, args.context).to(device)
     make, options, _ = OPTIMIZERS[name]
+    if make is Collins:
+        options = {**options, "memory": args.memory}
     optimizer = make(model.parameters(), lr=lr, **options)
     warmup = max(args.steps // 10, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -166,15 +154,9 @@ def train(name: str, lr: float, text: Tensor, held_out: Tensor, args: argparse.N
             run.losses.append(evaluate(model, held_out, args))
             progress.set_postfix(validation=f"{run.losses[-1]:.3f}")
     run.state_bytes = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    run.placement = getattr(optimizer, "placement", ())
     run.milliseconds = 1e3 * statistics.median(times[len(times) // 4 :])
     return run
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @torch.no_grad()
@@ -219,6 +201,13 @@ def rate(text: str) -> tuple[str | None, float]:
     return name or None, float(value)
 
 
+def policy(text: str) -> MemoryPolicy:
+    try:
+        return MemoryPolicy.of(text)
+    except (ValueError, OSError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
@@ -231,6 +220,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=128, help="bytes the model sees")
     parser.add_argument("--batch", type=int, default=16, help="windows per step")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--memory",
+        type=policy,
+        metavar="FILE|TIER",
+        help="where Collins keeps its tables: a policy's TOML file, or a tier",
+    )
     args = parser.parse_args(arguments)
     if args.width % 32:
         parser.error(f"--width must be a multiple of 32, got {args.width}")
@@ -246,6 +241,9 @@ def main(arguments: list[str] | None = None) -> list[Run]:
         rates.update({name: lr} if name else dict.fromkeys(rates, lr))
     runs = [train(name, rates[name], text[:split], text[split:], args) for name in args.optimizers]
     Console().print(table(runs))
+    for run in runs:
+        for plan in run.placement:
+            print(f"{run.name}: where its tables are\n{plan.summary()}")
     plot(runs, args.out)
     print(f"loss plot: {args.out}")
     return runs
