@@ -427,10 +427,13 @@ class Collins(Optimizer):
     def _update_one(self, p: Tensor) -> None:
         """The step of one parameter whose gradient has arrived; frees the gradient."""
         with self._lock:
+            g = p.grad
+            if g is None:  # an earlier hook has taken it
+                return
             if self._awaited is None:
                 self._awaited = self._await()
-            member, g = self._awaited.get(p), p.grad
-            if member is None or g is None:  # taken out of its group since, or already used by another hook
+            member = self._awaited.get(p)
+            if member is None:  # taken out of its group since
                 return
             if p in self._stepped:
                 p.grad = None

@@ -1,23 +1,49 @@
 """The examples run, at a size for tests."""
 
-import importlib.util
+import importlib
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional
+
+from collins.offload.shapes import llama
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = ["--layers", "1", "--width", "64", "--context", "16", "--batch", "4"]
 
 
+TINY_70B = [
+    *("--device", "cpu", "--no-compile", "--layers", "2", "--hidden", "64", "--ffn", "176", "--heads", "4"),
+    *("--kv-heads", "2", "--vocab", "256", "--seq-len", "32", "--batch-size", "8", "--lr", "1e-2"),
+]
+
+
 @pytest.fixture
-def train_lm():
-    spec = importlib.util.spec_from_file_location("train_lm", EXAMPLES / "train_lm.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_lm"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["train_lm"]
+def load(monkeypatch):
+    """Imports an example as `python examples/NAME.py` does: with its folder on the path."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    loaded = []
+
+    def import_example(name):
+        loaded.append(name)
+        return importlib.import_module(name)
+
+    yield import_example
+    for name in (*loaded, "corpus", "llama"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def train_lm(load):
+    return load("train_lm")
+
+
+@pytest.fixture
+def train_70b(load):
+    return load("train_70b")
 
 
 def test_train_lm_compares_the_optimizers(train_lm, tmp_path, capsys):
@@ -41,8 +67,129 @@ def test_train_lm_repeats_itself_and_takes_a_subset(train_lm, tmp_path):
     assert first.losses == second.losses
 
 
-@pytest.mark.parametrize("wrong", [["--width", "65"], ["--lr", "sgd=1"], ["--optimizers", "sgd"], ["--lr", "fast"]])
+@pytest.mark.parametrize(
+    "wrong", [["--width", "65"], ["--lr", "sgd=1"], ["--optimizers", "sgd"], ["--lr", "fast"], ["--memory", "disk"]]
+)
 def test_train_lm_refuses_what_it_cannot_run(train_lm, wrong, capsys):
     with pytest.raises(SystemExit):
         train_lm.main(wrong)
     assert wrong[1].partition("=")[0] in capsys.readouterr().err
+
+
+def test_train_lm_takes_a_policy_file_and_trains_alike(train_lm, tmp_path, capsys):
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[collins.memory]\ntier = "host"\nbucket_size = "8KiB"\n')
+    arguments = ["--steps", "5", "--optimizers", "collins", "--out", str(tmp_path / "loss.png"), *TINY]
+    (resident,), (housed,) = train_lm.main(arguments), train_lm.main([*arguments, "--memory", str(policy)])
+    assert housed.losses == resident.losses
+    assert resident.placement == ()
+    (plan,) = housed.placement
+    assert {row.tier for row in plan.rows} == {"host"}
+    assert plan.summary() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tier", [["--tier", "host"], ["--tier", "auto"]], ids=" ".join)
+def test_train_70b_learns_and_reports(train_70b, tier, capsys):
+    run = train_70b.main([*TINY_70B, *tier, "--steps", "15"])
+    assert run.losses[0] == pytest.approx(5.545, abs=0.3)  # nats; a uniform guess
+    assert run.losses[-1] < run.losses[0] - 1
+    assert len(run.steps) == len(run.passes) == 15
+    assert run.added > 0
+    assert run.pinned == 0  # nothing is, on the CPU
+    shown = capsys.readouterr().out
+    assert run.plan.summary().splitlines()[-1] in shown
+    assert shown.index("staging ring") < shown.index("tokens/s")
+    assert f"{run.losses[-1]:.3f}" in shown
+    (placed,) = run.placement
+    assert [row[1:4] for row in placed.rows] == [row[1:4] for row in run.plan.rows]  # shape, bytes, tier
+
+
+def test_train_70b_follows_its_policy_file(train_70b, tmp_path):
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[collins.memory]\ntier = "host"\nstaging_slots = 2\nbucket_size = "32KiB"\n')
+    run = train_70b.main([*TINY_70B, "--steps", "1", "--policy", str(policy)])
+    assert run.added is None
+    assert run.placement[0].policy == train_70b.MemoryPolicy.of(policy)
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(32000, 68_976_648_192), (128256, 70_553_706_496)])
+def test_train_70b_has_the_real_shape(load, train_70b, vocab, count, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = train_70b.parse(["--vocab", str(vocab)])
+    with torch.device("meta"):
+        model = load("llama").Llama(args.layers, args.hidden, args.ffn, args.heads, args.kv_heads, args.vocab)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert [tuple(p.shape) for p in model.parameters()] == llama(80, 8192, 28672, 1024, vocab).shapes
+    assert args.policy.tier == "host"
+
+
+def test_the_chunked_loss_is_cross_entropy(load):
+    generator = torch.Generator().manual_seed(0)
+    x, head = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (13, 40))
+    targets = torch.randint(40, (13,), generator=generator)
+    sides = []
+    for chunked in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, head)]
+        if chunked:
+            loss = load("llama").ChunkedLoss.apply(*leaves, targets, 5)
+        else:
+            loss = functional.cross_entropy(leaves[0] @ leaves[1].T, targets)
+        (3 * loss).backward()
+        sides.append((loss.double(), *(leaf.grad for leaf in leaves)))
+    for plain, mine in zip(*sides, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_the_chunked_loss_never_has_a_second_gradient_of_the_head(load):
+    """No tensor of more than a chunk's logits but the head's one gradient, which the parameter takes as it is."""
+    x, head = torch.randn(64, 4).requires_grad_(), torch.randn(1000, 4).requires_grad_()
+    targets = torch.zeros(64, dtype=torch.long)
+    loss = load("llama").ChunkedLoss.apply(x, head, targets, 8)
+    with Allocations() as seen:
+        loss.backward()
+    assert seen.shapes.count((1000, 4)) == 1
+    assert max(torch.Size(shape).numel() for shape in seen.shapes) == 8 * 1000
+
+
+class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the shape of each new tensor that is no view of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_tensor(t)}
+        for t in torch.utils._pytree.tree_leaves(result):
+            if _is_tensor(t) and t.untyped_storage()._cdata not in inputs:
+                self.shapes.append(tuple(t.shape))
+        return result
+
+
+def _is_tensor(value):
+    return isinstance(value, torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["--layers", "0"], "--layers must be at least 1, got 0"),
+        (["--hidden", "66"], "--hidden must be a multiple of twice --heads, got 66 and 4"),
+        (["--kv-heads", "3"], "--heads must be a multiple of --kv-heads, got 4 and 3"),
+        (["--vocab", "100"], "--vocab must be at least 256"),
+        (["--tier", "disk"], "memory must be"),
+        (["--policy", "nowhere.toml"], "not a file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_train_70b_refuses_what_it_cannot_run(train_70b, wrong, named, capsys):
+    with pytest.raises(SystemExit):
+        train_70b.main([*TINY_70B, *wrong])
+    assert re.sub(r"\s+", " ", named) in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+def test_train_70b_says_so_when_there_is_no_room(train_70b, monkeypatch):
+    monkeypatch.setattr(train_70b, "host_memory_free", lambda: 10_000)
+    with pytest.raises(MemoryError, match="The host may give"):
+        train_70b.main([*TINY_70B, "--tier", "host"])

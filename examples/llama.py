@@ -1,0 +1,137 @@
+"""A LLaMA decoder: RMSNorm, rotary positions, grouped queries, SwiGLU; its logits are never whole.
+
+Parameters come in the order of `collins.offload.shapes.llama`: a plan made from those shapes is the plan of this model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+_EPS = 1e-5
+_BASE = 500_000.0  # of the rotary positions
+
+
+class Block(nn.Module):
+    """Pre-norm attention with `heads` queries to `kv_heads` keys and values, and a gated feed-forward."""
+
+    def __init__(self, hidden: int, ffn: int, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.width = hidden // heads
+        self.q = nn.Linear(hidden, hidden, bias=False)
+        self.k = nn.Linear(hidden, kv_heads * self.width, bias=False)
+        self.v = nn.Linear(hidden, kv_heads * self.width, bias=False)
+        self.out = nn.Linear(hidden, hidden, bias=False)
+        self.gate = nn.Linear(hidden, ffn, bias=False)
+        self.up = nn.Linear(hidden, ffn, bias=False)
+        self.down = nn.Linear(ffn, hidden, bias=False)
+        self.norm1, self.norm2 = nn.RMSNorm(hidden, eps=_EPS), nn.RMSNorm(hidden, eps=_EPS)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        q, k, v = (self._heads(projection(normed)) for projection in (self.q, self.k, self.v))
+        attended = functional.scaled_dot_product_attention(
+            rotated(q, cos, sin), rotated(k, cos, sin), v, is_causal=True, enable_gqa=True
+        )
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        normed = self.norm2(x)
+        fed: Tensor = self.down(functional.silu(self.gate(normed)) * self.up(normed))
+        return x + fed
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (-1, self.width)).transpose(1, 2)
+
+
+class Llama(nn.Module):
+    """The decoder.
+
+    Args:
+        layers, hidden, ffn, heads, kv_heads, vocab: its shape; `hidden` is a multiple of twice `heads`, and `heads` of
+            `kv_heads`.
+        checkpointed: whether blocks keep their input alone for backward and are computed anew there.
+    """
+
+    def __init__(
+        self, layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int, *, checkpointed: bool = True
+    ) -> None:
+        super().__init__()
+        self.width = hidden // heads
+        self.checkpointed = checkpointed
+        self.token = nn.Embedding(vocab, hidden)
+        self.blocks = nn.ModuleList(Block(hidden, ffn, heads, kv_heads) for _ in range(layers))
+        self.norm = nn.RMSNorm(hidden, eps=_EPS)
+        self.head = nn.Linear(hidden, vocab, bias=False)
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Random initial weights, drawn where the parameters are; without memory for more than them."""
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.fill_(1)
+            else:
+                depth = 2 * len(self.blocks) if name.endswith(("out.weight", "down.weight")) else 1
+                p.normal_(std=0.02 / math.sqrt(depth))
+
+    def compile_blocks(self) -> None:
+        """Compiles block by block: one graph serves all, and each hands its gradients out before the next begins."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+    def loss(self, tokens: Tensor, chunks: int) -> Tensor:
+        """Mean cross-entropy in nats of each token given those before it; `tokens` (batch, length + 1), int64."""
+        x = self.token(tokens[:, :-1])
+        cos, sin = rotations(x.shape[1], self.width, x)
+        for block in self.blocks:
+            x = checkpoint(block, x, cos, sin, use_reentrant=False) if self.checkpointed else block(x, cos, sin)
+        loss: Tensor = ChunkedLoss.apply(self.norm(x).flatten(0, 1), self.head.weight, tokens[:, 1:].flatten(), chunks)
+        return loss
+
+
+def rotations(length: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary positions, each (length, width / 2), in the dtype and on the device of `like`."""
+    frequency = _BASE ** -(torch.arange(0, width, 2, device=like.device, dtype=torch.float32) / width)
+    angle = torch.arange(length, device=like.device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair of channels (i, i + width / 2) turned by its position's angle."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Mean cross-entropy of a linear head over chunks of tokens, with the logits of one chunk at a time.
+
+    Left to autograd, each chunk would bring a gradient of the head's own size. Here all add to one.
+
+        forward(x (tokens, hidden), head (vocab, hidden), targets (tokens,), chunks) -> scalar, float32
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, chunks: int) -> Tensor:
+        ctx.save_for_backward(x, head, targets)
+        ctx.chunks = chunks
+        pairs = zip(x.chunk(chunks), targets.chunk(chunks), strict=True)
+        losses = [functional.cross_entropy((part @ head.T).float(), target, reduction="sum") for part, target in pairs]
+        return torch.stack(losses).sum() / len(x)
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        x, head, targets = ctx.saved_tensors
+        grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head)
+        parts = zip(x.chunk(ctx.chunks), grad_x.chunk(ctx.chunks), targets.chunk(ctx.chunks), strict=True)
+        for part, grad_part, target in parts:
+            logits = (part @ head.T).float()
+            logits.sub_(logits.logsumexp(1, keepdim=True)).exp_()  # probabilities
+            logits[torch.arange(len(part), device=x.device), target] -= 1
+            grad = logits.mul_(scale / len(x)).to(x.dtype)
+            del logits
+            torch.mm(grad, head, out=grad_part)
+            grad_head.addmm_(grad.T, part)
+        return grad_x, grad_head, None, None
