@@ -44,7 +44,8 @@ class Block(nn.Module):
         return x + fed
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (-1, self.width)).transpose(1, 2)
+        batch, length, _ = x.shape
+        return x.view(batch, length, -1, self.width).transpose(1, 2)
 
 
 class Llama(nn.Module):
@@ -88,7 +89,8 @@ class Llama(nn.Module):
         cos, sin = rotations(x.shape[1], self.width, x)
         for block in self.blocks:
             x = checkpoint(block, x, cos, sin, use_reentrant=False) if self.checkpointed else block(x, cos, sin)
-        loss: Tensor = ChunkedLoss.apply(self.norm(x).flatten(0, 1), self.head.weight, tokens[:, 1:].flatten(), chunks)
+        targets = tokens[:, 1:].flatten()
+        loss: Tensor = ChunkedLoss.apply(self.norm(x).flatten(0, 1), self.head.weight, targets, chunks)  # type: ignore[no-untyped-call]
         return loss
 
 
@@ -122,7 +124,7 @@ class ChunkedLoss(torch.autograd.Function):
         return torch.stack(losses).sum() / len(x)
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, head, targets = ctx.saved_tensors
         grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head)
         parts = zip(x.chunk(ctx.chunks), grad_x.chunk(ctx.chunks), targets.chunk(ctx.chunks), strict=True)
