@@ -140,8 +140,9 @@ def test_parameters_that_are_frozen_and_thawed(memory):
             model.head.weight.requires_grad_(phase % 2 == 1)
             model.tokens.weight.requires_grad_(phase % 2 == 0)
             stepped(model, opt, range(3))
+        model.head.weight.requires_grad_(True)
         backward(model, 0)
-        assert (model.tokens.weight.grad is None) == in_backward
+        assert (model.head.weight.grad is None) == in_backward  # though it was frozen when the optimizer was made
         sides.append((model, opt))
         opt.step()
     assert same_bits(*sides)
@@ -451,3 +452,17 @@ def test_resumes_between_backward_and_step(memory):
         stepped(*side, range(8, 11))
     assert same_bits((model, opt), (resumed, resumed_opt))
     assert same_bits((model, opt), trained(steps=11))
+
+
+def test_options_loaded_within_a_step_hold_for_the_rest_of_it():
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+    opt = Collins(model.parameters(), **OPTIONS, in_backward=True)
+    for rate in (OPTIONS["lr"], 0.0):
+        opt.load_state_dict(opt.state_dict())
+        opt.param_groups[0]["lr"] = rate
+        half = model[int(rate == 0)]
+        before = half.weight.clone()
+        half(torch.ones(1, 32)).square().sum().backward()
+        assert torch.equal(half.weight, before) == (rate == 0)
+    opt.step()

@@ -129,6 +129,8 @@ def test_checkpoints_move_between_tiers(saved, loaded, dtype):
     assert same_bits((model, opt), (other, other_opt))
     if loaded in ("mixed", "auto"):
         assert other_opt.placement == ()  # a peak is still to be seen
+    else:
+        assert bool(other_opt.placement) == (loaded == "host")  # which nothing measured would change
     for side in ((model, opt), (other, other_opt)):
         stepped(*side, range(7, 10))
     assert same_bits((model, opt), (other, other_opt))
@@ -329,6 +331,14 @@ def test_the_device_tier_keeps_within_what_is_free():
 
 
 # How much of a device is planned with in the midst of its first backward.
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+def test_a_plan_made_within_backward_knows_it(in_backward, monkeypatch):
+    planned, early = housing._planned, []
+    monkeypatch.setattr(housing, "_planned", lambda *args: (early.append(args[-1]), planned(*args))[1])
+    trained(memory="auto", in_backward=in_backward)
+    assert early == [in_backward]
 
 
 def test_room_is_left_for_the_gradients_to_come():
