@@ -237,21 +237,28 @@ def test_a_forced_device_that_runs_out_changes_nothing(in_backward, monkeypatch)
     assert same_bits((model, opt), trained())
 
 
-def failing_ring(monkeypatch, failures):
-    left, empty = [failures], HostStreams.empty
+def failing_ring(monkeypatch):
+    """No ring finds room on the device before all moments are off it, and the first does not even then."""
+    empty, zeros, tries, given = HostStreams.empty, housing._zeros, [], []
+
+    def place(part, device):
+        moment = zeros(part, device)
+        given.append(weakref.ref(moment))
+        return moment
 
     def allocate(self, nbytes):
-        if left[0]:
-            left[0] -= 1
+        tries.append(nbytes)
+        if len(tries) == 1 or any(moment() is not None for moment in given):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return empty(self, nbytes)
 
+    monkeypatch.setattr(housing, "_zeros", place)
     monkeypatch.setattr(HostStreams, "empty", allocate)
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 def test_tables_on_the_device_make_room_for_the_ring(in_backward, monkeypatch):
-    failing_ring(monkeypatch, 1)
+    failing_ring(monkeypatch)
     with pytest.warns(UserWarning, match="Collins moves tables to the host"):
         pair = trained(memory=TIERS["mixed"], in_backward=in_backward)
     assert set(tiers_of(pair[1])) == {"host"}
@@ -259,7 +266,7 @@ def test_tables_on_the_device_make_room_for_the_ring(in_backward, monkeypatch):
 
 
 def test_nobody_moves_in_when_there_is_no_room_for_the_ring(monkeypatch):
-    failing_ring(monkeypatch, 1)
+    failing_ring(monkeypatch)
     model = made()
     opt = Collins(model.parameters(), **OPTIONS, memory=TIERS["host"])
     with pytest.raises(MemoryError, match=r"cpu has no room for the staging ring of .*2 slots of .*staging_slots"):
