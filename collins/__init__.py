@@ -13,8 +13,18 @@ _tree = Path(__file__).resolve().parent.parent
 if (_tree / "pyproject.toml").is_file() and (_tree / "compile" / "engine.py").is_file():
     __path__.append(str(_tree))
 
+from collins.files import CheckpointError, load, save  # noqa: E402
 from collins.hashing import BlockHash, UniversalHash  # noqa: E402
 from collins.optimizer import Collins  # noqa: E402
 from collins.report import MemoryReport, ParameterRow  # noqa: E402
 
-__all__ = ["BlockHash", "Collins", "MemoryReport", "ParameterRow", "UniversalHash"]
+__all__ = [
+    "BlockHash",
+    "CheckpointError",
+    "Collins",
+    "MemoryReport",
+    "ParameterRow",
+    "UniversalHash",
+    "load",
+    "save",
+]

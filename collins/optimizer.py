@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from collins.checkpoint import DENSE, MOMENTS, TABLES, Home, Loadable, check_moments, loadable
 from collins.compile import Engine
+from collins.fingerprint import LAYOUT, fingerprint
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.layout import Layout, layout_of, moment_bytes, moment_dtype, moment_shape
 from collins.offload import MemoryPolicy, PlacementPlan
@@ -106,7 +108,8 @@ class Collins(Optimizer):
             is accepted, before anything has changed.
 
     State, in the names of `state_dict`: `step` (0-d), and `m_table`, `v_table` with K entries in the shape of
-    `collins.layout.moment_shape`, or `exp_avg`, `exp_avg_sq` shaped like a dense parameter.
+    `collins.layout.moment_shape`, with `layout`, an int that says what they were encoded with (`collins.fingerprint`);
+    or `exp_avg`, `exp_avg_sq` shaped like a dense parameter.
 
     Example:
         >>> model = torch.nn.Linear(512, 512)
@@ -262,8 +265,8 @@ class Collins(Optimizer):
     def hash_of(self, param: Tensor) -> Hash | None:
         """The hash of a parameter of this optimizer, or None when its moments are dense.
 
-        Coefficients set on a `UniversalHash` take effect from the next step on. They travel with `deepcopy` and pickle,
-        not with `state_dict`, which holds what torch's own optimizers hold: set them again after loading.
+        Coefficients set on a `UniversalHash` take effect from the next step on. They travel with `deepcopy` and pickle;
+        a state dict knows them, but does not set them: set the same ones before loading it.
 
         Raises:
             ValueError: when the parameter is not in this optimizer.
@@ -285,39 +288,54 @@ class Collins(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; moments on the host are complete until the next step begins."""
         self._drain()
+        for member in self._members():
+            state = self.state.get(member.p)
+            if state:
+                state.update(self._mark(member))  # coefficients of a hash may have been set since the state was made
         return super().state_dict()
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises what `load_state_dict` would raise for this state dict, and changes nothing."""
+        self._loadable(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, bit for bit: moments keep their dtype whatever the parameter's is.
 
-        Moments that exist already are overwritten in place; others are made on the tier where they belong.
+        Tensors that exist already are overwritten in place; others are made on the tier where they belong. lr, betas,
+        eps, weight_decay, residual_weight and what schedulers keep in a group come from the state dict; all other
+        options stay as they are here.
 
         Raises:
-            ValueError: when groups or moments do not fit this optimizer's parameters; it is then as it was.
+            ValueError: when the state dict was saved under another layout, hash, seed or order of parameters, naming
+                the parameter and the difference. The optimizer is then as it was.
         """
         self._drain()
-        moments: dict[Tensor, dict[str, Tensor]] = {}
-        present = {p: dict(state) for p, state in self.state.items()}
+        members = list(self._members())
+        before = [dict(self.state.get(member.p, {})) for member in members]
+        rates = [group["lr"] for group in self.param_groups]
+        after: list[dict[str, Any]] = []
 
         def set_aside(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            # The base class would cast moments to the parameter's dtype: it gets to see everything else.
-            moments.update(self._loadable_moments(given))
-            others = {
-                key: {name: value for name, value in state.items() if name not in _MOMENTS}
-                for key, state in given["state"].items()
-            }
-            return {**given, "state": others}
+            # All that can fail happens here, before anything has changed.
+            found = self._loadable(given)
+            self._settle([member for member, saved in zip(members, found.states, strict=True) if saved])
+            for member, state, saved in zip(members, before, found.states, strict=True):
+                after.append(self._room(member, state) if saved else {})
+            for member, state, saved in zip(members, after, found.states, strict=True):
+                if saved:
+                    state["step"].fill_(saved.step)
+                    for name, moment in zip(self._plan(member).names, saved.moments, strict=True):
+                        state[name].copy_(moment)
+                elif self._housing is not None and self._housing.houses(member.p):
+                    for moment in self._housing.moments(member.p):
+                        moment.zero_()  # so that the next step finds them as it finds new memory
+            return {**given, "param_groups": found.groups, "state": found.rest}
 
         def put_back(_: Optimizer) -> None:
-            loaded = [member for member in self._members() if member.p in moments]
-            self._settle(loaded)
-            for member in loaded:
-                plan, state = self._plan(member), self.state[member.p]
-                if "step" in state:  # the base class would share it with the source
-                    device = member.p.device if member.group["capturable"] else "cpu"
-                    state["step"] = torch.tensor(float(state["step"]), device=device)
-                for name, made in zip(plan.names, self._moments(member, present.get(member.p, {})), strict=True):
-                    state[name] = made.copy_(moments[member.p][name])
+            self.state.update({m.p: state for m, state in zip(members, after, strict=True) if state})
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                if isinstance(rate, Tensor):  # whoever holds on to it, a captured graph say, goes on seeing the rate
+                    group["lr"] = rate.fill_(float(group["lr"]))
 
         hooks = (
             self.register_load_state_dict_pre_hook(set_aside),
@@ -329,26 +347,14 @@ class Collins(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _loadable_moments(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
-        """The moments in a state dict, by parameter, after a check that each fits."""
-        groups = state_dict["param_groups"]
-        sizes, own = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
-        if sizes != own:
-            raise ValueError(f"state_dict has parameter groups of {sizes} parameters; this optimizer has {own}")
-        options = [{**self.defaults, **group} for group in groups]
-        for group in options:
-            check_options(group)
-        places = [(saved, group) for group in options for saved in group["params"]]
-        moments = {}
-        for (saved, group), member in zip(places, self._members(), strict=True):
-            state = state_dict["state"].get(saved, {})
-            found = {name: state[name] for name in _MOMENTS if name in state}
-            if state:
-                layout = _layout(member.p, group)
-                shape = moment_shape(layout, tuple(member.p.shape))
-                _check_moments(member.name, "state_dict", found, dict.fromkeys(_names(layout), shape))
-                moments[member.p] = found
-        return moments
+    def _loadable(self, state_dict: Mapping[str, Any]) -> Loadable:
+        homes = [self._home(member) for member in self._members()]
+        return loadable(state_dict, self.param_groups, tuple(self.defaults), homes)
+
+    def _home(self, member: _Member) -> Home:
+        plan, hash = self._plan(member), self._plan(member).hash
+        mark = None if hash is None else fingerprint(plan.size[0], hash, self.seed, member.key)
+        return Home(member.name, plan.names, plan.shape, plan.moment_dtype, hash, mark)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update(self) -> None:
@@ -513,16 +519,27 @@ class Collins(Optimizer):
             kept.append(moment)
         return kept[0], kept[1]
 
+    def _room(self, member: _Member, present: Mapping[str, Any]) -> dict[str, Any]:
+        """A parameter's state, to be filled: in the tensors that are present, as far as they fit."""
+        step = present.get("step")
+        device = member.p.device if member.group["capturable"] else torch.device("cpu")
+        if not isinstance(step, Tensor) or step.shape or step.device.type != device.type:
+            step = torch.zeros((), device=device)
+        moments = zip(self._plan(member).names, self._moments(member, present), strict=True)
+        return {"step": step, **dict(moments), **self._mark(member)}
+
+    def _mark(self, member: _Member) -> dict[str, int]:
+        """What a parameter's state says about its tables; nothing for dense moments."""
+        own = self._home(member).fingerprint
+        return {} if own is None else {LAYOUT: own.packed()}
+
     def _works(self, ready: Sequence[tuple[_Member, Tensor]]) -> list[Work]:
         """Each parameter's share of this step; makes its state on first use and counts the step."""
         states = []
         for member, _ in ready:
             state = self.state[member.p]
             if not state:
-                plan = cast(_Plan, member.plan)
-                device = member.p.device if member.group["capturable"] else "cpu"
-                state["step"] = torch.zeros((), device=device)
-                state.update(zip(plan.names, self._moments(member, {}), strict=True))
+                state.update(self._room(member, {}))
             states.append(state)
         if states:
             torch._foreach_add_([state["step"] for state in states], 1)
@@ -555,8 +572,8 @@ class Collins(Optimizer):
             return
         shapes = dict.fromkeys(plan.names, plan.shape)
         if not all(name in state and state[name].shape == plan.shape for name in plan.names):
-            held = {name: state[name] for name in _MOMENTS if name in state}
-            _check_moments(member.name, "the optimizer", held, shapes)
+            held = {name: state[name] for name in MOMENTS if name in state}
+            check_moments(member.name, "the optimizer", held, shapes)
         member.settled = (state[first], state[second])
 
     def _drain(self) -> None:
@@ -577,8 +594,6 @@ class Collins(Optimizer):
         )
 
 
-_DENSE, _TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
-_MOMENTS = {*_DENSE, *_TABLES}
 # The group options that a _Plan depends on.
 _PLANNED = (
     "compress_ratio",
@@ -597,7 +612,7 @@ def _layout(p: Tensor, group: dict[str, Any]) -> Layout:
 
 
 def _names(layout: Layout) -> tuple[str, str]:
-    return _DENSE if layout.hash is None else _TABLES
+    return DENSE if layout.hash is None else TABLES
 
 
 def _scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
@@ -623,11 +638,3 @@ def _check_gradient(member: _Member, g: Tensor) -> None:
         got, accepted = getattr(g, what), getattr(member.p, what)
         if got != accepted:
             raise ValueError(f"the gradient of {member.name} must have its {what} {accepted}, got {got}")
-
-
-def _check_moments(name: str, where: str, found: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    got = {key: tuple(moment.shape) for key, moment in found.items()}
-    if got != shapes:
-        raise ValueError(
-            f"{name} has moments {shapes} under its group's compress_ratio, min_K and hash; {where} holds {got}"
-        )

@@ -67,6 +67,10 @@ class Housing:
         """The moments of a settled parameter; read or write those on the host after `drain` only."""
         return self._moments[p]
 
+    def houses(self, p: Tensor) -> bool:
+        """Whether a parameter is settled."""
+        return p in self._moments
+
     def is_on_host(self, p: Tensor) -> bool:
         return p in self._hosts
 
