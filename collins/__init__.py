@@ -13,6 +13,7 @@ _tree = Path(__file__).resolve().parent.parent
 if (_tree / "pyproject.toml").is_file() and (_tree / "compile" / "engine.py").is_file():
     __path__.append(str(_tree))
 
+from collins.conversion import convert  # noqa: E402
 from collins.files import CheckpointError, load, save  # noqa: E402
 from collins.hashing import BlockHash, UniversalHash  # noqa: E402
 from collins.optimizer import Collins  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     "MemoryReport",
     "ParameterRow",
     "UniversalHash",
+    "convert",
     "load",
     "save",
 ]

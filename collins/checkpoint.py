@@ -29,6 +29,7 @@ class Home(NamedTuple):
     """What the state of one parameter must be."""
 
     name: str  # for errors
+    param_shape: tuple[int, ...]
     names: tuple[str, str]  # of the moments, the first one first
     shape: tuple[int, ...]  # of each moment
     dtype: torch.dtype  # of each moment

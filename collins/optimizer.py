@@ -348,13 +348,16 @@ class Collins(Optimizer):
                 hook.remove()
 
     def _loadable(self, state_dict: Mapping[str, Any]) -> Loadable:
-        homes = [self._home(member) for member in self._members()]
-        return loadable(state_dict, self.param_groups, tuple(self.defaults), homes)
+        return loadable(state_dict, self.param_groups, tuple(self.defaults), self.homes())
+
+    def homes(self) -> list[Home]:
+        """What the state of each parameter must be, through all groups."""
+        return [self._home(member) for member in self._members()]
 
     def _home(self, member: _Member) -> Home:
         plan, hash = self._plan(member), self._plan(member).hash
         mark = None if hash is None else fingerprint(plan.size[0], hash, self.seed, member.key)
-        return Home(member.name, plan.names, plan.shape, plan.moment_dtype, hash, mark)
+        return Home(member.name, tuple(plan.size), plan.names, plan.shape, plan.moment_dtype, hash, mark)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update(self) -> None:
