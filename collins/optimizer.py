@@ -18,6 +18,7 @@ from collins.compile import Engine
 from collins.fingerprint import LAYOUT, fingerprint
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.layout import Layout, layout_of, moment_bytes, moment_dtype, moment_shape
+from collins.nonfinite import require_finite
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.housing import Housing, Tenant
 from collins.offload.slabs import Part
@@ -95,6 +96,11 @@ class Collins(Optimizer):
             a Triton kernel for all tensors of a kind, on other accelerators torch.compile, on the CPU eager steps.
         capturable: whether the step may be captured in a CUDA graph, as for `torch.optim.AdamW`: step counters live on
             the device, and `lr` is read there when it is a tensor on it.
+        nonfinite: what an infinite or NaN gradient does. "propagate": it spreads to its bucket's moments and elements,
+            as in AdamW to its element's. "skip": its bucket, or its element of dense moments, stays as it is in this
+            step, and so it does where the square of a gradient overflows; the device is not waited for. "error": a
+            FloatingPointError before anything changes; reads gradients once more and waits for the device. With
+            in_backward=True, parameters whose gradients came earlier have been stepped by then.
         memory: where moments live: None beside their parameters; else a `MemoryPolicy`, a tier's name ("auto",
             "device", "host"), a mapping of the policy's arguments, or the path of a TOML file. Decided at the first
             step, when the activations' peak has been seen; `placement` tells what was decided.
@@ -106,6 +112,7 @@ class Collins(Optimizer):
     Raises:
         ValueError, TypeError: for an option, parameter or gradient that cannot be used, naming it, its value and what
             is accepted, before anything has changed.
+        FloatingPointError: for a gradient that is not finite, under nonfinite="error".
 
     State, in the names of `state_dict`: `step` (0-d), and `m_table`, `v_table` with K entries in the shape of
     `collins.layout.moment_shape`, with `layout`, an int that says what they were encoded with (`collins.fingerprint`);
@@ -145,6 +152,7 @@ class Collins(Optimizer):
         stochastic_rounding: bool | None = None,
         compile: bool | None = None,
         capturable: bool = False,
+        nonfinite: str = "propagate",
         memory: MemoryPolicy | str | Mapping[str, Any] | PathLike[str] | None = None,
         in_backward: bool = False,
     ) -> None:
@@ -172,6 +180,7 @@ class Collins(Optimizer):
             "maximize": maximize,
             "stochastic_rounding": stochastic_rounding,
             "capturable": capturable,
+            "nonfinite": nonfinite,
         }
         check_options(defaults)
         super().__init__(params, defaults)
@@ -386,6 +395,7 @@ class Collins(Optimizer):
                     ready.append((member, g))
         if self._housing is not None and ready:
             self._settle([member for members in self._roster() for member in members])
+        self._guard(ready)
         works = self._works(ready)
         if self._housing is None:
             self._engine.run(works)
@@ -393,6 +403,12 @@ class Collins(Optimizer):
             self._housing.run(works, [member.p for member, _ in ready], self._engine.run)
             self._housing.finish()
         self._stepped.clear()
+
+    @staticmethod
+    def _guard(ready: Sequence[tuple[_Member, Tensor]]) -> None:
+        guarded = [(member.name, g) for member, g in ready if member.group["nonfinite"] == "error"]
+        if guarded:
+            require_finite(guarded)
 
     def _hook(self, members: Iterator[_Member]) -> None:
         """Has each parameter stepped when its gradient has arrived."""
@@ -426,6 +442,7 @@ class Collins(Optimizer):
         self._check_state(member, plan)
         if self._housing is not None:
             self._settle([m for members in self._roster() for m in members])
+        self._guard([(member, g)])
         works = self._works([(member, g)])
         if self._housing is None:
             self._engine.run(works)
@@ -486,7 +503,8 @@ class Collins(Optimizer):
         dtype = moment_dtype(layout, p.dtype, group["table_dtype"])
         rounding = group["stochastic_rounding"] is not False and (p.dtype in ROUNDED or dtype in ROUNDED)
         rehash = layout.hash == "block" and period is not None
-        spec = Spec(layout.hash, layout.load, group["decode"], rehash, rounding, group["maximize"])
+        skip = group["nonfinite"] == "skip"
+        spec = Spec(layout.hash, layout.load, group["decode"], rehash, rounding, group["maximize"], skip)
         sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
         keys = Keys(sign_key, hash_key(self.seed, key, "round"), (0, 0, 0, 0), period or 0)
         shape = moment_shape(layout, tuple(p.shape))
@@ -607,6 +625,7 @@ _PLANNED = (
     "table_dtype",
     "maximize",
     "stochastic_rounding",
+    "nonfinite",
 )
 
 

@@ -29,6 +29,7 @@ class Spec(NamedTuple):
     rehash: bool  # whether signs are ever drawn anew
     rounding: bool  # stochastic, for whatever is stored in 16 bits
     maximize: bool
+    skip: bool = False  # whatever shares a moment with a gradient that is not finite
 
 
 class Keys(NamedTuple):
@@ -96,10 +97,12 @@ def _dense_(work: Work, chunk: int | None) -> None:
     for offset, p, g in _pieces(work, chunk):
         first, part = work.start + offset, slice(offset, offset + p.numel())
         grad = _gradient(g, work.spec)
-        first_moment = decay(m[part], grad, h.beta1)
-        second_moment = decay(v[part], grad * grad, h.beta2)
+        fine = _fine(grad * grad, work.spec)
+        first_moment = decay(m[part], grad, h.beta1, fine=fine)
+        second_moment = decay(v[part], grad * grad, h.beta2, fine=fine)
         m_hat, v_hat = first_moment / h.correction1, second_moment / h.correction2
-        _store(p, updated(_flat(p, grad.dtype), m_hat, v_hat, None, h), first, PARAM, work)
+        old = _flat(p, grad.dtype)
+        _store(p, _where(fine, updated(old, m_hat, v_hat, None, h), old), first, PARAM, work)
         _store(m[part], first_moment, first, FIRST, work)
         _store(v[part], second_moment, first, SECOND, work)
 
@@ -127,13 +130,15 @@ def _block_(work: Work, chunk: int | None) -> None:
         grad, old = grad.view(rows, load), old.view(rows, load)
         signs = as_sign(sign_bits(bucket, load, epoch, keys.sign), grad.dtype)
         mu, q = encode_rows(signs, grad, loads)
-        first_moment = decay(work.m[table], mu, h.beta1, fresh)
-        second_moment = decay(work.v[table], q, h.beta2)
+        fine = _fine(q, spec)
+        first_moment = decay(work.m[table], mu, h.beta1, fresh, fine)
+        second_moment = decay(work.v[table], q, h.beta2, fine=fine)
         _store(work.m[table], first_moment, first, FIRST, work)
         _store(work.v[table], second_moment, first, SECOND, work)
         m_b, v_b = _scaled(first_moment, second_moment, loads, work)
         r = grad - signs * mu[:, None] if spec.decode == "residual" else None
         new = updated(old, signs * m_b[:, None], v_b[:, None], r, h)
+        new = _where(None if fine is None else fine[:, None], new, old)
         _store(p, new.view(-1)[:count], work.start + offset, PARAM, work)
 
 
@@ -152,13 +157,16 @@ def _universal_(work: Work, chunk: int | None) -> None:
     for first, _, g in _pieces(work, chunk):
         grad, bucket, signs = hashed(first, g)
         add_scattered(mu, q, bucket, signs, grad, load)
-    first_moment, second_moment = decay(work.m, mu, h.beta1), decay(work.v, q, h.beta2)
+    fine = _fine(q, spec)
+    first_moment = decay(work.m, mu, h.beta1, fine=fine)
+    second_moment = decay(work.v, q, h.beta2, fine=fine)
     m_b, v_b = _scaled(first_moment, second_moment, load, work)
     for first, p, g in _pieces(work, chunk):
         grad, bucket, signs = hashed(first, g)
         r = grad - signs * mu[bucket] if spec.decode == "residual" else None
-        new = updated(_flat(p, grad.dtype), signs * m_b[bucket], v_b[bucket], r, h)
-        _store(p, new, first, PARAM, work)
+        old = _flat(p, grad.dtype)
+        new = updated(old, signs * m_b[bucket], v_b[bucket], r, h)
+        _store(p, _where(None if fine is None else fine[bucket], new, old), first, PARAM, work)
     _store(work.m, first_moment, 0, FIRST, work)
     _store(work.v, second_moment, 0, SECOND, work)
 
@@ -173,6 +181,15 @@ def _flat(t: Tensor, dtype: torch.dtype) -> Tensor:
 def _gradient(g: Tensor, spec: Spec) -> Tensor:
     g = _flat(g, torch.promote_types(g.dtype, torch.float32))
     return -g if spec.maximize else g
+
+
+def _fine(q: Tensor, spec: Spec) -> Tensor | None:
+    """Where all gradients behind a mean of squares are finite, if that is asked for."""
+    return torch.isfinite(q) if spec.skip else None
+
+
+def _where(fine: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    return new if fine is None else torch.where(fine, new, old)
 
 
 def _scaled(M: Tensor, V: Tensor, load: float | Tensor, work: Work) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ class Launches:
             if (
                 p.device.type == self._device_type
                 and spec.hash != "universal"
+                and not spec.skip
                 and load <= LARGEST_LOAD
                 and start % max(WORD, load) == 0
                 and dtype in DTYPES
