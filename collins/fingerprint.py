@@ -78,7 +78,7 @@ def unpacked(value: object) -> Fingerprint:
     if isinstance(value, int) and value >= 0 and value & _MASK == _VERSION:
         words = tuple(value >> _WORD * (i + 1) & _MASK for i in range(len(Fingerprint._fields)))
         found = Fingerprint(*words)
-        if found.packed() == value and found.hash < len(_KINDS):
+        if found.packed() == value and found.hash < len(_KINDS) and found.numel:
             return found
     raise ValueError(f"{LAYOUT} must be a fingerprint of version {_VERSION}, got {value!r}")
 
