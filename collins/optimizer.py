@@ -200,6 +200,7 @@ class Collins(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # the base class adds it here, for its own optimizers
         if "_engine" not in self.__dict__:  # unpickled or copied
             self._make_engines()
             if self.in_backward:
