@@ -137,7 +137,13 @@ def _means(x: Tensor, hash: BlockHash | UniversalHash, step: int, *, signed: boo
         index = torch.arange(first, first + piece.numel(), device=x.device)
         piece = piece.double() * hash.sign(index, step) if signed else piece.double()
         sums.index_add_(0, hash.bucket(index), piece)
-    return sums / hash.load(torch.arange(hash.buckets, device=x.device)).double()
+    return sums / _loads(hash, x.device)
+
+
+def _loads(hash: BlockHash | UniversalHash, device: torch.device) -> Tensor | float:
+    if isinstance(hash, UniversalHash):
+        return hash.numel / hash.buckets
+    return hash.load(torch.arange(hash.buckets, device=device)).double()
 
 
 def _pieces(x: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -162,7 +168,7 @@ def _from_tables(state: Mapping[str, Any], home: Home) -> tuple[Tensor, Tensor]:
     loads[-1] = saved.numel - (saved.buckets - 1) * saved.load
     coarse = torch.arange(saved.buckets, device=v.device) // (own.load // saved.load)
     V.index_add_(0, coarse, loads * v.double())
-    V /= cast(BlockHash, home.hash).load(torch.arange(own.buckets, device=v.device)).double()
+    V /= _loads(cast(BlockHash, home.hash), v.device)
     return torch.zeros_like(V), V
 
 
