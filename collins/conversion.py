@@ -74,6 +74,7 @@ def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]
         ValueError: for what cannot be converted, naming the parameter and the reason.
 
     Example:
+        >>> from collins import Collins
         >>> model = torch.nn.Linear(512, 512)
         >>> adamw = torch.optim.AdamW(model.parameters())
         >>> model(torch.randn(8, 512)).square().mean().backward()
@@ -83,7 +84,8 @@ def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]
     """
     saved, states = saved_groups(state_dict, optimizer.param_groups)
     check_order(saved, optimizer.param_groups)
-    groups, new = [], {}
+    groups: list[dict[str, Any]] = []
+    new: dict[int, dict[str, Any]] = {}
     homes = iter(optimizer.homes())
     for theirs, mine in zip(saved, optimizer.param_groups, strict=True):
         _check_group(theirs, mine)

@@ -62,11 +62,12 @@ class Fingerprint(NamedTuple):
 
 def fingerprint(rows: int, hash: BlockHash | UniversalHash, seed: int, place: int) -> Fingerprint:
     """Of a parameter whose first dimension is `rows`, at this place of an optimizer of this seed."""
-    blank = Fingerprint(0, hash.numel, rows, hash.buckets, *[0] * 7, seed & _MASK, place)
     if isinstance(hash, BlockHash):
-        signs = derive(hash.seed, hash.key, "sign") & _MASK
-        return blank._replace(load=hash.block, period=hash.period or 0, signs=signs)
-    return blank._replace(hash=1, a=hash.a, b=hash.b, c=hash.c, d=hash.d)
+        kind, signs = 0, derive(hash.seed, hash.key, "sign") & _MASK
+        own = (hash.block, hash.period or 0, signs, 0, 0, 0, 0)
+    else:
+        kind, own = 1, (0, 0, 0, hash.a, hash.b, hash.c, hash.d)
+    return Fingerprint(kind, hash.numel, rows, hash.buckets, *own, seed & _MASK, place)
 
 
 def unpacked(value: object) -> Fingerprint:
