@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from collins.compile import Engine
+from collins.counters import Counters
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.layout import Layout, layout_of, moment_bytes, moment_dtype, moment_shape
 from collins.offload import MemoryPolicy, PlacementPlan
@@ -42,12 +43,14 @@ class _Plan(NamedTuple):
     names: tuple[str, str]  # of the moments, the first one first
     shape: tuple[int, ...]  # of each moment
     moment_dtype: torch.dtype
+    numel: int  # of the parameter
+    launch: Any  # the engine's
 
 
 class _Member:
     """A parameter with its place: `key` counts through all groups and is what its hashes derive from."""
 
-    __slots__ = ("group", "key", "name", "p", "plan", "settled")
+    __slots__ = ("counter", "first", "group", "key", "name", "p", "plan", "second", "step")
 
     def __init__(self, p: Tensor, group: dict[str, Any], key: int, name: str) -> None:
         self.p = p
@@ -55,7 +58,17 @@ class _Member:
         self.key = key
         self.name = name
         self.plan: _Plan | None = None
-        self.settled: tuple[Any, Any] = (None, None)  # the moments that were found to fit the plan
+        # What was found in the parameter's state, and fits the plan.
+        self.step: Tensor | None = None
+        self.first: Tensor | None = None
+        self.second: Tensor | None = None
+        self.counter: int | None = None  # the place of `step` among the optimizer's counters
+
+
+# A member with its gradient and its state, which is empty before the first step.
+_Ready = tuple[_Member, Tensor, dict[str, Any] | None]
+
+_WORK = tuple.__new__  # of a named tuple, without the cost of its keywords
 
 
 class Collins(Optimizer):
@@ -179,6 +192,7 @@ class Collins(Optimizer):
         self._housing = None if self.memory is None else Housing(self.memory)
         self._rosters: list[tuple[list[Tensor], list[_Member]]] = []
         self._settings: list[tuple[Any, ...]] = []
+        self._counters = Counters()
         self._stepped: set[Tensor] = set()  # in backward, since the last call of step
 
     def __getstate__(self) -> dict[str, Any]:
@@ -314,8 +328,7 @@ class Collins(Optimizer):
             for member in loaded:
                 plan, state = self._plan(member), self.state[member.p]
                 if "step" in state:  # the base class would share it with the source
-                    device = member.p.device if member.group["capturable"] else "cpu"
-                    state["step"] = torch.tensor(float(state["step"]), device=device)
+                    state["step"] = torch.tensor(float(state["step"]))
                 for name, made in zip(plan.names, self._moments(member, present.get(member.p, {})), strict=True):
                     state[name] = made.copy_(moments[member.p][name])
 
@@ -355,35 +368,52 @@ class Collins(Optimizer):
         """Checks everything, then performs the step. Code that compiles `step` calls this as it is: the engine compiles
         its own graphs, which no change of learning rate, gradients or state invalidates.
         """
-        ready = []
-        for members in self._roster():
-            if not members:
-                continue
-            group = members[0].group
-            check_options(group)
-            settings = self._settings_of(group)
-            for member in members:
-                p = member.p
-                g = p.grad
-                if g is not None:
-                    plan = member.plan
-                    if plan is None or plan.settings is not settings or p.shape != plan.size or p.dtype != plan.dtype:
-                        plan = self._plan(member, settings)
-                    if g.dtype is not plan.dtype or g.shape != plan.size or g.layout is not torch.strided:
-                        _check_gradient(member, g)
-                    if g.device != p.device:
-                        _check_gradient(member, g)
-                    self._check_state(member, plan)
-                    ready.append((member, g))
-        if self._housing is not None and ready:
-            self._settle([member for members in self._roster() for member in members])
-        works = self._works(ready)
+        ready = self._ready()
         if self._housing is None:
-            self._engine.run(works)
-        else:
-            self._housing.run(works, [member.p for member, _ in ready], self._engine.run)
+            self._engine.run(self._works(ready))
+        elif ready:
+            self._settle([member for members in self._roster() for member in members])
+            params = [member.p for _, found in ready for member, _, _ in found]
+            self._housing.run(self._works(ready), params, self._engine.run)
             self._housing.finish()
         self._stepped.clear()
+
+    def _ready(self) -> list[tuple[dict[str, Any], list[_Ready]]]:
+        """The parameters that have a gradient, group by group, once everything about them has been checked."""
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        ready = []
+        for members in self._roster():
+            if members:
+                group = members[0].group
+                check_options(group)
+                if capturing and not group["capturable"]:
+                    raise RuntimeError("capturable must be True for a step that a CUDA graph captures, got False")
+                settings = self._settings_of(group)
+                ready.append((group, self._checked(members, settings)))
+        return ready
+
+    def _checked(self, members: Sequence[_Member], settings: tuple[Any, ...]) -> list[_Ready]:
+        """Those with a gradient. In every step this looks at every parameter: it spends two microseconds on each."""
+        found, states, strided = [], self.state, torch.strided
+        for member in members:
+            p = member.p
+            g = p.grad
+            if g is None:
+                continue
+            plan = member.plan
+            if plan is None or plan.settings is not settings or p.dtype is not plan.dtype or p.shape != plan.size:
+                plan = self._plan(member, settings)
+            if g.dtype is not plan.dtype or g.shape != plan.size or g.layout is not strided or g.device != p.device:
+                _check_gradient(member, g)
+            state = states.get(p)
+            if state:
+                first, second = plan.names
+                if state.get(first) is not member.first or state.get(second) is not member.second:
+                    member.first = None  # to be adopted
+                    held = {name: state[name] for name in _MOMENTS if name in state}
+                    _check_moments(member.name, "the optimizer", held, dict.fromkeys(plan.names, plan.shape))
+            found.append((member, g, state))
+        return found
 
     def _hook(self, members: Iterator[_Member]) -> None:
         """Has each parameter stepped when its gradient has arrived."""
@@ -410,14 +440,11 @@ class Collins(Optimizer):
                 f"the gradient of {member.name} arrived twice before step(): with in_backward=True gradients cannot be"
                 " accumulated over several backward passes; call step() after each, or use in_backward=False"
             )
-        g = cast(Tensor, p.grad)
         check_options(member.group)
-        plan = self._plan(member, self._settings_of(member.group))
-        _check_gradient(member, g)
-        self._check_state(member, plan)
+        ready = [(member.group, self._checked([member], self._settings_of(member.group)))]
         if self._housing is not None:
             self._settle([m for members in self._roster() for m in members])
-        works = self._works([(member, g)])
+        works = self._works(ready)
         if self._housing is None:
             self._engine.run(works)
         else:
@@ -481,8 +508,10 @@ class Collins(Optimizer):
         sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
         keys = Keys(sign_key, hash_key(self.seed, key, "round"), (0, 0, 0, 0), period or 0)
         shape = moment_shape(layout, tuple(p.shape))
-        plan = _Plan(settings, p.shape, p.dtype, spec, keys, hash, _names(layout), shape, dtype)
-        member.plan, member.settled = plan, (None, None)
+        launch = self._engine.launch_of(spec, p, dtype)
+        plan = _Plan(settings, p.shape, p.dtype, spec, keys, hash, _names(layout), shape, dtype, p.numel(), launch)
+        member.plan = plan
+        member.step = member.first = member.second = None
         return plan
 
     def _settle(self, members: Sequence[_Member]) -> None:
@@ -513,51 +542,59 @@ class Collins(Optimizer):
             kept.append(moment)
         return kept[0], kept[1]
 
-    def _works(self, ready: Sequence[tuple[_Member, Tensor]]) -> list[Work]:
+    def _works(self, ready: Sequence[tuple[dict[str, Any], list[_Ready]]]) -> list[Work]:
         """Each parameter's share of this step; makes its state on first use and counts the step."""
-        states = []
-        for member, _ in ready:
-            state = self.state[member.p]
-            if not state:
-                plan = cast(_Plan, member.plan)
-                device = member.p.device if member.group["capturable"] else "cpu"
-                state["step"] = torch.zeros((), device=device)
-                state.update(zip(plan.names, self._moments(member, {}), strict=True))
-            states.append(state)
-        if states:
-            torch._foreach_add_([state["step"] for state in states], 1)
-        seen: dict[tuple[int, float], Scalars] = {}
-        works = []
-        for (member, g), state in zip(ready, states, strict=True):
-            group, plan, step = member.group, cast(_Plan, member.plan), state["step"]
-            if group["capturable"]:
-                h = _scalars(step, group)
-            else:
-                place = (id(group), step.item())
-                found = seen.get(place)
-                if found is None:
-                    found = seen[place] = _scalars(int(place[1]), group)
-                h = found
-            keys, hash = plan.keys, plan.hash
-            if isinstance(hash, UniversalHash):
-                keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
-            first, second = plan.names
-            works.append(Work(member.p, g, state[first], state[second], plan.spec, keys, h, hash.numel if hash else 0))
+        works: list[Work] = []
+        for group, found in ready:
+            for member, _, state in found:
+                if not state:
+                    self._make_state(member)
+                elif state["step"] is not member.step or member.first is None:
+                    self._adopt(member, state)
+            numbers = self._numbers(group, [member for member, _, _ in found])
+            for (member, g, _), h in zip(found, numbers, strict=True):
+                _, _, _, spec, keys, hash, *_, numel, launch = cast(_Plan, member.plan)
+                if spec.hash == "universal":
+                    hash = cast(UniversalHash, hash)
+                    keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
+                works.append(_WORK(Work, (member.p, g, member.first, member.second, spec, keys, h, numel, 0, launch)))
         return works
 
-    def _check_state(self, member: _Member, plan: _Plan) -> None:
-        state = self.state.get(member.p)
-        if not state:
-            return
-        first, second = plan.names
-        settled = member.settled
-        if state.get(first) is settled[0] is not None and state.get(second) is settled[1]:
-            return
-        shapes = dict.fromkeys(plan.names, plan.shape)
-        if not all(name in state and state[name].shape == plan.shape for name in plan.names):
-            held = {name: state[name] for name in _MOMENTS if name in state}
-            _check_moments(member.name, "the optimizer", held, shapes)
-        member.settled = (state[first], state[second])
+    def _numbers(self, group: dict[str, Any], members: Sequence[_Member]) -> Sequence[Scalars]:
+        """Counts the step of members of one group, and returns the numbers of each."""
+        if not members:
+            return ()
+        if group["capturable"]:
+            steps = [cast(Tensor, member.step) for member in members]
+            torch._foreach_add_(steps, 1)
+            together = _scalars(torch.stack(steps), group)
+            columns = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(steps) for x in together]
+            return [Scalars(*row) for row in zip(*columns, strict=True)]
+        known: dict[int, Scalars] = {}
+        found = []
+        for t in self._counters.count([member.counter for member in members]):
+            if t not in known:
+                known[t] = _scalars(t, group)
+            found.append(known[t])
+        return found
+
+    def _make_state(self, member: _Member) -> None:
+        plan, state = cast(_Plan, member.plan), self.state[member.p]
+        if member.group["capturable"]:
+            state["step"] = torch.zeros((), device=member.p.device)
+        else:
+            state["step"] = torch.zeros(())
+        state.update(zip(plan.names, self._moments(member, {}), strict=True))
+        self._adopt(member, state)
+
+    def _adopt(self, member: _Member, state: dict[str, Any]) -> None:
+        """Takes a state that was made elsewhere (new, loaded, copied) as the member's own."""
+        first, second = cast(_Plan, member.plan).names
+        if member.group["capturable"]:
+            state["step"] = state["step"].to(member.p.device)
+        else:
+            member.counter, state["step"] = self._counters.adopt(member.counter, int(state["step"]))
+        member.step, member.first, member.second = state["step"], state[first], state[second]
 
     def _drain(self) -> None:
         if self._housing is not None:

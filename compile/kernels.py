@@ -36,7 +36,7 @@ _WIDTH = tl.constexpr(len(COLUMNS))
 # The columns of the numbers that change with every step, one row for each set of hyperparameters, all float64.
 NUMBERS = (
     *("step", "lr", "shrink", "beta1", "1 - beta1", "beta2", "1 - beta2"),
-    *("1 / correction1", "1 / correction2", "eps", "rho"),
+    *("inverse1", "inverse2", "eps", "rho"),
 )
 _NUMBERS = tl.constexpr(len(NUMBERS))
 
@@ -239,7 +239,7 @@ _FAST = torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") !=
 
 _LIBRARY = torch.library.Library("collins", "DEF")
 _LIBRARY.define(
-    "step_(Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
+    "step_(Tensor(a!)[] p, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
     "Tensor numbers, int load, bool residual, bool rehash, bool rounding, bool maximize, bool even) -> ()"
 )
 
@@ -251,7 +251,6 @@ def tile_of(dtype: torch.dtype) -> int:
 
 def _launch(
     p: list[Tensor],
-    g: list[Tensor],
     m: list[Tensor],
     v: list[Tensor],
     owners: Tensor,
