@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -32,11 +33,11 @@ class Counters:
         self._views[place].fill_(value)
         return place, self._views[place]
 
-    def count(self, places: Sequence[int | None]) -> list[int]:
+    def count(self, places: Sequence[int | None]) -> list[float]:
         """Counts one step at each of these different places, and returns what they stand at now."""
         if len(places) == len(self._every) and places == self._every:
             self._steps += 1
-            return [int(step) for step in self._steps.tolist()[: len(places)]]
+            return cast(list[float], self._steps.tolist()[: len(places)])
         index = torch.tensor(places)
         self._steps[index] += 1
-        return [int(step) for step in self._steps[index].tolist()]
+        return cast(list[float], self._steps[index].tolist())

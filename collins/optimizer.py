@@ -34,17 +34,17 @@ Hash = BlockHash | UniversalHash
 class _Plan(NamedTuple):
     """What follows from a parameter's size and its group's settings, kept from step to step."""
 
-    settings: tuple[Any, ...]
-    size: torch.Size  # of the parameter
-    dtype: torch.dtype  # of the parameter
     spec: Spec
     keys: Keys
     hash: Hash | None
+    numel: int  # of the parameter
+    launch: Any  # the engine's
+    settings: tuple[Any, ...]
+    size: torch.Size  # of the parameter
+    dtype: torch.dtype  # of the parameter
     names: tuple[str, str]  # of the moments, the first one first
     shape: tuple[int, ...]  # of each moment
     moment_dtype: torch.dtype
-    numel: int  # of the parameter
-    launch: Any  # the engine's
 
 
 class _Member:
@@ -65,8 +65,7 @@ class _Member:
         self.counter: int | None = None  # the place of `step` among the optimizer's counters
 
 
-# A member with its gradient and its state, which is empty before the first step.
-_Ready = tuple[_Member, Tensor, dict[str, Any] | None]
+_Ready = tuple[_Member, Tensor]  # with its gradient
 
 _WORK = tuple.__new__  # of a named tuple, without the cost of its keywords
 
@@ -373,7 +372,7 @@ class Collins(Optimizer):
             self._engine.run(self._works(ready))
         elif ready:
             self._settle([member for members in self._roster() for member in members])
-            params = [member.p for _, found in ready for member, _, _ in found]
+            params = [member.p for _, found in ready for member, _ in found]
             self._housing.run(self._works(ready), params, self._engine.run)
             self._housing.finish()
         self._stepped.clear()
@@ -401,18 +400,26 @@ class Collins(Optimizer):
             if g is None:
                 continue
             plan = member.plan
-            if plan is None or plan.settings is not settings or p.dtype is not plan.dtype or p.shape != plan.size:
+            if plan is None or plan.settings is not settings:
                 plan = self._plan(member, settings)
-            if g.dtype is not plan.dtype or g.shape != plan.size or g.layout is not strided or g.device != p.device:
+            _, _, _, _, _, _, size, dtype, names, _, _ = plan
+            if p.dtype is not dtype or p.shape != size:
+                plan = self._plan(member, settings)
+                _, _, _, _, _, _, size, dtype, names, _, _ = plan
+            if g.dtype is not dtype or g.shape != size or g.layout is not strided or g.device != p.device:
                 _check_gradient(member, g)
             state = states.get(p)
-            if state:
-                first, second = plan.names
-                if state.get(first) is not member.first or state.get(second) is not member.second:
-                    member.first = None  # to be adopted
-                    held = {name: state[name] for name in _MOMENTS if name in state}
-                    _check_moments(member.name, "the optimizer", held, dict.fromkeys(plan.names, plan.shape))
-            found.append((member, g, state))
+            if not state:
+                member.first = None
+            elif (
+                state.get(names[0]) is not member.first
+                or state.get(names[1]) is not member.second
+                or state["step"] is not member.step
+            ):
+                member.first = None  # the state is to be adopted
+                held = {name: state[name] for name in _MOMENTS if name in state}
+                _check_moments(member.name, "the optimizer", held, dict.fromkeys(names, plan.shape))
+            found.append((member, g))
         return found
 
     def _hook(self, members: Iterator[_Member]) -> None:
@@ -509,7 +516,7 @@ class Collins(Optimizer):
         keys = Keys(sign_key, hash_key(self.seed, key, "round"), (0, 0, 0, 0), period or 0)
         shape = moment_shape(layout, tuple(p.shape))
         launch = self._engine.launch_of(spec, p, dtype)
-        plan = _Plan(settings, p.shape, p.dtype, spec, keys, hash, _names(layout), shape, dtype, p.numel(), launch)
+        plan = _Plan(spec, keys, hash, p.numel(), launch, settings, p.shape, p.dtype, _names(layout), shape, dtype)
         member.plan = plan
         member.step = member.first = member.second = None
         return plan
@@ -546,14 +553,13 @@ class Collins(Optimizer):
         """Each parameter's share of this step; makes its state on first use and counts the step."""
         works: list[Work] = []
         for group, found in ready:
-            for member, _, state in found:
-                if not state:
-                    self._make_state(member)
-                elif state["step"] is not member.step or member.first is None:
-                    self._adopt(member, state)
-            numbers = self._numbers(group, [member for member, _, _ in found])
-            for (member, g, _), h in zip(found, numbers, strict=True):
-                _, _, _, spec, keys, hash, *_, numel, launch = cast(_Plan, member.plan)
+            members = [member for member, _ in found]
+            for member in members:
+                if member.first is None:
+                    self._adopt(member)
+            numbers = self._numbers(group, members)
+            for (member, g), h in zip(found, numbers, strict=True):
+                spec, keys, hash, numel, launch = member.plan[:5]  # type: ignore[index]
                 if spec.hash == "universal":
                     hash = cast(UniversalHash, hash)
                     keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
@@ -570,31 +576,21 @@ class Collins(Optimizer):
             together = _scalars(torch.stack(steps), group)
             columns = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(steps) for x in together]
             return [Scalars(*row) for row in zip(*columns, strict=True)]
-        known: dict[int, Scalars] = {}
-        found = []
-        for t in self._counters.count([member.counter for member in members]):
-            if t not in known:
-                known[t] = _scalars(t, group)
-            found.append(known[t])
-        return found
+        steps_taken = self._counters.count([member.counter for member in members])
+        known = {t: _scalars(int(t), group) for t in set(steps_taken)}
+        return [known[t] for t in steps_taken]
 
-    def _make_state(self, member: _Member) -> None:
+    def _adopt(self, member: _Member) -> None:
+        """Takes the parameter's state as the member's own, whether it was loaded or copied; makes it if there is none."""
         plan, state = cast(_Plan, member.plan), self.state[member.p]
-        if member.group["capturable"]:
-            state["step"] = torch.zeros((), device=member.p.device)
-        else:
+        if not state:
             state["step"] = torch.zeros(())
-        state.update(zip(plan.names, self._moments(member, {}), strict=True))
-        self._adopt(member, state)
-
-    def _adopt(self, member: _Member, state: dict[str, Any]) -> None:
-        """Takes a state that was made elsewhere (new, loaded, copied) as the member's own."""
-        first, second = cast(_Plan, member.plan).names
+            state.update(zip(plan.names, self._moments(member, {}), strict=True))
         if member.group["capturable"]:
             state["step"] = state["step"].to(member.p.device)
         else:
             member.counter, state["step"] = self._counters.adopt(member.counter, int(state["step"]))
-        member.step, member.first, member.second = state["step"], state[first], state[second]
+        member.step, member.first, member.second = state["step"], state[plan.names[0]], state[plan.names[1]]
 
     def _drain(self) -> None:
         if self._housing is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from collins.compile.kernels import CHUNK, DTYPES, LARGEST_LOAD, NUMBERS, tile_of
 from collins.hashing import WORD
 from collins.rule import Scalars
-from collins.update import Spec, Work
+from collins.update import Keys, Spec, Work
 
 _WIDE = 16  # bytes: what one instruction of the kernel reads at once
 _KEPT = 4096  # descriptions of sets of tensors: one a parameter for steps in backward
@@ -77,7 +77,8 @@ class Batch(NamedTuple):
     m: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
     grads: list[int]  # addresses
-    fixed: tuple[list[int], ...]  # what the table is made from: addresses, identities of hash constants, rows
+    fixed: tuple[list[int], ...]  # addresses of p, m and v, and rows of `numbers`
+    keys: tuple[Keys, ...]
     numbers: list[Scalars]  # of the rows
 
 
@@ -92,10 +93,13 @@ def _batch(launch: Launch | None, works: list[Work]) -> Batch | None:
     wide = at_p + at_g + (at_m + at_v if launch.dense else [])
     if reduce(or_, wide) % _WIDE or not (all(map(_contiguous, p)) and all(map(_contiguous, g))):
         return None
-    numbers = dict(zip(map(id, h), h, strict=True))
-    rows = dict(zip(numbers, range(len(numbers)), strict=True))
-    fixed = (at_p, at_m, at_v, list(map(id, keys)), list(map(rows.__getitem__, map(id, h))))
-    return Batch(launch, works, p, m, v, at_g, fixed, list(numbers.values()))
+    if h.count(h[0]) == len(h):
+        rows, numbers = [0] * len(h), [h[0]]
+    else:
+        places: dict[int, int] = {}
+        rows = [places.setdefault(id(scalars), len(places)) for scalars in h]
+        numbers = [h[rows.index(row)] for row in range(len(places))]
+    return Batch(launch, works, p, m, v, at_g, (at_p, at_m, at_v, rows), keys, numbers)
 
 
 class Launch:
@@ -111,19 +115,19 @@ class Launch:
         self._spec = spec
         self._even = even
         self._device = device
-        self._tables: dict[Any, tuple[Tensor, Tensor, list[Any]]] = {}
-        self._last: tuple[Any, tuple[Tensor, Tensor, list[Any]]] | None = None
+        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._last: tuple[tuple[list[int], ...], tuple[Keys, ...], Tensor, Tensor] | None = None
         self._moving: dict[int, Tensor] = {}
         self._spare: Tensor | None = None
         self._captured: list[Any] = []
 
     def run(self, batch: Batch) -> None:
         """Performs all of its works; they must be of different parameters."""
-        _, works, p, m, v, grads, fixed, numbers = batch
+        _, works, p, m, v, grads, fixed, keys, numbers = batch
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self._last is None or self._last[0] != fixed:
-            self._last = fixed, self._description(batch, capturing)
-        owners, table, _ = self._last[1]
+        if self._last is None or self._last[0] != fixed or self._last[1] != keys:
+            self._last = fixed, keys, *self._description(batch, capturing)
+        _, _, owners, table = self._last
         count = len(works)
         size = count + len(numbers) * len(NUMBERS)
         if size not in self._moving:
@@ -151,11 +155,11 @@ class Launch:
         )  # fmt: skip
         torch.autograd.graph.increment_version(p)
         if capturing:
-            self._captured.append((host, self._last[1], moving))
+            self._captured.append((host, owners, table, moving))
 
-    def _description(self, batch: Batch, capturing: bool) -> tuple[Tensor, Tensor, list[Any]]:
-        """Which tensor each chunk belongs to, and the table of the tensors; with what both were made from."""
-        key = tuple(map(tuple, batch.fixed))
+    def _description(self, batch: Batch, capturing: bool) -> tuple[Tensor, Tensor]:
+        """Which tensor each chunk belongs to, and the table of the tensors."""
+        key = (batch.keys, *map(tuple, batch.fixed))
         if key not in self._tables:
             if capturing:
                 raise RuntimeError(
@@ -167,13 +171,13 @@ class Launch:
             owners: list[int] = []
             table: list[Any] = []
             span = CHUNK * tile_of(batch.works[0].p.dtype)
-            for i, (work, at_p, at_m, at_v, _, row) in enumerate(zip(batch.works, *batch.fixed, strict=True)):
+            for i, (work, at_p, at_m, at_v, row) in enumerate(zip(batch.works, *batch.fixed, strict=True)):
                 local = work.p.numel()
                 sign, rounding, _, period = work.keys
                 table += (at_p, at_m, at_v, local, len(owners), work.start, work.numel, *sign, *rounding, period, row)
                 owners += [i] * -(-local // span)
-            uploaded = (self._uploaded(torch.tensor(owners, dtype=torch.int32)), self._uploaded(torch.tensor(table)))
-            self._tables[key] = (*uploaded, [work.keys for work in batch.works])
+            owners_of_chunks = torch.tensor(owners, dtype=torch.int32)
+            self._tables[key] = self._uploaded(owners_of_chunks), self._uploaded(torch.tensor(table))
         return self._tables[key]
 
     def _host(self, size: int, capturing: bool) -> Tensor:

@@ -139,8 +139,8 @@ def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
             ps[0].grad = copies[0].grad = None
         opt.step()
         other.step()
-    # At first, with moved parameters, after loading, with one alone, with two whose numbers of steps differ.
-    assert len(made) == 2 * 5
+    # At first, with moved parameters, with one alone, with two whose numbers of steps differ; not for loading in place.
+    assert len(made) == 2 * 4
     for p, q in zip(ps, copies, strict=True):
         torch.testing.assert_close(p.detach(), q.detach())
 
