@@ -581,7 +581,7 @@ class Collins(Optimizer):
         return [known[t] for t in steps_taken]
 
     def _adopt(self, member: _Member) -> None:
-        """Takes the parameter's state as the member's own, whether it was loaded or copied; makes it if there is none."""
+        """Takes the parameter's state, loaded or copied, as the member's own; makes it if there is none."""
         plan, state = cast(_Plan, member.plan), self.state[member.p]
         if not state:
             state["step"] = torch.zeros(())

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Elements per piece of an eager step, at most: enough to outweigh the calls, few enough to stay in cache.
 _PIECE_CPU = 1 << 18
 _PIECE_ACCELERATOR = 1 << 22
-_PIECE_SMALLEST = 1 << 12
+_PIECE_SMALLEST = 1 << 15
 
 
 class Engine:

@@ -111,7 +111,7 @@ def test_step(measure, model, name, dtype):
 
 @pytest.mark.parametrize("name", ["AdamW fused", "Collins"])
 def test_host(benchmark, name, monkeypatch):
-    """The host's time for a step of 300 tensors, device work aside: on a GPU nothing waits for it; on the CPU the kernel
+    """The time of the host for 300 tensors, device work aside: on a GPU nothing waits for it; on the CPU the kernel
     is not launched, while fused AdamW does its work, on tiny tensors.
     """
     ps = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in llama(33, 64, 192, 16, 512).shapes][:300]
