@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from collins.checkpoint import DENSE, MOMENTS, TABLES, Home, Loadable, check_moments, loadable
 from collins.compile import Engine
+from collins.counters import Counters
 from collins.fingerprint import LAYOUT, fingerprint
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.layout import Layout, layout_of, moment_bytes, moment_dtype, moment_shape
@@ -36,12 +37,14 @@ Hash = BlockHash | UniversalHash
 class _Plan(NamedTuple):
     """What follows from a parameter's size and its group's settings, kept from step to step."""
 
-    settings: tuple[Any, ...]
-    size: torch.Size  # of the parameter
-    dtype: torch.dtype  # of the parameter
     spec: Spec
     keys: Keys
     hash: Hash | None
+    numel: int  # of the parameter
+    launch: Any  # the engine's
+    settings: tuple[Any, ...]
+    size: torch.Size  # of the parameter
+    dtype: torch.dtype  # of the parameter
     names: tuple[str, str]  # of the moments, the first one first
     shape: tuple[int, ...]  # of each moment
     moment_dtype: torch.dtype
@@ -50,7 +53,7 @@ class _Plan(NamedTuple):
 class _Member:
     """A parameter with its place: `key` counts through all groups and is what its hashes derive from."""
 
-    __slots__ = ("group", "key", "name", "p", "plan", "settled")
+    __slots__ = ("counter", "first", "group", "key", "name", "p", "plan", "second", "step")
 
     def __init__(self, p: Tensor, group: dict[str, Any], key: int, name: str) -> None:
         self.p = p
@@ -58,7 +61,16 @@ class _Member:
         self.key = key
         self.name = name
         self.plan: _Plan | None = None
-        self.settled: tuple[Any, Any] = (None, None)  # the moments that were found to fit the plan
+        # What was found in the parameter's state, and fits the plan.
+        self.step: Tensor | None = None
+        self.first: Tensor | None = None
+        self.second: Tensor | None = None
+        self.counter: int | None = None  # the place of `step` among the optimizer's counters
+
+
+_Ready = tuple[_Member, Tensor]  # with its gradient
+
+_WORK = tuple.__new__  # of a named tuple, without the cost of its keywords
 
 
 class Collins(Optimizer):
@@ -191,6 +203,7 @@ class Collins(Optimizer):
         self._housing = None if self.memory is None else Housing(self.memory)
         self._rosters: list[tuple[list[Tensor], list[_Member]]] = []
         self._settings: list[tuple[Any, ...]] = []
+        self._counters = Counters()
         self._stepped: set[Tensor] = set()  # in backward, since the last call of step
 
     def __getstate__(self) -> dict[str, Any]:
@@ -374,40 +387,65 @@ class Collins(Optimizer):
         """Checks everything, then performs the step. Code that compiles `step` calls this as it is: the engine compiles
         its own graphs, which no change of learning rate, gradients or state invalidates.
         """
-        ready = []
-        for members in self._roster():
-            if not members:
-                continue
-            group = members[0].group
-            check_options(group)
-            settings = self._settings_of(group)
-            for member in members:
-                p = member.p
-                g = p.grad
-                if g is not None:
-                    plan = member.plan
-                    if plan is None or plan.settings is not settings or p.shape != plan.size or p.dtype != plan.dtype:
-                        plan = self._plan(member, settings)
-                    if g.dtype is not plan.dtype or g.shape != plan.size or g.layout is not torch.strided:
-                        _check_gradient(member, g)
-                    if g.device != p.device:
-                        _check_gradient(member, g)
-                    self._check_state(member, plan)
-                    ready.append((member, g))
-        if self._housing is not None and ready:
-            self._settle([member for members in self._roster() for member in members])
+        ready = self._ready()
         self._guard(ready)
-        works = self._works(ready)
         if self._housing is None:
-            self._engine.run(works)
-        else:
-            self._housing.run(works, [member.p for member, _ in ready], self._engine.run)
+            self._engine.run(self._works(ready))
+        elif ready:
+            self._settle([member for members in self._roster() for member in members])
+            params = [member.p for _, found in ready for member, _ in found]
+            self._housing.run(self._works(ready), params, self._engine.run)
             self._housing.finish()
         self._stepped.clear()
 
+    def _ready(self) -> list[tuple[dict[str, Any], list[_Ready]]]:
+        """The parameters that have a gradient, group by group, once everything about them has been checked."""
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        ready = []
+        for members in self._roster():
+            if members:
+                group = members[0].group
+                check_options(group)
+                if capturing and not group["capturable"]:
+                    raise RuntimeError("capturable must be True for a step that a CUDA graph captures, got False")
+                settings = self._settings_of(group)
+                ready.append((group, self._checked(members, settings)))
+        return ready
+
+    def _checked(self, members: Sequence[_Member], settings: tuple[Any, ...]) -> list[_Ready]:
+        """Those with a gradient. It looks at every parameter in every step, so it touches each as little as it can."""
+        found, states, strided = [], self.state, torch.strided
+        for member in members:
+            p = member.p
+            g = p.grad
+            if g is None:
+                continue
+            plan = member.plan
+            if plan is None or plan.settings is not settings:
+                plan = self._plan(member, settings)
+            _, _, _, _, _, _, size, dtype, names, _, _ = plan
+            if p.dtype is not dtype or p.shape != size:
+                plan = self._plan(member, settings)
+                _, _, _, _, _, _, size, dtype, names, _, _ = plan
+            if g.dtype is not dtype or g.shape != size or g.layout is not strided or g.device != p.device:
+                _check_gradient(member, g)
+            state = states.get(p)
+            if not state:
+                member.first = None
+            elif (
+                state.get(names[0]) is not member.first
+                or state.get(names[1]) is not member.second
+                or state["step"] is not member.step
+            ):
+                member.first = None  # the state is to be adopted
+                held = {name: state[name] for name in MOMENTS if name in state}
+                check_moments(member.name, "the optimizer", held, dict.fromkeys(names, plan.shape))
+            found.append((member, g))
+        return found
+
     @staticmethod
-    def _guard(ready: Sequence[tuple[_Member, Tensor]]) -> None:
-        guarded = [(member.name, g) for member, g in ready if member.group["nonfinite"] == "error"]
+    def _guard(ready: Sequence[tuple[dict[str, Any], list[_Ready]]]) -> None:
+        guarded = [(member.name, g) for group, found in ready if group["nonfinite"] == "error" for member, g in found]
         if guarded:
             require_finite(guarded)
 
@@ -436,15 +474,12 @@ class Collins(Optimizer):
                 f"the gradient of {member.name} arrived twice before step(): with in_backward=True gradients cannot be"
                 " accumulated over several backward passes; call step() after each, or use in_backward=False"
             )
-        g = cast(Tensor, p.grad)
         check_options(member.group)
-        plan = self._plan(member, self._settings_of(member.group))
-        _check_gradient(member, g)
-        self._check_state(member, plan)
+        ready = [(member.group, self._checked([member], self._settings_of(member.group)))]
         if self._housing is not None:
             self._settle([m for members in self._roster() for m in members])
-        self._guard([(member, g)])
-        works = self._works([(member, g)])
+        self._guard(ready)
+        works = self._works(ready)
         if self._housing is None:
             self._engine.run(works)
         else:
@@ -509,8 +544,10 @@ class Collins(Optimizer):
         sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
         keys = Keys(sign_key, hash_key(self.seed, key, "round"), (0, 0, 0, 0), period or 0)
         shape = moment_shape(layout, tuple(p.shape))
-        plan = _Plan(settings, p.shape, p.dtype, spec, keys, hash, _names(layout), shape, dtype)
-        member.plan, member.settled = plan, (None, None)
+        launch = self._engine.launch_of(spec, p, dtype)
+        plan = _Plan(spec, keys, hash, p.numel(), launch, settings, p.shape, p.dtype, _names(layout), shape, dtype)
+        member.plan = plan
+        member.step = member.first = member.second = None
         return plan
 
     def _settle(self, members: Sequence[_Member]) -> None:
@@ -555,48 +592,47 @@ class Collins(Optimizer):
         own = self._home(member).fingerprint
         return {} if own is None else {LAYOUT: own.packed()}
 
-    def _works(self, ready: Sequence[tuple[_Member, Tensor]]) -> list[Work]:
+    def _works(self, ready: Sequence[tuple[dict[str, Any], list[_Ready]]]) -> list[Work]:
         """Each parameter's share of this step; makes its state on first use and counts the step."""
-        states = []
-        for member, _ in ready:
-            state = self.state[member.p]
-            if not state:
-                state.update(self._room(member, {}))
-            states.append(state)
-        if states:
-            torch._foreach_add_([state["step"] for state in states], 1)
-        seen: dict[tuple[int, float], Scalars] = {}
-        works = []
-        for (member, g), state in zip(ready, states, strict=True):
-            group, plan, step = member.group, cast(_Plan, member.plan), state["step"]
-            if group["capturable"]:
-                h = _scalars(step, group)
-            else:
-                place = (id(group), step.item())
-                found = seen.get(place)
-                if found is None:
-                    found = seen[place] = _scalars(int(place[1]), group)
-                h = found
-            keys, hash = plan.keys, plan.hash
-            if isinstance(hash, UniversalHash):
-                keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
-            first, second = plan.names
-            works.append(Work(member.p, g, state[first], state[second], plan.spec, keys, h, hash.numel if hash else 0))
+        works: list[Work] = []
+        for group, found in ready:
+            members = [member for member, _ in found]
+            for member in members:
+                if member.first is None:
+                    self._adopt(member)
+            numbers = self._numbers(group, members)
+            for (member, g), h in zip(found, numbers, strict=True):
+                spec, keys, hash, numel, launch = member.plan[:5]  # type: ignore[index]
+                if spec.hash == "universal":
+                    hash = cast(UniversalHash, hash)
+                    keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
+                works.append(_WORK(Work, (member.p, g, member.first, member.second, spec, keys, h, numel, 0, launch)))
         return works
 
-    def _check_state(self, member: _Member, plan: _Plan) -> None:
-        state = self.state.get(member.p)
+    def _numbers(self, group: dict[str, Any], members: Sequence[_Member]) -> Sequence[Scalars]:
+        """Counts the step of members of one group, and returns the numbers of each."""
+        if not members:
+            return ()
+        if group["capturable"]:
+            steps = [cast(Tensor, member.step) for member in members]
+            torch._foreach_add_(steps, 1)
+            together = _scalars(torch.stack(steps), group)
+            columns = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(steps) for x in together]
+            return [Scalars(*row) for row in zip(*columns, strict=True)]
+        steps_taken = self._counters.count([member.counter for member in members])
+        known = {t: _scalars(int(t), group) for t in set(steps_taken)}
+        return [known[t] for t in steps_taken]
+
+    def _adopt(self, member: _Member) -> None:
+        """Takes the parameter's state, loaded or copied, as the member's own; makes it if there is none."""
+        plan, state = cast(_Plan, member.plan), self.state[member.p]
         if not state:
-            return
-        first, second = plan.names
-        settled = member.settled
-        if state.get(first) is settled[0] is not None and state.get(second) is settled[1]:
-            return
-        shapes = dict.fromkeys(plan.names, plan.shape)
-        if not all(name in state and state[name].shape == plan.shape for name in plan.names):
-            held = {name: state[name] for name in MOMENTS if name in state}
-            check_moments(member.name, "the optimizer", held, shapes)
-        member.settled = (state[first], state[second])
+            state.update(self._room(member, {}))
+        if member.group["capturable"]:
+            state["step"] = state["step"].to(member.p.device)
+        else:
+            member.counter, state["step"] = self._counters.adopt(member.counter, int(state["step"]))
+        member.step, member.first, member.second = state["step"], state[plan.names[0]], state[plan.names[1]]
 
     def _drain(self) -> None:
         if self._housing is not None:

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from collins.hashing import HashKey, as_sign, epoch_of, sign_bits, universal_bucket, universal_sign_bits
+from collins.hashing import (
+    HashKey,
+    as_sign,
+    epoch_of,
+    once,
+    sign_bits,
+    sign_words,
+    universal_bucket,
+    universal_sign_bits,
+)
 from collins.rounding import FIRST, PARAM, ROUNDED, SECOND, random_bits, stochastic_round
 from collins.rule import Scalars, updated
 from collins.sketch import add_scattered, decay, encode_rows
@@ -50,6 +59,7 @@ class Work(NamedTuple):
     numel: N, of the whole parameter.
     start: the number of the first element, where p, g, m and v are slices of the parameter's, at a whole bucket; a 0-d
         tensor in compiled code, whose slices hold whole buckets only.
+    launch: the engine's own: what `Engine.launch_of` returned, None for what no kernel takes.
     """
 
     p: Tensor
@@ -61,6 +71,7 @@ class Work(NamedTuple):
     h: Scalars
     numel: int
     start: int | Tensor = 0
+    launch: Any = None
 
 
 def update_(work: Work, chunk: int | None = None) -> None:
@@ -100,7 +111,7 @@ def _dense_(work: Work, chunk: int | None) -> None:
         fine = _fine(grad * grad, work.spec)
         first_moment = decay(m[part], grad, h.beta1, fine=fine)
         second_moment = decay(v[part], grad * grad, h.beta2, fine=fine)
-        m_hat, v_hat = first_moment / h.correction1, second_moment / h.correction2
+        m_hat, v_hat = first_moment * h.inverse1, second_moment * h.inverse2
         old = _flat(p, grad.dtype)
         _store(p, _where(fine, updated(old, m_hat, v_hat, None, h), old), first, PARAM, work)
         _store(m[part], first_moment, first, FIRST, work)
@@ -128,7 +139,9 @@ def _block_(work: Work, chunk: int | None) -> None:
         elif p.is_contiguous():
             p = p.view(rows, load)  # compiled, reads, sums and writes then share one loop over rows
         grad, old = grad.view(rows, load), old.view(rows, load)
-        signs = as_sign(sign_bits(bucket, load, epoch, keys.sign), grad.dtype)
+        fresh = None if fresh is None else once(fresh)
+        words = sign_words(bucket, load, epoch, keys.sign)
+        signs = as_sign(sign_bits(words, bucket, load), grad.dtype)
         mu, q = encode_rows(signs, grad, loads)
         fine = _fine(q, spec)
         first_moment = decay(work.m[table], mu, h.beta1, fresh, fine)
@@ -194,7 +207,7 @@ def _where(fine: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
 
 def _scaled(M: Tensor, V: Tensor, load: float | Tensor, work: Work) -> tuple[Tensor, Tensor]:
     """What each bucket contributes to m_hat, up to the sign, and to v_hat."""
-    m, v = M / work.h.correction1, V / work.h.correction2
+    m, v = M * work.h.inverse1, V * work.h.inverse2
     return (m * load, v * load) if work.spec.decode == "sketch" else (m * load**0.5, v)
 
 
