@@ -11,8 +11,6 @@ import sys
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 pytest.importorskip("triton")
 
 from collins import Collins
@@ -51,6 +49,10 @@ def parameters(dtype, shapes=SHAPES):
     return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in shapes]
 
 
+def moments(opt, p):
+    return [opt.state[p][name] for name in ("exp_avg", "exp_avg_sq", "m_table", "v_table") if name in opt.state[p]]
+
+
 def give_gradients(ps, step):
     for i, p in enumerate(ps):
         g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
@@ -81,7 +83,7 @@ def test_the_kernel_steps_as_eager_code_does(dtype, options):
         for step in range(7):
             give_gradients(ps, step)
             opt.step()
-        sides.append([t for p in ps for t in (p.detach(), *list(opt.state[p].values())[1:])])
+        sides.append([t for p in ps for t in (p.detach(), *moments(opt, p))])
     for eager, launched in zip(*sides, strict=True):
         ulp = torch.finfo(eager.dtype).eps
         torch.testing.assert_close(eager, launched, rtol=4 * ulp, atol=4 * ulp)
@@ -89,6 +91,7 @@ def test_the_kernel_steps_as_eager_code_does(dtype, options):
             assert (eager != launched).float().mean() < 0.02
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 @pytest.mark.parametrize("options", [{}, {"compress_ratio": 128}, {"compress_ratio": 1}], ids=str)
 def test_the_kernel_leaves_out_what_a_wrong_gradient_reaches(options):
     sides = []
@@ -102,7 +105,7 @@ def test_the_kernel_leaves_out_what_a_wrong_gradient_reaches(options):
                 if p.numel() > 7:
                     p.grad.view(-1)[::1000] = (float("inf"), float("nan"), 1e30)[step]
             opt.step()
-        sides.append([t for p in ps for t in (p.detach(), *list(opt.state[p].values())[1:3])])
+        sides.append([t for p in ps for t in (p.detach(), *moments(opt, p))])
     for eager, launched in zip(*sides, strict=True):
         assert eager.isfinite().all()
         torch.testing.assert_close(eager, launched, rtol=1e-6, atol=1e-6)
