@@ -4,6 +4,10 @@ How data flows: `Collins.step` (optimizer) checks every gradient, looks up each 
 (hashing), and hands a list of `Work` to the engine in `collins.compile`. The engine calls `update_` (update), eagerly
 or compiled, which encodes a gradient into bucket means and decays the tables (sketch), applies the update rule (rule)
 and writes the results (rounding). `Collins.memory_report` (report) counts bytes from the layouts alone.
+
+State dicts are checked against the optimizer before anything changes (checkpoint), by what each parameter's tables mean
+(fingerprint). `save` and `load` (files) keep them in files that are whole or refused; `convert` (conversion) makes
+AdamW's, and those of other settings, loadable.
 """
 
 from pathlib import Path
@@ -13,8 +17,20 @@ _tree = Path(__file__).resolve().parent.parent
 if (_tree / "pyproject.toml").is_file() and (_tree / "compile" / "engine.py").is_file():
     __path__.append(str(_tree))
 
+from collins.conversion import convert  # noqa: E402
+from collins.files import CheckpointError, load, save  # noqa: E402
 from collins.hashing import BlockHash, UniversalHash  # noqa: E402
 from collins.optimizer import Collins  # noqa: E402
 from collins.report import MemoryReport, ParameterRow  # noqa: E402
 
-__all__ = ["BlockHash", "Collins", "MemoryReport", "ParameterRow", "UniversalHash"]
+__all__ = [
+    "BlockHash",
+    "CheckpointError",
+    "Collins",
+    "MemoryReport",
+    "ParameterRow",
+    "UniversalHash",
+    "convert",
+    "load",
+    "save",
+]

@@ -51,6 +51,17 @@ def hash_key(seed: int, key: int, purpose: str) -> HashKey:
     return HashKey(bits & _MASK, bits >> 32 & _MASK)
 
 
+def once(x: Tensor) -> Tensor:
+    """`x`, computed once and kept in memory by code that is compiled for the CPU.
+
+    Inductor recomputes a value wherever it is used, per element of whatever uses it, unless a view fixes its strides.
+    What is hashed once a bucket is worth 1 % more bytes to move there; on accelerators it is not.
+    """
+    if x.device.type == "cpu" and torch.compiler.is_compiling():
+        return x.as_strided(x.shape, x.stride())
+    return x
+
+
 def mix32(x: Tensor) -> Tensor:
     """A bijection of words in which each input bit flips each output bit half of the time.
 
@@ -81,29 +92,35 @@ def epoch_of(bucket: Tensor, step: int | Tensor, key: HashKey, period: int | Ten
     return begun + (past >= period), (past == period) | (past == 0)
 
 
-def sign_bits(bucket: Tensor, load: int, epoch: Tensor | int, key: HashKey) -> Tensor:
-    """The sign bits of whole buckets at once, without an index per element.
+def sign_words(bucket: Tensor, load: int, epoch: Tensor | int, key: HashKey) -> Tensor:
+    """The words that hold the signs of whole buckets: int32 of shape (R, max(c / 32, 1)).
 
-    s(i) is bit (i mod 32) of a word: the bucket's own for loads up to 32, else the one of its 32 neighbours.
+    A bucket of a load up to 32 has one word of its own; above, each 32 neighbours have one.
 
     Args:
         bucket: bucket numbers, int64, shape (R,).
         load: c, a power of two.
         epoch: int64 of shape (R,), or 0 for signs that never change.
         key: the parameter's sign key.
-
-    Returns:
-        int32 of shape (R, c): 1 where s = -1, 0 where s = +1.
     """
-    row = bucket[:, None]
+    index = bucket[:, None]
+    if load > WORD:
+        index = torch.arange(load // WORD, device=bucket.device) + index * (load // WORD)
     tick = epoch[:, None] if isinstance(epoch, Tensor) else epoch
+    return once(mixed_word(index, tick, key).to(torch.int32))
+
+
+def sign_bits(words: Tensor, bucket: Tensor, load: int) -> Tensor:
+    """What `sign_words` says of each element: int32 of shape (R, c), 1 where s = -1, 0 where s = +1.
+
+    s(i) is bit (i mod 32) of its word.
+    """
     lane = torch.arange(min(load, WORD), dtype=torch.int32, device=bucket.device)
+    if load < WORD:
+        lane = (bucket[:, None] * load & (WORD - 1)).to(torch.int32) + lane
     if load <= WORD:
-        if load < WORD:
-            lane = (row * load & (WORD - 1)).to(torch.int32) + lane
-        return (mixed_word(row, tick, key).to(torch.int32) >> lane) & 1
-    words = torch.arange(load // WORD, device=bucket.device) + row * (load // WORD)
-    return ((mixed_word(words, tick, key).to(torch.int32)[:, :, None] >> lane) & 1).reshape(-1, load)
+        return (words >> lane) & 1
+    return ((words[:, :, None] >> lane) & 1).reshape(-1, load)
 
 
 def as_sign(bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 HASHES = ("block", "universal")
 DECODES = ("residual", "sketch")
+NONFINITE = ("propagate", "skip", "error")
 
 
 class Layout(NamedTuple):

@@ -13,9 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from collins.checkpoint import DENSE, MOMENTS, TABLES, Home, Loadable, check_moments, loadable
 from collins.compile import Engine
+from collins.counters import Counters
+from collins.fingerprint import LAYOUT, fingerprint
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.layout import Layout, layout_of, moment_bytes, moment_dtype, moment_shape
+from collins.nonfinite import require_finite
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import Arrivals
 from collins.offload.housing import Housing, Tenant
@@ -34,12 +38,14 @@ Hash = BlockHash | UniversalHash
 class _Plan(NamedTuple):
     """What follows from a parameter's size and its group's settings, kept from step to step."""
 
-    settings: tuple[Any, ...]
-    size: torch.Size  # of the parameter
-    dtype: torch.dtype  # of the parameter
     spec: Spec
     keys: Keys
     hash: Hash | None
+    numel: int  # of the parameter
+    launch: Any  # the engine's
+    settings: tuple[Any, ...]
+    size: torch.Size  # of the parameter
+    dtype: torch.dtype  # of the parameter
     names: tuple[str, str]  # of the moments, the first one first
     shape: tuple[int, ...]  # of each moment
     moment_dtype: torch.dtype
@@ -48,7 +54,7 @@ class _Plan(NamedTuple):
 class _Member:
     """A parameter with its place: `key` counts through all groups and is what its hashes derive from."""
 
-    __slots__ = ("group", "key", "name", "p", "plan", "settled")
+    __slots__ = ("counter", "first", "group", "key", "name", "p", "plan", "second", "step")
 
     def __init__(self, p: Tensor, group: dict[str, Any], key: int, name: str) -> None:
         self.p = p
@@ -56,7 +62,16 @@ class _Member:
         self.key = key
         self.name = name
         self.plan: _Plan | None = None
-        self.settled: tuple[Any, Any] = (None, None)  # the moments that were found to fit the plan
+        # What was found in the parameter's state, and fits the plan.
+        self.step: Tensor | None = None
+        self.first: Tensor | None = None
+        self.second: Tensor | None = None
+        self.counter: int | None = None  # the place of `step` among the optimizer's counters
+
+
+_Ready = tuple[_Member, Tensor]  # with its gradient
+
+_WORK = tuple.__new__  # of a named tuple, without the cost of its keywords
 
 
 class Collins(Optimizer):
@@ -94,6 +109,11 @@ class Collins(Optimizer):
             a Triton kernel for all tensors of a kind, on other accelerators torch.compile, on the CPU eager steps.
         capturable: whether the step may be captured in a CUDA graph, as for `torch.optim.AdamW`: step counters live on
             the device, and `lr` is read there when it is a tensor on it.
+        nonfinite: what an infinite or NaN gradient does. "propagate": it spreads to its bucket's moments and elements,
+            as in AdamW to its element's. "skip": its bucket, or its element of dense moments, stays as it is in this
+            step, and so it does where the square of a gradient overflows; the device is not waited for. "error": a
+            FloatingPointError before anything changes; reads gradients once more and waits for the device. With
+            in_backward=True, parameters whose gradients came earlier have been stepped by then.
         memory: where moments live: None beside their parameters; else a `MemoryPolicy`, a tier's name ("auto",
             "device", "host"), a mapping of the policy's arguments, or the path of a TOML file. Decided at the first
             step, when the activations' peak has been seen; `placement` tells what was decided.
@@ -107,9 +127,11 @@ class Collins(Optimizer):
     Raises:
         ValueError, TypeError: for an option, parameter or gradient that cannot be used, naming it, its value and what
             is accepted, before anything has changed.
+        FloatingPointError: for a gradient that is not finite, under nonfinite="error".
 
     State, in the names of `state_dict`: `step` (0-d), and `m_table`, `v_table` with K entries in the shape of
-    `collins.layout.moment_shape`, or `exp_avg`, `exp_avg_sq` shaped like a dense parameter.
+    `collins.layout.moment_shape`, with `layout`, an int that says what they were encoded with (`collins.fingerprint`);
+    or `exp_avg`, `exp_avg_sq` shaped like a dense parameter.
 
     Example:
         >>> model = torch.nn.Linear(512, 512)
@@ -145,6 +167,7 @@ class Collins(Optimizer):
         stochastic_rounding: bool | None = None,
         compile: bool | None = None,
         capturable: bool = False,
+        nonfinite: str = "propagate",
         memory: MemoryPolicy | str | Mapping[str, Any] | PathLike[str] | None = None,
         in_backward: bool = False,
     ) -> None:
@@ -172,6 +195,7 @@ class Collins(Optimizer):
             "maximize": maximize,
             "stochastic_rounding": stochastic_rounding,
             "capturable": capturable,
+            "nonfinite": nonfinite,
         }
         check_options(defaults)
         super().__init__(params, defaults)
@@ -187,6 +211,7 @@ class Collins(Optimizer):
         self._arrivals: Arrivals | None = None
         self._awaited: dict[Tensor, _Member] | None = None  # from the first gradient that arrives until `step`
         self._stepped: set[Tensor] = set()  # those of them that have been stepped
+        self._counters = Counters()
 
     def __getstate__(self) -> dict[str, Any]:
         self._drain()
@@ -195,6 +220,7 @@ class Collins(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # the base class adds it here, for its own optimizers
         if "_engine" not in self.__dict__:  # unpickled or copied
             self._make_engines()
             if self.in_backward:
@@ -266,8 +292,8 @@ class Collins(Optimizer):
     def hash_of(self, param: Tensor) -> Hash | None:
         """The hash of a parameter of this optimizer, or None when its moments are dense.
 
-        Coefficients set on a `UniversalHash` take effect from the next step on. They travel with `deepcopy` and pickle,
-        not with `state_dict`, which holds what torch's own optimizers hold: set them again after loading.
+        Coefficients set on a `UniversalHash` take effect from the next step on. They travel with `deepcopy` and pickle;
+        a state dict knows them, but does not set them: set the same ones before loading it.
 
         Raises:
             ValueError: when the parameter is not in this optimizer.
@@ -289,39 +315,55 @@ class Collins(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; moments on the host are complete until the next step begins."""
         self._drain()
+        for member in self._members():
+            state = self.state.get(member.p)
+            if state:
+                state.update(self._mark(member))  # coefficients of a hash may have been set since the state was made
         return super().state_dict()
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises what `load_state_dict` would raise for this state dict, and changes nothing."""
+        self._loadable(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, bit for bit: moments keep their dtype whatever the parameter's is.
 
-        Moments that exist already are overwritten in place; others are made on the tier where they belong.
+        Tensors that exist already are overwritten in place; others are made on the tier where they belong. lr, betas,
+        eps, weight_decay, residual_weight and what schedulers keep in a group come from the state dict; all other
+        options stay as they are here.
 
         Raises:
-            ValueError: when groups or moments do not fit this optimizer's parameters; it is then as it was.
+            ValueError: when the state dict was saved under another layout, hash, seed or order of parameters, naming
+                the parameter and the difference. The optimizer is then as it was.
         """
         self._drain()
-        moments: dict[Tensor, dict[str, Tensor]] = {}
-        present = {p: dict(state) for p, state in self.state.items()}
+        members = list(self._members())
+        before = [dict(self.state.get(member.p, {})) for member in members]
+        rates = [group["lr"] for group in self.param_groups]
+        after: list[dict[str, Any]] = []
 
         def set_aside(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            # The base class would cast moments to the parameter's dtype: it gets to see everything else.
-            moments.update(self._loadable_moments(given))
-            others = {
-                key: {name: value for name, value in state.items() if name not in _MOMENTS}
-                for key, state in given["state"].items()
-            }
-            return {**given, "state": others}
+            # All that can fail happens here, before anything has changed.
+            found = self._loadable(given)
+            loaded = [member for member, saved in zip(members, found.states, strict=True) if saved]
+            self._settle(loaded, loading=True)
+            for member, state, saved in zip(members, before, found.states, strict=True):
+                after.append(self._room(member, state) if saved else {})
+            for member, state, saved in zip(members, after, found.states, strict=True):
+                if saved:
+                    state["step"].fill_(saved.step)
+                    for name, moment in zip(self._plan(member).names, saved.moments, strict=True):
+                        state[name].copy_(moment)
+                elif self._housing is not None and member.p in self._housing:
+                    for moment in self._housing.moments(member.p):
+                        moment.zero_()  # so that the next step finds them as it finds new memory
+            return {**given, "param_groups": found.groups, "state": found.rest}
 
         def put_back(_: Optimizer) -> None:
-            loaded = [member for member in self._members() if member.p in moments]
-            self._settle(loaded, loading=True)
-            for member in loaded:
-                plan, state = self._plan(member), self.state[member.p]
-                if "step" in state:  # the base class would share it with the source
-                    device = member.p.device if member.group["capturable"] else "cpu"
-                    state["step"] = torch.tensor(float(state["step"]), device=device)
-                for name, made in zip(plan.names, self._moments(member, present.get(member.p, {})), strict=True):
-                    state[name] = made.copy_(moments[member.p][name])
+            self.state.update({m.p: state for m, state in zip(members, after, strict=True) if state})
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                if isinstance(rate, Tensor):  # whoever holds on to it, a captured graph say, goes on seeing the rate
+                    group["lr"] = rate.fill_(float(group["lr"]))
 
         hooks = (
             self.register_load_state_dict_pre_hook(set_aside),
@@ -333,59 +375,31 @@ class Collins(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _loadable_moments(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
-        """The moments in a state dict, by parameter, after a check that each fits."""
-        groups = state_dict["param_groups"]
-        sizes, own = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
-        if sizes != own:
-            raise ValueError(f"state_dict has parameter groups of {sizes} parameters; this optimizer has {own}")
-        options = [{**self.defaults, **group} for group in groups]
-        for group in options:
-            check_options(group)
-        places = [(saved, group) for group in options for saved in group["params"]]
-        moments = {}
-        for (saved, group), member in zip(places, self._members(), strict=True):
-            state = state_dict["state"].get(saved, {})
-            found = {name: state[name] for name in _MOMENTS if name in state}
-            if state:
-                layout = _layout(member.p, group)
-                shape = moment_shape(layout, tuple(member.p.shape))
-                _check_moments(member.name, "state_dict", found, dict.fromkeys(_names(layout), shape))
-                moments[member.p] = found
-        return moments
+    def _loadable(self, state_dict: Mapping[str, Any]) -> Loadable:
+        return loadable(state_dict, self.param_groups, tuple(self.defaults), self.homes())
+
+    def homes(self) -> list[Home]:
+        """What the state of each parameter must be, through all groups."""
+        return [self._home(member) for member in self._members()]
+
+    def _home(self, member: _Member) -> Home:
+        plan, hash = self._plan(member), self._plan(member).hash
+        mark = None if hash is None else fingerprint(plan.size[0], hash, self.seed, member.key)
+        return Home(member.name, tuple(plan.size), plan.names, plan.shape, plan.moment_dtype, hash, mark)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update(self) -> None:
         """Checks everything, then performs the step. Code that compiles `step` calls this as it is: the engine compiles
         its own graphs, which no change of learning rate, gradients or state invalidates.
         """
-        ready = []
-        for members in self._roster():
-            if not members:
-                continue
-            group = members[0].group
-            check_options(group)
-            settings = self._settings_of(group)
-            for member in members:
-                p = member.p
-                g = p.grad
-                if g is not None:
-                    plan = member.plan
-                    if plan is None or plan.settings is not settings or p.shape != plan.size or p.dtype != plan.dtype:
-                        plan = self._plan(member, settings)
-                    if g.dtype is not plan.dtype or g.shape != plan.size or g.layout is not torch.strided:
-                        _check_gradient(member, g)
-                    if g.device != p.device:
-                        _check_gradient(member, g)
-                    self._check_state(member, plan)
-                    ready.append((member, g))
-        if self._housing is not None and ready:
-            self._settle([member for members in self._roster() for member in members])
-        works = self._works(ready)
+        ready = self._ready()
+        self._guard(ready)
         if self._housing is None:
-            self._engine.run(works)
-        else:
-            self._housing.run(works, [member.p for member, _ in ready], self._engine.run)
+            self._engine.run(self._works(ready))
+        elif ready:
+            self._settle([member for members in self._roster() for member in members])
+            params = [member.p for _, found in ready for member, _ in found]
+            self._housing.run(self._works(ready), params, self._engine.run)
             self._housing.finish()
         self._stepped.clear()
         self._awaited = None
@@ -399,6 +413,61 @@ class Collins(Optimizer):
         # Asks a GradScaler to hand its scale over instead of finding no gradients: see _check_in_backward.
         self._step_supports_amp_scaling = True
         self._watch()
+
+    def _ready(self) -> list[tuple[dict[str, Any], list[_Ready]]]:
+        """The parameters that have a gradient, group by group, once everything about them has been checked."""
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        ready = []
+        for members in self._roster():
+            if members:
+                group = members[0].group
+                check_options(group)
+                if capturing and not group["capturable"]:
+                    raise RuntimeError("capturable must be True for a step that a CUDA graph captures, got False")
+                settings = self._settings_of(group)
+                ready.append((group, self._checked(members, settings)))
+        return ready
+
+    def _checked(self, members: Sequence[_Member], settings: tuple[Any, ...]) -> list[_Ready]:
+        """Those with a gradient. It looks at every parameter in every step, so it touches each as little as it can."""
+        found, states, strided = [], self.state, torch.strided
+        for member in members:
+            p = member.p
+            g = p.grad
+            if g is None:
+                continue
+            plan = member.plan
+            if plan is None or plan.settings is not settings:
+                plan = self._plan(member, settings)
+            _, _, _, _, _, _, size, dtype, names, _, _ = plan
+            if p.dtype is not dtype or p.shape != size:
+                plan = self._plan(member, settings)
+                _, _, _, _, _, _, size, dtype, names, _, _ = plan
+            if g.dtype is not dtype or g.shape != size or g.layout is not strided or g.device != p.device:
+                _check_gradient(member, g)
+            state = states.get(p)
+            if not state or (
+                state.get(names[0]) is not member.first
+                or state.get(names[1]) is not member.second
+                or state["step"] is not member.step
+            ):
+                self._reset(member, plan, state)
+            found.append((member, g))
+        return found
+
+    @staticmethod
+    def _reset(member: _Member, plan: _Plan, state: dict[str, Any] | None) -> None:
+        """Has the state adopted, or made, before the member is stepped; refuses one that does not fit."""
+        member.first = None
+        if state and not all(name in state and state[name].shape == plan.shape for name in plan.names):
+            held = {name: state[name] for name in MOMENTS if name in state}
+            check_moments(member.name, "the optimizer", held, dict.fromkeys(plan.names, plan.shape))
+
+    @staticmethod
+    def _guard(ready: Sequence[tuple[dict[str, Any], list[_Ready]]]) -> None:
+        guarded = [(member.name, g) for group, found in ready if group["nonfinite"] == "error" for member, g in found]
+        if guarded:
+            require_finite(guarded)
 
     def _watch(self) -> None:
         if self._arrivals is not None:
@@ -439,8 +508,10 @@ class Collins(Optimizer):
                 p.grad = None
                 raise RuntimeError(_twice(member.name))
             _check_gradient(member, g)
+            ready = [(member.group, [(member, g)])]
+            self._guard(ready)
             known = p in self.state
-            work = self._works([(member, g)])[0]
+            work = self._works(ready)[0]
             try:
                 if self._housing is None:
                     self._engine.run([work])
@@ -451,6 +522,7 @@ class Collins(Optimizer):
                     self.state[p]["step"] -= 1
                 else:
                     del self.state[p]
+                    member.first = None
                 raise
             self._stepped.add(p)
             p.grad = None
@@ -463,7 +535,7 @@ class Collins(Optimizer):
                 check_options(members[0].group)
                 settings = self._settings_of(members[0].group)
             for member in members:
-                self._check_state(member, self._plan(member, settings))
+                self._reset(member, self._plan(member, settings), self.state.get(member.p))
                 awaited[member.p] = member
         self._settle(list(awaited.values()), early=True)
         return awaited
@@ -520,12 +592,15 @@ class Collins(Optimizer):
         dtype = moment_dtype(layout, p.dtype, group["table_dtype"])
         rounding = group["stochastic_rounding"] is not False and (p.dtype in ROUNDED or dtype in ROUNDED)
         rehash = layout.hash == "block" and period is not None
-        spec = Spec(layout.hash, layout.load, group["decode"], rehash, rounding, group["maximize"])
+        skip = group["nonfinite"] == "skip"
+        spec = Spec(layout.hash, layout.load, group["decode"], rehash, rounding, group["maximize"], skip)
         sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
         keys = Keys(sign_key, hash_key(self.seed, key, "round"), (0, 0, 0, 0), period or 0)
         shape = moment_shape(layout, tuple(p.shape))
-        plan = _Plan(settings, p.shape, p.dtype, spec, keys, hash, _names(layout), shape, dtype)
-        member.plan, member.settled = plan, (None, None)
+        launch = self._engine.launch_of(spec, p, dtype)
+        plan = _Plan(spec, keys, hash, p.numel(), launch, settings, p.shape, p.dtype, _names(layout), shape, dtype)
+        member.plan = plan
+        member.step = member.first = member.second = None
         return plan
 
     def _settle(self, members: Sequence[_Member], *, early: bool = False, loading: bool = False) -> None:
@@ -563,51 +638,61 @@ class Collins(Optimizer):
             kept.append(moment)
         return kept[0], kept[1]
 
-    def _works(self, ready: Sequence[tuple[_Member, Tensor]]) -> list[Work]:
+    def _room(self, member: _Member, present: Mapping[str, Any]) -> dict[str, Any]:
+        """A parameter's state, to be filled: in the tensors that are present, as far as they fit."""
+        step = present.get("step")
+        device = member.p.device if member.group["capturable"] else torch.device("cpu")
+        if not isinstance(step, Tensor) or step.shape or step.device.type != device.type:
+            step = torch.zeros((), device=device)
+        moments = zip(self._plan(member).names, self._moments(member, present), strict=True)
+        return {"step": step, **dict(moments), **self._mark(member)}
+
+    def _mark(self, member: _Member) -> dict[str, int]:
+        """What a parameter's state says about its tables; nothing for dense moments."""
+        own = self._home(member).fingerprint
+        return {} if own is None else {LAYOUT: own.packed()}
+
+    def _works(self, ready: Sequence[tuple[dict[str, Any], list[_Ready]]]) -> list[Work]:
         """Each parameter's share of this step; makes its state on first use and counts the step."""
-        states = []
-        for member, _ in ready:
-            state = self.state[member.p]
-            if not state:
-                plan = cast(_Plan, member.plan)
-                device = member.p.device if member.group["capturable"] else "cpu"
-                state["step"] = torch.zeros((), device=device)
-                state.update(zip(plan.names, self._moments(member, {}), strict=True))
-            states.append(state)
-        if states:
-            torch._foreach_add_([state["step"] for state in states], 1)
-        seen: dict[tuple[int, float], Scalars] = {}
-        works = []
-        for (member, g), state in zip(ready, states, strict=True):
-            group, plan, step = member.group, cast(_Plan, member.plan), state["step"]
-            if group["capturable"]:
-                h = _scalars(step, group)
-            else:
-                place = (id(group), step.item())
-                found = seen.get(place)
-                if found is None:
-                    found = seen[place] = _scalars(int(place[1]), group)
-                h = found
-            keys, hash = plan.keys, plan.hash
-            if isinstance(hash, UniversalHash):
-                keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
-            first, second = plan.names
-            works.append(Work(member.p, g, state[first], state[second], plan.spec, keys, h, hash.numel if hash else 0))
+        works: list[Work] = []
+        for group, found in ready:
+            members = [member for member, _ in found]
+            for member in members:
+                if member.first is None:
+                    self._adopt(member)
+            numbers = self._numbers(group, members)
+            for (member, g), h in zip(found, numbers, strict=True):
+                spec, keys, hash, numel, launch = member.plan[:5]  # type: ignore[index]
+                if spec.hash == "universal":
+                    hash = cast(UniversalHash, hash)
+                    keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
+                works.append(_WORK(Work, (member.p, g, member.first, member.second, spec, keys, h, numel, 0, launch)))
         return works
 
-    def _check_state(self, member: _Member, plan: _Plan) -> None:
-        state = self.state.get(member.p)
+    def _numbers(self, group: dict[str, Any], members: Sequence[_Member]) -> Sequence[Scalars]:
+        """Counts the step of members of one group, and returns the numbers of each."""
+        if not members:
+            return ()
+        if group["capturable"]:
+            steps = [cast(Tensor, member.step) for member in members]
+            torch._foreach_add_(steps, 1)
+            together = _scalars(torch.stack(steps), group)
+            columns = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(steps) for x in together]
+            return [Scalars(*row) for row in zip(*columns, strict=True)]
+        steps_taken = self._counters.count([member.counter for member in members])
+        known = {t: _scalars(int(t), group) for t in set(steps_taken)}
+        return [known[t] for t in steps_taken]
+
+    def _adopt(self, member: _Member) -> None:
+        """Takes the parameter's state, loaded or copied, as the member's own; makes it if there is none."""
+        plan, state = cast(_Plan, member.plan), self.state[member.p]
         if not state:
-            return
-        first, second = plan.names
-        settled = member.settled
-        if state.get(first) is settled[0] is not None and state.get(second) is settled[1]:
-            return
-        shapes = dict.fromkeys(plan.names, plan.shape)
-        if not all(name in state and state[name].shape == plan.shape for name in plan.names):
-            held = {name: state[name] for name in _MOMENTS if name in state}
-            _check_moments(member.name, "the optimizer", held, shapes)
-        member.settled = (state[first], state[second])
+            state.update(self._room(member, {}))
+        if member.group["capturable"]:
+            state["step"] = state["step"].to(member.p.device)
+        else:
+            member.counter, state["step"] = self._counters.adopt(member.counter, int(state["step"]))
+        member.step, member.first, member.second = state["step"], state[plan.names[0]], state[plan.names[1]]
 
     def _drain(self) -> None:
         if self._housing is not None:
@@ -627,8 +712,6 @@ class Collins(Optimizer):
         )
 
 
-_DENSE, _TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
-_MOMENTS = {*_DENSE, *_TABLES}
 # The group options that a _Plan depends on.
 _PLANNED = (
     "compress_ratio",
@@ -639,6 +722,7 @@ _PLANNED = (
     "table_dtype",
     "maximize",
     "stochastic_rounding",
+    "nonfinite",
 )
 
 
@@ -647,7 +731,7 @@ def _layout(p: Tensor, group: dict[str, Any]) -> Layout:
 
 
 def _names(layout: Layout) -> tuple[str, str]:
-    return _DENSE if layout.hash is None else _TABLES
+    return DENSE if layout.hash is None else TABLES
 
 
 def _scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
@@ -681,11 +765,3 @@ def _check_gradient(member: _Member, g: Tensor) -> None:
         got, accepted = getattr(g, what), getattr(member.p, what)
         if got != accepted:
             raise ValueError(f"the gradient of {member.name} must have its {what} {accepted}, got {got}")
-
-
-def _check_moments(name: str, where: str, found: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    got = {key: tuple(moment.shape) for key, moment in found.items()}
-    if got != shapes:
-        raise ValueError(
-            f"{name} has moments {shapes} under its group's compress_ratio, min_K and hash; {where} holds {got}"
-        )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collins.layout import DECODES, HASHES
+from collins.layout import DECODES, HASHES, NONFINITE
 
 TABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -61,3 +61,6 @@ def check_options(group: dict[str, Any]) -> None:
     require(rounding is None or isinstance(rounding, bool), "stochastic_rounding", rounding, "True, False or None")
     capturable = group["capturable"]
     require(isinstance(capturable, bool), "capturable", capturable, "True or False")
+    require(group["nonfinite"] in NONFINITE, "nonfinite", group["nonfinite"], listed(NONFINITE))
+    waits = capturable and group["nonfinite"] == "error"
+    require(not waits, "nonfinite", group["nonfinite"], "propagate or skip with capturable=True, which cannot wait")

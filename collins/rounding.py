@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from collins.hashing import WORD, HashKey, mixed_word
+from collins.hashing import WORD, HashKey, mixed_word, once
 
 ROUNDED = (torch.bfloat16, torch.float16)
 
@@ -42,7 +42,7 @@ def random_bits(
     index = torch.arange(-(-(skip + count) // WORD), device=device) + start
     streams = (stream, stream ^ SECOND_WORD)
     words = [mixed_word(index, step, HashKey(key.low, key.high ^ s)) for s in streams]
-    A, B = ((word >> 8).to(torch.int32)[:, None] for word in words)
+    A, B = (once((word >> 8).to(torch.int32))[:, None] for word in words)
     lane = torch.arange(WORD, dtype=torch.int32, device=device)
     return (((A + B * lane) & 0xFFFFFF) >> 8).reshape(-1)[skip : skip + count]
 

@@ -28,8 +28,8 @@ class Scalars(NamedTuple):
     shrink: Scalar  # 1 - lr wd
     beta1: Scalar
     beta2: Scalar
-    correction1: Scalar  # 1 - beta1^t
-    correction2: Scalar  # 1 - beta2^t
+    inverse1: Scalar  # 1 / (1 - beta1^t)
+    inverse2: Scalar  # 1 / (1 - beta2^t)
     eps: Scalar
     rho: Scalar
 
@@ -52,9 +52,10 @@ def scalars(
     rho = math.sqrt((1 - beta1) / (1 + beta1)) if residual_weight is None else residual_weight
     if isinstance(step, Tensor):
         exact = step.to(torch.float64)
-        corrections = 1 - beta1**exact, 1 - beta2**exact
-        return Scalars(step.to(torch.int64), lr, 1 - lr * weight_decay, beta1, beta2, *corrections, eps, rho)
-    return Scalars(step, lr, 1 - lr * weight_decay, beta1, beta2, 1 - beta1**step, 1 - beta2**step, eps, rho)
+        on_device = 1 / (1 - beta1**exact), 1 / (1 - beta2**exact)
+        return Scalars(step.to(torch.int64), lr, 1 - lr * weight_decay, beta1, beta2, *on_device, eps, rho)
+    inverses = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
+    return Scalars(step, lr, 1 - lr * weight_decay, beta1, beta2, *inverses, eps, rho)
 
 
 def updated(p: Tensor, m_hat: Tensor, v_hat: Tensor, r: Tensor | None, h: Scalars) -> Tensor:

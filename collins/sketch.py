@@ -29,9 +29,15 @@ def add_scattered(mu: Tensor, q: Tensor, bucket: Tensor, signs: Tensor, g: Tenso
     q.index_add_(0, bucket, g * g / load)
 
 
-def decay(table: Tensor, mean: Tensor, beta: float | Tensor, fresh: Tensor | None = None) -> Tensor:
-    """beta * table + (1 - beta) * mean in the dtype of `mean`; the table counts as 0 where `fresh`."""
+def decay(
+    table: Tensor, mean: Tensor, beta: float | Tensor, fresh: Tensor | None = None, fine: Tensor | None = None
+) -> Tensor:
+    """beta * table + (1 - beta) * mean in the dtype of `mean`.
+
+    The table counts as 0 where `fresh`, and stays as it then is where not `fine`.
+    """
     table = table.to(mean.dtype)
     if fresh is not None:
         table = torch.where(fresh, torch.zeros_like(table), table)
-    return beta * table + (1 - beta) * mean
+    average = beta * table + (1 - beta) * mean
+    return average if fine is None else torch.where(fine, average, table)

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from collins.hashing import HashKey, as_sign, epoch_of, sign_bits, universal_bucket, universal_sign_bits
+from collins.hashing import (
+    HashKey,
+    as_sign,
+    epoch_of,
+    once,
+    sign_bits,
+    sign_words,
+    universal_bucket,
+    universal_sign_bits,
+)
 from collins.rounding import FIRST, PARAM, ROUNDED, SECOND, random_bits, stochastic_round
 from collins.rule import Scalars, updated
 from collins.sketch import add_scattered, decay, encode_rows
@@ -29,6 +38,7 @@ class Spec(NamedTuple):
     rehash: bool  # whether signs are ever drawn anew
     rounding: bool  # stochastic, for whatever is stored in 16 bits
     maximize: bool
+    skip: bool = False  # whatever shares a moment with a gradient that is not finite
 
 
 class Keys(NamedTuple):
@@ -49,6 +59,7 @@ class Work(NamedTuple):
     numel: N, of the whole parameter.
     start: the number of the first element, where p, g, m and v are slices of the parameter's, at a whole bucket; a 0-d
         tensor in compiled code, whose slices hold whole buckets only.
+    launch: the engine's own: what `Engine.launch_of` returned, None for what no kernel takes.
     """
 
     p: Tensor
@@ -60,6 +71,7 @@ class Work(NamedTuple):
     h: Scalars
     numel: int
     start: int | Tensor = 0
+    launch: Any = None
 
 
 def update_(work: Work, chunk: int | None = None) -> None:
@@ -96,10 +108,12 @@ def _dense_(work: Work, chunk: int | None) -> None:
     for offset, p, g in _pieces(work, chunk):
         first, part = work.start + offset, slice(offset, offset + p.numel())
         grad = _gradient(g, work.spec)
-        first_moment = decay(m[part], grad, h.beta1)
-        second_moment = decay(v[part], grad * grad, h.beta2)
-        m_hat, v_hat = first_moment / h.correction1, second_moment / h.correction2
-        _store(p, updated(_flat(p, grad.dtype), m_hat, v_hat, None, h), first, PARAM, work)
+        fine = _fine(grad * grad, work.spec)
+        first_moment = decay(m[part], grad, h.beta1, fine=fine)
+        second_moment = decay(v[part], grad * grad, h.beta2, fine=fine)
+        m_hat, v_hat = first_moment * h.inverse1, second_moment * h.inverse2
+        old = _flat(p, grad.dtype)
+        _store(p, _where(fine, updated(old, m_hat, v_hat, None, h), old), first, PARAM, work)
         _store(m[part], first_moment, first, FIRST, work)
         _store(v[part], second_moment, first, SECOND, work)
 
@@ -125,15 +139,19 @@ def _block_(work: Work, chunk: int | None) -> None:
         elif p.is_contiguous():
             p = p.view(rows, load)  # compiled, reads, sums and writes then share one loop over rows
         grad, old = grad.view(rows, load), old.view(rows, load)
-        signs = as_sign(sign_bits(bucket, load, epoch, keys.sign), grad.dtype)
+        fresh = None if fresh is None else once(fresh)
+        words = sign_words(bucket, load, epoch, keys.sign)
+        signs = as_sign(sign_bits(words, bucket, load), grad.dtype)
         mu, q = encode_rows(signs, grad, loads)
-        first_moment = decay(work.m[table], mu, h.beta1, fresh)
-        second_moment = decay(work.v[table], q, h.beta2)
+        fine = _fine(q, spec)
+        first_moment = decay(work.m[table], mu, h.beta1, fresh, fine)
+        second_moment = decay(work.v[table], q, h.beta2, fine=fine)
         _store(work.m[table], first_moment, first, FIRST, work)
         _store(work.v[table], second_moment, first, SECOND, work)
         m_b, v_b = _scaled(first_moment, second_moment, loads, work)
         r = grad - signs * mu[:, None] if spec.decode == "residual" else None
         new = updated(old, signs * m_b[:, None], v_b[:, None], r, h)
+        new = _where(None if fine is None else fine[:, None], new, old)
         _store(p, new.view(-1)[:count], work.start + offset, PARAM, work)
 
 
@@ -152,13 +170,16 @@ def _universal_(work: Work, chunk: int | None) -> None:
     for first, _, g in _pieces(work, chunk):
         grad, bucket, signs = hashed(first, g)
         add_scattered(mu, q, bucket, signs, grad, load)
-    first_moment, second_moment = decay(work.m, mu, h.beta1), decay(work.v, q, h.beta2)
+    fine = _fine(q, spec)
+    first_moment = decay(work.m, mu, h.beta1, fine=fine)
+    second_moment = decay(work.v, q, h.beta2, fine=fine)
     m_b, v_b = _scaled(first_moment, second_moment, load, work)
     for first, p, g in _pieces(work, chunk):
         grad, bucket, signs = hashed(first, g)
         r = grad - signs * mu[bucket] if spec.decode == "residual" else None
-        new = updated(_flat(p, grad.dtype), signs * m_b[bucket], v_b[bucket], r, h)
-        _store(p, new, first, PARAM, work)
+        old = _flat(p, grad.dtype)
+        new = updated(old, signs * m_b[bucket], v_b[bucket], r, h)
+        _store(p, _where(None if fine is None else fine[bucket], new, old), first, PARAM, work)
     _store(work.m, first_moment, 0, FIRST, work)
     _store(work.v, second_moment, 0, SECOND, work)
 
@@ -175,9 +196,18 @@ def _gradient(g: Tensor, spec: Spec) -> Tensor:
     return -g if spec.maximize else g
 
 
+def _fine(q: Tensor, spec: Spec) -> Tensor | None:
+    """Where all gradients behind a mean of squares are finite, if that is asked for."""
+    return torch.isfinite(q) if spec.skip else None
+
+
+def _where(fine: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    return new if fine is None else torch.where(fine, new, old)
+
+
 def _scaled(M: Tensor, V: Tensor, load: float | Tensor, work: Work) -> tuple[Tensor, Tensor]:
     """What each bucket contributes to m_hat, up to the sign, and to v_hat."""
-    m, v = M / work.h.correction1, V / work.h.correction2
+    m, v = M * work.h.inverse1, V * work.h.inverse2
     return (m * load, v * load) if work.spec.decode == "sketch" else (m * load**0.5, v)
 
 

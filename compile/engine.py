@@ -13,15 +13,15 @@ from torch._dynamo.exc import TorchDynamoException
 
 from collins.compile.graphs import SMALL, Graphs, split, whole_of
 from collins.rule import Scalars
-from collins.update import Work, update_
+from collins.update import Spec, Work, update_
 
 if TYPE_CHECKING:
-    from collins.compile.launch import Launches
+    from collins.compile.launch import Launch, Launches
 
 # Elements per piece of an eager step, at most: enough to outweigh the calls, few enough to stay in cache.
 _PIECE_CPU = 1 << 18
 _PIECE_ACCELERATOR = 1 << 22
-_PIECE_SMALLEST = 1 << 12
+_PIECE_SMALLEST = 1 << 15
 
 
 class Engine:
@@ -70,10 +70,14 @@ class Engine:
     def _launched(self, works: Sequence[Work], launches: Launches) -> list[Work]:
         """Performs what the kernel can take, and returns the rest."""
         batches, rest = launches.sorted(works)
-        for key, batch in batches.items():
-            if not self._tried("kernel", launches.run, key, batch):
-                rest += batch
+        for batch in batches:
+            if not self._tried("kernel", batch.launch.run, batch):
+                rest += batch.works
         return rest
+
+    def launch_of(self, spec: Spec, p: Tensor, moment_dtype: torch.dtype, start: int = 0) -> Launch | None:
+        """What to give as `Work.launch` for such a parameter."""
+        return None if self._launches is None else self._launches.of(spec, p, moment_dtype, start)
 
     def _compiles(self, device: torch.device) -> bool:
         return device.type not in ("cpu", "meta") if self._compile is None else self._compile

@@ -18,6 +18,14 @@ from collins.update import Keys, Spec, Work, update_
 # Dense tensors of at most this many elements are stacked by signature and stepped in one call: launches rule there.
 SMALL = 1 << 16
 
+# By default Inductor stores any value of more than 30 operations, here one of the parameter's size. It is to store what
+# `collins.hashing.once` keeps and no more.
+_OPTIONS: dict[str, Any] = {
+    "realize_opcount_threshold": 10_000,
+    "realize_reads_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
+}
+
 _Graph = Callable[..., None]
 
 
@@ -38,7 +46,7 @@ class Graphs:
             work: a parameter's step.
             numbers: the hyperparameters of this step as tensors, by the identity of theirs; filled here.
         """
-        p, g, m, v, spec, keys, h, _, start = work
+        p, g, m, v, spec, keys, h, _, start, _ = work
         tensors = [t.detach().view(shape) for t, shape in zip((p, g, m, v), _views(work), strict=True)]
         signature = (spec, p.device, *((t.dtype, t.shape, t.stride()) for t in tensors))
         for constant in (keys, start):
@@ -49,7 +57,7 @@ class Graphs:
                 torch.as_tensor(h.step), *(torch.as_tensor(number, dtype=torch.float64) for number in h[1:])
             )
         if signature not in self._graphs:
-            self._graphs[signature] = _graph_of_one(spec, p.device, len(self))
+            self._graphs[signature] = _graph_of_one(spec, len(self))
         self._graphs[signature](*tensors, self._constants[keys], numbers[id(h)], self._constants[start])
 
     def run_stacked(self, batch: Sequence[Work]) -> None:
@@ -57,7 +65,7 @@ class Graphs:
         spec, device = batch[0].spec, batch[0].p.device
         signature = (spec, device, batch[0].p.shape, batch[0].p.dtype, batch[0].m.dtype)
         if signature not in self._graphs:
-            self._graphs[signature] = _graph_of_many(spec, device, len(self))
+            self._graphs[signature] = _graph_of_many(spec, len(self))
         doubled = [*batch, *batch] if len(batch) == 1 else batch  # a size of 1 would be compiled as a constant
         tensors = [torch.stack(column) for column in zip(*((w.p, w.g, w.m, w.v) for w in doubled), strict=True)]
         keys = torch.tensor([tree_flatten(work.keys)[0] for work in doubled]).to(device)
@@ -79,7 +87,7 @@ def whole_of(work: Work) -> int:
     Inductor's CPU backend splits a loop over x where it sees x // 32, and loses the end when 32 does not divide the
     range (seen in torch 2.13). So graphs take whole buckets, and where values are rounded stochastically whole words.
     """
-    p, g, m, _, spec, _, _, _, start = work
+    p, g, m, _, spec, _, _, _, start, _ = work
     load = int(spec.load) if spec.hash == "block" else 1
     unit = load
     if spec.rounding:
@@ -120,14 +128,14 @@ def _row(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
-def _graph_of_one(spec: Spec, device: torch.device, number: int) -> _Graph:
+def _graph_of_one(spec: Spec, number: int) -> _Graph:
     def one(p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: Keys, h: Scalars, start: Tensor) -> None:
         update_(Work(p, g, m, v, spec, keys, h, p.numel(), start))
 
-    return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=_options(device))
+    return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=_OPTIONS)
 
 
-def _graph_of_many(spec: Spec, device: torch.device, number: int) -> _Graph:
+def _graph_of_many(spec: Spec, number: int) -> _Graph:
     structure = tree_flatten(Keys(HashKey(0, 0), HashKey(0, 0), (0, 0, 0, 0), 0))[1]
 
     def one(
@@ -142,23 +150,10 @@ def _graph_of_many(spec: Spec, device: torch.device, number: int) -> _Graph:
     def stacked(*args: Tensor) -> None:
         many(*args)
 
-    return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=_options(device))
+    return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=_OPTIONS)
 
 
 def _with_own_code(function: Any, number: int) -> Any:
     """The function behind a code object of its own: PyTorch's recompilation limit counts per code object."""
     code = function.__code__.replace(co_name=f"collins_{function.__code__.co_name}_{number}")
     return types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)
-
-
-def _options(device: torch.device) -> dict[str, Any]:
-    """How much Inductor inlines. By default it stores any value of more than 30 operations, here one of the parameter's
-    size. On accelerators everything becomes one kernel, which computes hashes once a row; on the CPU hashes are worth
-    storing, one a bucket.
-    """
-    operations = 40 if device.type == "cpu" else 10_000
-    return {
-        "realize_opcount_threshold": operations,
-        "realize_reads_threshold": 1000,
-        "realize_acc_reads_threshold": 1000,
-    }

@@ -36,7 +36,7 @@ _WIDTH = tl.constexpr(len(COLUMNS))
 # The columns of the numbers that change with every step, one row for each set of hyperparameters, all float64.
 NUMBERS = (
     *("step", "lr", "shrink", "beta1", "1 - beta1", "beta2", "1 - beta2"),
-    *("1 / correction1", "1 / correction2", "eps", "rho"),
+    *("inverse1", "inverse2", "eps", "rho"),
 )
 _NUMBERS = tl.constexpr(len(NUMBERS))
 
@@ -100,7 +100,7 @@ def _step(  # type: ignore[no-untyped-def]
     owners, table, grads, numbers,
     P: tl.constexpr, T: tl.constexpr, DENSE: tl.constexpr, LOAD: tl.constexpr, RESIDUAL: tl.constexpr,
     REHASH: tl.constexpr, ROUND_P: tl.constexpr, ROUND_T: tl.constexpr, MAXIMIZE: tl.constexpr,
-    EVEN: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    SKIP: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tensor = tl.load(owners + program // CHUNK).to(tl.int64)
@@ -147,8 +147,13 @@ def _step(  # type: ignore[no-untyped-def]
         g = -g
 
     if DENSE:
-        M = beta1 * tl.load(m_base + place, mask=inside, other=0.0).to(tl.float32) + rest1 * g
-        V = beta2 * tl.load(v_base + place, mask=inside, other=0.0).to(tl.float32) + rest2 * g * g
+        old_m = tl.load(m_base + place, mask=inside, other=0.0).to(tl.float32)
+        old_v = tl.load(v_base + place, mask=inside, other=0.0).to(tl.float32)
+        M = beta1 * old_m + rest1 * g
+        V = beta2 * old_v + rest2 * g * g
+        if SKIP:
+            fine = g * g < float("inf")
+            M, V = tl.where(fine, M, old_m), tl.where(fine, V, old_v)
         m_hat = M * inverse1
         direction = _divided(m_hat, _root(V * inverse2, FAST) + eps, FAST)
         if ROUND_T:
@@ -195,9 +200,16 @@ def _step(  # type: ignore[no-untyped-def]
             total = tl.sum(tl.reshape(total, (BUCKETS, WORDS)), axis=1)
             squares = tl.sum(tl.reshape(squares, (BUCKETS, WORDS)), axis=1)
         mu, q = total * (1 / load), squares * (1 / load)
-        old = tl.load(m_base + bucket, mask=held, other=0.0).to(tl.float32)
-        M = beta1 * tl.where(fresh, 0.0, old) + rest1 * mu
-        V = beta2 * tl.load(v_base + bucket, mask=held, other=0.0).to(tl.float32) + rest2 * q
+        old_m = tl.where(fresh, 0.0, tl.load(m_base + bucket, mask=held, other=0.0).to(tl.float32))
+        old_v = tl.load(v_base + bucket, mask=held, other=0.0).to(tl.float32)
+        M = beta1 * old_m + rest1 * mu
+        V = beta2 * old_v + rest2 * q
+        if SKIP:
+            fine_b = q < float("inf")
+            M, V = tl.where(fine_b, M, old_m), tl.where(fine_b, V, old_v)
+            if WORDS > 1:
+                fine_b = tl.reshape(tl.broadcast_to(fine_b[:, None], (BUCKETS, WORDS)), (ROWS,))
+            fine = tl.broadcast_to(fine_b[:, None], (ROWS, LANES))
         if ROUND_T:
             group, spot = (number // 32).to(tl.uint32), (number & 31).to(tl.uint32)
             tl.store(m_base + bucket, _rounded(M, _noise(group, spot, step, round0, round1, _FIRST)), mask=held)
@@ -221,6 +233,8 @@ def _step(  # type: ignore[no-untyped-def]
             direction = _flipped(m_b[:, None] / (tl.sqrt(v_b[:, None]) + eps), flips)
 
     new = p * shrink - lr * direction
+    if SKIP:
+        new = tl.where(fine, new, p)
     if ROUND_P:
         at = first + row[:, None] * LANES
         spot = (at & 31).to(tl.uint32) + lane.to(tl.uint32)[None, :]
@@ -239,8 +253,8 @@ _FAST = torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") !=
 
 _LIBRARY = torch.library.Library("collins", "DEF")
 _LIBRARY.define(
-    "step_(Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
-    "Tensor numbers, int load, bool residual, bool rehash, bool rounding, bool maximize, bool even) -> ()"
+    "step_(Tensor(a!)[] p, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
+    "Tensor numbers, int load, bool residual, bool rehash, bool rounding, bool maximize, bool skip, bool even) -> ()"
 )
 
 
@@ -251,7 +265,6 @@ def tile_of(dtype: torch.dtype) -> int:
 
 def _launch(
     p: list[Tensor],
-    g: list[Tensor],
     m: list[Tensor],
     v: list[Tensor],
     owners: Tensor,
@@ -263,6 +276,7 @@ def _launch(
     rehash: bool,
     rounding: bool,
     maximize: bool,
+    skip: bool,
     even: bool,
 ) -> None:
     param, moment = p[0].dtype, m[0].dtype
@@ -270,7 +284,7 @@ def _launch(
         owners, table, grads, numbers,
         P=_DTYPES[param], T=_DTYPES[moment], DENSE=load == 1, LOAD=load, RESIDUAL=residual, REHASH=rehash,
         ROUND_P=rounding and param in ROUNDED, ROUND_T=rounding and moment in ROUNDED, MAXIMIZE=maximize,
-        EVEN=even, FAST=_FAST, TILE=tile_of(param), CHUNK=CHUNK, num_warps=4,
+        SKIP=skip, EVEN=even, FAST=_FAST, TILE=tile_of(param), CHUNK=CHUNK, num_warps=4,
     )  # fmt: skip
 
 

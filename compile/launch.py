@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import reduce
+from operator import or_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +13,10 @@ from torch import Tensor
 from collins.compile.kernels import CHUNK, DTYPES, LARGEST_LOAD, NUMBERS, tile_of
 from collins.hashing import WORD
 from collins.rule import Scalars
-from collins.update import Spec, Work
+from collins.update import Keys, Spec, Work
 
 _WIDE = 16  # bytes: what one instruction of the kernel reads at once
-
-Key = tuple[Spec, torch.dtype, torch.dtype, torch.device, bool]
+_KEPT = 4096  # descriptions of sets of tensors: one a parameter for steps in backward
 
 
 class Launches:
@@ -23,109 +24,161 @@ class Launches:
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
-        self._launches: dict[Key, Launch] = {}
+        self._launches: dict[tuple[Any, ...], Launch] = {}
 
-    def sorted(self, works: Sequence[Work]) -> tuple[dict[Key, list[Work]], list[Work]]:
-        """Works by the launch that takes them, and those that none can take."""
-        batches: dict[Key, list[Work]] = {}
-        rest: list[Work] = []
+    def of(self, spec: Spec, p: Tensor, moment_dtype: torch.dtype, start: int) -> Launch | None:
+        """The launch that takes such a parameter, or None where the kernel cannot."""
+        load, count = int(spec.load), p.numel()
+        if (
+            p.device.type != self._device_type
+            or spec.hash == "universal"
+            or load > LARGEST_LOAD
+            or start % max(WORD, load)
+            or p.dtype not in DTYPES
+            or moment_dtype not in DTYPES
+            or not count
+        ):
+            return None
+        key = (spec, p.dtype, moment_dtype, p.device, count % WORD == 0)
+        if key not in self._launches:
+            self._launches[key] = Launch(spec, even=count % WORD == 0, device=p.device)
+        return self._launches[key]
+
+    def sorted(self, works: Sequence[Work]) -> tuple[list[Batch], list[Work]]:
+        """Works in batches, by the launch that takes them, and those that none can take."""
+        groups: dict[Launch | None, list[Work]] = {}
         for work in works:
-            p, g, m, v, spec, _, _, _, start = work
-            dtype, load, count = p.dtype, int(spec.load), p.numel()
-            aligned = p.data_ptr() | g.data_ptr() | (0 if spec.hash else m.data_ptr() | v.data_ptr())
-            if (
-                p.device.type == self._device_type
-                and spec.hash != "universal"
-                and load <= LARGEST_LOAD
-                and start % max(WORD, load) == 0
-                and dtype in DTYPES
-                and m.dtype in DTYPES
-                and count
-                and aligned % _WIDE == 0
-                and p.is_contiguous()
-                and g.is_contiguous()
-            ):
-                batches.setdefault((spec, dtype, m.dtype, p.device, count % WORD == 0), []).append(work)
+            launch = work[-1]
+            group = groups.get(launch)
+            if group is None:
+                groups[launch] = [work]
             else:
-                rest.append(work)
+                group.append(work)
+        rest = groups.pop(None, [])
+        batches = []
+        for launch, group in groups.items():
+            batch = _batch(launch, group)
+            if batch is None:  # some lie in memory as the kernel cannot read it
+                readable: list[Work] = []
+                for work in group:
+                    (rest if _batch(launch, [work]) is None else readable).append(work)
+                batch = _batch(launch, readable) if readable else None
+            if batch is not None:
+                batches.append(batch)
         return batches, rest
 
-    def run(self, key: Key, works: Sequence[Work]) -> None:
-        """Performs all works of one launch."""
-        if key not in self._launches:
-            spec, _, _, device, even = key
-            self._launches[key] = Launch(spec, even, device)
-        self._launches[key].run(works)
+
+class Batch(NamedTuple):
+    """What one launch takes in one step, column by column."""
+
+    launch: Launch
+    works: list[Work]
+    p: tuple[Tensor, ...]
+    m: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+    grads: list[int]  # addresses
+    fixed: tuple[list[int], ...]  # addresses of p, m and v, and rows of `numbers`
+    keys: tuple[Keys, ...]
+    numbers: list[Scalars]  # of the rows
+
+
+_address, _contiguous = Tensor.data_ptr, Tensor.is_contiguous
+
+
+def _batch(launch: Launch | None, works: list[Work]) -> Batch | None:
+    """The works as columns: C loops over hundreds of tensors. None if one is not contiguous or aligned."""
+    assert launch is not None
+    p, g, m, v, _, keys, h, *_ = zip(*works, strict=True)
+    at_p, at_g, at_m, at_v = (list(map(_address, column)) for column in (p, g, m, v))
+    wide = at_p + at_g + (at_m + at_v if launch.dense else [])
+    if reduce(or_, wide) % _WIDE or not (all(map(_contiguous, p)) and all(map(_contiguous, g))):
+        return None
+    if h.count(h[0]) == len(h):
+        rows, numbers = [0] * len(h), [h[0]]
+    else:
+        places: dict[int, int] = {}
+        rows = [places.setdefault(id(scalars), len(places)) for scalars in h]
+        numbers = [h[rows.index(row)] for row in range(len(places))]
+    return Batch(launch, works, p, m, v, at_g, (at_p, at_m, at_v, rows), keys, numbers)
 
 
 class Launch:
     """Steps many tensors of one `Spec`, one dtype and one dtype of moments on one device.
 
-    Sizes, addresses of parameters and moments and hash constants lie in a table on the device, which is rewritten only
-    when one of them has changed. Addresses of gradients and the step's numbers follow in one copy a step. All lie at
-    fixed addresses: a captured CUDA graph replays that copy from host memory kept for it.
+    Sizes, addresses of parameters and moments and hash constants lie in a table on the device, which is made anew only
+    when one of them has changed. Addresses of gradients and the step's numbers follow in one copy a step. A captured
+    CUDA graph replays that copy from host memory kept for it.
     """
 
-    def __init__(self, spec: Spec, even: bool, device: torch.device) -> None:
+    def __init__(self, spec: Spec, *, even: bool, device: torch.device) -> None:
+        self.dense = spec.hash is None
         self._spec = spec
         self._even = even
         self._device = device
-        self._seen: list[Any] = []
-        self._owners = self._table = self._moving = torch.empty(0)
+        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._last: tuple[tuple[list[int], ...], tuple[Keys, ...], Tensor, Tensor] | None = None
+        self._moving: dict[int, Tensor] = {}
         self._spare: Tensor | None = None
-        self._captured: list[Tensor] = []
+        self._captured: list[Any] = []
 
-    def run(self, works: Sequence[Work]) -> None:
-        """Performs all of them; they must be of different parameters."""
-        seen: list[Any] = []
-        numbers: list[Scalars] = []
-        rows: dict[int, int] = {}
-        for work in works:
-            h = work.h
-            row = rows.get(id(h))
-            if row is None:
-                row = rows[id(h)] = len(numbers)
-                numbers.append(h)
-            seen += (work.p.data_ptr(), work.m.data_ptr(), work.v.data_ptr(), work.keys, row)
+    def run(self, batch: Batch) -> None:
+        """Performs all of its works; they must be of different parameters."""
+        _, works, p, m, v, grads, fixed, keys, numbers = batch
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if seen != self._seen:
-            self._describe(works, rows, capturing)
-            self._seen = seen
+        if self._last is None or self._last[0] != fixed or self._last[1] != keys:
+            self._last = fixed, keys, *self._description(batch, capturing)
+        _, _, owners, table = self._last
         count = len(works)
         size = count + len(numbers) * len(NUMBERS)
-        if self._moving.numel() != size:
-            self._moving = torch.empty(size, dtype=torch.int64, device=self._device)
+        if size not in self._moving:
+            self._moving[size] = torch.empty(size, dtype=torch.int64, device=self._device)
+        moving = self._moving[size]
         host = self._host(size, capturing)
-        host[:count] = torch.tensor([work.g.data_ptr() for work in works])
+        host[:count] = torch.tensor(grads)
         columns = [_column(h) for h in numbers]
-        on_host = [[0.0 if isinstance(x, Tensor) else x for x in column] for column in columns]
-        host[count:].view(torch.float64).copy_(torch.tensor(on_host, dtype=torch.float64).view(-1))
-        self._moving.copy_(host, non_blocking=True)
-        table = self._moving[count:].view(torch.float64).view(len(numbers), len(NUMBERS))
-        for i, column in enumerate(zip(*columns, strict=True)):
-            if isinstance(column[0], Tensor):
-                table[:, i] = torch.stack([x.to(torch.float64) for x in column])
-        p, g, m, v = zip(*(work[:4] for work in works), strict=True)
+        on_device = isinstance(columns[0][0], Tensor) or isinstance(columns[0][1], Tensor)
+        if on_device:
+            on_host = [[0.0 if isinstance(x, Tensor) else x for x in column] for column in columns]
+        host[count:].view(torch.float64).copy_(
+            torch.tensor(on_host if on_device else columns, dtype=torch.float64).view(-1)
+        )
+        moving.copy_(host, non_blocking=True)
+        values = moving[count:].view(torch.float64).view(len(numbers), len(NUMBERS))
+        if on_device:
+            for i, column in enumerate(zip(*columns, strict=True)):
+                if any(isinstance(x, Tensor) for x in column):
+                    values[:, i] = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in column])
         spec = self._spec
         torch.ops.collins.step_(
-            p, g, m, v, self._owners, self._table, self._moving, table,
-            int(spec.load), spec.decode == "residual", spec.rehash, spec.rounding, spec.maximize, self._even,
+            p, m, v, owners, table, moving, values,
+            int(spec.load), spec.decode == "residual", spec.rehash, spec.rounding, spec.maximize, spec.skip, self._even,
         )  # fmt: skip
-        torch.autograd.graph.increment_version((*p, *m, *v))
+        torch.autograd.graph.increment_version(p)
+        if capturing:
+            self._captured.append((host, owners, table, moving))
 
-    def _describe(self, works: Sequence[Work], rows: dict[int, int], capturing: bool) -> None:
-        owners: list[int] = []
-        table: list[int] = []
-        span = CHUNK * tile_of(works[0].p.dtype)
-        for i, work in enumerate(works):
-            chunk, local = len(owners), work.p.numel()
-            owners += [i] * -(-local // span)
-            sign, rounding, _, period = work.keys
-            addresses = (work.p.data_ptr(), work.m.data_ptr(), work.v.data_ptr())
-            row = rows[id(work.h)]
-            table += (*addresses, local, chunk, work.start, work.numel, *sign, *rounding, period, row)  # type: ignore[arg-type]
-        self._owners = self._uploaded(torch.tensor(owners, dtype=torch.int32), capturing)
-        self._table = self._uploaded(torch.tensor(table), capturing)
+    def _description(self, batch: Batch, capturing: bool) -> tuple[Tensor, Tensor]:
+        """Which tensor each chunk belongs to, and the table of the tensors."""
+        key = (batch.keys, *map(tuple, batch.fixed))
+        if key not in self._tables:
+            if capturing:
+                raise RuntimeError(
+                    "Collins.step() is captured in a CUDA graph before it has run with the same parameters: run a few"
+                    " steps outside of the graph first"
+                )
+            if len(self._tables) == _KEPT:
+                self._tables.clear()
+            owners: list[int] = []
+            table: list[Any] = []
+            span = CHUNK * tile_of(batch.works[0].p.dtype)
+            for i, (work, at_p, at_m, at_v, row) in enumerate(zip(batch.works, *batch.fixed, strict=True)):
+                local = work.p.numel()
+                sign, rounding, _, period = work.keys
+                table += (at_p, at_m, at_v, local, len(owners), work.start, work.numel, *sign, *rounding, period, row)
+                owners += [i] * -(-local // span)
+            owners_of_chunks = torch.tensor(owners, dtype=torch.int32)
+            self._tables[key] = self._uploaded(owners_of_chunks), self._uploaded(torch.tensor(table))
+        return self._tables[key]
 
     def _host(self, size: int, capturing: bool) -> Tensor:
         """Host memory to copy from; while a graph is captured, memory that was made before and that nobody reuses."""
@@ -137,20 +190,15 @@ class Launch:
         host, self._spare = self._spare, None
         if host is None or host.numel() != size:
             raise RuntimeError(
-                "Collins.step() is captured in a CUDA graph before it has run with the same parameters and gradients; "
-                "run a few steps outside of the graph first"
+                "Collins.step() is captured in a CUDA graph without a step outside of it before: run one first, also"
+                " between two captures"
             )
-        self._captured.append(host)
         return host
 
-    def _uploaded(self, host: Tensor, capturing: bool) -> Tensor:
-        if self._device.type == "cpu":
-            return host
-        if capturing:
-            raise RuntimeError("parameters or moments of Collins moved between warm-up and capture of a CUDA graph")
-        return host.pin_memory().to(self._device, non_blocking=True)
+    def _uploaded(self, host: Tensor) -> Tensor:
+        return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
 
 
 def _column(h: Scalars) -> tuple[Any, ...]:
-    step, lr, shrink, beta1, beta2, correction1, correction2, eps, rho = h
-    return step, lr, shrink, beta1, 1 - beta1, beta2, 1 - beta2, 1 / correction1, 1 / correction2, eps, rho
+    step, lr, shrink, beta1, beta2, inverse1, inverse2, eps, rho = h
+    return step, lr, shrink, beta1, 1 - beta1, beta2, 1 - beta2, inverse1, inverse2, eps, rho

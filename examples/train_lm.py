@@ -153,7 +153,8 @@ def train(name: str, lr: float, text: Tensor, held_out: Tensor, args: argparse.N
             run.steps.append(step)
             run.losses.append(evaluate(model, held_out, args))
             progress.set_postfix(validation=f"{run.losses[-1]:.3f}")
-    run.state_bytes = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    held = (value for state in optimizer.state.values() for value in state.values())
+    run.state_bytes = sum(value.nbytes for value in held if isinstance(value, torch.Tensor))
     run.placement = getattr(optimizer, "placement", ())
     run.milliseconds = 1e3 * statistics.median(times[len(times) // 4 :])
     return run

@@ -1,7 +1,12 @@
 """What every test shares: the devices to run on."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anyone imports Triton: kernels then run on CPU tensors
 
 
 def pytest_collection_modifyitems(items):

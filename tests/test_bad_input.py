@@ -39,6 +39,7 @@ BAD_OPTIONS = [
     ("table_dtype", "float32", "torch.float64, torch.float32 or torch.bfloat16"),
     ("maximize", 1, "True or False"),
     ("stochastic_rounding", "yes", "True, False or None"),
+    ("nonfinite", "ignore", "propagate, skip or error"),
 ]
 ids = [f"{name}={value}" for name, value, _ in BAD_OPTIONS]
 

@@ -4,13 +4,18 @@ import doctest
 import re
 from pathlib import Path
 
+import pytest
+
+import collins.conversion
+import collins.files
 import collins.optimizer
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
-def test_docstring_examples():
-    result = doctest.testmod(collins.optimizer)
+@pytest.mark.parametrize("module", [collins.optimizer, collins.files, collins.conversion], ids=lambda m: m.__name__)
+def test_docstring_examples(module):
+    result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
 

@@ -139,10 +139,12 @@ def test_checkpoints_move_between_tiers(saved, loaded, dtype):
 
 def test_a_tables_home_stays_while_its_values_change():
     model, opt = trained(steps=1, memory="host")
-    places = [state[key].data_ptr() for state in opt.state.values() for key in state if key != "step"]
+    places = [state[key].data_ptr() for state in opt.state.values() for key in state if key not in ("step", "layout")]
     opt.load_state_dict(opt.state_dict())
     stepped(model, opt, range(1, 4))
-    assert places == [state[key].data_ptr() for state in opt.state.values() for key in state if key != "step"]
+    assert places == [
+        state[key].data_ptr() for state in opt.state.values() for key in state if key not in ("step", "layout")
+    ]
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])

@@ -4,6 +4,8 @@
 
 runs on the GPU where there is one, in fp32 and bf16, and on the CPU in fp32 with fewer layers; it ends with a table of
 medians, each as a ratio to fused AdamW's in the same run and as a share of a copy's speed on the bytes that must move.
+"Collins" is what a GPU gets by default, one launch of a kernel for all tensors of a kind; "Collins compiled" is the
+portable path through torch.compile. `-k host` measures what a step costs the host.
 """
 
 import gc
@@ -26,6 +28,7 @@ OPTIMIZERS = {
     "AdamW fused": lambda ps: torch.optim.AdamW(ps, fused=True),
     "AdamW foreach": lambda ps: torch.optim.AdamW(ps, foreach=True),
     "Adafactor": lambda ps: torch.optim.Adafactor(ps),
+    **({} if ON_CPU else {"Collins": lambda ps: Collins(ps)}),
     "Collins compiled": lambda ps: Collins(ps, compile=True),
     "Collins eager": lambda ps: Collins(ps, compile=False),
     "Collins universal": lambda ps: Collins(ps, hash="universal", compile=True),
@@ -104,3 +107,28 @@ def test_step(measure, model, name, dtype):
     # Each gradient is read; each parameter and each moment is read and written.
     extra = {"bytes": 3 * held + 2 * state, "rounds": rounds(sum(p.numel() for p in ps)), "peak": peak}
     measure(opt.step, group_of(model, dtype), name, **extra)
+
+
+@pytest.mark.parametrize("name", ["AdamW fused", "Collins"])
+def test_host(benchmark, name, monkeypatch):
+    """The time of the host for 300 tensors, device work aside: on a GPU nothing waits for it; on the CPU the kernel
+    is not launched, while fused AdamW does its work, on tiny tensors.
+    """
+    ps = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in llama(33, 64, 192, 16, 512).shapes][:300]
+    for p in ps:
+        p.grad = torch.randn_like(p)
+    opt = torch.optim.AdamW(ps, fused=True) if name == "AdamW fused" else Collins(ps, min_K=128)
+    if ON_CPU and name == "Collins":
+        pytest.importorskip("triton")
+        from collins.compile import kernels
+        from collins.compile.launch import Launches
+
+        class Unlaunched:
+            def __getitem__(self, grid):
+                return lambda *args, **options: None
+
+        monkeypatch.setattr(kernels, "_step", Unlaunched())
+        opt._engine._launches = Launches("cpu")
+    benchmark.group = f"host, {len(ps)} tensors, {DEVICE.type}"
+    benchmark.extra_info.update(name=name, bytes=0, peak=None)
+    benchmark.pedantic(opt.step, setup=settle, rounds=200, warmup_rounds=10)

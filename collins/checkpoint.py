@@ -1,0 +1,165 @@
+"""State dicts: what one must hold to be loaded, all of it checked before anything changes.
+
+Moments are loaded bit for bit and in place. torch's own `load_state_dict` would cast them to the parameter's dtype and
+move them to its device, so it gets to see the parameter groups only; and it would adopt every saved option, so that
+tables could come to be read under options that the optimizer was not built with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from collins.fingerprint import LAYOUT, Fingerprint, unpacked
+from collins.hashing import BlockHash, UniversalHash
+from collins.options import check_options
+
+DENSE, TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
+MOMENTS = {*DENSE, *TABLES}
+
+# What a state dict sets: the numbers that schedules change. The other options stay as the optimizer was built.
+ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight")
+
+
+class Home(NamedTuple):
+    """What the state of one parameter must be."""
+
+    name: str  # for errors
+    param_shape: tuple[int, ...]
+    names: tuple[str, str]  # of the moments, the first one first
+    shape: tuple[int, ...]  # of each moment
+    dtype: torch.dtype  # of each moment
+    hash: BlockHash | UniversalHash | None  # None for dense moments
+    fingerprint: Fingerprint | None  # None for dense moments
+
+
+class Saved(NamedTuple):
+    """One parameter's state as it is to be loaded."""
+
+    step: float
+    moments: tuple[Tensor, Tensor]
+
+
+class Loadable(NamedTuple):
+    """A state dict that fits: groups as they will be, and each parameter's state, None where there is none."""
+
+    groups: list[dict[str, Any]]
+    states: list[Saved | None]
+    rest: dict[Any, Any]  # state of no parameter, which torch keeps as it is
+
+
+def loadable(
+    state_dict: Mapping[str, Any], own: Sequence[dict[str, Any]], options: Sequence[str], homes: Sequence[Home]
+) -> Loadable:
+    """What a state dict comes to for an optimizer of the groups `own`, whose options are named `options`.
+
+    Args:
+        homes: one for each parameter, through all groups.
+
+    Raises:
+        ValueError: naming the parameter or option that does not fit, what was saved, and what this optimizer has.
+    """
+    saved, state = saved_groups(state_dict, own)
+    check_order(saved, own)
+    groups = []
+    for theirs, mine in zip(saved, own, strict=True):
+        kept = {name: mine[name] for name in options if name not in ADOPTED or name not in theirs}
+        groups.append({**theirs, **kept})
+        check_options(groups[-1])
+    places = [place for group in saved for place in group["params"]]
+    states = [_fitting(state[i], home) if state.get(i) else None for i, home in zip(places, homes, strict=True)]
+    known = set(places)
+    return Loadable(groups, states, {key: value for key, value in state.items() if key not in known})
+
+
+def saved_groups(
+    state_dict: Mapping[str, Any], own: Sequence[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
+    """The groups and the state in a state dict, after a check that the groups are as large as `own`.
+
+    Raises:
+        ValueError: when they are not, or when this is no state dict of an optimizer.
+    """
+    keys = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"state_dict must be a dict with the keys 'state' and 'param_groups', got {keys}")
+    groups = state_dict["param_groups"]
+    sizes, mine = [len(group["params"]) for group in groups], [len(group["params"]) for group in own]
+    if sizes != mine:
+        raise ValueError(f"state_dict has parameter groups of {sizes} parameters; this optimizer has {mine}")
+    return list(groups), state_dict["state"]
+
+
+def check_order(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -> None:
+    """Raises a ValueError for a parameter that was saved at another place, where both sides know names."""
+    theirs, mine = ([*_names(groups)] for groups in (saved, own))
+    places = {name: place for place, name in enumerate(mine) if name is not None}
+    for place, name in enumerate(theirs):
+        if name is not None and places.get(name, place) != place:
+            raise ValueError(
+                f"parameter {name!r} is number {place} in state_dict and number {places[name]} in this optimizer: "
+                "build the optimizer with its parameters in the saved order"
+            )
+
+
+def check_moments(name: str, where: str, found: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises a ValueError unless these moments, and no others, are there in these shapes."""
+    got = {key: tuple(value.shape) if isinstance(value, Tensor) else value for key, value in found.items()}
+    if got != shapes:
+        raise ValueError(
+            f"{name} has moments {shapes} under its group's compress_ratio, min_K and hash; {where} holds {got}"
+        )
+
+
+def step_of(name: str, state: Mapping[str, Any]) -> float:
+    """The number of steps in a saved state.
+
+    Raises:
+        ValueError: unless it is there, finite and at least 0.
+    """
+    step = state.get("step")
+    number = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    if not isinstance(number, int | float) or not 0 <= number < math.inf:
+        raise ValueError(f"{name} must have a step that is a number of at least 0; state_dict holds {step!r}")
+    return float(number)
+
+
+def _names(groups: Sequence[dict[str, Any]]) -> Iterator[str | None]:
+    for group in groups:
+        yield from group.get("param_names") or [None] * len(group["params"])
+
+
+def _fitting(state: Mapping[str, Any], home: Home) -> Saved:
+    name = home.name
+    step = step_of(name, state)
+    if LAYOUT in state and home.fingerprint is not None:
+        difference = fingerprint_in(name, state).difference(home.fingerprint)
+        if difference:
+            raise ValueError(
+                f"{name} does not fit what was saved: state_dict has {difference}; build the optimizer as it was saved,"
+                " or see collins.convert"
+            )
+    found = {key: state[key] for key in (*DENSE, *TABLES) if key in state}
+    check_moments(name, "state_dict", found, dict.fromkeys(home.names, home.shape))
+    if LAYOUT not in state and home.fingerprint is not None:
+        raise ValueError(f"{name} has tables in state_dict without the {LAYOUT!r} that says what they mean")
+    first, second = (found[key] for key in home.names)
+    for key, moment in zip(home.names, (first, second), strict=True):
+        if moment.dtype != home.dtype:
+            raise ValueError(
+                f"{name} keeps {key} in {home.dtype}, by its dtype and its group's table_dtype; state_dict holds"
+                f" {moment.dtype}"
+            )
+    return Saved(step, (first, second))
+
+
+def fingerprint_in(name: str, state: Mapping[str, Any]) -> Fingerprint:
+    """The fingerprint in the saved state of the parameter `name`; a ValueError where it is none."""
+    try:
+        return unpacked(state[LAYOUT])
+    except ValueError as error:
+        raise ValueError(f"{name} in state_dict: {error}") from None

@@ -1,0 +1,187 @@
+"""State dicts of AdamW, and of Collins under other settings, made loadable where the mathematics allows.
+
+Encoding and averaging are both linear, so that an average of sketches is the sketch of the average:
+
+    M_b = (1/c_b) sum_{h(i)=b} s(i) m_i           V_b = (1/c_b) sum_{h(i)=b} v_i
+
+From AdamW's m and v these are the tables that Collins would hold had it seen the same gradients under the signs of now.
+With all of m in it, also what a bucket saw before it drew these signs, c s(i) M_{h(i)} decodes m_i without bias.
+
+From tables of hash="block" to coarser ones, where c divides c':
+
+- V is exact: a mean of means, each counted with its bucket's load.
+- M restarts at 0, as it does in every bucket that draws new signs. Its old signs belong to the old buckets, and no
+  linear map takes the old M to the new one. To encode the unbiased decode c s(i) M_{h(i)} anew would be right on
+  average, but with noise sqrt(c) times the size of the moment, and the step would take all of that noise.
+
+To finer tables there is no way back from a mean, and elements that shared a bucket of hash="universal" do not share one
+under other coefficients: both are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from collins.checkpoint import (
+    ADOPTED,
+    DENSE,
+    TABLES,
+    Home,
+    check_moments,
+    check_order,
+    fingerprint_in,
+    saved_groups,
+    step_of,
+)
+from collins.fingerprint import LAYOUT, Fingerprint
+from collins.hashing import BlockHash, UniversalHash
+
+if TYPE_CHECKING:
+    from collins.optimizer import Collins
+
+# Options of AdamW's groups that say how it runs, and nothing about what it saved.
+_ADAMWS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay")
+_PIECE = 1 << 22  # elements that are encoded at once
+
+
+def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]:
+    """A state dict of `torch.optim.AdamW`, or of Collins under other settings, as `optimizer` loads it.
+
+    Each parameter is converted by what is saved for it:
+
+    | saved | wanted | M | V |
+    |---|---|---|---|
+    | dense moments | dense moments, in any dtype | the same | the same |
+    | dense moments | tables of any hash | exact | exact |
+    | tables | tables that mean the same, in any dtype | the same | the same |
+    | tables of hash="block" | as coarse or coarser, any seed, place and period | restarts at 0 | exact |
+
+    "Exact" is to the rounding of the tables' dtype, to nearest. Anything else is refused. lr, betas, eps, weight_decay
+    and maximize are those saved; a learning rate of AdamW is lower than what Collins trains best at.
+
+    Args:
+        state_dict: of an optimizer with the same groups of parameters in the same order. It is not changed.
+        optimizer: only asked for its settings, and not changed either.
+
+    Returns:
+        A state dict for `optimizer.load_state_dict`; its tensors are on the devices of the given ones.
+
+    Raises:
+        ValueError: for what cannot be converted, naming the parameter and the reason.
+
+    Example:
+        >>> from collins import Collins
+        >>> model = torch.nn.Linear(512, 512)
+        >>> adamw = torch.optim.AdamW(model.parameters())
+        >>> model(torch.randn(8, 512)).square().mean().backward()
+        >>> adamw.step()
+        >>> opt = Collins(model.parameters())
+        >>> opt.load_state_dict(convert(adamw.state_dict(), opt))
+    """
+    saved, states = saved_groups(state_dict, optimizer.param_groups)
+    check_order(saved, optimizer.param_groups)
+    groups: list[dict[str, Any]] = []
+    new: dict[int, dict[str, Any]] = {}
+    homes = iter(optimizer.homes())
+    for theirs, mine in zip(saved, optimizer.param_groups, strict=True):
+        _check_group(theirs, mine)
+        kept = {name: theirs[name] for name in theirs if name in ADOPTED or name not in {*mine, *_ADAMWS}}
+        first = len(new)
+        for place, home in zip(theirs["params"], homes, strict=False):
+            new[len(new)] = _converted(states[place], home) if states.get(place) else {}
+        groups.append({**mine, **kept, "params": list(range(first, len(new)))})
+    return {"state": {number: state for number, state in new.items() if state}, "param_groups": groups}
+
+
+def _check_group(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    if saved.get("amsgrad"):
+        raise ValueError("amsgrad is True in state_dict: Collins keeps no maximum of second moments")
+    if saved.get("weight_decay") and not saved.get("decoupled_weight_decay", True):
+        raise ValueError(
+            f"weight_decay is {saved['weight_decay']} in state_dict and not decoupled, as in torch.optim.Adam: it is"
+            " part of the saved moments, and Collins would decay weights a second time"
+        )
+    if saved.get("maximize", False) != own["maximize"]:
+        raise ValueError(
+            f"maximize is {saved.get('maximize', False)} in state_dict and {own['maximize']} in this optimizer: the"
+            " first moment would have the wrong sign"
+        )
+
+
+def _converted(state: Mapping[str, Any], home: Home) -> dict[str, Any]:
+    step = step_of(home.name, state)
+    if TABLES[0] in state:
+        m, v = _from_tables(state, home)
+    else:
+        m, v = _from_dense(state, home, int(step))
+    moments = {name: t.to(home.dtype).reshape(home.shape) for name, t in zip(home.names, (m, v), strict=True)}
+    mark = {} if home.fingerprint is None else {LAYOUT: home.fingerprint.packed()}
+    return {"step": torch.tensor(step), **moments, **mark}
+
+
+def _from_dense(state: Mapping[str, Any], home: Home, step: int) -> tuple[Tensor, Tensor]:
+    found = {name: state[name] for name in DENSE if name in state}
+    check_moments(home.name, "state_dict", found, dict.fromkeys(DENSE, home.param_shape))
+    m, v = (state[name].detach() for name in DENSE)
+    if home.hash is None:
+        return m.clone(), v.clone()
+    return _means(m, home.hash, step, signed=True), _means(v, home.hash, step, signed=False)
+
+
+def _means(x: Tensor, hash: BlockHash | UniversalHash, step: int, *, signed: bool) -> Tensor:
+    """Each bucket's mean of x, or of s(i) x_i under the signs of this step: float64, shape (K,)."""
+    sums = torch.zeros(hash.buckets, dtype=torch.float64, device=x.device)
+    for first, piece in _pieces(x.reshape(-1)):
+        index = torch.arange(first, first + piece.numel(), device=x.device)
+        piece = piece.double() * hash.sign(index, step) if signed else piece.double()
+        sums.index_add_(0, hash.bucket(index), piece)
+    return sums / _loads(hash, x.device)
+
+
+def _loads(hash: BlockHash | UniversalHash, device: torch.device) -> Tensor | float:
+    if isinstance(hash, UniversalHash):
+        return hash.numel / hash.buckets
+    return hash.load(torch.arange(hash.buckets, device=device)).double()
+
+
+def _pieces(x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    for first in range(0, x.numel(), _PIECE):
+        yield first, x[first : first + _PIECE]
+
+
+def _from_tables(state: Mapping[str, Any], home: Home) -> tuple[Tensor, Tensor]:
+    if LAYOUT not in state:
+        raise ValueError(f"{home.name} has tables in state_dict without the {LAYOUT!r} that says what they mean")
+    saved, own = fingerprint_in(home.name, state), home.fingerprint
+    found = {name: state[name].reshape(-1) for name in TABLES if name in state}
+    check_moments(home.name, "state_dict", found, dict.fromkeys(TABLES, (saved.buckets,)))
+    m, v = (found[name].detach() for name in TABLES)
+    if own is None:
+        raise ValueError(f"{home.name} keeps dense moments here; tables of bucket means cannot be told apart again")
+    if saved.difference(own) is None:
+        return m.clone(), v.clone()
+    _check_coarsening(home.name, saved, own)
+    V = torch.zeros(own.buckets, dtype=torch.float64, device=v.device)
+    loads = torch.full_like(v, saved.load, dtype=torch.float64)
+    loads[-1] = saved.numel - (saved.buckets - 1) * saved.load
+    coarse = torch.arange(saved.buckets, device=v.device) // (own.load // saved.load)
+    V.index_add_(0, coarse, loads * v.double())
+    V /= _loads(cast(BlockHash, home.hash), v.device)
+    return torch.zeros_like(V), V
+
+
+def _check_coarsening(name: str, saved: Fingerprint, own: Fingerprint) -> None:
+    difference = saved.difference(own)
+    if saved.numel != own.numel or saved.rows != own.rows:
+        reason = "these are different parameters"
+    elif saved.load == 0 or own.load == 0:
+        reason = "elements that share a bucket of hash='universal' do not share one under any other hash"
+    elif own.load % saved.load:
+        reason = "buckets cannot be divided: a mean does not tell its elements apart"
+    else:
+        return
+    raise ValueError(f"{name} cannot be converted: state_dict has {difference}; {reason}")

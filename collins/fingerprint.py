@@ -1,0 +1,101 @@
+"""What a parameter's saved state means, as one integer that travels with it.
+
+Tables mean nothing without their hash: read under other signs or other buckets they are noise. So a parameter's state
+carries, beside its tables, a fingerprint of what they were encoded with. It is an int because that is what every way of
+saving keeps: `torch.save` with `weights_only=True`, pickle, and the flattened form of `torch.distributed.checkpoint`,
+which takes tensors, ints and floats and would move or shard a tensor. It depends on the whole parameter alone, so that
+all ranks agree on it and none of it changes with their number.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from collins.hashing import BlockHash, UniversalHash, derive
+
+LAYOUT = "layout"  # the fingerprint's name in a parameter's state
+
+_VERSION = 1
+_WORD = 64
+_MASK = 2**_WORD - 1
+_KINDS = ("block", "universal")
+
+
+class Fingerprint(NamedTuple):
+    """What decides the meaning of a parameter's tables; 0 for what does not matter to its hash.
+
+    The decode is not among it: M and V are the same under both.
+    """
+
+    hash: int  # 0 for "block", 1 for "universal"
+    numel: int  # N
+    rows: int  # the parameter's first dimension
+    buckets: int  # K
+    load: int  # c, of hash="block"
+    period: int  # T, of hash="block"; 0 for signs that never change
+    signs: int  # what the signs of hash="block" derive from
+    a: int  # to d: the coefficients of hash="universal"
+    b: int
+    c: int
+    d: int
+    seed: int  # modulo 2**64; this and the place explain signs and coefficients
+    place: int  # of the parameter in its optimizer
+
+    def packed(self) -> int:
+        """All of it in one integer of 64-bit words; `unpacked` is the inverse."""
+        return sum(word << _WORD * i for i, word in enumerate((_VERSION, *self)))
+
+    def difference(self, own: Fingerprint) -> str | None:
+        """How this, of a saved state, differs from the one it is to be loaded under; None if it means the same."""
+        if self._replace(seed=0, place=0) == own._replace(seed=0, place=0):
+            return None
+        pairs = zip(self._fields, self, own, strict=True)
+        differ = {name: (_shown(name, saved), _shown(name, mine)) for name, saved, mine in pairs if saved != mine}
+        if self.hash != own.hash:
+            differ = {"hash": differ["hash"]}
+        elif len(differ) > 1:
+            differ.pop("signs", None)  # the others say why
+        return ", ".join(
+            f"{_LABELS.get(n, n)} {saved} where this optimizer has {my}" for n, (saved, my) in differ.items()
+        )
+
+
+def fingerprint(rows: int, hash: BlockHash | UniversalHash, seed: int, place: int) -> Fingerprint:
+    """Of a parameter whose first dimension is `rows`, at this place of an optimizer of this seed."""
+    if isinstance(hash, BlockHash):
+        kind, signs = 0, derive(hash.seed, hash.key, "sign") & _MASK
+        own = (hash.block, hash.period or 0, signs, 0, 0, 0, 0)
+    else:
+        kind, own = 1, (0, 0, 0, hash.a, hash.b, hash.c, hash.d)
+    return Fingerprint(kind, hash.numel, rows, hash.buckets, *own, seed & _MASK, place)
+
+
+def unpacked(value: object) -> Fingerprint:
+    """The inverse of `Fingerprint.packed`.
+
+    Raises:
+        ValueError: for anything that no version of this package has packed.
+    """
+    if isinstance(value, int) and value >= 0 and value & _MASK == _VERSION:
+        words = tuple(value >> _WORD * (i + 1) & _MASK for i in range(len(Fingerprint._fields)))
+        found = Fingerprint(*words)
+        if found.packed() == value and found.hash < len(_KINDS) and found.numel:
+            return found
+    raise ValueError(f"{LAYOUT} must be a fingerprint of version {_VERSION}, got {value!r}")
+
+
+_LABELS = {
+    "rows": "first dimension",
+    "buckets": "buckets K",
+    "load": "bucket load c",
+    "period": "rehash_period",
+    "signs": "signs",
+}
+
+
+def _shown(name: str, value: int) -> str:
+    if name == "hash":
+        return repr(_KINDS[value])
+    if name == "period":
+        return str(value or None)
+    return str(value - 2**_WORD if name == "seed" and value >> _WORD - 1 else value)

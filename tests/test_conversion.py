@@ -1,0 +1,255 @@
+"""Converted state is what the formulas make of the same gradients; what cannot be converted is refused."""
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+from reference import Block, Reference, Universal
+
+from collins import BlockHash, Collins, convert
+
+SHAPE = (33, 37)  # neither is a multiple of a bucket
+STEPS = 9
+
+
+def gradients(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(SHAPE, generator=generator, dtype=torch.float64) + 0.1 for _ in range(STEPS)]
+
+
+def stepped(make, dtype=torch.float64):
+    p = torch.nn.Parameter(torch.ones(SHAPE, dtype=dtype))
+    opt = make([p])
+    for g in gradients():
+        p.grad = g.to(dtype)
+        opt.step()
+    return p, opt
+
+
+def collins(**options):
+    return lambda ps: Collins(ps, **{"min_K": 8, "table_dtype": torch.float64, **options})
+
+
+def twin_hash(hash, period=None):
+    if isinstance(hash, BlockHash):
+        return Block(hash.numel, hash.block, hash.seed, hash.key, period)
+    return Universal(hash.numel, hash.buckets, hash.a, hash.b, hash.c, hash.d)
+
+
+def run(hash):
+    twin = Reference(np.ones(SHAPE), hash)
+    for g in gradients():
+        twin.step(g.numpy())
+    return twin
+
+
+def tables(state_dict):
+    state = state_dict["state"][0]
+    return state["m_table"].numpy().reshape(-1), state["v_table"].numpy().reshape(-1)
+
+
+HASHES = [{"compress_ratio": c} for c in (2, 32, 128)] + [{"hash": "universal"}]
+
+
+@pytest.mark.parametrize("options", HASHES, ids=str)
+def test_adamws_moments_become_the_tables_that_the_same_gradients_would_have_made(options):
+    _, adamw = stepped(torch.optim.AdamW)
+    p, opt = stepped(collins(rehash_period=None, **options))
+    M, V = tables(convert(adamw.state_dict(), opt))
+    twin = run(twin_hash(opt.hash_of(p)))
+    np.testing.assert_allclose(M, twin.M, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(V, twin.V, rtol=1e-9)
+
+
+@pytest.mark.parametrize("options", HASHES, ids=str)
+def test_the_signs_are_those_that_the_next_step_goes_on_with(options):
+    q, adamw = stepped(torch.optim.AdamW)
+    p, opt = stepped(collins(rehash_period=5, **options))
+    converted = convert(adamw.state_dict(), opt)
+    M, _ = tables(converted)
+    hash = twin_hash(opt.hash_of(p), 5)
+    m = adamw.state[q]["exp_avg"].reshape(-1).numpy()
+    expected, loads = np.zeros(hash.K), [hash.load(b) for b in range(hash.K)]
+    for i, value in enumerate(m):
+        expected[hash.h(i)] += hash.s(i, STEPS) * value / loads[hash.h(i)]
+    np.testing.assert_allclose(M, expected, rtol=1e-9, atol=1e-12)
+    steady = [i for i in range(m.size) if not hash.fresh(hash.h(i), STEPS + 1)]
+    assert steady
+    assert all(hash.s(i, STEPS) == hash.s(i, STEPS + 1) for i in steady)
+    # And the optimizer goes on from there as its twin does.
+    twin = Reference(p.detach().numpy(), hash)
+    twin.M, twin.V, twin.t = *tables(converted), STEPS
+    opt.load_state_dict(converted)
+    p.grad = gradients(1)[0]
+    opt.step()
+    twin.step(p.grad.numpy())
+    np.testing.assert_allclose(p.detach().numpy().reshape(-1), twin.p, rtol=1e-9)
+    np.testing.assert_allclose(tables(opt.state_dict())[0], twin.M, rtol=1e-9, atol=1e-12)
+
+
+def test_the_decode_of_a_converted_first_moment_is_unbiased():
+    q, adamw = stepped(torch.optim.AdamW)
+    m = adamw.state[q]["exp_avg"].reshape(-1)
+    index, decoded = torch.arange(m.numel()), []
+    for seed in range(400):
+        opt = collins(seed=seed, compress_ratio=8)([q])
+        hash = opt.hash_of(q)
+        M = convert(adamw.state_dict(), opt)["state"][0]["m_table"].reshape(-1)
+        bucket = hash.bucket(index)
+        decoded.append(hash.load(bucket) * hash.sign(index, STEPS) * M[bucket])
+    decoded = torch.stack(decoded)
+    error = decoded.std(0) / 400**0.5
+    whole = index < hash.block * (hash.buckets - 1)
+    assert ((decoded.mean(0) - m).abs() < 5.5 * error + 1e-12)[whole].all()
+    assert error[whole].min() > 0  # or nothing was averaged
+
+
+@pytest.mark.parametrize(("fine", "coarse"), [(2, 4), (2, 128), (8, 32), (32, 64)])
+def test_coarser_second_moments_are_exact_and_first_moments_restart(fine, coarse):
+    _, source = stepped(collins(compress_ratio=fine))
+    p, opt = stepped(collins(compress_ratio=coarse, seed=3, rehash_period=7))
+    before = copy.deepcopy(source.state_dict())
+    converted = convert(source.state_dict(), opt)
+    M, V = tables(converted)
+    hash = twin_hash(opt.hash_of(p), 7)
+    twin = run(hash)
+    np.testing.assert_allclose(V, twin.V, rtol=1e-12)
+    assert not M.any()
+    assert converted["state"][0]["step"] == STEPS
+    assert torch.equal(source.state_dict()["state"][0]["v_table"], before["state"][0]["v_table"])
+    opt.load_state_dict(converted)
+    twin.M[:] = 0
+    twin.p = p.detach().numpy().reshape(-1).copy()
+    for g in gradients(2):
+        p.grad = g
+        opt.step()
+        twin.step(g.numpy())
+    np.testing.assert_allclose(p.detach().numpy().reshape(-1), twin.p, rtol=1e-9)
+
+
+def test_encoding_a_decoded_sketch_anew_would_be_sqrt_c_too_loud():
+    """Why first moments restart: right on average, but with noise of sqrt(c) times the moment itself."""
+    c, N = 32, 32 * 4096
+    m = np.random.default_rng(0).normal(size=(N // c, c))
+    draw = np.random.default_rng(1)
+    s, t = (draw.choice([-1.0, 1.0], size=m.shape) for _ in range(2))
+    decoded = c * s * (s * m).mean(1, keepdims=True)
+    again, true = (t * decoded).mean(1), (t * m).mean(1)
+    assert np.sqrt((again**2).mean() / (true**2).mean()) == pytest.approx(np.sqrt(c), rel=0.05)
+
+
+def test_tables_that_mean_the_same_keep_every_bit_and_may_change_their_dtype():
+    _, source = stepped(collins(), torch.bfloat16)
+    q = torch.nn.Parameter(torch.ones(SHAPE))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        opt = collins(table_dtype=dtype)([q])
+        converted = convert(source.state_dict(), opt)
+        for name in ("m_table", "v_table"):
+            assert torch.equal(converted["state"][0][name], source.state_dict()["state"][0][name].to(dtype))
+        opt.load_state_dict(converted)
+
+
+def test_dense_moments_may_change_their_dtype():
+    _, adamw = stepped(torch.optim.AdamW, torch.bfloat16)
+    p = torch.nn.Parameter(torch.ones(SHAPE, dtype=torch.bfloat16))
+    opt = Collins([p], compress_ratio=1)
+    opt.load_state_dict(convert(adamw.state_dict(), opt))
+    assert opt.state[p]["exp_avg"].dtype == torch.float32
+    assert torch.equal(opt.state[p]["exp_avg"].bfloat16(), adamw.state_dict()["state"][0]["exp_avg"])
+
+
+def test_groups_and_schedules_come_along():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 5))
+    frozen = net[2].bias.requires_grad_(False)
+    groups = [
+        {"params": [net[0].weight, net[0].bias], "lr": 0.1},
+        {"params": [net[1].weight, net[1].bias, net[2].weight, frozen], "betas": (0.8, 0.99)},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=0.01)
+    schedule = torch.optim.lr_scheduler.StepLR(adamw, 1)
+    net(torch.randn(8, 64)).square().mean().backward()
+    adamw.step()
+    schedule.step()
+    opt = Collins([{"params": list(group["params"])} for group in adamw.param_groups], min_K=64, decode="sketch")
+    before = copy.deepcopy(opt.state_dict())
+    opt.load_state_dict(convert(adamw.state_dict(), opt))
+    assert [group["lr"] for group in opt.param_groups] == pytest.approx([0.01, 0.001])
+    assert [group["initial_lr"] for group in opt.param_groups] == [0.1, 0.01]
+    assert opt.param_groups[1]["betas"] == (0.8, 0.99)
+    assert opt.param_groups[0]["decode"] == "sketch"
+    assert opt.param_groups[0].keys() == {*before["param_groups"][0], "initial_lr"}
+    assert len(opt.state) == 5
+    assert torch.equal(opt.state[net[0].bias]["exp_avg"], adamw.state[net[0].bias]["exp_avg"])
+    net(torch.randn(8, 64)).square().mean().backward()
+    opt.step()
+    assert opt.state[net[0].weight]["step"] == 2
+
+
+def changed(change):
+    _, adamw = stepped(torch.optim.AdamW)
+    state = copy.deepcopy(adamw.state_dict())
+    change(state)
+    return state
+
+
+REFUSED = [
+    (
+        collins(compress_ratio=32),
+        collins(compress_ratio=8),
+        "load c 32 where this .* 8.* a mean does not tell its elem",
+    ),
+    (
+        collins(),
+        collins(compress_ratio=1),
+        "parameter 0 keeps dense moments here; tables of bucket means cannot be told",
+    ),
+    (
+        collins(),
+        collins(hash="universal"),
+        "hash 'block' where this optimizer has 'universal'; elements that share a bu",
+    ),
+    (
+        collins(hash="universal"),
+        collins(),
+        "hash 'universal' where this optimizer has 'block'; elements that share a b",
+    ),
+    (
+        collins(hash="universal"),
+        collins(hash="universal", compress_ratio=64),
+        "buckets K 38 where this optimizer has 19",
+    ),
+    (collins(hash="universal"), collins(hash="universal", seed=1), "seed 0 where this optimizer has 1; elements that"),
+    (lambda p: torch.optim.AdamW(p, amsgrad=True), collins(), "amsgrad is True in state_dict"),
+    (lambda p: torch.optim.Adam(p, weight_decay=0.1), collins(), "weight_decay is 0.1 in state_dict and not decoupled"),
+    (lambda p: torch.optim.AdamW(p, maximize=True), collins(), "maximize is True in state_dict and False in this"),
+    (lambda p: torch.optim.SGD(p, momentum=0.9), collins(), "parameter 0 must have a step"),
+    (torch.optim.RMSprop, collins(), r"parameter 0 has moments .*exp_avg.*; state_dict holds {}"),
+]
+
+
+@pytest.mark.parametrize(("source", "target", "text"), REFUSED, ids=[text[:40] for _, _, text in REFUSED])
+def test_what_cannot_be_converted_is_refused_with_the_reason(source, target, text):
+    _, saved = stepped(source)
+    _, opt = stepped(target)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=text):
+        convert(saved.state_dict(), opt)
+    assert str(opt.state_dict()) == str(before)
+
+
+def test_another_shape_is_refused():
+    _, adamw = stepped(torch.optim.AdamW)
+    opt = collins()([torch.nn.Parameter(torch.ones(37, 33))])
+    with pytest.raises(ValueError, match=re.escape("'exp_avg': (37, 33)")):
+        convert(adamw.state_dict(), opt)
+    with pytest.raises(ValueError, match=re.escape("groups of [1] parameters; this optimizer has [2]")):
+        convert(adamw.state_dict(), collins()([torch.nn.Parameter(torch.ones(37, 33)) for _ in range(2)]))
+
+
+def test_adam_without_decay_converts_as_adamw_does():
+    _, adam = stepped(torch.optim.Adam)
+    _, opt = stepped(collins())
+    opt.load_state_dict(convert(adam.state_dict(), opt))

@@ -1,0 +1,353 @@
+"""The Triton kernel: the same step as `update_`, one launch for all tensors of a kind, each gradient read once.
+
+Without a GPU it runs under Triton's interpreter, on CPU tensors, and is compiled for one all the same.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from collins import Collins
+from collins.compile.launch import Launch, Launches
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(96, 64), (33, 37), (5000,), (64, 1024), (40,), (), (130, 32), (2, 0)]
+CASES = [
+    (torch.float32, {}),
+    (torch.float32, {"compress_ratio": 8, "rehash_period": None}),
+    (torch.float32, {"compress_ratio": 128, "decode": "sketch"}),
+    (torch.float32, {"compress_ratio": 1024, "maximize": True}),
+    (torch.bfloat16, {}),
+    (torch.bfloat16, {"table_dtype": torch.bfloat16, "compress_ratio": 16}),
+    pytest.param(
+        torch.bfloat16,
+        {"stochastic_rounding": False},
+        marks=pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter truncates where a GPU rounds"),
+    ),
+    (torch.float32, {"table_dtype": torch.bfloat16, "compress_ratio": 64}),
+    (torch.float32, {"hash": "universal"}),
+    (torch.float64, {}),
+    (torch.float16, {}),
+]
+
+
+def launching(opt):
+    """The optimizer, stepping through the kernel wherever it runs."""
+    if DEVICE == "cpu":
+        opt._engine._launches = Launches("cpu")
+    return opt
+
+
+def parameters(dtype, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in shapes]
+
+
+def moments(opt, p):
+    return [opt.state[p][name] for name in ("exp_avg", "exp_avg_sq", "m_table", "v_table") if name in opt.state[p]]
+
+
+def give_gradients(ps, step):
+    for i, p in enumerate(ps):
+        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+        p.grad = g.to(DEVICE, p.dtype)
+
+
+def count_launches(monkeypatch):
+    """How many tensors each launch has taken, filled as they come."""
+    taken = []
+    original = torch.ops.collins.step_
+
+    def counted(p, *rest):
+        taken.append(len(p))
+        original(p, *rest)
+
+    monkeypatch.setattr(torch.ops.collins, "step_", counted)
+    return taken
+
+
+@pytest.mark.parametrize(("dtype", "options"), CASES, ids=str)
+def test_the_kernel_steps_as_eager_code_does(dtype, options):
+    sides = []
+    for through_kernel in (False, True):
+        ps = parameters(dtype)
+        opt = Collins(ps, lr=1e-2, **{"min_K": 16, "rehash_period": 3, "compile": False, **options})
+        if through_kernel:
+            opt = launching(Collins(ps, lr=1e-2, **{"min_K": 16, "rehash_period": 3, **options}))
+        for step in range(7):
+            give_gradients(ps, step)
+            opt.step()
+        sides.append([t for p in ps for t in (p.detach(), *moments(opt, p))])
+    for eager, launched in zip(*sides, strict=True):
+        ulp = torch.finfo(eager.dtype).eps
+        torch.testing.assert_close(eager, launched, rtol=4 * ulp, atol=4 * ulp)
+        if eager.dtype == torch.bfloat16 and eager.numel():  # the same random bits
+            assert (eager != launched).float().mean() < 0.02
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize("options", [{}, {"compress_ratio": 128}, {"compress_ratio": 1}], ids=str)
+def test_the_kernel_leaves_out_what_a_wrong_gradient_reaches(options):
+    sides = []
+    for through_kernel in (False, True):
+        ps = parameters(torch.float32)
+        opt = Collins(ps, **{"min_K": 16, "compile": None if through_kernel else False, "nonfinite": "skip", **options})
+        opt = launching(opt) if through_kernel else opt
+        for step in range(3):
+            give_gradients(ps, step)
+            for p in ps:
+                if p.numel() > 7:
+                    p.grad.view(-1)[::1000] = (float("inf"), float("nan"), 1e30)[step]
+            opt.step()
+        sides.append([t for p in ps for t in (p.detach(), *moments(opt, p))])
+    for eager, launched in zip(*sides, strict=True):
+        assert eager.isfinite().all()
+        torch.testing.assert_close(eager, launched, rtol=1e-6, atol=1e-6)
+
+
+def test_tensors_of_one_kind_share_a_launch_whatever_their_shapes(monkeypatch):
+    ps = parameters(torch.float32, [(96, 64), (64, 128), (4096,), (40,), (24,), (8,), (33, 37)])
+    opt = launching(Collins(ps, min_K=64))
+    give_gradients(ps, 0)
+    taken = count_launches(monkeypatch)
+    opt.step()
+    # Tables; dense; each apart where rows of 32 do not come out even.
+    assert sorted(taken) == [1, 3, 3]
+
+
+def test_what_the_kernel_cannot_read_is_stepped_otherwise(monkeypatch):
+    transposed = torch.nn.Parameter(torch.randn(64, 96, device=DEVICE).t())
+    shifted = torch.nn.Parameter(torch.randn(64 * 96 + 1, device=DEVICE)[1:].view(64, 96))
+    even = torch.nn.Parameter(torch.randn(64, 96, device=DEVICE))
+    ps = [transposed, shifted, even]
+    copies = [torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in ps]
+    opt, other = launching(Collins(ps, min_K=16)), Collins(copies, min_K=16, compile=False)
+    taken = count_launches(monkeypatch)
+    for step in range(3):
+        give_gradients(ps, step)
+        give_gradients(copies, step)
+        opt.step()
+        other.step()
+    assert taken == [1, 1, 1]
+    for p, q in zip(ps, copies, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach())
+
+
+def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
+    ps = parameters(torch.float32, [(96, 64), (64, 96)])
+    opt = launching(Collins(ps, min_K=16))
+    copies = parameters(torch.float32, [(96, 64), (64, 96)])
+    other = Collins(copies, min_K=16, compile=False)
+    made = []
+    upload = Launch._uploaded
+    monkeypatch.setattr(Launch, "_uploaded", lambda self, host: made.append(1) or upload(self, host))
+    for step in range(8):
+        if step == 3:
+            for p in (*ps, *copies):
+                p.data = p.data.clone()
+        if step == 5:
+            opt.load_state_dict(opt.state_dict())
+        for group in (*opt.param_groups, *other.param_groups):
+            group["lr"] = 1e-3 * (step + 1)
+        give_gradients(ps, step)
+        give_gradients(copies, step)
+        if step == 6:
+            ps[0].grad = copies[0].grad = None
+        opt.step()
+        other.step()
+    # At first, with moved parameters, with one alone, with two whose numbers of steps differ; not for loading in place.
+    assert len(made) == 2 * 4
+    for p, q in zip(ps, copies, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach())
+
+
+def test_each_parameter_alone_keeps_its_own_table(monkeypatch):
+    """As in steps during backward: no table is made twice."""
+    ps = parameters(torch.float32, [(96, 64), (64, 96), (32, 64)])
+    opt = launching(Collins(ps, min_K=16, in_backward=True))
+    made = []
+    upload = Launch._uploaded
+    monkeypatch.setattr(Launch, "_uploaded", lambda self, host: made.append(1) or upload(self, host))
+    for step in range(3):
+        for p in ps:
+            (p * (step + 1)).sum().backward()
+        opt.step()
+    assert len(made) == 2 * len(ps)
+
+
+def test_a_parameter_that_was_stepped_cannot_serve_an_older_backward():
+    """Writing through addresses is a change in place, of which autograd is told."""
+    ps = parameters(torch.float32, [(96, 64)])
+    opt = launching(Collins(ps, min_K=16))
+    loss = ps[0].square().sum()
+    give_gradients(ps, 0)
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_kernel_that_does_not_compile_is_one_warning_and_another_way(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    def broken(*_):
+        raise OutOfResources(1, 0, "shared memory")
+
+    monkeypatch.setattr(torch.ops.collins, "step_", broken)
+    ps, copies = parameters(torch.float32, [(96, 64)] * 2), parameters(torch.float32, [(96, 64)] * 2)
+    opt, other = launching(Collins(ps, min_K=16)), Collins(copies, min_K=16, compile=False)
+    give_gradients(ps, 0)
+    give_gradients(copies, 0)
+    with pytest.warns(UserWarning, match="because its Triton kernel failed: out of resource: shared memory"):
+        opt.step()
+    opt.step()  # a second warning would be an error
+    other.step()
+    other.step()
+    for p, q in zip(ps, copies, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach())
+
+
+COMPILED = """
+import re
+import triton.language as tl
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from collins.compile import kernels
+
+def ptx(param, moment, load, rounding):
+    fixed = dict(
+        P=param, T=moment, DENSE=load == 1, LOAD=load, RESIDUAL=True, REHASH=load > 1, ROUND_P=rounding, ROUND_T=False,
+        MAXIMIZE=False, SKIP=True, EVEN=True, FAST=True, TILE=kernels.TILE_BYTES // (param.primitive_bitwidth // 8),
+        CHUNK=kernels.CHUNK,
+    )
+    names = kernels._step.arg_names
+    addresses = {"owners": "*i32", "table": "*i64", "grads": "*i64", "numbers": "*fp64"}
+    signature = {**addresses, **dict.fromkeys(fixed, "constexpr")}
+    constants = {(names.index(name),): value for name, value in fixed.items()}
+    source = ASTSource(kernels._step, signature=signature, constexprs=constants)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+
+for param, moment, load, rounding in (
+    (tl.float32, tl.float32, 32, False), (tl.bfloat16, tl.float32, 32, True), (tl.float32, tl.float32, 128, False),
+    (tl.bfloat16, tl.bfloat16, 16, True), (tl.float32, tl.float32, 1, False),
+):
+    code = ptx(param, moment, load, rounding)
+    threads, wide = 128, 16
+    each = kernels.TILE_BYTES // threads // wide
+    reads, writes = (len(re.findall(way + r"\\.global\\.v4\\.b32", code)) for way in ("ld", "st"))
+    print(each, reads, writes, load)
+"""
+
+
+def test_compiled_for_a_gpu_each_tensor_is_read_and_written_once_in_wide_words():
+    """No GPU is needed to compile for one. A wide access is 16 bytes a thread; p and g are read, p is written."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    for line in ran.stdout.splitlines():
+        each, reads, writes, load = map(int, re.findall(r"\d+", line))
+        moments = 2 if load == 1 else 0  # dense moments are as large as the parameter
+        assert (reads, writes) == ((2 + moments) * each, (1 + moments) * each)
+    assert len(ran.stdout.splitlines()) == 5
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_needs_no_memory_of_the_parameters_size(dtype):
+    p = torch.nn.Parameter(torch.randn(8192, 8192, device="cuda").to(dtype))
+    p.grad = torch.randn_like(p)
+    opt = Collins([p])
+    opt.step()
+    resident = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    opt.step()
+    assert torch.cuda.max_memory_allocated() <= 1.01 * resident
+
+
+def train(wrap, steps, **options):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 64)).to(DEVICE)
+    opt = Collins(net.parameters(), lr=torch.tensor(1e-2, device=DEVICE), min_K=16, rehash_period=3, **options)
+    inputs = torch.randn(steps, 8, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    wrap(net, opt, inputs)
+    return [p.detach() for p in net.parameters()], [opt.state[p]["step"].item() for p in net.parameters()]
+
+
+def plainly(net, opt, inputs):
+    for x in inputs:
+        opt.zero_grad(set_to_none=False)
+        net(x).square().mean().backward()
+        opt.step()
+
+
+def test_a_capturable_step_keeps_its_counters_on_the_device_and_changes_nothing_else():
+    plain, steps = train(plainly, 6)
+    capturable, counted = train(lambda net, opt, x: plainly(net, launching(opt), x), 6, capturable=True)
+    assert steps == counted == [6.0] * 4
+    for p, q in zip(plain, capturable, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compile", [None, True, False], ids=["kernel", "graphs", "eager"])
+def test_a_cuda_graph_of_a_training_step_replays_it(compile):
+    def captured(net, opt, inputs):
+        held = inputs[0].clone()
+
+        def step():
+            opt.zero_grad(set_to_none=False)
+            net(held).square().mean().backward()
+            opt.step()
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for x in inputs[:3]:
+                held.copy_(x)
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        for x in inputs[3:]:
+            held.copy_(x)
+            graph.replay()
+
+    plain, _ = train(plainly, 9, capturable=True, compile=compile)
+    replayed, steps = train(captured, 9, capturable=True, compile=compile)
+    assert steps == [9.0] * 4
+    for p, q in zip(plain, replayed, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.cuda
+def test_capture_is_refused_unless_capturable():
+    ps = parameters(torch.float32, [(96, 64)])
+    opt = Collins(ps, min_K=16)
+    give_gradients(ps, 0)
+    opt.step()
+    before = ps[0].detach().clone()
+    with pytest.raises(RuntimeError, match="capturable must be True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        opt.step()
+    assert torch.equal(ps[0].detach(), before)
+
+
+@pytest.mark.cuda
+def test_reduce_overhead_around_the_step():
+    sides = []
+    for wrap in (lambda step: step, lambda step: torch.compile(step, mode="reduce-overhead")):
+        ps = parameters(torch.float32, [(96, 64), (40,)])
+        opt = Collins(ps, min_K=16, capturable=True)
+        step = wrap(opt.step)
+        for i in range(6):
+            give_gradients(ps, i)
+            step()
+        sides.append(ps)
+    for p, q in zip(*sides, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach())

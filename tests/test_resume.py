@@ -1,0 +1,45 @@
+"""Twenty steps are ten steps, a checkpoint, a new process and ten steps more: to the bit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from resuming import CASES, HALF, STEPS, Run, checkpoint, result
+
+import collins
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """The folder in which another process has ended all runs that this one began."""
+    folder = tmp_path_factory.mktemp("runs")
+    for number, case in enumerate(CASES):
+        collins.save(checkpoint(folder, number), **Run(**case).train(0, HALF).parts)
+    environment = {**os.environ, "PYTHONPATH": str(Path(collins.__file__).parent.parent)}
+    subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("resuming.py")), str(folder)], check=True, env=environment
+    )
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: "-".join(map(str, CASES[number].values())))
+def test_a_resumed_run_ends_in_the_bits_of_one_that_was_never_stopped(resumed, number):
+    begun = torch.load(checkpoint(resumed, number), weights_only=True)
+    ended = torch.load(result(resumed, number), weights_only=True)
+    expected = Run(**CASES[number]).train(0, STEPS).end()
+    assert same(ended, expected)
+    assert not same(begun["optimizer"], expected["optimizer"])
+    assert any("layout" in state for state in ended["optimizer"]["state"].values())
+
+
+def same(ours, theirs):
+    if isinstance(ours, torch.Tensor):
+        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs
