@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -253,6 +254,11 @@ class Collins(Optimizer):
                 raise TypeError(f"{label} has layout {p.layout}; Collins accepts torch.strided parameters")
             if p.dtype not in _PARAM_DTYPES:
                 raise TypeError(f"{label} has dtype {p.dtype}; Collins accepts {listed(_PARAM_DTYPES)}")
+            if _is_sharded(p):
+                raise TypeError(
+                    f"{label} is a DTensor; Collins accepts whole tensors: it does not step sharded parameters (FSDP2,"
+                    " tensor parallel) yet"
+                )
             if id(p) in seen:
                 raise ValueError(f"{label} of the new group is already in the optimizer as {seen[id(p)]}; give it once")
             seen[id(p)] = label
@@ -744,6 +750,11 @@ def _scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
         weight_decay=group["weight_decay"],
         residual_weight=group["residual_weight"],
     )
+
+
+def _is_sharded(p: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # without it there is no DTensor
+    return module is not None and isinstance(p, module.DTensor)
 
 
 def _label(name: str | int) -> str:

@@ -280,12 +280,13 @@ def _launch(
     even: bool,
 ) -> None:
     param, moment = p[0].dtype, m[0].dtype
-    _step[(owners.numel() * CHUNK,)](
-        owners, table, grads, numbers,
-        P=_DTYPES[param], T=_DTYPES[moment], DENSE=load == 1, LOAD=load, RESIDUAL=residual, REHASH=rehash,
-        ROUND_P=rounding and param in ROUNDED, ROUND_T=rounding and moment in ROUNDED, MAXIMIZE=maximize,
-        SKIP=skip, EVEN=even, FAST=_FAST, TILE=tile_of(param), CHUNK=CHUNK, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(p[0]):
+        _step[(owners.numel() * CHUNK,)](
+            owners, table, grads, numbers,
+            P=_DTYPES[param], T=_DTYPES[moment], DENSE=load == 1, LOAD=load, RESIDUAL=residual, REHASH=rehash,
+            ROUND_P=rounding and param in ROUNDED, ROUND_T=rounding and moment in ROUNDED, MAXIMIZE=maximize,
+            SKIP=skip, EVEN=even, FAST=_FAST, TILE=tile_of(param), CHUNK=CHUNK, num_warps=4,
+        )  # fmt: skip
 
 
 for _key in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only

@@ -117,7 +117,7 @@ class Launch:
         self._device = device
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
         self._last: tuple[tuple[list[int], ...], tuple[Keys, ...], Tensor, Tensor] | None = None
-        self._moving: dict[int, Tensor] = {}
+        self._moving: dict[tuple[int, int], Tensor] = {}
         self._spare: Tensor | None = None
         self._captured: list[Any] = []
 
@@ -130,24 +130,31 @@ class Launch:
         _, _, owners, table = self._last
         count = len(works)
         size = count + len(numbers) * len(NUMBERS)
-        if size not in self._moving:
-            self._moving[size] = torch.empty(size, dtype=torch.int64, device=self._device)
-        moving = self._moving[size]
+        # Gradients of one device may arrive on several streams: what one of them still reads no other overwrites.
+        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
+        if (size, stream) not in self._moving:
+            self._moving[size, stream] = torch.empty(size, dtype=torch.int64, device=self._device)
+        moving = self._moving[size, stream]
         host = self._host(size, capturing)
         host[:count] = torch.tensor(grads)
         columns = [_column(h) for h in numbers]
-        on_device = isinstance(columns[0][0], Tensor) or isinstance(columns[0][1], Tensor)
-        if on_device:
-            on_host = [[0.0 if isinstance(x, Tensor) else x for x in column] for column in columns]
-        host[count:].view(torch.float64).copy_(
-            torch.tensor(on_host if on_device else columns, dtype=torch.float64).view(-1)
+        on_device = [
+            (row, i) for row, column in enumerate(columns) for i, x in enumerate(column) if isinstance(x, Tensor)
+        ]
+        on_host = (
+            [[0.0 if isinstance(x, Tensor) else x for x in column] for column in columns] if on_device else columns
         )
+        host[count:].view(torch.float64).copy_(torch.tensor(on_host, dtype=torch.float64).view(-1))
         moving.copy_(host, non_blocking=True)
         values = moving[count:].view(torch.float64).view(len(numbers), len(NUMBERS))
-        if on_device:
-            for i, column in enumerate(zip(*columns, strict=True)):
-                if any(isinstance(x, Tensor) for x in column):
-                    values[:, i] = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in column])
+        for i in dict.fromkeys(i for _, i in on_device):
+            rows = [row for row, j in on_device if j == i]
+            numbers_there = torch.stack([columns[row][i].to(torch.float64) for row in rows])
+            if len(rows) == len(columns):
+                values[:, i] = numbers_there
+            else:
+                for row, number in zip(rows, numbers_there, strict=True):
+                    values[row, i].copy_(number)
         spec = self._spec
         torch.ops.collins.step_(
             p, m, v, owners, table, moving, values,

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -292,6 +293,22 @@ def test_a_capturable_step_keeps_its_counters_on_the_device_and_changes_nothing_
     assert steps == counted == [6.0] * 4
     for p, q in zip(plain, capturable, strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_groups_with_numbers_on_the_device_and_on_the_host_share_a_launch(monkeypatch):
+    ps, copies = parameters(torch.float32, [(96, 64)] * 3), parameters(torch.float32, [(96, 64)] * 3)
+    rates = [1e-2, torch.tensor(3e-2, device=DEVICE), 2e-2]
+    groups = [{"params": [p], "lr": rate, "capturable": True} for p, rate in zip(ps, rates, strict=True)]
+    opt = launching(Collins(groups, min_K=16))
+    monkeypatch.setattr(Tensor, "is_cpu", False)  # a rate that is not to be read on the host
+    other = Collins([{"params": [p], "lr": float(rate)} for p, rate in zip(copies, rates, strict=True)], min_K=16)
+    for step in range(3):
+        give_gradients(ps, step)
+        give_gradients(copies, step)
+        opt.step()
+        other.step()
+    for p, q in zip(ps, copies, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach())
 
 
 @pytest.mark.cuda
