@@ -7,6 +7,7 @@ bucket of parameters, and are staged on the device through a `Pipeline` whenever
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from collins.offload.sizes import size_text
 from collins.offload.slabs import Part, Slab, grouped, set_pin_limit
 from collins.offload.streams import streams_for
 from collins.update import Work
+
+_log = logging.getLogger("collins")
 
 Compute = Callable[[Sequence[Work]], None]
 Moments = tuple[Tensor, Tensor]
@@ -82,6 +85,7 @@ class Housing:
         built = [_built(device, by_device[device], plan) for device, plan in zip(by_device, plans, strict=True)]
         for plan, moments, host, on_host in built:
             self.plans.append(plan)
+            _log.info("Where the tables are, and why:\n%s", plan.summary())
             self._moments.update(moments)
             if host is not None:
                 self._hosts.update((p, (host, number)) for number, p in enumerate(on_host))

@@ -370,3 +370,11 @@ def test_a_card_that_holds_the_ring_but_no_margin_is_used_from_the_host(early, t
     tenants = [housing.Tenant(str(i), p, housing.Part((2**24,), torch.float32)) for i in range(8)]  # of 1 GiB in all
     plan = housing._planned(MemoryPolicy(), torch.device("cuda"), tenants, 64 * GIB, early)
     assert [row.tier for row in plan.rows] == 8 * [tier]
+
+
+def test_the_first_step_says_where_tables_are_and_why(caplog):
+    with caplog.at_level("INFO", logger="collins"):
+        _, opt = trained(steps=2, memory=TIERS["mixed"])
+    (record,) = caplog.records
+    assert record.getMessage() == f"Where the tables are, and why:\n{opt.placement[0].summary()}"
+    assert "first within the device's 6.0 KiB" in record.getMessage()
