@@ -455,7 +455,7 @@ class Collins(Optimizer):
             if not state or (
                 state.get(names[0]) is not member.first
                 or state.get(names[1]) is not member.second
-                or state["step"] is not member.step
+                or state.get("step") is not member.step
             ):
                 self._reset(member, plan, state)
             found.append((member, g))

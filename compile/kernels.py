@@ -1,8 +1,8 @@
 """The whole step of many tensors in one launch: a Triton kernel behind the operator `collins::step_`.
 
 It computes what `collins.update.update_` computes for dense moments and for hash="block", in float32. One launch serves
-all tensors of one `Variant`, whatever their shapes: the kernel finds its tensors through a table of addresses, so that
-hundreds of small tensors cost no more launches than one large one.
+all tensors of one dtype, load and set of flags, whatever their shapes: the kernel finds its tensors through a table of
+addresses, so that hundreds of small tensors cost no more launches than one large one.
 
 A tensor's elements are dealt with in tiles of rows; a row is a bucket, or 32 neighbours where buckets are larger or
 moments are dense. So every hash is computed once a row, and every gradient is read once.
@@ -34,10 +34,7 @@ CHUNK = 16  # tiles that share an entry of the map from tiles to tensors
 COLUMNS = ("p", "m", "v", "local", "chunk", "start", "numel", "sign0", "sign1", "round0", "round1", "period", "row")
 _WIDTH = tl.constexpr(len(COLUMNS))
 # The columns of the numbers that change with every step, one row for each set of hyperparameters, all float64.
-NUMBERS = (
-    *("step", "lr", "shrink", "beta1", "1 - beta1", "beta2", "1 - beta2"),
-    *("inverse1", "inverse2", "eps", "rho"),
-)
+NUMBERS = ("step", "lr", "shrink", "beta1", "rest1", "beta2", "rest2", "inverse1", "inverse2", "eps", "rho")
 _NUMBERS = tl.constexpr(len(NUMBERS))
 
 
@@ -251,6 +248,7 @@ LARGEST_LOAD = 1024
 # PTX for division and square root; other compilers and the interpreter spell them out.
 _FAST = torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") != "1"
 
+# Gradients come as addresses alone: they are only read, and looking at each once more would cost the host its time.
 _LIBRARY = torch.library.Library("collins", "DEF")
 _LIBRARY.define(
     "step_(Tensor(a!)[] p, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
