@@ -17,6 +17,7 @@ from torch import Tensor
 from collins.fingerprint import LAYOUT, Fingerprint, unpacked
 from collins.hashing import BlockHash, UniversalHash
 from collins.options import check_options
+from collins.sharding import saved_part
 
 DENSE, TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
 MOMENTS = {*DENSE, *TABLES}
@@ -35,6 +36,7 @@ class Home(NamedTuple):
     dtype: torch.dtype  # of each moment
     hash: BlockHash | UniversalHash | None  # None for dense moments
     fingerprint: Fingerprint | None  # None for dense moments
+    sharded: Tensor | None = None  # the parameter, where it is a DTensor
 
 
 class Saved(NamedTuple):
@@ -154,7 +156,8 @@ def _fitting(state: Mapping[str, Any], home: Home) -> Saved:
                 f"{name} keeps {key} in {home.dtype}, by its dtype and its group's table_dtype; state_dict holds"
                 f" {moment.dtype}"
             )
-    return Saved(step, (first, second))
+    here = [saved_part(name, key, found[key], home.sharded) for key in home.names]
+    return Saved(step, (here[0], here[1]))
 
 
 def fingerprint_in(name: str, state: Mapping[str, Any]) -> Fingerprint:

@@ -1,7 +1,8 @@
-"""Which tensors are compressed, and into how many buckets: decided on the global number of elements alone."""
+"""Which tensors are compressed, and into how many buckets: decided on the whole parameter, never on a rank's part."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,20 @@ def layout_of(numel: int, *, compress_ratio: float, min_K: int, hash: str) -> La
     while 2 * load <= compress_ratio and -(-numel // (2 * load)) >= min_K:
         load *= 2
     return Layout(hash, numel, -(-numel // load), load) if load > 1 else dense
+
+
+def within_rows(layout: Layout, shape: tuple[int, ...]) -> Layout:
+    """`layout` for a parameter of `shape` that may be sharded along its first dimension, over any number of ranks.
+
+    No bucket crosses from one row into the next: c is halved until it divides a row's size. What has rows of an odd
+    size, such as a vector, stays dense.
+    """
+    if layout.hash != "block":
+        return layout
+    load = math.gcd(int(layout.load), layout.numel // shape[0])
+    if load == 1:
+        return Layout(None, layout.numel, layout.numel, 1)
+    return Layout(layout.hash, layout.numel, layout.numel // load, load)
 
 
 def moment_dtype(layout: Layout, dtype: torch.dtype, table_dtype: torch.dtype) -> torch.dtype:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -19,7 +18,7 @@ from collins.compile import Engine
 from collins.counters import Counters
 from collins.fingerprint import LAYOUT, fingerprint
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
-from collins.layout import Layout, layout_of, moment_bytes, moment_dtype, moment_shape
+from collins.layout import Layout, layout_of, moment_bytes, moment_dtype, moment_shape, within_rows
 from collins.nonfinite import require_finite
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import Arrivals
@@ -29,6 +28,7 @@ from collins.options import check_options, listed, require
 from collins.report import MemoryReport, ParameterRow
 from collins.rounding import ROUNDED
 from collins.rule import Scalars, scalars
+from collins.sharding import Slice, agreed, is_placed_like, is_sharded, local, local_gradient, placed, slice_of
 from collins.update import Keys, Spec, Work
 
 _PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -50,6 +50,8 @@ class _Plan(NamedTuple):
     names: tuple[str, str]  # of the moments, the first one first
     shape: tuple[int, ...]  # of each moment
     moment_dtype: torch.dtype
+    kind: type  # of the parameter
+    slice: Slice | None  # of a sharded parameter, whose size and shapes above are those of the whole
 
 
 class _Member:
@@ -254,11 +256,8 @@ class Collins(Optimizer):
                 raise TypeError(f"{label} has layout {p.layout}; Collins accepts torch.strided parameters")
             if p.dtype not in _PARAM_DTYPES:
                 raise TypeError(f"{label} has dtype {p.dtype}; Collins accepts {listed(_PARAM_DTYPES)}")
-            if _is_sharded(p):
-                raise TypeError(
-                    f"{label} is a DTensor; Collins accepts whole tensors: it does not step sharded parameters (FSDP2,"
-                    " tensor parallel) yet"
-                )
+            if is_sharded(p):
+                _slice(label, p, {**self.defaults, **param_group})
             if id(p) in seen:
                 raise ValueError(f"{label} of the new group is already in the optimizer as {seen[id(p)]}; give it once")
             seen[id(p)] = label
@@ -359,7 +358,7 @@ class Collins(Optimizer):
                 if saved:
                     state["step"].fill_(saved.step)
                     for name, moment in zip(self._plan(member).names, saved.moments, strict=True):
-                        state[name].copy_(moment)
+                        local(state[name]).copy_(moment)
                 elif self._housing is not None and member.p in self._housing:
                     for moment in self._housing.moments(member.p):
                         moment.zero_()  # so that the next step finds them as it finds new memory
@@ -391,7 +390,8 @@ class Collins(Optimizer):
     def _home(self, member: _Member) -> Home:
         plan, hash = self._plan(member), self._plan(member).hash
         mark = None if hash is None else fingerprint(plan.size[0], hash, self.seed, member.key)
-        return Home(member.name, tuple(plan.size), plan.names, plan.shape, plan.moment_dtype, hash, mark)
+        sharded = None if plan.slice is None else member.p
+        return Home(member.name, tuple(plan.size), plan.names, plan.shape, plan.moment_dtype, hash, mark, sharded)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update(self) -> None:
@@ -445,12 +445,14 @@ class Collins(Optimizer):
             plan = member.plan
             if plan is None or plan.settings is not settings:
                 plan = self._plan(member, settings)
-            _, _, _, _, _, _, size, dtype, names, _, _ = plan
-            if p.dtype is not dtype or p.shape != size:
+            _, _, _, _, _, _, size, dtype, names, _, _, kind, part = plan
+            if p.dtype is not dtype or p.shape != size or type(p) is not kind:
                 plan = self._plan(member, settings)
-                _, _, _, _, _, _, size, dtype, names, _, _ = plan
+                _, _, _, _, _, _, size, dtype, names, _, _, kind, part = plan
             if g.dtype is not dtype or g.shape != size or g.layout is not strided or g.device != p.device:
                 _check_gradient(member, g)
+            if part is not None or type(g) is not Tensor:
+                g = _whole_or_local(member, g)
             state = states.get(p)
             if not state or (
                 state.get(names[0]) is not member.first
@@ -468,12 +470,17 @@ class Collins(Optimizer):
         if state and not all(name in state and state[name].shape == plan.shape for name in plan.names):
             held = {name: state[name] for name in MOMENTS if name in state}
             check_moments(member.name, "the optimizer", held, dict.fromkeys(plan.names, plan.shape))
+        if state and not all(is_placed_like(state[name], member.p) for name in plan.names):
+            raise ValueError(
+                f"{member.name} has been sharded, or made whole, since its moments were made: build Collins after that"
+            )
 
     @staticmethod
     def _guard(ready: Sequence[tuple[dict[str, Any], list[_Ready]]]) -> None:
-        guarded = [(member.name, g) for group, found in ready if group["nonfinite"] == "error" for member, g in found]
+        guarded = [pair for group, found in ready if group["nonfinite"] == "error" for pair in found]
         if guarded:
-            require_finite(guarded)
+            params = [member.p for member, _ in guarded]
+            require_finite([(member.name, g) for member, g in guarded], lambda fine: agreed(fine, params))
 
     def _watch(self) -> None:
         if self._arrivals is not None:
@@ -514,6 +521,7 @@ class Collins(Optimizer):
                 p.grad = None
                 raise RuntimeError(_twice(member.name))
             _check_gradient(member, g)
+            g = _whole_or_local(member, g)
             ready = [(member.group, [(member, g)])]
             self._guard(ready)
             known = p in self.state
@@ -585,7 +593,8 @@ class Collins(Optimizer):
         p, group, key = member.p, member.group, member.key
         settings = self._settings_of(group) if settings is None else settings
         plan = member.plan
-        if plan is not None and plan.settings is settings and plan.size == p.shape and plan.dtype == p.dtype:
+        same = plan is not None and plan.settings is settings and plan.kind is type(p)
+        if plan is not None and same and plan.size == p.shape and plan.dtype == p.dtype:
             return plan
         layout, period = _layout(p, group), group["rehash_period"]
         hash: Hash | None = None
@@ -596,15 +605,19 @@ class Collins(Optimizer):
             if hash is None or (hash.numel, hash.buckets, hash.key) != (p.numel(), layout.buckets, key):
                 hash = self._hashes[p] = UniversalHash(p.numel(), layout.buckets, seed=self.seed, key=key)
         dtype = moment_dtype(layout, p.dtype, group["table_dtype"])
-        rounding = group["stochastic_rounding"] is not False and (p.dtype in ROUNDED or dtype in ROUNDED)
+        rounding = _rounds(p, dtype, group)
         rehash = layout.hash == "block" and period is not None
         skip = group["nonfinite"] == "skip"
         spec = Spec(layout.hash, layout.load, group["decode"], rehash, rounding, group["maximize"], skip)
         sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
         keys = Keys(sign_key, hash_key(self.seed, key, "round"), (0, 0, 0, 0), period or 0)
         shape = moment_shape(layout, tuple(p.shape))
-        launch = self._engine.launch_of(spec, p, dtype)
-        plan = _Plan(spec, keys, hash, p.numel(), launch, settings, p.shape, p.dtype, _names(layout), shape, dtype)
+        part = _slice(member.name, p, group)
+        launch = self._engine.launch_of(spec, local(p), dtype, part.start if part else 0)
+        names = _names(layout)
+        plan = _Plan(
+            spec, keys, hash, p.numel(), launch, settings, p.shape, p.dtype, names, shape, dtype, type(p), part
+        )  # fmt: skip
         member.plan = plan
         member.step = member.first = member.second = None
         return plan
@@ -620,27 +633,30 @@ class Collins(Optimizer):
             return
         plans = [self._plan(member) for member in members]
         self._housing.settle(
-            [Tenant(m.name, m.p, Part(plan.shape, plan.moment_dtype)) for m, plan in zip(members, plans, strict=True)],
+            [Tenant(m.name, m.p, Part(_here(plan), plan.moment_dtype)) for m, plan in zip(members, plans, strict=True)],
             early=early,
         )
         for member, plan in zip(members, plans, strict=True):
             state = self.state.get(member.p)
             if state:
                 for name, home in zip(plan.names, self._housing.moments(member.p), strict=True):
-                    if state.get(name) is not home and name in state:
-                        state[name] = home.copy_(state[name])
+                    if name in state and local(state[name]) is not home:
+                        state[name] = placed(home.copy_(local(state[name])), member.p, plan.shape)
 
     def _moments(self, member: _Member, present: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Where a parameter's moments are kept: what is there already if it fits, else new memory."""
         plan = self._plan(member)
         if self._housing is not None and member.p in self._housing:
-            return self._housing.moments(member.p)
+            m, v = self._housing.moments(member.p)
+            return placed(m, member.p, plan.shape), placed(v, member.p, plan.shape)
         device = member.p.device if self._housing is None else "cpu"
         kept = []
         for name in plan.names:
             moment = present.get(name)
-            if moment is None or moment.shape != plan.shape or moment.dtype != plan.moment_dtype:
-                moment = torch.zeros(plan.shape, dtype=plan.moment_dtype, device=device)
+            fits = moment is not None and moment.shape == plan.shape and moment.dtype == plan.moment_dtype
+            if moment is None or not fits or not is_placed_like(moment, member.p):
+                part = torch.zeros(_here(plan), dtype=plan.moment_dtype, device=device)
+                moment = placed(part, member.p, plan.shape)
             kept.append(moment)
         return kept[0], kept[1]
 
@@ -668,11 +684,16 @@ class Collins(Optimizer):
                     self._adopt(member)
             numbers = self._numbers(group, members)
             for (member, g), h in zip(found, numbers, strict=True):
-                spec, keys, hash, numel, launch = member.plan[:5]  # type: ignore[index]
+                spec, keys, hash, numel, launch, *_, part = member.plan  # type: ignore[misc]
                 if spec.hash == "universal":
                     hash = cast(UniversalHash, hash)
                     keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
-                works.append(_WORK(Work, (member.p, g, member.first, member.second, spec, keys, h, numel, 0, launch)))
+                if part is None:
+                    at = member.p, member.first, member.second, 0
+                else:
+                    at = local(member.p), local(member.first), local(member.second), part.start  # type: ignore[arg-type]
+                p, m, v, start = at
+                works.append(_WORK(Work, (p, g, m, v, spec, keys, h, numel, start, launch)))
         return works
 
     def _numbers(self, group: dict[str, Any], members: Sequence[_Member]) -> Sequence[Scalars]:
@@ -733,7 +754,25 @@ _PLANNED = (
 
 
 def _layout(p: Tensor, group: dict[str, Any]) -> Layout:
-    return layout_of(p.numel(), compress_ratio=group["compress_ratio"], min_K=group["min_K"], hash=group["hash"])
+    layout = layout_of(p.numel(), compress_ratio=group["compress_ratio"], min_K=group["min_K"], hash=group["hash"])
+    return within_rows(layout, tuple(p.shape)) if is_sharded(p) else layout
+
+
+def _rounds(p: Tensor, dtype: torch.dtype, group: dict[str, Any]) -> bool:
+    """Whether a step rounds the parameter or its moments, of `dtype`, stochastically."""
+    return group["stochastic_rounding"] is not False and (p.dtype in ROUNDED or dtype in ROUNDED)
+
+
+def _slice(name: str, p: Tensor, group: dict[str, Any]) -> Slice | None:
+    layout = _layout(p, group)
+    return slice_of(name, p, layout, rounding=_rounds(p, moment_dtype(layout, p.dtype, group["table_dtype"]), group))
+
+
+def _here(plan: _Plan) -> tuple[int, ...]:
+    """The shape of this rank's part of each moment."""
+    if plan.slice is None or plan.hash is None:
+        return plan.shape if plan.slice is None else plan.slice.shape
+    return plan.slice.shape[0], plan.shape[1]
 
 
 def _names(layout: Layout) -> tuple[str, str]:
@@ -752,11 +791,6 @@ def _scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
     )
 
 
-def _is_sharded(p: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # without it there is no DTensor
-    return module is not None and isinstance(p, module.DTensor)
-
-
 def _label(name: str | int) -> str:
     return f"parameter {name!r}"
 
@@ -767,6 +801,15 @@ def _twice(name: str) -> str:
         " gradients cannot be accumulated over several backward passes, of which a reentrant checkpoint is one. Call"
         " step() after each, checkpoint with use_reentrant=False, or build Collins with in_backward=False"
     )
+
+
+def _whole_or_local(member: _Member, g: Tensor) -> Tensor:
+    """A gradient as its parameter is stepped: this rank's part of it where the parameter is sharded."""
+    if cast(_Plan, member.plan).slice is not None:
+        return local_gradient(member.name, g, member.p)
+    if is_sharded(g):
+        raise TypeError(f"the gradient of {member.name} must be a plain tensor as the parameter is, got a DTensor")
+    return g
 
 
 def _check_gradient(member: _Member, g: Tensor) -> None:

@@ -182,17 +182,3 @@ def test_a_layout_that_no_longer_fits_its_tables():
 def test_hash_of_a_stranger():
     with pytest.raises(ValueError, match=r"param must be a parameter of this optimizer, got a \(3,\) tensor"):
         Collins([param(10)]).hash_of(param(3))
-
-
-def test_sharded_parameters_are_refused():
-    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
-
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        p = torch.nn.Parameter(DTensor.from_local(torch.ones(64, 64), mesh, [Replicate()]))
-        with pytest.raises(TypeError, match="parameter 'w' is a DTensor; Collins accepts whole tensors"):
-            Collins([("w", p)])
-    finally:
-        torch.distributed.destroy_process_group()
