@@ -42,7 +42,7 @@ def trainer(folder, way="optimizers", precision="float32", options=None, **argum
         "gradient_accumulation_steps": 2,
         "max_grad_norm": CLIP,
         "max_steps": STEPS,
-        "learning_rate": OPTIONS["lr"],
+        "learning_rate": 7 * OPTIONS["lr"],  # of no effect on an optimizer that is given
         "lr_scheduler_type": "cosine",
         "warmup_steps": 2,
         "weight_decay": 0.1,
@@ -85,6 +85,8 @@ def test_the_trainer_steps_as_by_hand_with_clipping_and_its_schedule(tmp_path, w
     for before, after in zip(logged(run, "grad_norm"), twin.norms, strict=True):
         assert before > CLIP
         assert after == pytest.approx(CLIP, rel=2e-2 if precision == "bfloat16" else 1e-4)
+    decays = [0.01] if way == "optimizers" else [0.1, 0.0]
+    assert [group["weight_decay"] for group in twin.first.param_groups] == decays
     rates = [OPTIONS["lr"] * factor for factor in (0, 0.5, *((1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)))]
     assert logged(run, "learning_rate") == pytest.approx(rates)
 
