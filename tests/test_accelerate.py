@@ -1,0 +1,117 @@
+"""Collins under `accelerate.Accelerator`: prepared, accumulated, clipped, saved, loaded and copied."""
+
+import pickle
+
+import pytest
+import torch
+from clients import OPTIONS, Twin, inputs, network, same, steps_taken
+
+from collins import Collins
+
+accelerate = pytest.importorskip("accelerate")
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+STEPS, ROUNDS, CLIP = 8, 2, 0.05
+MEMORY = (None, "host")
+
+
+class Run:
+    def __init__(self, precision="no", rounds=ROUNDS, clip=CLIP, **options):
+        self.accelerator = accelerate.Accelerator(
+            cpu=True, mixed_precision=precision, gradient_accumulation_steps=rounds, step_scheduler_with_optimizer=False
+        )
+        model = network()
+        self.collins = Collins(model.named_parameters(), **{**OPTIONS, **options})
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.collins, STEPS)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, self.collins, schedule)
+        self.clip = clip
+
+    def train(self, first=0, last=STEPS):
+        rounds = self.accelerator.gradient_accumulation_steps
+        for batch in range(first * rounds, last * rounds):
+            with self.accelerator.accumulate(self.model):
+                self.accelerator.backward(self.model(inputs(batch)).square().mean())
+                if self.accelerator.sync_gradients and self.clip:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+                self.optimizer.step()
+                if self.accelerator.sync_gradients:
+                    assert not self.optimizer.step_was_skipped
+                    self.schedule.step()
+                self.optimizer.zero_grad()
+        return self
+
+    def end(self):
+        return self.model.state_dict(), self.collins.state_dict(), self.schedule.state_dict()
+
+
+@pytest.mark.parametrize("memory", MEMORY, ids=str)
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accumulated_and_clipped_steps_are_those_taken_by_hand(precision, memory):
+    run = Run(precision, memory=memory)
+    assert run.optimizer.optimizer is run.collins
+    twin = Twin(run.collins)
+    run.train()
+    assert twin.agrees
+    assert len(twin.norms) == steps_taken(run.collins) == STEPS
+    assert twin.norms[0] == pytest.approx(CLIP, rel=1e-3)
+    assert max(twin.norms) < CLIP * 1.001
+    assert run.collins.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_accumulated_gradients_are_the_mean_of_their_batches():
+    run = Run(clip=None)
+    twin = Twin(run.collins)
+    run.train(0, 1)
+    model = network()
+    (sum(model(inputs(batch)).square().mean() for batch in range(ROUNDS)) / ROUNDS).backward()
+    torch.testing.assert_close(twin.gradients, [p.grad for p in model.parameters()])
+
+
+@pytest.mark.parametrize("memory", MEMORY, ids=str)
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_loaded_state_goes_on_to_the_bit(tmp_path, precision, memory):
+    whole = Run(precision, memory=memory).train(0, STEPS // 2)
+    whole.accelerator.save_state(str(tmp_path))
+    halfway = pickle.loads(pickle.dumps(whole.end()))
+    expected = whole.train(STEPS // 2).end()
+    resumed = Run(precision, memory=memory)
+    resumed.accelerator.load_state(str(tmp_path))
+    assert same(resumed.end(), halfway)
+    assert same(resumed.train(STEPS // 2).end(), expected)
+    assert not same(halfway, expected)
+
+
+def test_loading_into_an_optimizer_that_has_stepped_keeps_its_tensors(tmp_path):
+    run = Run().train(0, 2)
+    run.accelerator.save_state(str(tmp_path))
+    saved = pickle.loads(pickle.dumps(run.end()))
+    table = run.collins.state[run.model[0].weight]["m_table"]
+    run.train(2, 4)
+    assert not same(run.end(), saved)
+    run.accelerator.load_state(str(tmp_path))
+    assert same(run.end(), saved)
+    assert run.collins.state[run.model[0].weight]["m_table"] is table
+
+
+def test_a_prepared_optimizer_can_be_pickled():
+    run = Run(rounds=1).train(0, 2)  # Accelerate's copy would not know when gradients are accumulated
+    run.model, run.optimizer = pickle.loads(pickle.dumps((run.model, run.optimizer)))
+    run.collins = run.optimizer.optimizer
+    run.schedule.step = lambda: None  # it still belongs to the optimizer that was copied
+    twin = Twin(run.collins)
+    twin.second.load_state_dict(run.collins.state_dict())
+    run.train(2, 4)
+    assert twin.agrees
+    assert steps_taken(run.collins) == 4
+
+
+def test_steps_in_backward_are_those_after_it():
+    after, within = (Run(rounds=1, clip=None, in_backward=in_backward) for in_backward in (False, True))
+    assert same(within.train().end()[:1], after.train().end()[:1])
+    assert steps_taken(within.collins) == STEPS
+
+
+def test_in_backward_refuses_to_accumulate():
+    with pytest.raises(RuntimeError, match="arrived twice before step"):
+        Run(rounds=2, clip=None, in_backward=True).train(0, 1)

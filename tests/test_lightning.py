@@ -1,0 +1,144 @@
+"""Collins under Lightning's `Trainer`: closures, mixed precision, clipping, accumulation, checkpoints."""
+
+import pytest
+import torch
+from clients import OPTIONS, Twin, network, same, steps_taken
+
+from collins import Collins
+
+lightning = pytest.importorskip("lightning")
+
+pytestmark = [
+    # Lightning's own use of torch.
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    # The tests give few batches, from memory: no workers are worth their start.
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    # A resumed run goes on in the folder of its checkpoint.
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+BATCHES, EPOCHS = 4, 2
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, **options):
+        super().__init__()
+        self.net = network()
+        self.options = options
+        self.losses = []
+
+    def training_step(self, batch, _):
+        loss = self.net(batch.to(self.net[0].weight.dtype)).square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = Collins(self.net.named_parameters(), **{**OPTIONS, **self.options})
+        self.twin = None if self.options.get("in_backward") else Twin(optimizer)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BATCHES * EPOCHS)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def batches(size=4):
+    data = torch.randn(4 * BATCHES, 32, generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.DataLoader(data, batch_size=size)
+
+
+def fit(module, folder, precision="32-true", resume=None, size=4, epochs=EPOCHS, **arguments):
+    checkpoints = lightning.pytorch.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        precision=precision,
+        max_epochs=epochs,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[checkpoints],
+        **arguments,
+    )
+    trainer.fit(module, batches(size), ckpt_path=resume, weights_only=None if resume is None else True)
+    return trainer
+
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_clipped_steps_through_closures_are_those_taken_by_hand(tmp_path, precision, clip):
+    limit = 0.05 if clip == "norm" else 1e-3
+    module = Module()
+    fit(module, tmp_path, precision, gradient_clip_val=limit, gradient_clip_algorithm=clip)
+    assert module.twin.agrees
+    assert len(module.twin.norms) == steps_taken(module.twin.first) == BATCHES * EPOCHS
+    largest = module.twin.norms[0] if clip == "norm" else max(g.abs().max() for g in module.twin.gradients)
+    assert float(largest) == pytest.approx(limit, rel=2e-2)
+    assert len(set(module.losses)) > BATCHES
+    assert module.twin.first.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("memory", [None, "host"], ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_resumed_run_ends_in_the_bits_of_one_that_was_never_stopped(tmp_path, precision, memory):
+    whole, resumed = (Module(memory=memory) for _ in range(2))
+    fit(whole, tmp_path, precision, gradient_clip_val=0.05)
+    fit(resumed, tmp_path, precision, gradient_clip_val=0.05, resume=tmp_path / "epoch=0.ckpt")
+    assert len(whole.losses) == BATCHES * EPOCHS
+    assert resumed.losses == whole.losses[BATCHES:]
+    assert same(resumed.state_dict(), whole.state_dict())
+    assert same(resumed.twin.first.state_dict(), whole.twin.first.state_dict())
+    assert steps_taken(resumed.twin.first) == BATCHES * EPOCHS
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
+    small, large = Module(), Module()
+    fit(small, tmp_path, accumulate_grad_batches=2, size=2)
+    fit(large, tmp_path)
+    assert small.twin.agrees
+    assert steps_taken(small.twin.first) == steps_taken(large.twin.first) == BATCHES * EPOCHS
+    torch.testing.assert_close(small.twin.gradients, large.twin.gradients)
+
+
+class Rivals(lightning.LightningModule):
+    """Two networks with an optimizer each, which train in turns while the other one is toggled off."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.nets = torch.nn.ModuleList([network(), network()])
+        self.twins = []
+        self.frozen = []
+
+    def training_step(self, batch, index):
+        turn = index % 2
+        optimizer = self.optimizers()[turn]
+        self.toggle_optimizer(optimizer)
+        self.frozen.append([p.requires_grad for p in self.nets[1 - turn].parameters()])
+        self.manual_backward((self.nets[0](batch) - self.nets[1](batch)).add(1).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        optimizers = [Collins(net.parameters(), **OPTIONS) for net in self.nets]
+        self.twins = [Twin(optimizer) for optimizer in optimizers]
+        return optimizers
+
+
+def test_two_optimizers_take_turns(tmp_path):
+    module = Rivals()
+    fit(module, tmp_path)
+    assert not any(map(any, module.frozen))
+    for twin in module.twins:
+        assert twin.agrees
+        assert steps_taken(twin.first) == BATCHES * EPOCHS // 2
+
+
+def test_in_backward_refuses_the_closures_of_lightning_before_anything_changes(tmp_path):
+    module = Module(in_backward=True)
+    with pytest.raises(RuntimeError, match="closure must be None with in_backward=True"):
+        fit(module, tmp_path)
+    assert module.losses == []
+    assert same(module.net.state_dict(), network().state_dict())
