@@ -128,3 +128,18 @@ def test_buckets_of_sharded_parameters_stay_within_rows(rows, width, ratio, min_
     assert layout.load == whole.load or width % (2 * layout.load)  # no smaller than it has to be
     shape = moment_shape(layout, (rows, width))
     assert shape == ((rows, width) if layout.hash is None else (rows, width // int(layout.load)))
+
+
+def test_graphs_step_a_part_as_eager_code_does():
+    found = []
+    for compile in (False, True):
+        with rank_of(1, 2) as mesh:
+            p = torch.nn.Parameter(numbered((64, 64), mesh, (Shard(0),)) / 4096)
+            opt = Collins([p], lr=1e-2, min_K=2, rehash_period=2, compile=compile)
+            for _ in range(3):
+                p.grad = numbered((64, 64), mesh, (Shard(0),)).cos()
+                opt.step()
+            assert opt._engine.graphs == compile
+            found.append((local(p.detach()), local(opt.state[p]["m_table"])))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)

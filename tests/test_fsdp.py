@@ -1,0 +1,348 @@
+"""Sharded parameters: each rank steps its part, and all of them come to what one process comes to."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from collins import Collins
+
+# Even, uneven and empty parts; rows of whole buckets, of half buckets, of odd sizes; vectors.
+SHAPES = [(64, 96), (10, 48), (5, 64), (6, 4, 16), (5, 7), (100,), (3,)]
+LOADS = [32, 16, 32, 32, 1, 1, 1]
+EXACT = {"lr": 1e-2, "weight_decay": 0.1, "rehash_period": 3, "min_K": 2}
+
+
+def values(shape, number):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number))
+
+
+def whole(t):
+    t = t.full_tensor() if isinstance(t, DTensor) else t
+    return t.clone()
+
+
+def moments(opt, p):
+    state = opt.state[p]
+    return [state[name] for name in state if name not in ("step", "layout")]
+
+
+def stepped(mesh, placements, dtype, options, steps=5):
+    """Parameters and moments, whole, after steps with the same gradients in every process; and what the steps sent."""
+    place = (lambda t: t) if mesh is None else (lambda t: distribute_tensor(t, mesh, placements))
+    params = [nn.Parameter(place(values(shape, i).to(dtype))) for i, shape in enumerate(SHAPES)]
+    groups = [{"params": [p]} for p in params]
+    if mesh is None:  # the loads that sharded parameters come to by their rule
+        groups = [{**group, "compress_ratio": load} for group, load in zip(groups, LOADS, strict=True)]
+    opt = Collins(groups, **{**EXACT, **options})
+    sent = 0
+    for step in range(steps):
+        for i, p in enumerate(params):
+            if (i + step) % 4:  # not every parameter has a gradient in every step
+                p.grad = place(values(p.shape, 100 * step + i + 7).to(dtype))
+        with CommDebugMode() as talk:
+            opt.step()
+        sent += talk.get_total_counts()
+        opt.zero_grad()
+    kept = [[whole(p.detach()), *(whole(m) for m in moments(opt, p))] for p in params]
+    return kept, sent, [opt.state[p] for p in params], opt
+
+
+def step_a_part(rank, sizes, placements, dtype, options):
+    mesh = init_device_mesh("cpu", sizes)
+    found, sent, states, opt = stepped(mesh, placements, dtype, options)
+    expected, *_ = stepped(None, None, dtype, options)
+    for mine, theirs in zip(found, expected, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b.view(a.shape))
+    for load, state in zip(LOADS, states, strict=True):
+        assert ("m_table" in state) == (load > 1)
+        for name, t in state.items():
+            if name == "step":
+                assert not isinstance(t, DTensor)
+                assert t.shape == ()
+            elif name != "layout":
+                assert isinstance(t, DTensor)
+                assert t.placements == placements
+    assert sent == 0
+    return opt.memory_report().state_bytes
+
+
+OPTIONS = [
+    {},
+    {"decode": "sketch", "rehash_period": None, "maximize": True},
+    {"table_dtype": torch.bfloat16, "nonfinite": "skip"},
+    {"memory": "host"},
+    {"capturable": True},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_two_ranks_come_to_the_bits_of_one_process(options, dtype, tmp_path):
+    run(2, step_a_part, (2,), (Shard(0),), dtype, options, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "placements"),
+    [((4,), (Shard(0),)), ((2, 2), (Replicate(), Shard(0))), ((2, 2), (Shard(0), Shard(0)))],
+    ids=["shards of 4", "replicas of shards", "shards of shards"],
+)
+def test_four_ranks_come_to_the_bits_of_one_process(sizes, placements, tmp_path):
+    sizes_of_state = run(4, step_a_part, sizes, placements, torch.bfloat16, {}, folder=tmp_path)
+    assert len(set(sizes_of_state)) == 1  # all of a parameter's state is reported, the same everywhere
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 90), nn.Tanh(), nn.Linear(90, 64))
+
+
+def sharded(mesh, **policy):
+    model = network()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh, **policy)
+    return fully_shard(model, mesh=mesh, **policy)
+
+
+def options_of(model, **options):
+    """Parameters in groups with the loads of sharded ones, so that one process has the same tables."""
+    groups = [
+        {"params": [p], "compress_ratio": 1 if p.ndim == 1 else math.gcd(32, p.shape[1])} for p in model.parameters()
+    ]
+    return Collins(groups, **{**EXACT, "lr": 1e-3, **options})
+
+
+def batch(step):
+    return values((8, 64), 1000 + step)
+
+
+def trained(model, opt, part, *, clip=None, steps=6):
+    for step in range(steps):
+        model(batch(step)[part]).square().mean().backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        opt.step()
+        opt.zero_grad()
+    return [whole(p.detach()) for p in model.parameters()]
+
+
+def mine(rank):
+    each = 8 // dist.get_world_size()
+    return slice(rank * each, (rank + 1) * each)
+
+
+def train_sharded(rank, sizes):
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("outer", "inner")[-len(sizes) :])
+    model = sharded(mesh)
+    opt = options_of(model)
+    found = trained(model, opt, mine(rank), clip=0.05)
+    for p in model.parameters():
+        for moment in moments(opt, p):
+            assert moment.placements == p.placements
+    single = network()
+    expected = trained(single, options_of(single), slice(None), clip=0.05)
+    before = list(network().parameters())
+    for a, b, start in zip(found, expected, before, strict=True):
+        assert (b - start).abs().max() > 1e-3
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2)], ids=str)
+def test_fully_shard_trains_as_one_process_does(sizes, tmp_path):
+    run(math.prod(sizes), train_sharded, sizes, folder=tmp_path)
+
+
+def train_in_mixed_precision(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(mesh, mp_policy=policy)
+    opt = options_of(model)
+    found = trained(model, opt, mine(rank))
+    assert all(p.dtype == torch.float32 for p in found)
+    assert all(m.dtype == torch.float32 for p in model.parameters() for m in moments(opt, p))
+    single = network()
+    expected = trained(single, options_of(single), slice(None))
+    start = [p.detach() for p in network().parameters()]
+    moved, apart = (
+        torch.cat([(b - a).flatten() for a, b in zip(others, expected, strict=True)]).norm()
+        for others in (start, found)
+    )
+    assert 0 < apart < 0.2 * moved
+
+
+def test_mixed_precision_keeps_weights_and_tables_exact(tmp_path):
+    run(2, train_in_mixed_precision, folder=tmp_path)
+
+
+def train_in_backward(rank, options):
+    mesh = init_device_mesh("cpu", (2,))
+    after = sharded(mesh)
+    expected = trained(after, options_of(after), mine(rank))
+    model = sharded(mesh)
+    opt = options_of(model, in_backward=True, **options)
+    for step in range(6):
+        model(batch(step)[mine(rank)]).square().mean().backward()
+        assert all(p.grad is None for p in model.parameters())
+        opt.step()
+    for p, b in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(whole(p.detach()), b)
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "host"}, {"nonfinite": "error"}], ids=str)
+def test_steps_in_backward_come_to_the_same_bits(options, tmp_path):
+    run(2, train_in_backward, options, folder=tmp_path)
+
+
+def train_in_bf16(rank, options):
+    """Weights in bf16, stochastically rounded, without a master copy."""
+    mesh = init_device_mesh("cpu", (2,))
+    results = []
+    for more in ({}, options):
+        model = network().to(torch.bfloat16)
+        fully_shard(model, mesh=mesh)
+        opt = options_of(model, **more)
+        for step in range(4):
+            model(batch(step)[mine(rank)].to(torch.bfloat16)).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        results.append(
+            [whole(p.detach()) for p in model.parameters()]
+            + [whole(m) for p in model.parameters() for m in moments(opt, p)]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_tables_on_the_host_change_no_bit_of_sharded_training(tmp_path):
+    run(2, train_in_bf16, {"memory": "host"}, folder=tmp_path)
+
+
+def step_with_one_bad_part(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    model = sharded(mesh)
+    opt = options_of(model, nonfinite="error")
+    model(batch(0)[mine(rank)]).square().mean().backward()
+    before = [whole(p.detach()) for p in model.parameters()]
+    if rank == 1:
+        model[2].weight.grad.to_local()[3, 5] = math.nan
+    with pytest.raises(FloatingPointError, match="is not finite") as error:
+        opt.step()
+    assert all(torch.equal(a, whole(p.detach())) for a, p in zip(before, model.parameters(), strict=True))
+    assert not opt.state
+    return str(error.value)
+
+
+def test_all_ranks_hear_of_a_gradient_that_is_not_finite_on_one(tmp_path):
+    first, second = run(2, step_with_one_bad_part, folder=tmp_path)
+    assert first == second
+
+
+def step_with_partial_gradients(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(values((64, 64), 0), mesh, [Replicate()]))
+    p.grad = DTensor.from_local(values((64, 64), 5 + rank), mesh, [Partial()])
+    single = nn.Parameter(values((64, 64), 0))
+    single.grad = values((64, 64), 5) + values((64, 64), 6)
+    for q in (p, single):
+        Collins([q], lr=1e-2, min_K=2).step()
+    assert torch.equal(p.to_local().detach(), single.detach())
+
+
+def test_gradients_that_are_still_to_be_summed_are_summed(tmp_path):
+    run(2, step_with_partial_gradients, folder=tmp_path)
+
+
+def parallel(mesh):
+    model = network()
+    return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def train_in_tensor_parallel(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    model = parallel(mesh)
+    with pytest.raises(ValueError, match=r"parameter '2.weight' is a DTensor placed as \(Shard\(dim=1\)\)"):
+        Collins(model.named_parameters(), **EXACT)
+    single = network()
+
+    def optimizer(m):
+        groups = [
+            {"params": [p], "compress_ratio": 1 if name == "2.weight" or p.ndim == 1 else math.gcd(32, p.shape[1])}
+            for name, p in m.named_parameters()
+        ]
+        return Collins(groups, **{**EXACT, "lr": 1e-3})
+
+    found = trained(model, optimizer(model), slice(None))
+    expected = trained(single, optimizer(single), slice(None))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_tensor_parallel_rows_are_stepped_and_columns_with_exact_moments(tmp_path):
+    run(2, train_in_tensor_parallel, folder=tmp_path)
+
+
+def train_in_two_dimensions(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.GELU())
+    single = copy.deepcopy(model)
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    assert "_StridedShard" in str(model[0].weight.placements)
+    opt, expected = Collins(model.parameters(), **EXACT), Collins(single.parameters(), **EXACT)
+    for step in range(4):
+        x = batch(step)
+        model(x[4 * mesh.get_local_rank("data") :][:4]).square().mean().backward()
+        single(x).square().mean().backward()
+        # The same gradients to the bit: what is compared is where each row's signs and tables are.
+        p, q = model[0].weight, single[0].weight
+        torch.testing.assert_close(p.grad.full_tensor() * 0.5, q.grad, rtol=1e-4, atol=1e-6)
+        q.grad.copy_(p.grad.full_tensor())
+        opt.step()
+        expected.step()
+        assert torch.equal(p.full_tensor(), q)
+        opt.zero_grad()
+        expected.zero_grad()
+    for a, b in zip(moments(opt, p), moments(expected, q), strict=True):
+        rows = 96 // 4
+        first = 48 * mesh.get_local_rank("tensor") + rows * mesh.get_local_rank("data")
+        assert torch.equal(a.to_local(), b[first : first + rows])
+
+
+def test_fully_sharded_tensor_parallel_rows_are_found(tmp_path):
+    run(4, train_in_two_dimensions, folder=tmp_path)
+
+
+def train_on_devices(rank):
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    with torch.device("cuda"):
+        model = sharded(mesh)
+    opt = options_of(model)
+    for step in range(6):
+        model(batch(step)[mine(rank)].cuda()).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    single = network().cuda()
+    expected = options_of(single)
+    for step in range(6):
+        single(batch(step).cuda()).square().mean().backward()
+        expected.step()
+        expected.zero_grad()
+    for p, q in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.cuda
+def test_fully_shard_over_nccl(tmp_path):
+    world = 2 if torch.cuda.device_count() > 1 else 1
+    run(world, train_on_devices, folder=tmp_path, backend="nccl", device="cuda")
