@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from collins.hashing import WORD, HashKey
@@ -25,6 +26,8 @@ _OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 1000,
     "realize_acc_reads_threshold": 1000,
 }
+if hasattr(inductor, "deterministic"):  # otherwise the fastest order of a sum is measured anew in every process
+    _OPTIONS["deterministic"] = True
 
 _Graph = Callable[..., None]
 

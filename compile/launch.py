@@ -93,12 +93,9 @@ def _batch(launch: Launch | None, works: list[Work]) -> Batch | None:
     wide = at_p + at_g + (at_m + at_v if launch.dense else [])
     if reduce(or_, wide) % _WIDE or not (all(map(_contiguous, p)) and all(map(_contiguous, g))):
         return None
-    if h.count(h[0]) == len(h):
-        rows, numbers = [0] * len(h), [h[0]]
-    else:
-        places: dict[int, int] = {}
-        rows = [places.setdefault(id(scalars), len(places)) for scalars in h]
-        numbers = [h[rows.index(row)] for row in range(len(places))]
+    distinct = {id(scalars): scalars for scalars in h}  # they may lie on a device: to compare them would wait for it
+    places = {identity: row for row, identity in enumerate(distinct)}
+    rows, numbers = [places[id(scalars)] for scalars in h], list(distinct.values())
     return Batch(launch, works, p, m, v, at_g, (at_p, at_m, at_v, rows), keys, numbers)
 
 

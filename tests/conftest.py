@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before CUDA starts: products are then the same in every run
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anyone imports the Hugging Face libraries: no test may need the network
 
 if not torch.cuda.is_available():
@@ -37,6 +38,15 @@ def fresh_accelerate():
         reset()
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def reproducible():
+    """On a GPU hash="universal" adds atomically, in any order, unless PyTorch is told to be deterministic."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -344,6 +344,7 @@ def test_a_cuda_graph_of_a_training_step_replays_it(compile):
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_capture_is_refused_unless_capturable():
     ps = parameters(torch.float32, [(96, 64)])
     opt = Collins(ps, min_K=16)

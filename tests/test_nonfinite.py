@@ -54,7 +54,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "reproducible")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("options", "compile"), [*((case, False) for case in CASES), *((case, True) for case in CASES[:2])], ids=str

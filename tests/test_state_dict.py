@@ -58,6 +58,7 @@ TRIPS = {
 }
 
 
+@pytest.mark.usefixtures("reproducible")
 @pytest.mark.parametrize("trip", TRIPS)
 @pytest.mark.parametrize("memory", [None, "device", "host"])
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

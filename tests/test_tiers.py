@@ -43,6 +43,7 @@ def tiers_of(opt):
     return [row.tier for plan in opt.placement for row in plan.rows]
 
 
+@pytest.mark.usefixtures("reproducible")
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 @pytest.mark.parametrize("tier", ["device", "host", "mixed"])
 @pytest.mark.parametrize(("dtype", "options"), CASES, ids=str)

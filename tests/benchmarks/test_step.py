@@ -20,10 +20,11 @@ from collins.offload.shapes import gpt2, llama
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_CPU = DEVICE.type == "cpu"
 MODELS = {
-    "gpt2-124m": gpt2().shapes,
-    "llama-1b": llama(1 if ON_CPU else 16, 2048, 8192, 512, 32000).shapes,
-    "llama-7b": llama(1 if ON_CPU else 32, 4096, 11008, 4096, 32000).shapes,
+    "gpt2-124m": lambda layers: gpt2().shapes,
+    "llama-1b": lambda layers: llama(min(layers, 16), 2048, 8192, 512, 32000).shapes,
+    "llama-7b": lambda layers: llama(min(layers, 32), 4096, 11008, 4096, 32000).shapes,
 }
+HELD = 6  # numbers of the parameter's dtype that foreach AdamW holds for each parameter, its temporaries counted in
 OPTIMIZERS = {
     "AdamW fused": lambda ps: torch.optim.AdamW(ps, fused=True),
     "AdamW foreach": lambda ps: torch.optim.AdamW(ps, foreach=True),
