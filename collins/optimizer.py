@@ -25,6 +25,7 @@ from collins.offload.backward import Arrivals
 from collins.offload.housing import Housing, Tenant
 from collins.offload.slabs import Part
 from collins.options import check_options, listed, require
+from collins.repeat import Kept, Repeat
 from collins.report import MemoryReport, ParameterRow
 from collins.rounding import ROUNDED
 from collins.rule import Scalars, scalars
@@ -73,6 +74,17 @@ class _Member:
 
 
 _Ready = tuple[_Member, Tensor]  # with its gradient
+
+
+class _Again(NamedTuple):
+    """What the next step may repeat, as long as rosters and options are what they were."""
+
+    repeat: Repeat
+    rosters: list[list[_Member]]
+    groups: list[
+        tuple[dict[str, Any], tuple[Any, ...], list[_Member]]
+    ]  # options, what plans depend on, who was stepped
+
 
 _WORK = tuple.__new__  # of a named tuple, without the cost of its keywords
 
@@ -211,6 +223,7 @@ class Collins(Optimizer):
         self._housing = None if self.memory is None else Housing(self.memory)
         self._rosters: list[tuple[list[Tensor], list[_Member]]] = []
         self._settings: list[tuple[Any, ...]] = []
+        self._repeat: _Again | None = None
         self._arrivals: Arrivals | None = None
         self._awaited: dict[Tensor, _Member] | None = None  # from the first gradient that arrives until `step`
         self._stepped: set[Tensor] = set()  # those of them that have been stepped
@@ -398,10 +411,14 @@ class Collins(Optimizer):
         """Checks everything, then performs the step. Code that compiles `step` calls this as it is: the engine compiles
         its own graphs, which no change of learning rate, gradients or state invalidates.
         """
+        if self._repeated():
+            return
         ready = self._ready()
         self._guard(ready)
         if self._housing is None:
-            self._engine.run(self._works(ready))
+            works = self._works(ready)
+            self._engine.run(works)
+            self._repeat = self._to_repeat(ready, works)
         elif ready:
             self._settle([member for members in self._roster() for member in members])
             params = [member.p for _, found in ready for member, _ in found]
@@ -410,6 +427,41 @@ class Collins(Optimizer):
         self._stepped.clear()
         self._awaited = None
         self._watch()  # whoever takes gradients since
+
+    def _to_repeat(self, ready: Sequence[tuple[dict[str, Any], list[_Ready]]], works: Sequence[Work]) -> _Again | None:
+        """What may take the next step in a fraction of this one's time on the host."""
+        plain = all(not group["capturable"] and group["nonfinite"] != "error" for group, _ in ready)
+        course = self._engine.course(works) if plain and not self.in_backward else None
+        members = [member for _, found in ready for member, _ in found]
+        plans = [cast(_Plan, member.plan) for member in members]
+        if course is None or not members or any(plan.slice is not None for plan in plans):
+            return None
+        kept = [
+            Kept(("step", *plan.names), cast(tuple[Tensor, ...], (m.step, m.first, m.second)))
+            for m, plan in zip(members, plans, strict=True)
+        ]
+        stepped = {id(member) for member in members}
+        others = [member.p for member in self._members() if id(member) not in stepped]
+        groups = [(group, self._settings_of(group), [member for member, _ in found]) for group, found in ready]
+        repeat = Repeat([member.p for member in members], others, kept, self.state, course)
+        return _Again(repeat, list(self._roster()), groups)
+
+    def _repeated(self) -> bool:
+        """Whether the step has been taken, being as the last one was."""
+        again = self._repeat
+        if again is None or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+            return False
+        rosters = list(self._roster())
+        same = len(rosters) == len(again.rosters) and all(map(operator.is_, rosters, again.rosters))
+        for group, settings, _ in again.groups:
+            check_options(group)
+            same = same and not group["capturable"] and self._settings_of(group) is settings
+        run = again.repeat.ready(self.state) if same else None
+        if run is None:
+            self._repeat = None
+            return False
+        run([h for group, _, members in again.groups for h in self._numbers(group, members)])
+        return True
 
     def _step_in_backward(self) -> None:
         """From now on parameters are stepped as their gradients arrive."""

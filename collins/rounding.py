@@ -21,10 +21,10 @@ ROUNDED = (torch.bfloat16, torch.float16)
 PARAM, FIRST, SECOND = 0, 0x3C6EF372, 0x1F83D9AB
 SECOND_WORD = 0x510E527F
 
-_HALF_MAX = 65504.0  # largest float16
-_HALF_OVERFLOW = 65520.0  # from here on, round-to-nearest gives infinity
-_HALF_NORMAL = 2.0**-14  # smallest normal float16
-_HALF_QUANTUM = 2.0**-24  # spacing of the subnormal ones
+HALF_MAX = 65504.0  # largest float16
+HALF_OVERFLOW = 65520.0  # from here on, round-to-nearest gives infinity
+HALF_NORMAL = 2.0**-14  # smallest normal float16
+HALF_QUANTUM = 2.0**-24  # spacing of the subnormal ones
 
 
 def random_bits(
@@ -57,7 +57,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
         return torch.where(torch.isfinite(x), raised, x).to(dtype)
     bits = bits >> 3  # float32 carries 13 bits more than float16
     normal = ((x.view(torch.int32) + bits) & -8192).view(torch.float32)
-    tiny = torch.floor(x / _HALF_QUANTUM + bits.to(torch.float32) / 8192) * _HALF_QUANTUM
-    rounded = torch.where(x.abs() < _HALF_NORMAL, tiny, normal)
-    rounded = torch.where(x.abs() < _HALF_OVERFLOW, rounded.clamp(-_HALF_MAX, _HALF_MAX), x)
+    tiny = torch.floor(x / HALF_QUANTUM + bits.to(torch.float32) / 8192) * HALF_QUANTUM
+    rounded = torch.where(x.abs() < HALF_NORMAL, tiny, normal)
+    rounded = torch.where(x.abs() < HALF_OVERFLOW, rounded.clamp(-HALF_MAX, HALF_MAX), x)
     return rounded.to(dtype)

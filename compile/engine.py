@@ -16,7 +16,7 @@ from collins.rule import Scalars
 from collins.update import Spec, Work, update_
 
 if TYPE_CHECKING:
-    from collins.compile.launch import Launch, Launches
+    from collins.compile.launch import Course, Launch, Launches
 
 # Elements per piece of an eager step, at most: enough to outweigh the calls, few enough to stay in cache.
 _PIECE_CPU = 1 << 18
@@ -74,6 +74,12 @@ class Engine:
             if not self._tried("kernel", batch.launch.run, batch):
                 rest += batch.works
         return rest
+
+    def course(self, works: Sequence[Work]) -> Course | None:
+        """What takes the same step again with other gradients and numbers, if kernels take all of it."""
+        if self._launches is None or "kernel" in self._failed or any(work.launch is None for work in works):
+            return None
+        return self._launches.course(works)
 
     def launch_of(self, spec: Spec, p: Tensor, moment_dtype: torch.dtype, start: int = 0) -> Launch | None:
         """What to give as `Work.launch` for such a parameter."""

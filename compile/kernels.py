@@ -4,8 +4,8 @@ It computes what `collins.update.update_` computes for dense moments and for has
 all tensors of one dtype, load and set of flags, whatever their shapes: the kernel finds its tensors through a table of
 addresses, so that hundreds of small tensors cost no more launches than one large one.
 
-A tensor's elements are dealt with in tiles of rows; a row is a bucket, or 32 neighbours where buckets are larger or
-moments are dense. So every hash is computed once a row, and every gradient is read once.
+A program works through a chunk of a tensor in tiles of rows; a row is a bucket, or 32 neighbours where buckets are
+larger or moments are dense. So every hash is computed once a row, and every gradient is read once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from collins.hashing import FIRST_MULTIPLIER, GOLDEN, SECOND_MULTIPLIER, TICK_STRIDE
-from collins.rounding import FIRST, PARAM, ROUNDED, SECOND, SECOND_WORD
+from collins.rounding import (
+    FIRST,
+    HALF_MAX,
+    HALF_NORMAL,
+    HALF_OVERFLOW,
+    HALF_QUANTUM,
+    PARAM,
+    ROUNDED,
+    SECOND,
+    SECOND_WORD,
+)
 
 _M1 = tl.constexpr(FIRST_MULTIPLIER)
 _M2 = tl.constexpr(SECOND_MULTIPLIER)
@@ -26,9 +36,11 @@ _STRIDE = tl.constexpr(TICK_STRIDE)
 _GOLDEN = tl.constexpr(GOLDEN)
 _PARAM, _FIRST, _SECOND = tl.constexpr(PARAM), tl.constexpr(FIRST), tl.constexpr(SECOND)
 _WORD_B = tl.constexpr(SECOND_WORD)
+_HALF_MAX, _HALF_OVERFLOW = tl.constexpr(HALF_MAX), tl.constexpr(HALF_OVERFLOW)
+_HALF_NORMAL, _HALF_QUANTUM = tl.constexpr(HALF_NORMAL), tl.constexpr(HALF_QUANTUM)
 
-TILE_BYTES = 8192  # of the parameter, in one program
-CHUNK = 16  # tiles that share an entry of the map from tiles to tensors
+TILE = 2048  # elements that a program deals with at once
+CHUNK = 8  # tiles of a program, one after the other: it reads the next while it computes one
 
 # The columns of the table, one row a tensor: addresses, sizes and hash constants, all int64.
 COLUMNS = ("p", "m", "v", "local", "chunk", "start", "numel", "sign0", "sign1", "round0", "round1", "period", "row")
@@ -48,48 +60,69 @@ def _mix(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _word(index, tick, low, high):  # type: ignore[no-untyped-def]
-    return _mix((index + low) ^ (tick * _STRIDE + high))
+def _widened(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x in float32. Two neighbours in bfloat16 share a register and take one instruction each."""
+    if FAST and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    return x.to(tl.float32)
 
 
 @triton.jit
-def _divided(x, y, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x / y to about 2 ulp; y is a positive normal number. The plain quotient spends four instructions on other y."""
+def _quotient(x, y, eps, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x / (sqrt(y) + eps) to about 3 ulp, where the plain operations spend instructions on denormal numbers."""
     if FAST:
         x, y = tl.broadcast(x, y)
+        x, eps = tl.broadcast(x, eps)
         return tl.inline_asm_elementwise(
-            "div.approx.ftz.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return x / y
+            "{ .reg .f32 t; sqrt.approx.ftz.f32 t, $2; add.f32 t, t, $3; div.approx.ftz.f32 $0, $1, t; }",
+            "=f,f,f,f", [x, y, eps], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return x / (tl.sqrt(y) + eps)
 
 
 @triton.jit
-def _root(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _flipped(x, flips, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x with its sign changed where the top bit of `flips` is set: one instruction, x ^ (flips & top bit)."""
     if FAST:
+        x, flips = tl.broadcast(x, flips)
         return tl.inline_asm_elementwise(
-            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+            "lop3.b32 $0, $1, $2, 0x80000000, 0x78;", "=r,r,r", [x, flips], dtype=tl.float32, is_pure=True, pack=1
         )
-    return tl.sqrt(x)
+    return (x.to(tl.uint32, bitcast=True) ^ (flips & 0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _flipped(x, flips):  # type: ignore[no-untyped-def]
-    """x with its sign changed where the top bit is set: one instruction, where a product of signs takes four."""
-    return (x.to(tl.uint32, bitcast=True) ^ flips).to(tl.float32, bitcast=True)
+def _noise(index, spot, tick, low, high, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Random bits in the upper half of a word; the lower half is to be ignored. `tick` is the step's."""
+    a = _mix((index + low) ^ (tick + (high ^ STREAM))) & 0xFFFFFF00
+    b = _mix((index + low) ^ (tick + (high ^ (STREAM ^ _WORD_B)))) & 0xFFFFFF00
+    return a + b * spot
 
 
 @triton.jit
-def _rounded(x, bits):  # type: ignore[no-untyped-def]
-    raised = ((x.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    finite = tl.abs(x) < float("inf")
-    return tl.where(finite, raised, x).to(tl.bfloat16)
+def _rounded(x, noise, TO: tl.constexpr):  # type: ignore[no-untyped-def]
+    bits = x.to(tl.int32, bitcast=True)
+    if tl.bfloat16 == TO:  # only a NaN wraps around, to a negative integer
+        raised = tl.maximum(bits, bits + (noise >> 16).to(tl.int32))
+        result = (raised >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        part = (noise >> 19).to(tl.int32)
+        normal = ((bits + part) & -8192).to(tl.float32, bitcast=True)
+        tiny = tl.floor(x / _HALF_QUANTUM + part.to(tl.float32) / 8192) * _HALF_QUANTUM
+        near = tl.where(tl.abs(x) < _HALF_NORMAL, tiny, normal)
+        near = tl.minimum(tl.maximum(near, -_HALF_MAX), _HALF_MAX)
+        result = tl.where(tl.abs(x) < _HALF_OVERFLOW, near, x).to(tl.float16)
+    return result
 
 
 @triton.jit
-def _noise(word, spot, step, low, high, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
-    a = _word(word, step, low, high ^ STREAM) >> 8
-    b = _word(word, step, low, high ^ (STREAM ^ _WORD_B)) >> 8
-    return ((a + b * spot) & 0xFFFFFF) >> 8
+def _along(x, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What holds for each bucket, for each of its rows."""
+    if WORDS > 1:
+        x = tl.reshape(tl.broadcast_to(x[:, None], (ROWS // WORDS, WORDS)), (ROWS,))
+    return x
 
 
 @triton.jit
@@ -100,12 +133,10 @@ def _step(  # type: ignore[no-untyped-def]
     SKIP: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    tensor = tl.load(owners + program // CHUNK).to(tl.int64)
+    tensor = tl.load(owners + program).to(tl.int64)
     entry = table + tensor * _WIDTH
-    local = tl.load(entry + 3)
-    offset = (program - tl.load(entry + 4) * CHUNK).to(tl.int64) * TILE
-    if offset >= local:
-        return
+    offset = (program - tl.load(entry + 4)).to(tl.int64) * (TILE * CHUNK)
+    end = tl.minimum(tl.load(entry + 3) - offset, TILE * CHUNK).to(tl.int32)
     p_base = tl.multiple_of(tl.load(entry).to(tl.pointer_type(P)) + offset, 16)
     g_base = tl.multiple_of(tl.load(grads + tensor).to(tl.pointer_type(P)) + offset, 16)
     m_base = tl.load(entry + 1).to(tl.pointer_type(T))
@@ -114,7 +145,7 @@ def _step(  # type: ignore[no-untyped-def]
         m_base, v_base = tl.multiple_of(m_base + offset, 16), tl.multiple_of(v_base + offset, 16)
     else:
         m_base, v_base = m_base + offset // LOAD, v_base + offset // LOAD
-    first = tl.load(entry + 5) + offset
+    start = tl.load(entry + 5) + offset
     round0, round1 = tl.load(entry + 9).to(tl.uint32), tl.load(entry + 10).to(tl.uint32)
     numbers += tl.load(entry + 12) * _NUMBERS
     step = tl.load(numbers + 0).to(tl.uint32)
@@ -124,129 +155,156 @@ def _step(  # type: ignore[no-untyped-def]
     rest1 = tl.load(numbers + 4).to(tl.float32)
     beta2 = tl.load(numbers + 5).to(tl.float32)
     rest2 = tl.load(numbers + 6).to(tl.float32)
-    inverse1 = tl.load(numbers + 7).to(tl.float32)
+    step1 = tl.load(numbers + 7).to(tl.float32) * lr
     inverse2 = tl.load(numbers + 8).to(tl.float32)
     eps = tl.load(numbers + 9).to(tl.float32)
-    rho = tl.load(numbers + 10).to(tl.float32)
+    lr_rho = tl.load(numbers + 10).to(tl.float32) * lr
+    tick = step * _STRIDE
 
     LANES: tl.constexpr = 32 if DENSE or LOAD > 32 else LOAD
     ROWS: tl.constexpr = TILE // LANES
+    BUCKETS: tl.constexpr = TILE // LOAD
+    WORDS: tl.constexpr = LOAD // LANES  # rows in a bucket
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
     place = row[:, None] * LANES + lane[None, :]
-    if EVEN:  # noqa: SIM108 - whole rows: a mask that is the same along a row lets it be read in wide words
-        inside = tl.broadcast_to((row * LANES < local - offset)[:, None], (ROWS, LANES))
-    else:
-        inside = place < local - offset
-    g = tl.load(g_base + place, mask=inside, other=0.0).to(tl.float32)
-    p = tl.load(p_base + place, mask=inside, other=0.0).to(tl.float32)
-    if MAXIMIZE:
-        g = -g
-
-    if DENSE:
-        old_m = tl.load(m_base + place, mask=inside, other=0.0).to(tl.float32)
-        old_v = tl.load(v_base + place, mask=inside, other=0.0).to(tl.float32)
-        M = beta1 * old_m + rest1 * g
-        V = beta2 * old_v + rest2 * g * g
-        if SKIP:
-            fine = g * g < float("inf")
-            M, V = tl.where(fine, M, old_m), tl.where(fine, V, old_v)
-        m_hat = M * inverse1
-        direction = _divided(m_hat, _root(V * inverse2, FAST) + eps, FAST)
-        if ROUND_T:
-            word = (first // 32).to(tl.uint32) + row.to(tl.uint32)[:, None]
-            spot = lane.to(tl.uint32)[None, :]
-            new_m = _rounded(M, _noise(word, spot, step, round0, round1, _FIRST))
-            new_v = _rounded(V, _noise(word, spot, step, round0, round1, _SECOND))
-            tl.store(m_base + place, new_m, mask=inside)
-            tl.store(v_base + place, new_v, mask=inside)
-        else:
-            tl.store(m_base + place, M.to(T), mask=inside)
-            tl.store(v_base + place, V.to(T), mask=inside)
-    else:
-        sign0, sign1 = tl.load(entry + 7).to(tl.uint32), tl.load(entry + 8).to(tl.uint32)
-        BUCKETS: tl.constexpr = TILE // LOAD
-        WORDS: tl.constexpr = LOAD // LANES  # rows in a bucket
+    column = lane.to(tl.uint32)[None, :]
+    if not DENSE:
         bucket = tl.arange(0, BUCKETS)
-        number = first // LOAD + bucket
-        held = bucket * LOAD < local - offset
-        size = tl.minimum(tl.load(entry + 6) - number * LOAD, LOAD)
-        load = tl.maximum(size, 1).to(tl.float32)
+        first_bucket = (start // LOAD).to(tl.uint32)
+        beyond = tl.load(entry + 6) - start
+        sign0, sign1 = tl.load(entry + 7).to(tl.uint32), tl.load(entry + 8).to(tl.uint32)
         if REHASH:
             period = tl.load(entry + 11).to(tl.uint32)
             begun = step // period
-            phase = tl.umulhi((number.to(tl.uint32) + sign0) * _GOLDEN, period)
-            past = phase + (step - begun * period)
-            moves = size > 1  # alone, an element keeps its sign
-            epoch = tl.where(moves, begun + (past >= period).to(tl.uint32), 0)
-            fresh = ((past == period) | (past == 0)) & moves
+            passed = step - begun * period
+            old_tick = begun * _STRIDE + sign1
+        inside = tl.broadcast_to((row * LANES < end)[:, None], (ROWS, LANES)) if EVEN else place < end
+        held = bucket * LOAD < end
+        g_next = tl.load(g_base + place, mask=inside, other=0.0)
+        p_next = tl.load(p_base + place, mask=inside, other=0.0)
+        m_next = tl.load(m_base + bucket, mask=held, other=0.0)
+        v_next = tl.load(v_base + bucket, mask=held, other=0.0)
+
+    for at in range(0, TILE * CHUNK, TILE):  # past the end of a small tensor, nothing is read or written
+        # Where rows are whole, a mask that is the same along a row lets it be read in wide words.
+        inside = tl.broadcast_to((row * LANES < end - at)[:, None], (ROWS, LANES)) if EVEN else place < end - at
+        if DENSE:
+            g = _widened(tl.load(g_base + at + place, mask=inside, other=0.0), FAST)
+            p = _widened(tl.load(p_base + at + place, mask=inside, other=0.0), FAST)
+            if MAXIMIZE:
+                g = -g
+            old_m = tl.load(m_base + at + place, mask=inside, other=0.0).to(tl.float32)
+            old_v = tl.load(v_base + at + place, mask=inside, other=0.0).to(tl.float32)
+            M = beta1 * old_m + rest1 * g
+            V = beta2 * old_v + rest2 * g * g
+            if SKIP:
+                fine = g * g < float("inf")
+                M, V = tl.where(fine, M, old_m), tl.where(fine, V, old_v)
+            if ROUND_T:
+                index = (start // 32).to(tl.uint32) + (at // 32 + row).to(tl.uint32)[:, None]
+                tl.store(
+                    m_base + at + place, _rounded(M, _noise(index, column, tick, round0, round1, _FIRST), T), inside
+                )
+                tl.store(
+                    v_base + at + place, _rounded(V, _noise(index, column, tick, round0, round1, _SECOND), T), inside
+                )
+            else:
+                tl.store(m_base + at + place, M.to(T), mask=inside)
+                tl.store(v_base + at + place, V.to(T), mask=inside)
+            change = _quotient(M * step1, V * inverse2, eps, FAST)
         else:
-            epoch = tl.zeros((BUCKETS,), tl.uint32)
-            fresh = tl.zeros((BUCKETS,), tl.int1)
-        if WORDS == 1:
-            word = _word(number.to(tl.uint32), epoch, sign0, sign1)
-            shift = (number * LOAD & 31).to(tl.uint32)[:, None] + lane.to(tl.uint32)[None, :]
-        else:
-            of_row = first // LANES + row
-            ticks = tl.reshape(tl.broadcast_to(epoch[:, None], (BUCKETS, WORDS)), (ROWS,))
-            word = _word(of_row.to(tl.uint32), ticks, sign0, sign1)
-            shift = tl.broadcast_to(lane.to(tl.uint32)[None, :], (ROWS, LANES))
-        flips = (word[:, None] << (31 - shift)) & 0x80000000
-        total, squares = tl.sum(_flipped(g, flips), axis=1), tl.sum(g * g, axis=1)
-        if WORDS > 1:
-            total = tl.sum(tl.reshape(total, (BUCKETS, WORDS)), axis=1)
-            squares = tl.sum(tl.reshape(squares, (BUCKETS, WORDS)), axis=1)
-        mu, q = total * (1 / load), squares * (1 / load)
-        old_m = tl.where(fresh, 0.0, tl.load(m_base + bucket, mask=held, other=0.0).to(tl.float32))
-        old_v = tl.load(v_base + bucket, mask=held, other=0.0).to(tl.float32)
-        M = beta1 * old_m + rest1 * mu
-        V = beta2 * old_v + rest2 * q
-        if SKIP:
-            fine_b = q < float("inf")
-            M, V = tl.where(fine_b, M, old_m), tl.where(fine_b, V, old_v)
+            held = bucket * LOAD < end - at
+            g, p = _widened(g_next, FAST), _widened(p_next, FAST)
+            old_m, old_v = m_next.to(tl.float32), v_next.to(tl.float32)
+            then = at + TILE
+            next_inside = (
+                tl.broadcast_to((row * LANES < end - then)[:, None], (ROWS, LANES)) if EVEN else place < end - then
+            )
+            next_held = bucket * LOAD < end - then
+            g_next = tl.load(g_base + then + place, mask=next_inside, other=0.0)
+            p_next = tl.load(p_base + then + place, mask=next_inside, other=0.0)
+            m_next = tl.load(m_base + then // LOAD + bucket, mask=next_held, other=0.0)
+            v_next = tl.load(v_base + then // LOAD + bucket, mask=next_held, other=0.0)
+            if MAXIMIZE:
+                g = -g
+            number = first_bucket + (at // LOAD + bucket).to(tl.uint32)
+            if EVEN:
+                load: tl.constexpr = LOAD * 1.0
+                root: tl.constexpr = LOAD**0.5
+            else:
+                size = (tl.minimum(beyond - at, TILE).to(tl.int32) - bucket * LOAD).to(tl.float32)
+                load = tl.minimum(tl.maximum(size, 1.0), LOAD * 1.0)
+                root = tl.sqrt(load)
+            if REHASH:
+                past = tl.umulhi((number + sign0) * _GOLDEN, period) + passed
+                ticks = tl.where(past >= period, old_tick + _STRIDE, old_tick)
+                fresh = (past == period) | (past == 0)
+                if not EVEN:  # alone, an element keeps its sign
+                    ticks, fresh = tl.where(size > 1.0, ticks, sign1), fresh & (size > 1.0)
+                old_m = tl.where(fresh, 0.0, old_m)
+                ticks = _along(ticks, ROWS, WORDS)
+            else:
+                ticks = sign1
+            of_row = (start // LANES).to(tl.uint32) + (at // LANES + row).to(tl.uint32) if WORDS > 1 else number
+            word = _mix((of_row + sign0) ^ ticks)
+            shift = (number * LOAD & 31)[:, None] + column if LANES < 32 else column
+            flips = word[:, None] << (31 - shift)
+            signed = _flipped(g, flips, FAST)
+            total, squares = tl.sum(signed, axis=1), tl.sum(g * g, axis=1)
             if WORDS > 1:
-                fine_b = tl.reshape(tl.broadcast_to(fine_b[:, None], (BUCKETS, WORDS)), (ROWS,))
-            fine = tl.broadcast_to(fine_b[:, None], (ROWS, LANES))
-        if ROUND_T:
-            group, spot = (number // 32).to(tl.uint32), (number & 31).to(tl.uint32)
-            tl.store(m_base + bucket, _rounded(M, _noise(group, spot, step, round0, round1, _FIRST)), mask=held)
-            tl.store(v_base + bucket, _rounded(V, _noise(group, spot, step, round0, round1, _SECOND)), mask=held)
-        else:
-            tl.store(m_base + bucket, M.to(T), mask=held)
-            tl.store(v_base + bucket, V.to(T), mask=held)
-        m_b, v_b = M * inverse1, V * inverse2
-        if RESIDUAL:
-            m_b = m_b * tl.sqrt(load)
-        else:
-            m_b, v_b = m_b * load, v_b * load
-        if WORDS > 1:
-            mu = tl.reshape(tl.broadcast_to(mu[:, None], (BUCKETS, WORDS)), (ROWS,))
-            m_b = tl.reshape(tl.broadcast_to(m_b[:, None], (BUCKETS, WORDS)), (ROWS,))
-            v_b = tl.reshape(tl.broadcast_to(v_b[:, None], (BUCKETS, WORDS)), (ROWS,))
-        if RESIDUAL:
-            r = g - _flipped(mu[:, None], flips)
-            direction = _divided(_flipped(m_b[:, None], flips) + rho * r, _root(v_b[:, None] + r * r, FAST) + eps, FAST)
-        else:
-            direction = _flipped(m_b[:, None] / (tl.sqrt(v_b[:, None]) + eps), flips)
+                total = tl.sum(tl.reshape(total, (BUCKETS, WORDS)), axis=1)
+                squares = tl.sum(tl.reshape(squares, (BUCKETS, WORDS)), axis=1)
+            mu, q = total * (1 / load), squares * (1 / load)
+            M = beta1 * old_m + rest1 * mu
+            V = beta2 * old_v + rest2 * q
+            if SKIP:
+                fine = q < float("inf")
+                M, V = tl.where(fine, M, old_m), tl.where(fine, V, old_v)
+                fine = tl.broadcast_to(_along(fine, ROWS, WORDS)[:, None], (ROWS, LANES))
+            m_here, v_here = m_base + at // LOAD + bucket, v_base + at // LOAD + bucket
+            if ROUND_T:
+                index, spot = number // 32, number & 31
+                tl.store(m_here, _rounded(M, _noise(index, spot, tick, round0, round1, _FIRST), T), mask=held)
+                tl.store(v_here, _rounded(V, _noise(index, spot, tick, round0, round1, _SECOND), T), mask=held)
+            else:
+                tl.store(m_here, M.to(T), mask=held)
+                tl.store(v_here, V.to(T), mask=held)
+            # All in the frame of the signs: s r = s g - mu.
+            if RESIDUAL:
+                m_b, v_b = _along(M * (step1 * root), ROWS, WORDS)[:, None], _along(V * inverse2, ROWS, WORDS)[:, None]
+                r = signed - _along(mu, ROWS, WORDS)[:, None]
+                change = _quotient(m_b + lr_rho * r, v_b + r * r, eps, FAST)
+            else:
+                change = _quotient(M * (step1 * load), V * (inverse2 * load), eps, FAST)
+                change = tl.broadcast_to(_along(change, ROWS, WORDS)[:, None], (ROWS, LANES))
+            change = _flipped(change, flips, FAST)
 
-    new = p * shrink - lr * direction
-    if SKIP:
-        new = tl.where(fine, new, p)
-    if ROUND_P:
-        at = first + row[:, None] * LANES
-        spot = (at & 31).to(tl.uint32) + lane.to(tl.uint32)[None, :]
-        new = _rounded(new, _noise((at // 32).to(tl.uint32), spot, step, round0, round1, _PARAM))
-        tl.store(p_base + place, new, mask=inside)
-    else:
-        tl.store(p_base + place, new.to(P), mask=inside)
+        new = p * shrink - change
+        if SKIP:
+            new = tl.where(fine, new, p)
+        if ROUND_P:
+            index = (start // 32).to(tl.uint32) + ((at + row * LANES) // 32).to(tl.uint32)[:, None]
+            spot = column if LANES == 32 else (row * LANES & 31).to(tl.uint32)[:, None] + column
+            tl.store(p_base + at + place, _rounded(new, _noise(index, spot, tick, round0, round1, _PARAM), P), inside)
+        else:
+            tl.store(p_base + at + place, new.to(P), mask=inside)
 
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-DTYPES = tuple(_DTYPES)
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
+PARAMETERS = (torch.float32, torch.bfloat16, torch.float16)
+MOMENTS = (torch.float32, torch.bfloat16, torch.float64)
 LARGEST_LOAD = 1024
 
 # PTX for division and square root; other compilers and the interpreter spell them out.
 _FAST = torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") != "1"
+# Eight warps for each of a multiprocessor's schedulers hide the memory's latency better than more registers do.
+OPTIONS = {"num_warps": 4, "maxnreg": 128} if _FAST else {"num_warps": 4}
 
 # Gradients come as addresses alone: they are only read, and looking at each once more would cost the host its time.
 _LIBRARY = torch.library.Library("collins", "DEF")
@@ -254,11 +312,6 @@ _LIBRARY.define(
     "step_(Tensor(a!)[] p, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
     "Tensor numbers, int load, bool residual, bool rehash, bool rounding, bool maximize, bool skip, bool even) -> ()"
 )
-
-
-def tile_of(dtype: torch.dtype) -> int:
-    """Elements of one program."""
-    return TILE_BYTES // dtype.itemsize
 
 
 def _launch(
@@ -279,11 +332,11 @@ def _launch(
 ) -> None:
     param, moment = p[0].dtype, m[0].dtype
     with torch.cuda.device_of(p[0]):
-        _step[(owners.numel() * CHUNK,)](
+        _step[(owners.numel(),)](
             owners, table, grads, numbers,
             P=_DTYPES[param], T=_DTYPES[moment], DENSE=load == 1, LOAD=load, RESIDUAL=residual, REHASH=rehash,
             ROUND_P=rounding and param in ROUNDED, ROUND_T=rounding and moment in ROUNDED, MAXIMIZE=maximize,
-            SKIP=skip, EVEN=even, FAST=_FAST, TILE=tile_of(param), CHUNK=CHUNK, num_warps=4,
+            SKIP=skip, EVEN=even, FAST=_FAST, TILE=TILE, CHUNK=CHUNK, **OPTIONS,
         )  # fmt: skip
 
 

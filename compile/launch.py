@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
+from itertools import chain
 from operator import or_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from collins.compile.kernels import CHUNK, DTYPES, LARGEST_LOAD, NUMBERS, tile_of
+from collins.compile.kernels import CHUNK, LARGEST_LOAD, MOMENTS, NUMBERS, PARAMETERS, TILE
 from collins.hashing import WORD
 from collins.rule import Scalars
 from collins.update import Keys, Spec, Work
@@ -34,15 +35,19 @@ class Launches:
             or spec.hash == "universal"
             or load > LARGEST_LOAD
             or start % max(WORD, load)
-            or p.dtype not in DTYPES
-            or moment_dtype not in DTYPES
+            or p.dtype not in PARAMETERS
+            or moment_dtype not in MOMENTS
             or not count
         ):
             return None
-        key = (spec, p.dtype, moment_dtype, p.device, count % WORD == 0)
+        even = count % max(WORD, load) == 0
+        key = (spec, p.dtype, moment_dtype, p.device, even)
         if key not in self._launches:
-            self._launches[key] = Launch(spec, even=count % WORD == 0, device=p.device)
+            self._launches[key] = Launch(spec, even=even, device=p.device)
         return self._launches[key]
+
+    def course(self, works: Sequence[Work]) -> Course:
+        return Course(works)
 
     def sorted(self, works: Sequence[Work]) -> tuple[list[Batch], list[Work]]:
         """Works in batches, by the launch that takes them, and those that none can take."""
@@ -57,6 +62,7 @@ class Launches:
         rest = groups.pop(None, [])
         batches = []
         for launch, group in groups.items():
+            assert launch is not None
             batch = _batch(launch, group)
             if batch is None:  # some lie in memory as the kernel cannot read it
                 readable: list[Work] = []
@@ -72,7 +78,7 @@ class Batch(NamedTuple):
     """What one launch takes in one step, column by column."""
 
     launch: Launch
-    works: list[Work]
+    works: Sequence[Work]
     p: tuple[Tensor, ...]
     m: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
@@ -82,21 +88,79 @@ class Batch(NamedTuple):
     numbers: list[Scalars]  # of the rows
 
 
+class Columns(NamedTuple):
+    """The works of one launch, column by column: C loops over hundreds of tensors."""
+
+    launch: Launch
+    works: Sequence[Work]
+    p: tuple[Tensor, ...]
+    m: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+    keys: tuple[Keys, ...]
+
+    @classmethod
+    def of(cls, launch: Launch, works: Sequence[Work]) -> Columns:
+        p, _, m, v, _, keys, *_ = zip(*works, strict=True)
+        return cls(launch, works, p, m, v, keys)
+
+    def addresses(self, grads: Sequence[Tensor]) -> tuple[list[int], ...] | None:
+        """Of gradients, parameters and moments. None if the kernel cannot read one: not contiguous, not aligned."""
+        at = tuple(list(map(_address, column)) for column in (grads, self.p, self.m, self.v))
+        wide = chain.from_iterable(at if self.launch.dense else at[:2])
+        if reduce(or_, wide) % _WIDE or not (all(map(_contiguous, self.p)) and all(map(_contiguous, grads))):
+            return None
+        return at
+
+    def batch(self, at: tuple[list[int], ...], h: Sequence[Scalars]) -> Batch:
+        """With the numbers of each work."""
+        distinct = {id(scalars): scalars for scalars in h}  # they may lie on a device: to compare them would wait
+        places = {identity: row for row, identity in enumerate(distinct)}
+        rows = [places[id(scalars)] for scalars in h]
+        return Batch(
+            self.launch, self.works, self.p, self.m, self.v, at[0], (*at[1:], rows), self.keys, list(distinct.values())
+        )
+
+
 _address, _contiguous = Tensor.data_ptr, Tensor.is_contiguous
 
 
-def _batch(launch: Launch | None, works: list[Work]) -> Batch | None:
-    """The works as columns: C loops over hundreds of tensors. None if one is not contiguous or aligned."""
-    assert launch is not None
-    p, g, m, v, _, keys, h, *_ = zip(*works, strict=True)
-    at_p, at_g, at_m, at_v = (list(map(_address, column)) for column in (p, g, m, v))
-    wide = at_p + at_g + (at_m + at_v if launch.dense else [])
-    if reduce(or_, wide) % _WIDE or not (all(map(_contiguous, p)) and all(map(_contiguous, g))):
-        return None
-    distinct = {id(scalars): scalars for scalars in h}  # they may lie on a device: to compare them would wait for it
-    places = {identity: row for row, identity in enumerate(distinct)}
-    rows, numbers = [places[id(scalars)] for scalars in h], list(distinct.values())
-    return Batch(launch, works, p, m, v, at_g, (at_p, at_m, at_v, rows), keys, numbers)
+def _batch(launch: Launch, works: Sequence[Work]) -> Batch | None:
+    columns = Columns.of(launch, works)
+    at = columns.addresses([work.g for work in works])
+    return None if at is None else columns.batch(at, [work.h for work in works])
+
+
+class Course:
+    """The launches of a whole step, which kernels take, to be taken again with other gradients and numbers."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        groups: dict[Launch, list[int]] = {}
+        for i, work in enumerate(works):
+            groups.setdefault(cast(Launch, work.launch), []).append(i)
+        # No gradient is kept beyond its step: the parameter takes its place.
+        self._parts = [
+            (Columns.of(launch, [works[i]._replace(g=works[i].p) for i in places]), places)
+            for launch, places in groups.items()
+        ]
+
+    def ready(self, grads: Sequence[Tensor]) -> Callable[[Sequence[Scalars]], None] | None:
+        """What performs the step once its numbers are known; None if a kernel cannot read one of the tensors.
+
+        Args:
+            grads: one for each work, in the order of the works, which is that of the numbers too.
+        """
+        found = []
+        for columns, places in self._parts:
+            at = columns.addresses([grads[i] for i in places])
+            if at is None:
+                return None
+            found.append((columns, places, at))
+
+        def run(h: Sequence[Scalars]) -> None:
+            for columns, places, at in found:
+                columns.launch.run(columns.batch(at, [h[i] for i in places]))
+
+        return run
 
 
 class Launch:
@@ -174,7 +238,7 @@ class Launch:
                 self._tables.clear()
             owners: list[int] = []
             table: list[Any] = []
-            span = CHUNK * tile_of(batch.works[0].p.dtype)
+            span = CHUNK * TILE
             for i, (work, at_p, at_m, at_v, row) in enumerate(zip(batch.works, *batch.fixed, strict=True)):
                 local = work.p.numel()
                 sign, rounding, _, period = work.keys

@@ -91,7 +91,9 @@ def test_gradients_are_freed_as_they_arrive(memory):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(
-    "memory", [None, "device", {"tier": "host", "bucket_size": 900}, {"device_budget": "3MiB", "bucket_size": 900}], ids=str
+    "memory",
+    [None, "device", {"tier": "host", "bucket_size": 900}, {"device_budget": "3MiB", "bucket_size": 900}],
+    ids=str,
 )
 def test_gradients_never_add_up(memory):
     layers = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(16))).cuda()

@@ -1,0 +1,179 @@
+"""Steps that repeat the last one: the same bits as steps that look at everything anew, whatever changes in between."""
+
+import copy
+
+import pytest
+import torch
+from training import bits
+
+pytest.importorskip("triton")
+
+from collins import Collins
+from collins.compile.launch import Launches
+from collins.repeat import Repeat
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def made():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((64, 64), (40,), (33, 37), (96, 64))
+    ps = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for shape in shapes]
+    groups = [{"params": ps[:2]}, {"params": ps[2:], "lr": 2e-2, "weight_decay": 0.1}]
+    return ps, launching(Collins(groups, min_K=16, rehash_period=3))
+
+
+def launching(opt):
+    if DEVICE == "cpu":
+        opt._engine._launches = Launches("cpu")
+    return opt
+
+
+def give_gradients(ps, step):
+    for i, p in enumerate(ps):
+        generator = torch.Generator().manual_seed(100 * step + i)
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
+
+
+def nothing(ps, opt):
+    return opt
+
+
+def another_rate(ps, opt):
+    opt.param_groups[0].update(lr=5e-2, betas=(0.8, 0.99))
+    return opt
+
+
+def another_decode(ps, opt):
+    opt.param_groups[1]["decode"] = "sketch"
+    return opt
+
+
+def no_gradient(ps, opt):
+    ps[1].grad = None
+    return opt
+
+
+def other_memory(ps, opt):
+    ps[0].data = ps[0].data.clone()
+    return opt
+
+
+def other_strides(ps, opt):
+    ps[0].grad = ps[0].grad.t().contiguous().t()
+    return opt
+
+
+def other_moments(ps, opt):
+    state = opt.state[ps[0]]
+    state["m_table"] = 2 * state["m_table"]
+    return opt
+
+
+def no_state(ps, opt):
+    opt.state.clear()
+    return opt
+
+
+def one_more_group(ps, opt):
+    ps.append(torch.nn.Parameter(torch.ones(64, 64, device=DEVICE)))
+    ps[-1].grad = torch.ones_like(ps[-1])
+    opt.add_param_group({"params": ps[-1:]})
+    return opt
+
+
+def another_parameter(ps, opt):
+    ps[0] = torch.nn.Parameter(ps[0].detach().clone())
+    ps[0].grad = torch.ones_like(ps[0])
+    opt.param_groups[0]["params"][0] = ps[0]
+    return opt
+
+
+def loaded(ps, opt):
+    state = copy.deepcopy(opt.state_dict())
+    for kept in state["state"].values():
+        kept["step"] += 5
+    opt.load_state_dict(state)
+    return opt
+
+
+def capturable(ps, opt):
+    if DEVICE == "cuda":
+        opt.param_groups[0]["capturable"] = True
+    return opt
+
+
+CHANGES = [
+    nothing, another_rate, another_decode, no_gradient, other_memory, other_strides, other_moments, no_state,
+    one_more_group, another_parameter, loaded, capturable,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_repeated_step_is_an_ordinary_step(change, monkeypatch):
+    sides, repeats = [], []
+    for repeats_are_allowed in (True, False):
+        with monkeypatch.context() as patched:
+            if repeats_are_allowed:
+                original = Repeat.ready
+
+                def counted(self, state, original=original):
+                    run = original(self, state)
+                    repeats.append(run is not None)
+                    return run
+
+                patched.setattr(Repeat, "ready", counted)
+            else:
+                patched.setattr(Collins, "_repeated", lambda self: False)
+            ps, opt = made()
+            for step in range(7):
+                give_gradients(ps, step)
+                if step == 3:
+                    opt = change(ps, opt)
+                opt.step()
+            sides.append((ps, opt))
+    (ps, opt), (others, other) = sides
+    assert repeats[:2] == [True, True]
+    assert repeats[-1]
+    for p, q in zip(ps, others, strict=True):
+        assert torch.equal(p.detach(), q.detach())
+        assert opt.state[p].keys() == other.state[q].keys()
+        assert all(torch.equal(bits(opt.state[p][name]), bits(other.state[q][name])) for name in opt.state[p])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda ps, opt: setattr(ps[0], "grad", ps[0].grad.to_sparse()), "sparse"),
+        (lambda ps, opt: opt.param_groups[1].update(betas=(0.9, 1.5)), "betas must be"),
+        (lambda ps, opt: opt.state[ps[0]].update(m_table=torch.zeros(3, device=DEVICE)), "m_table"),
+        (lambda ps, opt: setattr(ps[0], "data", ps[0].data[:32]), "grad"),
+    ],
+    ids=["gradient", "option", "state", "parameter"],
+)
+def test_what_is_wrong_is_said_and_changes_nothing(spoil, message):
+    ps, opt = made()
+    for step in range(3):
+        give_gradients(ps, step)
+        opt.step()
+    give_gradients(ps, 3)
+    spoil(ps, opt)
+    before = [p.detach().clone() for p in ps]
+    with pytest.raises((ValueError, TypeError), match=message):
+        opt.step()
+    assert all(torch.equal(p.detach(), q) for p, q in zip(ps, before, strict=True))
+    assert opt.state[ps[1]]["step"] == 3
+
+
+def test_no_gradient_outlives_its_step():
+    import gc
+    import weakref
+
+    ps, opt = made()
+    for step in range(3):
+        give_gradients(ps, step)
+        opt.step()
+    held = [weakref.ref(p.grad) for p in ps]
+    opt.zero_grad()
+    gc.collect()
+    assert not any(ref() is not None for ref in held)
