@@ -219,7 +219,7 @@ class Collins(Optimizer):
 
     def _make_engines(self) -> None:
         """What is made anew in every process and every copy: compiled code, host memory, hooks."""
-        self._engine = Engine(self.compile)
+        self._engine = Engine(self.compile, busy_link=self.memory is not None)
         self._housing = None if self.memory is None else Housing(self.memory)
         self._rosters: list[tuple[list[Tensor], list[_Member]]] = []
         self._settings: list[tuple[Any, ...]] = []
@@ -420,7 +420,9 @@ class Collins(Optimizer):
             self._engine.run(works)
             self._repeat = self._to_repeat(ready, works)
         elif ready:
-            self._settle([member for members in self._roster() for member in members])
+            new = [member for member in self._members() if member.first is None]
+            if new:
+                self._settle(new)
             params = [member.p for _, found in ready for member, _ in found]
             self._housing.run(self._works(ready), params, self._engine.run)
             self._housing.finish()

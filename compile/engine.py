@@ -30,12 +30,13 @@ class Engine:
     Args:
         compile: None for the fastest way there is: the kernel on CUDA devices, graphs on other accelerators, eager
             steps on the CPU. True for graphs on every device, False for eager steps.
+        busy_link: whether tables are copied from and to the host meanwhile.
     """
 
-    def __init__(self, compile: bool | None = None) -> None:
+    def __init__(self, compile: bool | None = None, *, busy_link: bool = False) -> None:
         self._compile = compile
         self._graphs = Graphs()
-        self._launches = _launches() if compile is None else None
+        self._launches = _launches(busy_link) if compile is None else None
         self._failed: set[str] = set()
 
     @property
@@ -112,12 +113,12 @@ class Engine:
 _INSTEAD = {"graphs": ("eagerly", "torch.compile"), "kernel": ("through torch.compile", "its Triton kernel")}
 
 
-def _launches() -> Launches | None:
+def _launches(busy_link: bool) -> Launches | None:
     if not (torch.cuda.is_available() and importlib.util.find_spec("triton")):
         return None
     from collins.compile.launch import Launches
 
-    return Launches("cuda")
+    return Launches("cuda", busy_link=busy_link)
 
 
 def _piece(p: Tensor) -> int:

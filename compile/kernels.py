@@ -291,6 +291,18 @@ def _step(  # type: ignore[no-untyped-def]
             tl.store(p_base + at + place, new.to(P), mask=inside)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _fetch(source, target, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + place, tl.load(source + place, mask=place < count, cache_modifier=".cv"), mask=place < count)
+
+
+def fetch(source: Tensor, target: Tensor) -> None:
+    """Copies from page-locked host memory by a kernel: a copy would wait in line behind those of whole slabs."""
+    with torch.cuda.device_of(target):
+        _fetch[(triton.cdiv(source.numel(), 1024),)](source, target, source.numel(), BLOCK=1024)
+
+
 _DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import chain
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from collins.compile.kernels import CHUNK, LARGEST_LOAD, MOMENTS, NUMBERS, PARAMETERS, TILE
+from collins.compile.kernels import CHUNK, LARGEST_LOAD, MOMENTS, NUMBERS, PARAMETERS, TILE, fetch
 from collins.hashing import WORD
 from collins.rule import Scalars
 from collins.update import Keys, Spec, Work
@@ -21,10 +22,16 @@ _KEPT = 4096  # descriptions of sets of tensors: one a parameter for steps in ba
 
 
 class Launches:
-    """The launches of one optimizer, for parameters on devices of one type."""
+    """The launches of one optimizer, for parameters on devices of one type.
 
-    def __init__(self, device_type: str) -> None:
+    Args:
+        device_type: as `torch.device.type`.
+        busy_link: whether large copies from the host are on their way while the launches run.
+    """
+
+    def __init__(self, device_type: str, *, busy_link: bool = False) -> None:
         self._device_type = device_type
+        self._busy_link = busy_link
         self._launches: dict[tuple[Any, ...], Launch] = {}
 
     def of(self, spec: Spec, p: Tensor, moment_dtype: torch.dtype, start: int) -> Launch | None:
@@ -43,7 +50,7 @@ class Launches:
         even = count % max(WORD, load) == 0
         key = (spec, p.dtype, moment_dtype, p.device, even)
         if key not in self._launches:
-            self._launches[key] = Launch(spec, even=even, device=p.device)
+            self._launches[key] = Launch(spec, even=even, device=p.device, busy_link=self._busy_link)
         return self._launches[key]
 
     def course(self, works: Sequence[Work]) -> Course:
@@ -171,7 +178,7 @@ class Launch:
     CUDA graph replays that copy from host memory kept for it.
     """
 
-    def __init__(self, spec: Spec, *, even: bool, device: torch.device) -> None:
+    def __init__(self, spec: Spec, *, even: bool, device: torch.device, busy_link: bool = False) -> None:
         self.dense = spec.hash is None
         self._spec = spec
         self._even = even
@@ -180,6 +187,7 @@ class Launch:
         self._last: tuple[tuple[list[int], ...], tuple[Keys, ...], Tensor, Tensor] | None = None
         self._moving: dict[tuple[int, int], Tensor] = {}
         self._spare: Tensor | None = None
+        self._pages = _Pages() if busy_link else None
         self._captured: list[Any] = []
 
     def run(self, batch: Batch) -> None:
@@ -196,7 +204,9 @@ class Launch:
         if (size, stream) not in self._moving:
             self._moving[size, stream] = torch.empty(size, dtype=torch.int64, device=self._device)
         moving = self._moving[size, stream]
-        host = self._host(size, capturing)
+        host, fetched = (
+            (self._host(size, capturing), None) if self._pages is None or capturing else self._pages.take(size)
+        )
         host[:count] = torch.tensor(grads)
         columns = [_column(h) for h in numbers]
         on_device = [
@@ -206,7 +216,11 @@ class Launch:
             [[0.0 if isinstance(x, Tensor) else x for x in column] for column in columns] if on_device else columns
         )
         host[count:].view(torch.float64).copy_(torch.tensor(on_host, dtype=torch.float64).view(-1))
-        moving.copy_(host, non_blocking=True)
+        if fetched is None:
+            moving.copy_(host, non_blocking=True)
+        else:
+            fetch(host, moving)
+            fetched.record(torch.cuda.current_stream(self._device))
         values = moving[count:].view(torch.float64).view(len(numbers), len(NUMBERS))
         for i in dict.fromkeys(i for _, i in on_device):
             rows = [row for row, j in on_device if j == i]
@@ -265,6 +279,22 @@ class Launch:
 
     def _uploaded(self, host: Tensor) -> Tensor:
         return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
+
+
+class _Pages:
+    """Page-locked memory for kernels to read: a piece is used again once its kernel has read it."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, deque[tuple[Tensor, torch.cuda.Event]]] = {}
+
+    def take(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
+        """int64 memory of shape (size,), and the event to record behind the kernel."""
+        pieces = self._pieces.setdefault(size, deque())
+        if pieces and pieces[0][1].query():
+            pieces.rotate(-1)
+        else:
+            pieces.append((torch.empty(size, dtype=torch.int64, pin_memory=True), torch.cuda.Event()))
+        return pieces[-1]
 
 
 def _column(h: Scalars) -> tuple[Any, ...]:

@@ -62,8 +62,12 @@ class Tables:
         """A function that steps a bucket's parameters, bf16 and resident with their gradients."""
         ps = [torch.randn(shape, device=self.device, dtype=torch.bfloat16) for shape in self.shapes]
         gs = [torch.randn_like(p) for p in ps]
-        engine = Engine()
+        engine = Engine(busy_link=True)
         h = scalars(9, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, residual_weight=None)
+        specs = [
+            Spec(layout.hash, layout.load, "residual", layout.hash is not None, True, False) for layout in self.layouts
+        ]
+        launches = [engine.launch_of(spec, p, torch.float32) for spec, p in zip(specs, ps, strict=True)]
 
         def compute(bucket, tensors):
             engine.run(
@@ -71,10 +75,11 @@ class Tables:
                     ps[i],
                     gs[i],
                     *tensors[2 * j : 2 * j + 2],
-                    Spec(layout.hash, layout.load, "residual", layout.hash is not None, True, False),
+                    specs[i],
                     Keys(hash_key(0, i, "sign"), hash_key(0, i, "round"), (0, 0, 0, 0), 100),
                     h,
                     layout.numel,
+                    launch=launches[i],
                 )
                 for j, (i, layout) in enumerate((i, self.layouts[i]) for i in self.members[bucket])
             )

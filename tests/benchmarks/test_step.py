@@ -19,12 +19,12 @@ from collins.offload.shapes import gpt2, llama
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_CPU = DEVICE.type == "cpu"
-MODELS = {
-    "gpt2-124m": lambda layers: gpt2().shapes,
-    "llama-1b": lambda layers: llama(min(layers, 16), 2048, 8192, 512, 32000).shapes,
-    "llama-7b": lambda layers: llama(min(layers, 32), 4096, 11008, 4096, 32000).shapes,
+MODELS = {  # and how many layers there are
+    "gpt2-124m": (lambda layers: gpt2(), 12),
+    "llama-1b": (lambda layers: llama(layers, 2048, 8192, 512, 32000), 16),
+    "llama-7b": (lambda layers: llama(layers, 4096, 11008, 4096, 32000), 32),
 }
-HELD = 6  # numbers of the parameter's dtype that foreach AdamW holds for each parameter, its temporaries counted in
+HELD = 6  # what foreach AdamW holds at its peak, in numbers of the parameter's dtype for each parameter
 OPTIMIZERS = {
     "AdamW fused": lambda ps: torch.optim.AdamW(ps, fused=True),
     "AdamW foreach": lambda ps: torch.optim.AdamW(ps, foreach=True),
@@ -73,24 +73,35 @@ def dtype(request):
     return request.param
 
 
-def group_of(model, dtype):
-    return f"{model} {str(dtype).removeprefix('torch.')} {DEVICE.type}"
+def model_of(name, dtype):
+    """With as many layers as every optimizer has room for; a few on the CPU."""
+    build, layers = MODELS[name]
+    if ON_CPU:
+        return build(1)
+    room = torch.cuda.get_device_properties(DEVICE).total_memory * 0.95 / (HELD * dtype.itemsize)
+    return build(next((n for n in range(layers, 1, -1) if build(n).count <= room), 1))
+
+
+def group_of(model, dtype, built):
+    return f"{model} {str(dtype).removeprefix('torch.')} {DEVICE.type}, {built.layers} layers"
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_copy(measure, model, dtype):
     """The device's own speed: a copy of all the model's parameters in one piece, at most 4 GiB."""
-    count = sum(torch.Size(shape).numel() for shape in MODELS[model])
+    built = model_of(model, dtype)
+    count = built.count
     source = torch.randn(min(count, 2**32 // dtype.itemsize), device=DEVICE, dtype=dtype)
     target = torch.empty_like(source)
     extra = {"bytes": 2 * source.nbytes, "rounds": rounds(count), "peak": None}
-    measure(lambda: target.copy_(source), group_of(model, dtype), "copy", **extra)
+    measure(lambda: target.copy_(source), group_of(model, dtype, built), "copy", **extra)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("model", MODELS)
 def test_step(measure, model, name, dtype):
-    ps = [torch.nn.Parameter(torch.randn(shape, device=DEVICE, dtype=dtype)) for shape in MODELS[model]]
+    built = model_of(model, dtype)
+    ps = [torch.nn.Parameter(torch.randn(shape, device=DEVICE, dtype=dtype)) for shape in built.shapes]
     for p in ps:
         p.grad = torch.randn_like(p)
     opt = OPTIMIZERS[name](ps)
@@ -107,7 +118,7 @@ def test_step(measure, model, name, dtype):
         peak = torch.cuda.max_memory_allocated() - resident
     # Each gradient is read; each parameter and each moment is read and written.
     extra = {"bytes": 3 * held + 2 * state, "rounds": rounds(sum(p.numel() for p in ps)), "peak": peak}
-    measure(opt.step, group_of(model, dtype), name, **extra)
+    measure(opt.step, group_of(model, dtype, built), name, **extra)
 
 
 @pytest.mark.parametrize("name", ["AdamW fused", "Collins"])
