@@ -186,7 +186,8 @@ def _step(  # type: ignore[no-untyped-def]
         m_next = tl.load(m_base + bucket, mask=held, other=0.0)
         v_next = tl.load(v_base + bucket, mask=held, other=0.0)
 
-    for at in range(0, TILE * CHUNK, TILE):  # past the end of a small tensor, nothing is read or written
+    # The interpreter takes no bounds but constants; past the end nothing is read or written.
+    for at in range(0, end if FAST else TILE * CHUNK, TILE):
         # Where rows are whole, a mask that is the same along a row lets it be read in wide words.
         inside = tl.broadcast_to((row * LANES < end - at)[:, None], (ROWS, LANES)) if EVEN else place < end - at
         if DENSE:
@@ -318,15 +319,8 @@ _FAST = torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") !=
 # Eight warps for each of a multiprocessor's schedulers hide the memory's latency better than more registers do.
 OPTIONS = {"num_warps": 4, "maxnreg": 128} if _FAST else {"num_warps": 4}
 
-# Gradients come as addresses alone: they are only read, and looking at each once more would cost the host its time.
-_LIBRARY = torch.library.Library("collins", "DEF")
-_LIBRARY.define(
-    "step_(Tensor(a!)[] p, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
-    "Tensor numbers, int load, bool residual, bool rehash, bool rounding, bool maximize, bool skip, bool even) -> ()"
-)
 
-
-def _launch(
+def step_(
     p: list[Tensor],
     m: list[Tensor],
     v: list[Tensor],
@@ -342,6 +336,21 @@ def _launch(
     skip: bool,
     even: bool,
 ) -> None:
+    """The step of many tensors of one kind: what the operator `collins::step_` does.
+
+    Called as it is, it spares the host the dispatcher, which looks at every tensor of the lists: for 300 parameters on
+    the host of an NVIDIA H200 that took 0.6 ms.
+
+    Args:
+        p, m, v: parameters and moments; gradients come as addresses alone.
+        owners: which tensor each program belongs to, int32.
+        table: a row of `COLUMNS` for each tensor.
+        grads: addresses of the gradients.
+        numbers: rows of `NUMBERS`.
+        load: c; 1 for dense moments.
+        residual, rehash, rounding, maximize, skip: as in `collins.update.Spec`.
+        even: whether every tensor is made of whole buckets and whole words.
+    """
     param, moment = p[0].dtype, m[0].dtype
     with torch.cuda.device_of(p[0]):
         _step[(owners.numel(),)](
@@ -352,6 +361,11 @@ def _launch(
         )  # fmt: skip
 
 
+_LIBRARY = torch.library.Library("collins", "DEF")
+_LIBRARY.define(
+    "step_(Tensor(a!)[] p, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
+    "Tensor numbers, int load, bool residual, bool rehash, bool rounding, bool maximize, bool skip, bool even) -> ()"
+)
 for _key in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
-    _LIBRARY.impl("step_", _launch, _key)
+    _LIBRARY.impl("step_", step_, _key)
 torch.library.register_fake("collins::step_", lambda *_: None, lib=_LIBRARY)

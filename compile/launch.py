@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from collins.compile import kernels
 from collins.compile.kernels import CHUNK, LARGEST_LOAD, MOMENTS, NUMBERS, PARAMETERS, TILE, fetch
 from collins.hashing import WORD
 from collins.rule import Scalars
@@ -231,7 +232,7 @@ class Launch:
                 for row, number in zip(rows, numbers_there, strict=True):
                     values[row, i].copy_(number)
         spec = self._spec
-        torch.ops.collins.step_(
+        kernels.step_(
             p, m, v, owners, table, moving, values,
             int(spec.load), spec.decode == "residual", spec.rehash, spec.rounding, spec.maximize, spec.skip, self._even,
         )  # fmt: skip

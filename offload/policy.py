@@ -44,7 +44,7 @@ class MemoryPolicy:
         'auto'
         >>> MemoryPolicy.of({"tier": "host", "host_reserve": "25%"})
         MemoryPolicy(tier='host', device_reserve='1%', host_reserve='25%', device_budget=None, pin_limit=None, \
-staging_slots=3, bucket_size='128MiB')
+staging_slots=3, bucket_size='64MiB')
     """
 
     tier: str = "auto"
@@ -53,7 +53,7 @@ staging_slots=3, bucket_size='128MiB')
     device_budget: int | str | None = None
     pin_limit: int | str | None = None
     staging_slots: int = 3
-    bucket_size: int | str = "128MiB"
+    bucket_size: int | str = "64MiB"
 
     def __post_init__(self) -> None:
         if self.tier not in TIERS:

@@ -15,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from collins import Collins
+from collins.compile import kernels
 from collins.compile.launch import Launch, Launches
 from collins.rounding import ROUNDED
 
@@ -65,13 +66,13 @@ def give_gradients(ps, step):
 def count_launches(monkeypatch):
     """How many tensors each launch has taken, filled as they come."""
     taken = []
-    original = torch.ops.collins.step_
+    original = kernels.step_
 
     def counted(p, *rest):
         taken.append(len(p))
         original(p, *rest)
 
-    monkeypatch.setattr(torch.ops.collins, "step_", counted)
+    monkeypatch.setattr(kernels, "step_", counted)
     return taken
 
 
@@ -201,7 +202,7 @@ def test_a_kernel_that_does_not_compile_is_one_warning_and_another_way(monkeypat
     def broken(*_):
         raise OutOfResources(1, 0, "shared memory")
 
-    monkeypatch.setattr(torch.ops.collins, "step_", broken)
+    monkeypatch.setattr(kernels, "step_", broken)
     ps, copies = parameters(torch.float32, [(96, 64)] * 2), parameters(torch.float32, [(96, 64)] * 2)
     opt, other = launching(Collins(ps, min_K=16)), Collins(copies, min_K=16, compile=False)
     give_gradients(ps, 0)
