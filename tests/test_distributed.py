@@ -7,7 +7,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from collins import Collins
 
-
 CASES = [
     (options, dtype)
     for options in ({}, {"hash": "universal"}, {"memory": "host"})

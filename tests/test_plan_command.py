@@ -274,15 +274,17 @@ def test_the_readme_shows_what_the_command_prints(monkeypatch, capsys):
 
 
 def test_it_runs_as_a_module():
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "collins", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-
-    done = run("plan", "gpt2", "--device-memory", "100MiB", "--host-memory", "1GiB")
+    arguments = ("plan", "gpt2", "--device-memory", "100MiB", "--host-memory", "1GiB")
+    done = subprocess.run(
+        [sys.executable, "-m", "collins", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (1, "")
     assert "Does not fit" in done.stdout
-    shown = run("plan", "--help")
-    assert shown.returncode == 0
-    assert all(name in shown.stdout for name in NAMED)
-    assert run().returncode == 2
+
+
+def test_help_and_no_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", "--help"])
+    assert all(name in capsys.readouterr().out for name in NAMED)
+    with pytest.raises(SystemExit, match="2"):
+        main([])
