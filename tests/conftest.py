@@ -1,4 +1,4 @@
-"""What every test shares: the devices to run on."""
+"""What every test shares: the processes and the devices to run on."""
 
 import importlib.util
 import os
@@ -9,8 +9,28 @@ import torch
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before CUDA starts: products are then the same in every run
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anyone imports the Hugging Face libraries: no test may need the network
 
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+if IS_WORKER:  # workers share the cores, and so do the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anyone imports Triton: kernels then run on CPU tensors
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which starts the workers
+def pytest_cmdline_main(config):
+    """The whole suite is spread over the cores of a machine without a GPU; `-n 0` keeps it in one process.
+
+    Files stay whole: what a file compiles or starts for several of its tests is made once.
+    """
+    whole = config.args == config.getini("testpaths")
+    asked = getattr(config.option, "numprocesses", 0)  # None where xdist is there and `-n` is not given
+    if whole and asked is None and not (IS_WORKER or config.option.usepdb or torch.cuda.is_available()):
+        config.option.numprocesses = min(os.cpu_count() or 1, 8)
+        config.option.dist = "loadfile"
+        config.option.loadscopereorder = False  # files of few tests take longest: they are not to be left for last
 
 
 def pytest_collection_modifyitems(items):

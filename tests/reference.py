@@ -95,6 +95,9 @@ class Reference:
         self.rho = math.sqrt((1 - betas[0]) / (1 + betas[0])) if residual_weight is None else residual_weight
         buckets = self.p.size if hash is None else hash.K
         self.M, self.V, self.t = np.zeros(buckets), np.zeros(buckets), 0
+        if hash is not None:
+            self.h = np.array([hash.h(i) for i in range(self.p.size)], dtype=int)
+            self.c = np.array([hash.load(b) for b in range(hash.K)])
 
     def step(self, g):
         g = np.array(g, dtype=np.float64).reshape(-1)
@@ -106,14 +109,11 @@ class Reference:
             self.V = beta2 * self.V + (1 - beta2) * g**2
             m, v, r = self.M / correct1, self.V / correct2, 0
         else:
-            N = range(g.size)
-            h = np.array([hash.h(i) for i in N])
-            s = np.array([hash.s(i, t) for i in N])
-            c = np.array([hash.load(b) for b in range(hash.K)])
+            h, c = self.h, self.c
+            s = np.array([hash.s(i, t) for i in range(g.size)])
             mu, q = np.zeros(hash.K), np.zeros(hash.K)
-            for i in N:
-                mu[h[i]] += s[i] * g[i] / c[h[i]]
-                q[h[i]] += g[i] ** 2 / c[h[i]]
+            np.add.at(mu, h, s * g / c[h])
+            np.add.at(q, h, g**2 / c[h])
             for b in range(hash.K):
                 if hash.fresh(b, t):
                     self.M[b] = 0

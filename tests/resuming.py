@@ -27,7 +27,7 @@ class Run:
 
     def __init__(self, dtype, hash, memory, in_backward, compile):
         torch.manual_seed(0)
-        layers = [torch.nn.Linear(64, 48), torch.nn.ReLU(), torch.nn.Linear(48, 61), torch.nn.Linear(61, 7)]
+        layers = [torch.nn.Linear(64, 48), torch.nn.ReLU(), torch.nn.Linear(48, 61)]
         self.model = torch.nn.Sequential(*layers).to(dtype)
         self.optimizer = Collins(
             self.model.parameters(),

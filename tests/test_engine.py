@@ -20,6 +20,16 @@ CASES = [
 ]
 
 
+@pytest.fixture
+def two_threads():
+    """Also where tests run in one thread each: what is compiled for several is other code."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("dtype", "options"), CASES, ids=str)
 def test_compiled_equals_eager(dtype, options, device):
     generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTS = "import collins.compile, collins.offload; print(collins.__file__)"
+# From each folder in a process of its own, as Python starts there with -c; torch is imported once for all of them.
+IMPORTS = """
+import os, sys, torch
+assert "collins" not in sys.modules
+for folder in sys.argv[1:]:
+    if os.fork() == 0:
+        os.chdir(folder)
+        import collins.compile, collins.offload
+        print(collins.__file__, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
 
 
 def run(*command, cwd=None):
@@ -51,6 +62,11 @@ def install(python, *what):
     run(*pip, "--ignore-installed", *what)
 
 
+def found_from(python, *folders):
+    """The file that is imported as `collins` from each folder."""
+    return run(python, "-c", IMPORTS, *folders, cwd=folders[0]).splitlines()
+
+
 def test_a_wheel_has_one_top_level_name(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"collins"}
@@ -80,18 +96,18 @@ def test_installed_it_imports_from_any_folder(wheel, environment, tmp_path):
     install(python, wheel)
     assert {path.name for path in site.iterdir()} >= {"collins"}
     assert not {"compile", "offload"} & {path.name for path in site.iterdir()}
-    for folder in (tmp_path, Path("/"), site):
-        assert run(python, "-c", IMPORTS, cwd=folder).strip() == str(site / "collins" / "__init__.py")
+    *anywhere, here = found_from(python, tmp_path, Path("/"), site, ROOT)
+    assert anywhere == [str(site / "collins" / "__init__.py")] * 3
     # In a source tree Python finds that tree first; its rooms stand beside it.
-    assert run(python, "-c", IMPORTS, cwd=ROOT).strip() == str(ROOT / "collins" / "__init__.py")
+    assert here == str(ROOT / "collins" / "__init__.py")
 
 
 def test_editable_it_imports_from_any_folder(tree, environment, tmp_path):
     python, site = environment
     install(python, "--editable", tree)
     assert not {"compile", "offload"} & {path.name for path in site.iterdir()}
-    for folder in (tmp_path, Path("/"), tree, tree / "compile"):
-        assert run(python, "-c", IMPORTS, cwd=folder).strip() == str(tree / "collins" / "__init__.py")
+    anywhere = found_from(python, tmp_path, Path("/"), tree, tree / "compile")
+    assert anywhere == [str(tree / "collins" / "__init__.py")] * 4
     for name in ("compile", "offload"):
         found = run(python, "-c", f"import importlib.util; print(importlib.util.find_spec({name!r}))", cwd=tmp_path)
         assert found.strip() == "None"
