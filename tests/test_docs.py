@@ -8,6 +8,7 @@ import pytest
 
 import collins.conversion
 import collins.files
+import collins.folders
 import collins.optimizer
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -15,7 +16,9 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 CLIENTS = ("accelerate", "lightning", "torchtitan", "transformers")
 
 
-@pytest.mark.parametrize("module", [collins.optimizer, collins.files, collins.conversion], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [collins.optimizer, collins.files, collins.folders, collins.conversion], ids=lambda m: m.__name__
+)
 def test_docstring_examples(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
