@@ -85,7 +85,7 @@ CASES = [  # dtype, form of the state dict, whether training goes on while it is
     (torch.float32, {}, False, {}),
     (torch.bfloat16, FLAT, False, {}),
     (torch.bfloat16, {}, True, {"table_dtype": torch.bfloat16}),
-    (torch.float32, FLAT, True, {}),
+    (torch.float32, FLAT, True, {"memory": "host"}),
 ]
 
 
