@@ -6,8 +6,8 @@ or compiled, which encodes a gradient into bucket means and decays the tables (s
 and writes the results (rounding). `Collins.memory_report` (report) counts bytes from the layouts alone.
 
 State dicts are checked against the optimizer before anything changes (checkpoint), by what each parameter's tables mean
-(fingerprint). `save` and `load` (files) keep them in files that are whole or refused; `convert` (conversion) makes
-AdamW's, and those of other settings, loadable.
+(fingerprint). `save` and `load` (files) keep them in files that are whole or refused, `whole_folder` (folders) those
+that many ranks write; `convert` (conversion) makes AdamW's, and those of other settings, loadable.
 """
 
 from pathlib import Path
@@ -19,6 +19,7 @@ if (_tree / "pyproject.toml").is_file() and (_tree / "compile" / "engine.py").is
 
 from collins.conversion import convert  # noqa: E402
 from collins.files import CheckpointError, load, save  # noqa: E402
+from collins.folders import whole_folder  # noqa: E402
 from collins.hashing import BlockHash, UniversalHash  # noqa: E402
 from collins.optimizer import Collins  # noqa: E402
 from collins.report import MemoryReport, ParameterRow  # noqa: E402
@@ -33,4 +34,5 @@ __all__ = [
     "convert",
     "load",
     "save",
+    "whole_folder",
 ]

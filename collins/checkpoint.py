@@ -16,7 +16,7 @@ from torch import Tensor
 
 from collins.fingerprint import LAYOUT, Fingerprint, unpacked
 from collins.hashing import BlockHash, UniversalHash
-from collins.options import check_options
+from collins.options import TABLE_DTYPES, check_options, listed
 from collins.sharding import saved_part
 
 DENSE, TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
@@ -72,9 +72,12 @@ def loadable(
         kept = {name: mine[name] for name in options if name not in ADOPTED or name not in theirs}
         groups.append({**theirs, **kept})
         check_options(groups[-1])
-    places = [place for group in saved for place in group["params"]]
-    states = [_fitting(state[i], home) if state.get(i) else None for i, home in zip(places, homes, strict=True)]
-    known = set(places)
+    places = [(place, group.get("table_dtype")) for group in saved for place in group["params"]]
+    states = [
+        _fitting(state[i], home, table_dtype) if state.get(i) else None
+        for (i, table_dtype), home in zip(places, homes, strict=True)
+    ]
+    known = {place for place, _ in places}
     return Loadable(groups, states, {key: value for key, value in state.items() if key not in known})
 
 
@@ -135,7 +138,7 @@ def _names(groups: Sequence[dict[str, Any]]) -> Iterator[str | None]:
         yield from group.get("param_names") or [None] * len(group["params"])
 
 
-def _fitting(state: Mapping[str, Any], home: Home) -> Saved:
+def _fitting(state: Mapping[str, Any], home: Home, table_dtype: object) -> Saved:
     name = home.name
     step = step_of(name, state)
     if LAYOUT in state and home.fingerprint is not None:
@@ -156,8 +159,27 @@ def _fitting(state: Mapping[str, Any], home: Home) -> Saved:
                 f"{name} keeps {key} in {home.dtype}, by its dtype and its group's table_dtype; state_dict holds"
                 f" {moment.dtype}"
             )
+    if table_dtype is not None:
+        _check_table_dtype(home, table_dtype)
     here = [saved_part(name, key, found[key], home.sharded) for key in home.names]
     return Saved(step, (here[0], here[1]))
+
+
+def _check_table_dtype(home: Home, saved: object) -> None:
+    """Raises a ValueError for moments that were saved in another dtype than they arrive in.
+
+    `torch.distributed.checkpoint` reads into tensors that are there, and casts without a word what it reads.
+    """
+    named = {str(dtype): dtype for dtype in TABLE_DTYPES}
+    if str(saved) not in named:
+        raise ValueError(f"table_dtype in state_dict must be {listed(TABLE_DTYPES)}, got {saved!r}")
+    dtype = named[str(saved)]
+    same = dtype == home.dtype if home.hash is not None else torch.promote_types(dtype, home.dtype) == home.dtype
+    if not same:
+        raise ValueError(
+            f"{home.name} keeps {home.names[0]} in {home.dtype}, by its dtype and its group's table_dtype; state_dict"
+            f" was saved with table_dtype={dtype}"
+        )
 
 
 def fingerprint_in(name: str, state: Mapping[str, Any]) -> Fingerprint:

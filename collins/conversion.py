@@ -39,6 +39,7 @@ from collins.checkpoint import (
 )
 from collins.fingerprint import LAYOUT, Fingerprint
 from collins.hashing import BlockHash, UniversalHash
+from collins.sharding import is_sharded
 
 if TYPE_CHECKING:
     from collins.optimizer import Collins
@@ -71,7 +72,7 @@ def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]
         A state dict for `optimizer.load_state_dict`; its tensors are on the devices of the given ones.
 
     Raises:
-        ValueError: for what cannot be converted, naming the parameter and the reason.
+        ValueError: for what cannot be converted, naming the parameter and the reason. Sharded tensors are among it.
 
     Example:
         >>> from collins import Collins
@@ -113,6 +114,13 @@ def _check_group(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 
 def _converted(state: Mapping[str, Any], home: Home) -> dict[str, Any]:
+    for name, moment in state.items():
+        if is_sharded(moment):
+            raise ValueError(
+                f"{home.name} cannot be converted: {name} is sharded in state_dict (DTensor), and a rank has not all of"
+                " the elements that its buckets are made of. Convert the whole state, as get_optimizer_state_dict"
+                " gathers it under StateDictOptions(full_state_dict=True); Collins loads it on every rank"
+            )
     step = step_of(home.name, state)
     if TABLES[0] in state:
         m, v = _from_tables(state, home)

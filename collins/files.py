@@ -75,7 +75,7 @@ def save(path: str | os.PathLike[str], /, **parts: Any) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 def load(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def _put_back(before: list[tuple[Any, Any]]) -> Iterator[None]:
         raise
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Makes a rename outlast a power failure, where folders can be opened."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

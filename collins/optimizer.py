@@ -29,7 +29,17 @@ from collins.repeat import Kept, Repeat
 from collins.report import MemoryReport, ParameterRow
 from collins.rounding import ROUNDED
 from collins.rule import Scalars, scalars
-from collins.sharding import Slice, agreed, is_placed_like, is_sharded, local, local_gradient, placed, slice_of
+from collins.sharding import (
+    Slice,
+    agreed,
+    is_flattened,
+    is_placed_like,
+    is_sharded,
+    local,
+    local_gradient,
+    placed,
+    slice_of,
+)
 from collins.update import Keys, Spec, Work
 
 _PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -271,6 +281,11 @@ class Collins(Optimizer):
                 raise TypeError(f"{label} has dtype {p.dtype}; Collins accepts {listed(_PARAM_DTYPES)}")
             if is_sharded(p):
                 _slice(label, p, {**self.defaults, **param_group})
+            if is_flattened(p):
+                raise TypeError(
+                    f"{label} was flattened and cut up by FullyShardedDataParallel, whose ranks would take their parts"
+                    " for whole parameters; Collins accepts those that torch.distributed.fsdp.fully_shard has sharded"
+                )
             if id(p) in seen:
                 raise ValueError(f"{label} of the new group is already in the optimizer as {seen[id(p)]}; give it once")
             seen[id(p)] = label
@@ -331,13 +346,19 @@ class Collins(Optimizer):
         return tuple(self._housing.plans) if self._housing else ()
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`; moments on the host are complete until the next step begins."""
+        """As `torch.optim.Optimizer.state_dict`; moments on the host are complete until the next step begins.
+
+        `table_dtype` is in it by name: what `torch.distributed.checkpoint` gathers and broadcasts may hold no dtype.
+        """
         self._drain()
         for member in self._members():
             state = self.state.get(member.p)
             if state:
                 state.update(self._mark(member))  # coefficients of a hash may have been set since the state was made
-        return super().state_dict()
+        result = super().state_dict()
+        for group in result["param_groups"]:
+            group["table_dtype"] = str(group["table_dtype"])
+        return result
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raises what `load_state_dict` would raise for this state dict, and changes nothing."""

@@ -36,6 +36,11 @@ def is_sharded(t: object) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
+def is_flattened(p: Tensor) -> bool:
+    """Whether `p` is this rank's part of a parameter in `FullyShardedDataParallel`: an ordinary tensor, and no copy."""
+    return bool(getattr(p, "_fsdp_flattened", False))
+
+
 def local(t: Tensor) -> Tensor:
     """The part of a tensor that is on this rank, in the same memory: all of it unless it is a DTensor."""
     if not is_sharded(t):

@@ -109,7 +109,8 @@ class Slab:
         block = _mapped(max(self.nbytes, 1))  # no mapping is empty
         self.pinned = pin and self.nbytes > 0 and torch.cuda.is_available() and _pinned(block, self.nbytes)
         self._bytes = torch.frombuffer(block, dtype=torch.uint8)[: self.nbytes]
-        self._tensors = carve(self._bytes, self.parts)
+        starts, _ = offsets(self.parts)
+        self._tensors = [_part(block, start, part) for start, part in zip(starts, self.parts, strict=True)]
 
     @property
     def bytes(self) -> Tensor:
@@ -181,6 +182,18 @@ def _mapped(nbytes: int) -> _Block:
         with contextlib.suppress(OSError):
             mapping.madvise(_WIPE_ON_FORK)
     return (ctypes.c_char * nbytes).from_buffer(mapping)
+
+
+def _part(block: _Block, start: int, part: Part) -> Tensor:
+    """A part as a tensor whose storage is its own bytes only.
+
+    Whoever saves a tensor saves its storage, and `torch.distributed.checkpoint` (2.13) cannot stage a DTensor whose
+    local part begins further on in one.
+    """
+    count = part.nbytes // part.dtype.itemsize
+    if not count:
+        return torch.zeros(part.shape, dtype=part.dtype)
+    return torch.frombuffer(block, dtype=part.dtype, count=count, offset=start).view(part.shape)
 
 
 def _pinned(block: _Block, nbytes: int) -> bool:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import time
 import traceback
 import warnings
@@ -14,17 +15,20 @@ _CONTEXT = multiprocessing.get_context("forkserver")  # torch is imported once, 
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "collins"])
 
 
-def run(world, function, *args, folder, timeout=120, backend="gloo", device="cpu"):
+def run(world, function, *args, folder, timeout=120, backend="gloo", device="cpu", kill_at=None):
     """`[function(rank, *args) for each rank]`, on `world` ranks at once; fails with their tracebacks if one fails.
 
     Args:
         function: of a module that can be imported; what it returns is saved by `torch.save`.
         folder: for what the ranks leave behind, empty and this call's own.
         timeout: in seconds, after which all ranks are killed.
+        backend: of the process group; None where the function makes its own, from the environment.
+        kill_at: a path; as soon as it is there, all ranks are killed by SIGKILL, and there is no result.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
     ranks = [
-        _CONTEXT.Process(target=_rank, args=(rank, world, str(folder), backend, device, function, args))
+        _CONTEXT.Process(target=_rank, args=(rank, world, port, str(folder), backend, device, function, args))
         for rank in range(world)
     ]
     for process in ranks:
@@ -34,6 +38,8 @@ def run(world, function, *args, folder, timeout=120, backend="gloo", device="cpu
         while any(process.is_alive() for process in ranks) and not list(folder.glob("*.failed")):
             if time.monotonic() > end:
                 pytest.fail(f"{function.__name__} took more than {timeout} s on {world} ranks")
+            if kill_at is not None and kill_at.exists():
+                return None
             time.sleep(0.02)
         for process in ranks:
             process.join(2)
@@ -44,12 +50,20 @@ def run(world, function, *args, folder, timeout=120, backend="gloo", device="cpu
     failed = sorted(folder.glob("*.failed"))
     if failed:
         pytest.fail("\n".join(f"{path.stem}: {path.read_text()}" for path in failed))
+    assert kill_at is None, f"no rank has come to {kill_at}"
     assert [process.exitcode for process in ranks] == [0] * world
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _rank(rank, world, folder, backend, device, function, args):
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(rank, world, port, folder, backend, device, function, args):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     warnings.simplefilter("error")
     # Of torch itself: what it deprecates in its own imports, and a barrier that guesses its device.
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -59,11 +73,13 @@ def _rank(rank, world, folder, backend, device, function, args):
     try:
         if device == "cuda":
             torch.cuda.set_device(rank)
-        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        if backend is not None:
+            dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
         result = function(rank, *args)
         torch.save(result, f"{folder}/{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
+        if backend is not None:
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         with open(f"{folder}/rank {rank}.failed", "w") as file:
             file.write(traceback.format_exc())

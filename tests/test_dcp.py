@@ -1,0 +1,352 @@
+"""torch.distributed.checkpoint: what is saved on some ranks is loaded on others, bit for bit."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import run
+from test_fsdp import batch, mine, moments, network, values, whole
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
+
+from collins import Collins, convert
+
+FLAT = {"flatten_optimizer_state_dict": True}
+OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "min_K": 16, "rehash_period": 3}
+
+
+def plain(dtype):
+    """Parts of four ranks are even, uneven and, of the last layer, empty."""
+    return network().append(nn.Linear(64, 3)).to(dtype)
+
+
+def build(dtype=torch.float32, *, sizes=None, **options):
+    sizes = sizes or (dist.get_world_size(),)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
+    model = plain(dtype)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, Collins(model.named_parameters(), **{**OPTIONS, **options})
+
+
+def steps(model, opt, first, last):
+    """Steps with gradients that depend on the step and the parameter alone, and not on the number of ranks."""
+    for step in range(first, last):
+        for i, p in enumerate(model.parameters()):
+            g = values(p.shape, 50 * step + i).to(p.dtype)
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+        opt.step()
+        opt.zero_grad()
+
+
+def everything(model, opt):
+    return [
+        {"p": whole(p.detach()), **{name: whole(t) if torch.is_tensor(t) else t for name, t in opt.state[p].items()}}
+        for p in model.parameters()
+    ]
+
+
+def same(ours, theirs):
+    assert len(ours) == len(theirs) == 8
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert torch.equal(value, b[name]) if torch.is_tensor(value) else value == b[name]
+            assert not torch.is_tensor(value) or value.dtype == b[name].dtype
+
+
+def content(model, opt, **options):
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, opt, options=StateDictOptions(**options)),
+    }
+
+
+def restore(model, opt, folder, **options):
+    state = content(model, opt, **options)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, opt, state["optimizer"], options=StateDictOptions(**options))
+
+
+CASES = [  # dtype, form of the state dict, whether training goes on while it is written, options
+    (torch.float32, {}, False, {}),
+    (torch.bfloat16, FLAT, False, {}),
+    (torch.bfloat16, {}, True, {"table_dtype": torch.bfloat16}),
+    (torch.float32, FLAT, True, {"memory": "host"}),
+]
+
+
+def save(rank, folder):
+    """Five steps, a checkpoint, and five more; returns what was saved and what came of it."""
+    return [save_one(f"{folder}/{i}", *case) for i, case in enumerate(CASES)]
+
+
+def save_one(folder, dtype, form, asynchronous, options):
+    model, opt = build(dtype, **options)
+    steps(model, opt, 0, 5)
+    saved = everything(model, opt)
+    if asynchronous:
+        group = dist.new_group(backend="gloo")  # training uses the other one meanwhile
+        future = dcp.async_save(content(model, opt, **form), checkpoint_id=folder, process_group=group)
+        steps(model, opt, 5, 7)
+        future.result()
+        steps(model, opt, 7, 10)
+    else:
+        dcp.save(content(model, opt, **form), checkpoint_id=folder)
+        steps(model, opt, 5, 10)
+    return saved, everything(model, opt)
+
+
+def load(rank, folder, sizes):
+    """What was loaded, and what comes of it after five more steps."""
+    return [load_one(f"{folder}/{i}", sizes, *case) for i, case in enumerate(CASES)]
+
+
+def load_one(folder, sizes, dtype, form, _, options):
+    model, opt = build(dtype, sizes=sizes, **options)
+    restore(model, opt, folder, **form)
+    for p in model.parameters():
+        for moment in moments(opt, p):
+            assert isinstance(moment, DTensor)
+            assert moment.placements == p.placements
+    loaded = everything(model, opt)
+    steps(model, opt, 5, 10)
+    return loaded, everything(model, opt)
+
+
+def test_what_two_ranks_saved_is_loaded_on_others_bit_for_bit(tmp_path):
+    saved, again = run(2, save, str(tmp_path), folder=tmp_path / "2")
+    for ours, theirs, (dtype, _, _, options) in zip(saved, again, CASES, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            same(a, b)
+        (first, *_), _ = ours
+        assert first["m_table"].dtype == options.get("table_dtype", torch.float32)
+        assert first["p"].dtype == dtype
+        assert {"m_table" in state for state in ours[0]} == {True, False}
+        assert all(state["step"] == 5 for state in ours[0])
+    for sizes in ((1,), (4,), (2, 2)):
+        for found in run(torch.Size(sizes).numel(), load, str(tmp_path), sizes, folder=tmp_path / str(sizes)):
+            for ours, theirs in zip(found, saved, strict=True):
+                for a, b in zip(ours, theirs, strict=True):
+                    same(a, b)
+
+
+def keep_each_rows(rank, folder):
+    model, opt = build()
+    steps(model, opt, 0, 2)
+    tables = {
+        f"{i}.{name}": t
+        for i, p in enumerate(model.parameters())
+        for name, t in opt.state[p].items()
+        if name not in ("step", "layout")
+    }
+    assert all(isinstance(t, DTensor) for t in tables.values())
+    own = {name: t.to_local().clone() for name, t in tables.items()}
+    dcp.save(content(model, opt), checkpoint_id=f"{folder}/sharded")
+    for t in tables.values():
+        t.to_local().fill_(-1)
+    restore(model, opt, f"{folder}/sharded")
+    assert all(torch.equal(t.to_local(), own[name]) for name, t in tables.items())
+    # The trap: as ordinary tensors they are taken for copies, and all ranks get what one of them had.
+    trapped = {"0.m_table": own["0.m_table"].clone()}
+    dcp.save(trapped, checkpoint_id=f"{folder}/trapped")
+    dcp.load(trapped, checkpoint_id=f"{folder}/trapped")
+    return own["0.m_table"], trapped["0.m_table"]
+
+
+def test_no_rows_of_a_table_are_taken_for_a_copy_of_others(tmp_path):
+    own, trapped = zip(*run(4, keep_each_rows, str(tmp_path), folder=tmp_path / "ranks"), strict=True)
+    assert not any(torch.equal(own[0], others) for others in own[1:])
+    assert all(torch.equal(t, trapped[0]) for t in trapped)
+    found = dcp.FileSystemReader(tmp_path / "sharded").read_metadata().state_dict_metadata
+    entries = {name: entry for name, entry in found.items() if name.endswith(("_table", "exp_avg", "exp_avg_sq"))}
+    assert len(entries) == 2 * 8
+    for entry in entries.values():
+        parts = sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in entry.chunks if chunk.sizes[0])
+        assert len(parts) == min(4, entry.size[0])
+        assert [first for first, _ in parts] == [sum(size for _, size in parts[:i]) for i in range(len(parts))]
+        assert sum(size for _, size in parts) == entry.size[0]
+
+
+def save_replicas(rank, folder):
+    replica = nn.parallel.DistributedDataParallel(plain(torch.bfloat16))
+    opt = Collins(replica.named_parameters(), **OPTIONS)
+    for step in range(4):
+        replica(batch(step)[mine(rank)].bfloat16()).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    dcp.save(content(replica, opt), checkpoint_id=folder)
+    return everything(replica, opt)
+
+
+def load_single(rank, folder):
+    model = plain(torch.bfloat16)
+    opt = Collins(model.named_parameters(), **OPTIONS)
+    restore(model, opt, folder)
+    return everything(model, opt)
+
+
+def test_replicas_are_saved_once_and_loaded_in_one_process(tmp_path):
+    first, second = run(2, save_replicas, str(tmp_path / "checkpoint"), folder=tmp_path / "2")
+    (loaded,) = run(1, load_single, str(tmp_path / "checkpoint"), folder=tmp_path / "1")
+    same(first, second)
+    same(loaded, first)
+
+
+def initialise(rank):
+    """The step with which torch.distributed.checkpoint makes an optimizer's state before it loads."""
+    for dtype, options in ((torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, {"in_backward": True})):
+        model, opt = build(dtype, **options)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(3.7)  # values that use all their bits
+        before = [whole(p.detach()) for p in model.parameters()]
+        found = get_optimizer_state_dict(model, opt)
+        assert set(found["state"]) == {name for name, _ in model.named_parameters()}
+        for p, b in zip(model.parameters(), before, strict=True):
+            assert torch.equal(whole(p.detach()), b)
+            assert all(bool((whole(m) == 0).all()) for m in moments(opt, p))
+            assert len(moments(opt, p)) == 2
+            assert p.grad is None
+
+
+def test_the_step_that_makes_all_state_moves_no_bit(tmp_path):
+    run(2, initialise, folder=tmp_path)
+
+
+def gather_and_scatter(rank):
+    model, opt = build(torch.bfloat16)
+    steps(model, opt, 0, 3)
+    saved = everything(model, opt)
+    full = StateDictOptions(full_state_dict=True)
+    state = get_optimizer_state_dict(model, opt, options=full)
+    weights = get_model_state_dict(model, options=full)
+    assert not any(isinstance(t, DTensor) for entry in state["state"].values() for t in entry.values())
+    for options in (full, StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)):
+        given = options is full or rank == 0
+        other, fresh = build(torch.bfloat16)
+        set_model_state_dict(other, dict(weights) if given else {}, options=options)
+        set_optimizer_state_dict(other, fresh, state if given else {}, options=options)
+        same(everything(other, fresh), saved)
+    # Whole tensors are also taken as they are: each rank takes its rows.
+    other, fresh = build(torch.bfloat16)
+    set_model_state_dict(other, dict(weights), options=full)
+    fresh.load_state_dict(state_by_place(opt))
+    same(everything(other, fresh), saved)
+    # On the host, as they are gathered to be saved in one file: there they are only on the first rank.
+    gathered = get_optimizer_state_dict(model, opt, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    assert bool(gathered) == (rank == 0)
+    # AdamW's moments, converted where they are whole.
+    adamw = torch.optim.AdamW(model.parameters())
+    steps(model, adamw, 0, 3)
+    converted = convert(get_optimizer_state_dict(model, adamw, options=full), opt)
+    opt.load_state_dict(converted)
+    for i, p in enumerate(model.parameters()):
+        for moment, name in zip(
+            moments(opt, p), [n for n in converted["state"][i] if n not in ("step", "layout")], strict=True
+        ):
+            assert torch.equal(whole(moment), converted["state"][i][name])
+
+
+def state_by_place(opt):
+    state = opt.state_dict()
+    state["state"] = {
+        i: {name: whole(t) if isinstance(t, DTensor) else t for name, t in entry.items()}
+        for i, entry in state["state"].items()
+    }
+    return state
+
+
+def test_whole_tensors_are_gathered_and_taken(tmp_path):
+    run(2, gather_and_scatter, folder=tmp_path)
+
+
+def refused(target, state, match):
+    before = state_by_place(target)["state"]
+    with pytest.raises(ValueError, match=match):
+        target.load_state_dict(state)
+    after = state_by_place(target)["state"]
+    assert before.keys() == after.keys()
+    for i, entry in before.items():
+        for name, t in entry.items():
+            assert torch.equal(t, after[i][name]) if torch.is_tensor(t) else t == after[i][name]
+
+
+def refuse(rank, folder):
+    model, opt = build()
+    steps(model, opt, 0, 2)
+    dcp.save(content(model, opt), checkpoint_id=folder)
+    # The rows of one rank, given as if they were a table.
+    parts = opt.state_dict()
+    parts["state"] = {
+        i: {name: t.to_local() if isinstance(t, DTensor) else t for name, t in entry.items()}
+        for i, entry in parts["state"].items()
+    }
+    refused(opt, parts, r"parameter '0.weight' has moments .* state_dict holds")
+    # Sharded tables for parameters that are whole, and the other way round after a change of mind.
+    alone = plain(torch.float32)
+    single = Collins(alone.named_parameters(), **OPTIONS)
+    refused(single, {**single.state_dict(), "state": opt.state_dict()["state"]}, "is no DTensor here")
+    # Placed over other ranks than the parameter.
+    _, target = build(sizes=(1, 2))
+    refused(target, opt.state_dict(), "load it with torch.distributed.checkpoint, which reshards")
+    with pytest.raises(ValueError, match=r"parameter '0.weight' cannot be converted: m_table is sharded in state_dict"):
+        convert(opt.state_dict(), opt)
+    # Under other settings. Buckets of another size are refused by torch, before anything is read.
+    with pytest.raises(ValueError, match="seed 0 where this optimizer has 1"):
+        restore(*build(seed=1), folder)
+    with pytest.raises(ValueError, match=r"keeps m_table in torch.bfloat16, .* saved with table_dtype=torch.float32"):
+        restore(*build(table_dtype=torch.bfloat16), folder)
+    model, opt = build(compress_ratio=16)
+    with pytest.raises(dcp.CheckpointException, match=r"m_table"):
+        restore(model, opt, folder)
+    # FSDP1 hands out ordinary tensors that are parts of parameters.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for original in (False, True):
+            flat = FullyShardedDataParallel(
+                plain(torch.float32), use_orig_params=original, device_id=torch.device("cpu")
+            )
+            with pytest.raises(TypeError, match="was flattened and cut up by FullyShardedDataParallel"):
+                Collins(flat.parameters())
+
+
+def test_what_does_not_fit_a_sharded_optimizer_is_refused(tmp_path):
+    run(2, refuse, str(tmp_path / "checkpoint"), folder=tmp_path / "ranks")
+
+
+def train_with_a_checkpoint_between(rank, folder):
+    """Real gradients, which are the same on as many ranks."""
+
+    def go(model, opt, first, last):
+        for step in range(first, last):
+            model(batch(step)[mine(rank)]).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+
+    model, opt = build(in_backward=True)
+    go(model, opt, 0, 3)
+    dcp.save(content(model, opt), checkpoint_id=folder)
+    go(model, opt, 3, 6)
+    expected = everything(model, opt)
+    model, opt = build(in_backward=True)
+    restore(model, opt, folder)
+    go(model, opt, 3, 6)
+    same(everything(model, opt), expected)
+
+
+def test_training_goes_on_to_the_same_bits_on_as_many_ranks(tmp_path):
+    run(2, train_with_a_checkpoint_between, str(tmp_path / "checkpoint"), folder=tmp_path / "ranks")

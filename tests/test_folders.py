@@ -1,0 +1,113 @@
+"""Folders that are whole or not there, whatever happens to the ranks that write them."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from ranks import run
+
+from collins import whole_folder
+
+
+def names(root):
+    return sorted(path.name for path in root.iterdir())
+
+
+def made(path, rank, meanwhile=lambda folder: None, **options):
+    with whole_folder(path, **options) as folder:
+        (folder / str(rank)).write_text("")
+        meanwhile(folder)
+
+
+def test_a_folder_appears_at_once_and_flushed(tmp_path, monkeypatch):
+    done = []
+    rename, fsync = os.rename, os.fsync
+    monkeypatch.setattr(os, "rename", lambda *args: (done.append("rename"), rename(*args)))
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.fstat(handle).st_ino), fsync(handle)))
+    with whole_folder(tmp_path / "step-1") as folder:
+        assert folder.parent == tmp_path
+        assert not list(folder.iterdir())
+        (folder / "inner").mkdir()
+        for name in ("a", "inner/b"):
+            (folder / name).write_text(name)
+        assert not list(tmp_path.glob("step*"))
+    assert names(tmp_path) == ["step-1"]
+    assert (tmp_path / "step-1/inner/b").read_text() == "inner/b"
+    written = {path.stat().st_ino for path in (tmp_path / "step-1", *(tmp_path / "step-1").rglob("*"))}
+    assert len(written) == 4
+    assert set(done[: done.index("rename")]) == written
+    assert done[-2:] == ["rename", tmp_path.stat().st_ino]
+
+
+def test_an_error_leaves_nothing_and_the_next_attempt_begins_anew(tmp_path):
+    with pytest.raises(KeyError):
+        made(str(tmp_path / "step-1"), "old", {}.__getitem__)
+    assert names(tmp_path) == [".step-1.partial"]
+    made(tmp_path / "step-1", "new")
+    assert names(tmp_path) == ["step-1"]
+    assert names(tmp_path / "step-1") == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "text"),
+    [
+        (7, TypeError, "path must be a str or an os.PathLike, got 7"),
+        ("", ValueError, "path must be that of a folder with a name of its own, got '.'"),
+        ("there/..", ValueError, "path must be that of a folder with a name of its own, got 'there/..'"),
+        ("nowhere/step-1", FileNotFoundError, "path must be in a folder that is there, got nowhere/step-1"),
+        ("there", FileExistsError, "path must not be there yet, got there"),
+        ("dangling", FileExistsError, "path must not be there yet, got dangling"),
+    ],
+)
+def test_paths_that_cannot_be_made_are_refused(path, error, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    Path("dangling").symlink_to("nowhere")
+    with pytest.raises(error, match=text), whole_folder(path):
+        pytest.fail("entered")
+    assert names(tmp_path) == ["dangling", "there"]
+
+
+def test_a_folder_that_cannot_be_made_says_so(tmp_path):
+    (tmp_path / ".step-1.partial").write_text("a file, which is no earlier attempt")
+    with pytest.raises(OSError, match=r"\.step-1\.partial"), whole_folder(tmp_path / "step-1"):
+        pytest.fail("entered")
+
+
+def write_together(rank, root):
+    root = Path(root)
+    made(root / "step-1", rank)
+    assert names(root / "step-1") == ["0", "1"]
+
+    def fail_on_one(folder):
+        if rank:
+            raise KeyError
+
+    with pytest.raises(KeyError if rank else RuntimeError, match=None if rank else "another rank has failed"):
+        made(root / "step-2", rank, fail_on_one)
+    with pytest.raises(ValueError, match=r"path must be the same on all ranks, got \["):
+        made(root / f"step-{3 + rank}", rank)
+    with pytest.raises(FileExistsError):
+        made(root / "step-1", rank)
+
+    def take_the_place(folder):
+        dist.barrier()  # until both have found the place free
+        (root / "step-5").write_text("somebody else's")
+
+    with pytest.raises(RuntimeError if rank else OSError, match="first rank has failed to flush" if rank else None):
+        made(root / "step-5", rank, take_the_place)
+    assert (root / "step-5").is_file()
+    group = dist.new_group([0])
+    if rank:
+        with pytest.raises(ValueError, match="group must be None, or one that this process is in"):
+            made(root / "step-6", rank, group=group)
+    else:
+        made(root / "step-6", rank, group=group)
+
+
+def test_ranks_make_a_folder_together_or_not_at_all(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    run(2, write_together, str(root), folder=tmp_path / "ranks")
+    assert names(root) == [".step-2.partial", ".step-5.partial", "step-1", "step-5", "step-6"]

@@ -1,0 +1,149 @@
+"""Sharded training that is killed while it saves, and goes on with fewer ranks as if nothing had been."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import run
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import init_device_mesh
+
+from collins import Collins, whole_folder
+
+EXAMPLES = str(Path(__file__).resolve().parent.parent / "examples")
+STEPS, EVERY, BATCH, CONTEXT = 12, 4, 8, 16
+
+
+class Halting(dcp.FileSystemWriter):
+    """Writes half of the first file of rank 1, says so, and does not come back; the other ranks write theirs."""
+
+    def __init__(self, path, said):
+        super().__init__(path)
+        self.said = said
+
+    def write_data(self, plan, planner):
+        done = super().write_data(plan, planner)
+        if dist.get_rank() == 1:
+            (file, *_) = sorted(Path(self.path).glob("__1_*"))
+            with open(file, "r+b") as opened:
+                opened.truncate(file.stat().st_size // 2)
+            self.said.touch()
+            time.sleep(600)
+        return done
+
+
+def train(rank, root, kill=None, forget=False):
+    """Goes on from the newest checkpoint that is whole, to the end; saves every few steps.
+
+    Args:
+        root: the folder of checkpoints, "step-4" and so on.
+        kill: (step, when, path): in the save at `step`, "writing" or "written", make a file at `path` and wait.
+        forget: whether to go on with empty moments, which is not what a resumed run may do.
+
+    Returns:
+        The step it went on from, the validation loss at the end, in nats per byte, and what it took for checkpoints.
+    """
+    sys.path.insert(0, EXAMPLES)
+    from corpus import batches, standard_library
+    from train_lm import GPT
+
+    root = Path(root)
+    torch.manual_seed(0)
+    model = GPT(layers=1, width=64, heads=2, context=CONTEXT)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    opt = Collins(model.named_parameters(), lr=1e-2, min_K=64, rehash_period=5)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=STEPS, eta_min=1e-3)
+
+    def content(step):
+        weights, moments = get_state_dict(model, opt)
+        return {"model": weights, "optimizer": moments, "schedule": schedule.state_dict(), "step": step}
+
+    seen = sorted(root.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    first = 0
+    if seen:
+        state = content(0)
+        dcp.load(state, checkpoint_id=seen[-1])
+        set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["step"]
+    if forget:
+        for state in opt.state.values():
+            for name in state.keys() - {"step", "layout"}:
+                state[name].to_local().zero_()
+
+    text = standard_library()[: 1 << 20]
+    split = len(text) * 9 // 10
+    part = slice(rank * BATCH // dist.get_world_size(), (rank + 1) * BATCH // dist.get_world_size())
+    data = list(batches(text[:split], STEPS, BATCH, CONTEXT, 0, torch.device("cpu")))
+    for step in range(first + 1, STEPS + 1):
+        model.loss(data[step - 1][part]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        schedule.step()
+        opt.zero_grad()
+        if step % EVERY == 0:
+            at, when, said = kill or (0, None, None)
+            with whole_folder(root / f"step-{step}") as folder:
+                writer = Halting(folder, said) if (at, when) == (step, "writing") else dcp.FileSystemWriter(folder)
+                dcp.save(content(step), storage_writer=writer)
+                if (at, when) == (step, "written"):
+                    said.touch()
+                    time.sleep(600)
+    held_out = next(iter(batches(text[split:], 1, 64, CONTEXT, 1, torch.device("cpu"))))
+    with torch.no_grad():
+        return first, model.loss(held_out).item(), [path.name for path in seen]
+
+
+def test_a_run_killed_while_it_saves_ends_on_fewer_ranks_as_one_never_killed(tmp_path):
+    pytest.importorskip("matplotlib.font_manager")  # of the example: makes its cache, which ranks would wait for
+
+    def at(name):
+        return {"folder": tmp_path / name}
+
+    (tmp_path / "never").mkdir()
+    root = tmp_path / "killed"
+    root.mkdir()
+    ((_, expected, _), *_) = run(4, train, tmp_path / "never", **at("4 ranks"))
+
+    # Within a file: rank 1 has written half of its own, and there is no index yet.
+    said = tmp_path / "writing"
+    run(4, train, root, (8, "writing", said), **at("4 ranks, killed"), kill_at=said)
+    assert sorted(path.name for path in root.iterdir()) == [".step-8.partial", "step-4"]
+    partial = root / ".step-8.partial"
+    assert not (partial / ".metadata").exists()
+    halves = {path.name: path.stat().st_size for path in partial.glob("__1_*")}
+
+    # All files are written, but not every rank has said so.
+    said = tmp_path / "written"
+    run(2, train, root, (8, "written", said), **at("2 ranks, killed"), kill_at=said)
+    assert sorted(path.name for path in root.iterdir()) == [".step-8.partial", "step-4"]
+    assert (partial / ".metadata").exists()
+    assert all((partial / name).stat().st_size != size for name, size in halves.items())
+    assert not list(partial.glob("__3_*"))  # of the four ranks before
+
+    kept = {path.name: path.read_bytes() for path in (root / "step-4").iterdir()}
+    ((_, forgotten, _), *_) = run(2, train, _copied(root, tmp_path / "forgetting"), None, True, **at("forgetting"))
+    results = run(2, train, root, **at("2 ranks"))
+    assert results[0] == results[1]
+    first, loss, seen = results[0]
+    assert (first, seen) == (4, ["step-4"])
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert forgotten != pytest.approx(expected, rel=1e-3)  # what that precision would show
+    assert sorted(path.name for path in root.iterdir()) == ["step-12", "step-4", "step-8"]
+    assert {path.name: path.read_bytes() for path in (root / "step-4").iterdir()} == kept
+
+
+def _copied(root, to):
+    import shutil
+
+    shutil.copytree(root, to)
+    return to
