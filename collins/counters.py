@@ -38,6 +38,8 @@ class Counters:
         if len(places) == len(self._every) and places == self._every:
             self._steps += 1
             return cast(list[float], self._steps.tolist()[: len(places)])
+        if len(places) == 1:
+            return [self._views[cast(int, places[0])].add_(1).item()]
         index = torch.tensor(places)
         self._steps[index] += 1
         return cast(list[float], self._steps[index].tolist())

@@ -520,20 +520,16 @@ class Collins(Optimizer):
             plan = member.plan
             if plan is None or plan.settings is not settings:
                 plan = self._plan(member, settings)
-            _, _, _, _, _, _, size, dtype, names, _, _, kind, part = plan
+            _, _, _, _, _, _, size, dtype, _, _, _, kind, part = plan
             if p.dtype is not dtype or p.shape != size or type(p) is not kind:
                 plan = self._plan(member, settings)
-                _, _, _, _, _, _, size, dtype, names, _, _, kind, part = plan
+                _, _, _, _, _, _, size, dtype, _, _, _, kind, part = plan
             if g.dtype is not dtype or g.shape != size or g.layout is not strided or g.device != p.device:
                 _check_gradient(member, g)
             if part is not None or type(g) is not Tensor:
                 g = _whole_or_local(member, g)
             state = states.get(p)
-            if not state or (
-                state.get(names[0]) is not member.first
-                or state.get(names[1]) is not member.second
-                or state.get("step") is not member.step
-            ):
+            if not (state and _holds(state, plan, member)):
                 self._reset(member, plan, state)
             found.append((member, g))
         return found
@@ -624,7 +620,9 @@ class Collins(Optimizer):
                 check_options(members[0].group)
                 settings = self._settings_of(members[0].group)
             for member in members:
-                self._reset(member, self._plan(member, settings), self.state.get(member.p))
+                plan, state = self._plan(member, settings), self.state.get(member.p)
+                if not (state and _holds(state, plan, member)):
+                    self._reset(member, plan, state)
                 awaited[member.p] = member
         self._settle(list(awaited.values()), early=True)
         return awaited
@@ -812,6 +810,15 @@ class Collins(Optimizer):
             state_bytes=step_bytes + moment_bytes(layout, p.dtype, group["table_dtype"]),
             adamw_bytes=step_bytes + 2 * p.numel() * p.dtype.itemsize,
         )
+
+
+def _holds(state: dict[str, Any], plan: _Plan, member: _Member) -> bool:
+    """Whether the state still has the moments and the counter that the member knows."""
+    return (
+        state.get(plan.names[0]) is member.first
+        and state.get(plan.names[1]) is member.second
+        and state.get("step") is member.step
+    )
 
 
 # The group options that a _Plan depends on.

@@ -9,6 +9,7 @@ from itertools import chain
 from operator import or_
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -208,15 +209,13 @@ class Launch:
         host, fetched = (
             (self._host(size, capturing), None) if self._pages is None or capturing else self._pages.take(size)
         )
-        host[:count] = torch.tensor(grads)
+        sent = host.numpy()
+        sent[:count] = grads
         columns = [_column(h) for h in numbers]
         on_device = [
             (row, i) for row, column in enumerate(columns) for i, x in enumerate(column) if isinstance(x, Tensor)
         ]
-        on_host = (
-            [[0.0 if isinstance(x, Tensor) else x for x in column] for column in columns] if on_device else columns
-        )
-        host[count:].view(torch.float64).copy_(torch.tensor(on_host, dtype=torch.float64).view(-1))
+        sent[count:].view(np.float64)[:] = [0.0 if isinstance(x, Tensor) else x for x in chain.from_iterable(columns)]
         if fetched is None:
             moving.copy_(host, non_blocking=True)
         else:

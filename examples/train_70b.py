@@ -168,7 +168,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     shape = {"layers": 80, "hidden": 8192, "ffn": 28672, "heads": 64, "kv-heads": 8, "vocab": 32000}
     for name, value in {**shape, "seq-len": 2048, "batch-size": 1, "steps": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="(%(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="(%(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-6, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--device", type=torch.device, default="cuda", help="(%(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="blocks (yes)")
