@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 # Elements per piece of an eager step, at most: enough to outweigh the calls, few enough to stay in cache.
 _PIECE_CPU = 1 << 18
 _PIECE_ACCELERATOR = 1 << 22
-_PIECE_SMALLEST = 1 << 15
+_PIECE_SMALLEST = 1 << 12
+# Bytes of all temporaries together, for each element of a piece and each byte of what it is computed in.
+_TEMPORARIES = 10
 
 
 class Engine:
@@ -38,6 +40,7 @@ class Engine:
         self._graphs = Graphs()
         self._launches = _launches(busy_link) if compile is None else None
         self._failed: set[str] = set()
+        self._largest = 0  # bytes of the largest parameter so far
 
     @property
     def graphs(self) -> int:
@@ -48,6 +51,7 @@ class Engine:
         """Performs all of them; they must be of different parameters."""
         if self._launches is not None:
             works = self._launched(works, self._launches)
+        self._largest = max(self._largest, *(work.p.nbytes for work in works), 0)
         small: dict[tuple[Any, ...], list[Work]] = {}
         numbers: dict[int, Scalars] = {}
         for work in works:
@@ -91,7 +95,15 @@ class Engine:
 
     def _run_eagerly(self, work: Work) -> None:
         if work.p.numel():
-            update_(work, _piece(work.p))
+            update_(work, self._piece(work.p))
+
+    def _piece(self, p: Tensor) -> int:
+        """Elements per piece: all its temporaries together take at most twice what the largest parameter does, or what
+        the smallest piece does.
+        """
+        each = _TEMPORARIES * torch.promote_types(p.dtype, torch.float32).itemsize
+        cap = _PIECE_CPU if p.device.type == "cpu" else _PIECE_ACCELERATOR
+        return min(max(2 * self._largest // each, _PIECE_SMALLEST), cap)
 
     def _tried(self, name: str, way: Callable[..., None], *args: Any) -> bool:
         """Whether that way works here; if not, nothing has changed, and one warning has said why."""
@@ -119,9 +131,3 @@ def _launches(busy_link: bool) -> Launches | None:
     from collins.compile.launch import Launches
 
     return Launches("cuda", busy_link=busy_link)
-
-
-def _piece(p: Tensor) -> int:
-    """Elements per piece: few enough that all temporaries together stay under twice the size of a large tensor."""
-    largest = _PIECE_CPU if p.device.type == "cpu" else _PIECE_ACCELERATOR
-    return min(max(p.numel() // 16, _PIECE_SMALLEST), largest)

@@ -53,7 +53,15 @@ class Meter(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("hash", "shape"), [("block", (768, 767)), ("block", (2048, 2048)), ("universal", (512, 511))], ids=str
+    ("hash", "shape"),
+    [
+        ("block", (208, 200)),
+        ("block", (256, 255)),
+        ("block", (768, 767)),
+        ("block", (2048, 2048)),
+        ("universal", (512, 511)),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
 def test_peak_extra_memory_of_an_eager_step(hash, transposed, shape, dtype):
