@@ -76,8 +76,8 @@ class Engine:
         """Performs what the kernel can take, and returns the rest."""
         batches, rest = launches.sorted(works)
         for batch in batches:
-            if not self._tried("kernel", batch.launch.run, batch):
-                rest += batch.works
+            if not self._tried("kernel", batch.columns.launch.run, batch):
+                rest += batch.columns.works
         return rest
 
     def course(self, works: Sequence[Work]) -> Course | None:

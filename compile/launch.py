@@ -83,20 +83,6 @@ class Launches:
         return batches, rest
 
 
-class Batch(NamedTuple):
-    """What one launch takes in one step, column by column."""
-
-    launch: Launch
-    works: Sequence[Work]
-    p: tuple[Tensor, ...]
-    m: tuple[Tensor, ...]
-    v: tuple[Tensor, ...]
-    grads: list[int]  # addresses
-    fixed: tuple[list[int], ...]  # addresses of p, m and v, and rows of `numbers`
-    keys: tuple[Keys, ...]
-    numbers: list[Scalars]  # of the rows
-
-
 class Columns(NamedTuple):
     """The works of one launch, column by column: C loops over hundreds of tensors."""
 
@@ -125,9 +111,16 @@ class Columns(NamedTuple):
         distinct = {id(scalars): scalars for scalars in h}  # they may lie on a device: to compare them would wait
         places = {identity: row for row, identity in enumerate(distinct)}
         rows = [places[id(scalars)] for scalars in h]
-        return Batch(
-            self.launch, self.works, self.p, self.m, self.v, at[0], (*at[1:], rows), self.keys, list(distinct.values())
-        )
+        return Batch(self, at[0], (*at[1:], rows), list(distinct.values()))
+
+
+class Batch(NamedTuple):
+    """What one launch takes in one step."""
+
+    columns: Columns
+    grads: list[int]  # addresses
+    fixed: tuple[list[int], ...]  # addresses of p, m and v, and rows of `numbers`
+    numbers: list[Scalars]  # of the rows
 
 
 _address, _contiguous = Tensor.data_ptr, Tensor.is_contiguous
@@ -194,7 +187,7 @@ class Launch:
 
     def run(self, batch: Batch) -> None:
         """Performs all of its works; they must be of different parameters."""
-        _, works, p, m, v, grads, fixed, keys, numbers = batch
+        (_, works, p, m, v, keys), grads, fixed, numbers = batch
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if self._last is None or self._last[0] != fixed or self._last[1] != keys:
             self._last = fixed, keys, *self._description(batch, capturing)
@@ -241,7 +234,8 @@ class Launch:
 
     def _description(self, batch: Batch, capturing: bool) -> tuple[Tensor, Tensor]:
         """Which tensor each chunk belongs to, and the table of the tensors."""
-        key = (batch.keys, *map(tuple, batch.fixed))
+        columns = batch.columns
+        key = (columns.keys, *map(tuple, batch.fixed))
         if key not in self._tables:
             if capturing:
                 raise RuntimeError(
@@ -253,7 +247,7 @@ class Launch:
             owners: list[int] = []
             table: list[Any] = []
             span = CHUNK * TILE
-            for i, (work, at_p, at_m, at_v, row) in enumerate(zip(batch.works, *batch.fixed, strict=True)):
+            for i, (work, at_p, at_m, at_v, row) in enumerate(zip(columns.works, *batch.fixed, strict=True)):
                 local = work.p.numel()
                 sign, rounding, _, period = work.keys
                 table += (at_p, at_m, at_v, local, len(owners), work.start, work.numel, *sign, *rounding, period, row)

@@ -1,6 +1,8 @@
 """Steps that repeat the last one: the same bits as steps that look at everything anew, whatever changes in between."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -166,9 +168,6 @@ def test_what_is_wrong_is_said_and_changes_nothing(spoil, message):
 
 
 def test_no_gradient_outlives_its_step():
-    import gc
-    import weakref
-
     ps, opt = made()
     for step in range(3):
         give_gradients(ps, step)
