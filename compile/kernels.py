@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from collins.hashing import FIRST_MULTIPLIER, GOLDEN, SECOND_MULTIPLIER, TICK_STRIDE
 from collins.rounding import (
@@ -126,12 +128,13 @@ def _along(x, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyp
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["owners", "table", "grads", "numbers"])
 def _step(  # type: ignore[no-untyped-def]
     owners, table, grads, numbers,
     P: tl.constexpr, T: tl.constexpr, DENSE: tl.constexpr, LOAD: tl.constexpr, RESIDUAL: tl.constexpr,
     REHASH: tl.constexpr, ROUND_P: tl.constexpr, ROUND_T: tl.constexpr, MAXIMIZE: tl.constexpr,
-    SKIP: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    SKIP: tl.constexpr, EVEN: tl.constexpr, ONE: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tensor = tl.load(owners + program).to(tl.int64)
@@ -139,7 +142,10 @@ def _step(  # type: ignore[no-untyped-def]
     offset = (program - tl.load(entry + 4)).to(tl.int64) * (TILE * CHUNK)
     end = tl.minimum(tl.load(entry + 3) - offset, TILE * CHUNK).to(tl.int32)
     p_base = tl.multiple_of(tl.load(entry).to(tl.pointer_type(P)) + offset, 16)
-    g_base = tl.multiple_of(tl.load(grads + tensor).to(tl.pointer_type(P)) + offset, 16)
+    if ONE:
+        g_base = tl.multiple_of(grads + offset, 16)
+    else:
+        g_base = tl.multiple_of(tl.load(grads + tensor).to(tl.pointer_type(P)) + offset, 16)
     m_base = tl.load(entry + 1).to(tl.pointer_type(T))
     v_base = tl.load(entry + 2).to(tl.pointer_type(T))
     if DENSE:
@@ -345,21 +351,31 @@ def step_(
         p, m, v: parameters and moments; gradients come as addresses alone.
         owners: which tensor each program belongs to, int32.
         table: a row of `COLUMNS` for each tensor.
-        grads: addresses of the gradients.
-        numbers: rows of `NUMBERS`.
+        grads: addresses of the gradients, int64; or the gradient itself, of the only tensor.
+        numbers: rows of `NUMBERS`, float64.
         load: c; 1 for dense moments.
         residual, rehash, rounding, maximize, skip: as in `collins.update.Spec`.
         even: whether every tensor is made of whole buckets and whole words.
     """
-    param, moment = p[0].dtype, m[0].dtype
-    with torch.cuda.device_of(p[0]):
-        _step[(owners.numel(),)](
-            owners, table, grads, numbers,
-            P=_DTYPES[param], T=_DTYPES[moment], DENSE=load == 1, LOAD=load, RESIDUAL=residual, REHASH=rehash,
-            ROUND_P=rounding and param in ROUNDED, ROUND_T=rounding and moment in ROUNDED, MAXIMIZE=maximize,
-            SKIP=skip, EVEN=even, FAST=_FAST, TILE=TILE, CHUNK=CHUNK, **OPTIONS,
+    param, moment, one = p[0].dtype, m[0].dtype, grads.dtype is not torch.int64
+    key = (owners.device, param, moment, load, residual, rehash, rounding, maximize, skip, even, one)
+    grid = (owners.numel(), 1, 1)
+    with torch.cuda.device_of(owners):
+        if key in _COMPILED:
+            constants, kernel = _COMPILED[key]
+            kernel[grid](owners, table, grads, numbers, *constants)
+            return
+        constants = (
+            _DTYPES[param], _DTYPES[moment], load == 1, load, residual, rehash, rounding and param in ROUNDED,
+            rounding and moment in ROUNDED, maximize, skip, even, one, _FAST, TILE, CHUNK,
         )  # fmt: skip
+        kernel = _step[grid](owners, table, grads, numbers, *constants, **OPTIONS)
+        if isinstance(kernel, CompiledKernel):
+            _COMPILED[key] = constants, kernel
 
+
+# By all that Triton would look at in every launch to find the same: that takes it longer than the launch itself.
+_COMPILED: dict[tuple[Any, ...], tuple[tuple[Any, ...], CompiledKernel]] = {}
 
 _LIBRARY = torch.library.Library("collins", "DEF")
 _LIBRARY.define(

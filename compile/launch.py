@@ -106,19 +106,20 @@ class Columns(NamedTuple):
             return None
         return at
 
-    def batch(self, at: tuple[list[int], ...], h: Sequence[Scalars]) -> Batch:
-        """With the numbers of each work."""
+    def batch(self, grads: Sequence[Tensor], at: tuple[list[int], ...], h: Sequence[Scalars]) -> Batch:
+        """With the gradients and the numbers of each work."""
         distinct = {id(scalars): scalars for scalars in h}  # they may lie on a device: to compare them would wait
         places = {identity: row for row, identity in enumerate(distinct)}
         rows = [places[id(scalars)] for scalars in h]
-        return Batch(self, at[0], (*at[1:], rows), list(distinct.values()))
+        return Batch(self, grads, at[0], (*at[1:], rows), list(distinct.values()))
 
 
 class Batch(NamedTuple):
     """What one launch takes in one step."""
 
     columns: Columns
-    grads: list[int]  # addresses
+    grads: Sequence[Tensor]
+    addresses: list[int]  # of the gradients
     fixed: tuple[list[int], ...]  # addresses of p, m and v, and rows of `numbers`
     numbers: list[Scalars]  # of the rows
 
@@ -127,9 +128,9 @@ _address, _contiguous = Tensor.data_ptr, Tensor.is_contiguous
 
 
 def _batch(launch: Launch, works: Sequence[Work]) -> Batch | None:
-    columns = Columns.of(launch, works)
-    at = columns.addresses([work.g for work in works])
-    return None if at is None else columns.batch(at, [work.h for work in works])
+    columns, grads = Columns.of(launch, works), [work.g for work in works]
+    at = columns.addresses(grads)
+    return None if at is None else columns.batch(grads, at, [work.h for work in works])
 
 
 class Course:
@@ -153,14 +154,15 @@ class Course:
         """
         found = []
         for columns, places in self._parts:
-            at = columns.addresses([grads[i] for i in places])
+            own = [grads[i] for i in places]
+            at = columns.addresses(own)
             if at is None:
                 return None
-            found.append((columns, places, at))
+            found.append((columns, places, own, at))
 
         def run(h: Sequence[Scalars]) -> None:
-            for columns, places, at in found:
-                columns.launch.run(columns.batch(at, [h[i] for i in places]))
+            for columns, places, own, at in found:
+                columns.launch.run(columns.batch(own, at, [h[i] for i in places]))
 
         return run
 
@@ -181,29 +183,55 @@ class Launch:
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
         self._last: tuple[tuple[list[int], ...], tuple[Keys, ...], Tensor, Tensor] | None = None
         self._moving: dict[tuple[int, int], Tensor] = {}
+        self._alone: dict[int, tuple[Scalars | None, Tensor]] = {}  # the numbers of single works, by stream
         self._spare: Tensor | None = None
         self._pages = _Pages() if busy_link else None
         self._captured: list[Any] = []
 
     def run(self, batch: Batch) -> None:
         """Performs all of its works; they must be of different parameters."""
-        (_, works, p, m, v, keys), grads, fixed, numbers = batch
-        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        columns, grads, addresses, fixed, numbers = batch
+        _, works, p, m, v, keys = columns
+        cuda = self._device.type == "cuda"
+        capturing = cuda and torch.cuda.is_current_stream_capturing()
         if self._last is None or self._last[0] != fixed or self._last[1] != keys:
             self._last = fixed, keys, *self._description(batch, capturing)
         _, _, owners, table = self._last
-        count = len(works)
-        size = count + len(numbers) * len(NUMBERS)
         # Gradients of one device may arrive on several streams: what one of them still reads no other overwrites.
-        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
-        if (size, stream) not in self._moving:
-            self._moving[size, stream] = torch.empty(size, dtype=torch.int64, device=self._device)
-        moving = self._moving[size, stream]
+        stream = torch.cuda.current_stream(self._device).cuda_stream if cuda else 0
+        if len(works) > 1:
+            moving = self._moved(addresses, numbers, stream, capturing)
+            gradients, values = moving[: len(works)], moving[len(works) :]
+        else:  # one that has arrived in backward, as many others do with the same numbers
+            gradients, plain = grads[0], _plain(numbers[0])
+            known, values = self._alone.get(stream, (None, None))
+            if values is None or plain is None or plain != known or capturing:
+                values = self._moved((), numbers, stream, capturing)
+                if not capturing:
+                    self._alone[stream] = plain, values
+        spec = self._spec
+        kernels.step_(
+            p, m, v, owners, table, gradients, values.view(torch.float64),
+            int(spec.load), spec.decode == "residual", spec.rehash, spec.rounding, spec.maximize, spec.skip, self._even,
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(p)
+        if capturing:
+            self._captured.append((owners, table))
+
+    def _moved(self, addresses: Sequence[int], numbers: Sequence[Scalars], stream: int, capturing: bool) -> Tensor:
+        """Addresses, then the numbers in their rows, on the device, where the next ones take their place."""
+        count = len(addresses)
+        size = count + len(numbers) * len(NUMBERS)
+        moving = None if capturing else self._moving.get((size, stream))
+        if moving is None:
+            moving = torch.empty(size, dtype=torch.int64, device=self._device)
+            if not capturing:
+                self._moving[size, stream] = moving
         host, fetched = (
             (self._host(size, capturing), None) if self._pages is None or capturing else self._pages.take(size)
         )
         sent = host.numpy()
-        sent[:count] = grads
+        sent[:count] = addresses
         columns = [_column(h) for h in numbers]
         on_device = [
             (row, i) for row, column in enumerate(columns) for i, x in enumerate(column) if isinstance(x, Tensor)
@@ -223,14 +251,9 @@ class Launch:
             else:
                 for row, number in zip(rows, numbers_there, strict=True):
                     values[row, i].copy_(number)
-        spec = self._spec
-        kernels.step_(
-            p, m, v, owners, table, moving, values,
-            int(spec.load), spec.decode == "residual", spec.rehash, spec.rounding, spec.maximize, spec.skip, self._even,
-        )  # fmt: skip
-        torch.autograd.graph.increment_version(p)
         if capturing:
-            self._captured.append((host, owners, table, moving))
+            self._captured.append((host, moving))
+        return moving
 
     def _description(self, batch: Batch, capturing: bool) -> tuple[Tensor, Tensor]:
         """Which tensor each chunk belongs to, and the table of the tensors."""
@@ -289,6 +312,11 @@ class _Pages:
         else:
             pieces.append((torch.empty(size, dtype=torch.int64, pin_memory=True), torch.cuda.Event()))
         return pieces[-1]
+
+
+def _plain(h: Scalars) -> Scalars | None:
+    """Numbers that can be told from others; None for those on a device, which would have to be waited for."""
+    return None if any(isinstance(x, Tensor) for x in h) else h
 
 
 def _column(h: Scalars) -> tuple[Any, ...]:

@@ -224,23 +224,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from collins.compile import kernels
 
-def ptx(param, moment, load, rounding):
+def ptx(param, moment, load, rounding, one):
     fixed = dict(
         P=param, T=moment, DENSE=load == 1, LOAD=load, RESIDUAL=True, REHASH=load > 1, ROUND_P=rounding, ROUND_T=False,
-        MAXIMIZE=False, SKIP=True, EVEN=True, FAST=True, TILE=kernels.TILE, CHUNK=kernels.CHUNK,
+        MAXIMIZE=False, SKIP=True, EVEN=True, ONE=one, FAST=True, TILE=kernels.TILE, CHUNK=kernels.CHUNK,
     )
     names = kernels._step.arg_names
-    addresses = {"owners": "*i32", "table": "*i64", "grads": "*i64", "numbers": "*fp64"}
+    addresses = {"owners": "*i32", "table": "*i64", "grads": f"*{param}" if one else "*i64", "numbers": "*fp64"}
     signature = {**addresses, **dict.fromkeys(fixed, "constexpr")}
     constants = {(names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(kernels._step, signature=signature, constexprs=constants)
     return compile(source, target=GPUTarget("cuda", 90, 32), options=kernels.OPTIONS).asm["ptx"]
 
-for param, moment, load, rounding in (
-    (tl.float32, tl.float32, 32, False), (tl.bfloat16, tl.float32, 32, True), (tl.float32, tl.float32, 128, False),
-    (tl.bfloat16, tl.bfloat16, 16, True), (tl.float32, tl.float32, 1, False),
+for param, moment, load, rounding, one in (
+    (tl.float32, tl.float32, 32, False, False), (tl.bfloat16, tl.float32, 32, True, False),
+    (tl.float32, tl.float32, 128, False, True), (tl.bfloat16, tl.bfloat16, 16, True, True),
+    (tl.float32, tl.float32, 1, False, True),
 ):
-    code = ptx(param, moment, load, rounding)
+    code = ptx(param, moment, load, rounding, one)
     threads, wide = 128, 16
     each = kernels.TILE * param.primitive_bitwidth // 8 // threads // wide
     reads, writes = (len(re.findall(way + r"\\.global\\.v4\\.b32", code)) for way in ("ld", "st"))
