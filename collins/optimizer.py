@@ -781,7 +781,7 @@ class Collins(Optimizer):
             return [Scalars(*row) for row in zip(*columns, strict=True)]
         steps_taken = self._counters.count([member.counter for member in members])
         known = {t: _scalars(int(t), group) for t in set(steps_taken)}
-        return [known[t] for t in steps_taken]
+        return list(map(known.__getitem__, steps_taken))
 
     def _adopt(self, member: _Member) -> None:
         """Takes the parameter's state, loaded or copied, as the member's own; makes it if there is none."""

@@ -50,6 +50,7 @@ class Repeat:
     ) -> None:
         self._params, self._others, self._course, self._state = params, others, course, state
         self._facts, self._types = list(map(_FACTS, params)), list(map(type, params))
+        self._sizes = list(map(Tensor.numel, params))
         self._entries = list(state.values())
         by_names: dict[tuple[str, ...], list[int]] = {}
         for i, one in enumerate(kept):
@@ -69,7 +70,8 @@ class Repeat:
         grads = [p.grad for p in params]
         if not (
             list(map(type, grads)).count(Tensor) == len(grads)
-            and list(map(_FACTS, grads)) == self._facts == list(map(_FACTS, params))
+            and list(map(_FACTS, grads)) == self._facts
+            and list(map(Tensor.numel, params)) == self._sizes  # autograd sees to the rest, and the course to addresses
             and list(map(type, params)) == self._types
             and all(p.grad is None for p in self._others)
             and self._same_state(state)

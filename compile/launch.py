@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import chain
-from operator import or_
+from operator import itemgetter, or_
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -100,17 +100,17 @@ class Columns(NamedTuple):
 
     def addresses(self, grads: Sequence[Tensor]) -> tuple[list[int], ...] | None:
         """Of gradients, parameters and moments. None if the kernel cannot read one: not contiguous, not aligned."""
-        at = tuple(list(map(_address, column)) for column in (grads, self.p, self.m, self.v))
-        wide = chain.from_iterable(at if self.launch.dense else at[:2])
-        if reduce(or_, wide) % _WIDE or not (all(map(_contiguous, self.p)) and all(map(_contiguous, grads))):
-            return None
-        return at
+        columns = (grads, self.p, self.m, self.v)
+        at = tuple(map(_addresses, columns))
+        wide = len(columns) if self.launch.dense else 2
+        return at if all(map(_readable, columns[:wide], at)) else None
 
     def batch(self, grads: Sequence[Tensor], at: tuple[list[int], ...], h: Sequence[Scalars]) -> Batch:
         """With the gradients and the numbers of each work."""
-        distinct = {id(scalars): scalars for scalars in h}  # they may lie on a device: to compare them would wait
-        places = {identity: row for row, identity in enumerate(distinct)}
-        rows = [places[id(scalars)] for scalars in h]
+        identities = list(map(id, h))  # numbers may lie on a device: to compare them would wait
+        distinct = dict(zip(identities, h, strict=True))
+        places = dict(zip(distinct, range(len(distinct)), strict=True))
+        rows = list(map(places.__getitem__, identities))
         return Batch(self, grads, at[0], (*at[1:], rows), list(distinct.values()))
 
 
@@ -124,7 +124,12 @@ class Batch(NamedTuple):
     numbers: list[Scalars]  # of the rows
 
 
-_address, _contiguous = Tensor.data_ptr, Tensor.is_contiguous
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _readable(tensors: Sequence[Tensor], at: Sequence[int]) -> bool:
+    return reduce(or_, at) % _WIDE == 0 and all(map(Tensor.is_contiguous, tensors))
 
 
 def _batch(launch: Launch, works: Sequence[Work]) -> Batch | None:
@@ -141,28 +146,33 @@ class Course:
         for i, work in enumerate(works):
             groups.setdefault(cast(Launch, work.launch), []).append(i)
         # No gradient is kept beyond its step: the parameter takes its place.
-        self._parts = [
+        columns = [
             (Columns.of(launch, [works[i]._replace(g=works[i].p) for i in places]), places)
             for launch, places in groups.items()
         ]
+        self._parts = [(part, part.addresses(part.p), itemgetter(*places), len(places)) for part, places in columns]
 
     def ready(self, grads: Sequence[Tensor]) -> Callable[[Sequence[Scalars]], None] | None:
-        """What performs the step once its numbers are known; None if a kernel cannot read one of the tensors.
+        """What performs the step once its numbers are known; None if a kernel cannot read one of the tensors, or if
+        parameters or moments have moved.
 
         Args:
             grads: one for each work, in the order of the works, which is that of the numbers too.
         """
         found = []
-        for columns, places in self._parts:
-            own = [grads[i] for i in places]
-            at = columns.addresses(own)
-            if at is None:
+        for columns, known, get, count in self._parts:
+            own = get(grads) if count > 1 else (get(grads),)
+            at = _addresses(own)
+            if known is None or not _readable(own, at) or not all(map(Tensor.is_contiguous, columns.p)):
                 return None
-            found.append((columns, places, own, at))
+            for tensors, before in zip(columns[2:5], known[1:], strict=True):
+                if _addresses(tensors) != before:
+                    return None
+            found.append((columns, own, (at, *known[1:]), get, count))
 
         def run(h: Sequence[Scalars]) -> None:
-            for columns, places, own, at in found:
-                columns.launch.run(columns.batch(own, at, [h[i] for i in places]))
+            for columns, own, at, get, count in found:
+                columns.launch.run(columns.batch(own, at, get(h) if count > 1 else (get(h),)))
 
         return run
 

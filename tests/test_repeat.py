@@ -150,8 +150,9 @@ def test_a_repeated_step_is_an_ordinary_step(change, monkeypatch):
         (lambda ps, opt: opt.param_groups[1].update(betas=(0.9, 1.5)), "betas must be"),
         (lambda ps, opt: opt.state[ps[0]].update(m_table=torch.zeros(3, device=DEVICE)), "m_table"),
         (lambda ps, opt: setattr(ps[0], "data", ps[0].data[:32]), "grad"),
+        (lambda ps, opt: setattr(ps[0], "data", ps[0].data.bfloat16()), "grad"),
     ],
-    ids=["gradient", "option", "state", "parameter"],
+    ids=["gradient", "option", "state", "size", "dtype"],
 )
 def test_what_is_wrong_is_said_and_changes_nothing(spoil, message):
     ps, opt = made()
