@@ -14,6 +14,7 @@ class Counters:
 
     def __init__(self) -> None:
         self._steps = torch.zeros(0)
+        self._numbers = self._steps.numpy()  # the same memory
         self._views: list[Tensor] = []
         self._every: list[int | None] = []
 
@@ -27,7 +28,7 @@ class Counters:
                 # The tensors that were handed out stay what they are: only their memory moves.
                 for view, new in zip(self._views, grown.unbind(), strict=False):
                     view.data = new
-                self._steps = grown
+                self._steps, self._numbers = grown, grown.numpy()
             self._views.append(self._steps[place])
             self._every.append(place)
         self._views[place].fill_(value)
@@ -39,7 +40,8 @@ class Counters:
             self._steps += 1
             return cast(list[float], self._steps.tolist()[: len(places)])
         if len(places) == 1:
-            return [self._views[cast(int, places[0])].add_(1).item()]
+            self._numbers[places[0]] += 1
+            return [float(self._numbers[places[0]])]
         index = torch.tensor(places)
         self._steps[index] += 1
         return cast(list[float], self._steps[index].tolist())

@@ -895,6 +895,9 @@ def _whole_or_local(member: _Member, g: Tensor) -> Tensor:
 
 
 def _check_gradient(member: _Member, g: Tensor) -> None:
+    p = member.p
+    if g.dtype is p.dtype and g.shape == p.shape and g.device == p.device and g.layout is torch.strided:
+        return
     if g.layout != torch.strided:
         raise TypeError(f"the gradient of {member.name} has layout {g.layout}; Collins accepts torch.strided gradients")
     for what in ("shape", "dtype", "device"):

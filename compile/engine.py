@@ -51,6 +51,8 @@ class Engine:
         """Performs all of them; they must be of different parameters."""
         if self._launches is not None:
             works = self._launched(works, self._launches)
+            if not works:
+                return
         self._largest = max(self._largest, *(work.p.nbytes for work in works), 0)
         small: dict[tuple[Any, ...], list[Work]] = {}
         numbers: dict[int, Scalars] = {}

@@ -363,7 +363,8 @@ def step_(
     with torch.cuda.device_of(owners):
         if key in _COMPILED:
             constants, kernel = _COMPILED[key]
-            kernel[grid](owners, table, grads, numbers, *constants)
+            stream = torch._C._cuda_getCurrentRawStream(owners.device.index)
+            kernel[grid](owners, table, grads, numbers, *constants, stream=stream)
             return
         constants = (
             _DTYPES[param], _DTYPES[moment], load == 1, load, residual, rehash, rounding and param in ROUNDED,

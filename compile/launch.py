@@ -208,7 +208,7 @@ class Launch:
             self._last = fixed, keys, *self._description(batch, capturing)
         _, _, owners, table = self._last
         # Gradients of one device may arrive on several streams: what one of them still reads no other overwrites.
-        stream = torch.cuda.current_stream(self._device).cuda_stream if cuda else 0
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index) if cuda else 0
         if len(works) > 1:
             moving = self._moved(addresses, numbers, stream, capturing)
             gradients, values = moving[: len(works)], moving[len(works) :]

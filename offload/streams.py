@@ -68,7 +68,9 @@ class CudaStreams:
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
+        self._index = index
         self._copies = _copy_streams(index)
+        self._current: dict[int, torch.cuda.Stream] = {}  # by address: to ask for the object takes ten times as long
 
     def empty(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
@@ -98,7 +100,12 @@ class CudaStreams:
         tensor.record_stream(self._stream(lane))
 
     def _stream(self, lane: Lane) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self.device) if lane is Lane.CURRENT else self._copies[lane]
+        if lane is not Lane.CURRENT:
+            return self._copies[lane]
+        address = torch._C._cuda_getCurrentRawStream(self._index)
+        if address not in self._current:
+            self._current[address] = torch.cuda.current_stream(self.device)
+        return self._current[address]
 
 
 @functools.cache
