@@ -145,10 +145,11 @@ class Course:
         groups: dict[Launch, list[int]] = {}
         for i, work in enumerate(works):
             groups.setdefault(cast(Launch, work.launch), []).append(i)
+        # The device begins with what takes it longest, while the host prepares the rest.
+        order = sorted(groups.items(), key=lambda item: -sum(works[i].p.nbytes for i in item[1]))
         # No gradient is kept beyond its step: the parameter takes its place.
         columns = [
-            (Columns.of(launch, [works[i]._replace(g=works[i].p) for i in places]), places)
-            for launch, places in groups.items()
+            (Columns.of(launch, [works[i]._replace(g=works[i].p) for i in places]), places) for launch, places in order
         ]
         self._parts = [(part, part.addresses(part.p), itemgetter(*places), len(places)) for part, places in columns]
 
