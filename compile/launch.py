@@ -215,11 +215,12 @@ class Launch:
             gradients, values = moving[: len(works)], moving[len(works) :]
         else:  # one that has arrived in backward, as many others do with the same numbers
             gradients, plain = grads[0], _plain(numbers[0])
-            known, values = self._alone.get(stream, (None, None))
-            if values is None or plain is None or plain != known or capturing:
-                values = self._moved((), numbers, stream, capturing)
+            sent = None if plain is None or capturing else self._alone.get(stream)
+            if sent is None or sent[0] != plain:
+                sent = plain, self._moved((), numbers, stream, capturing)
                 if not capturing:
-                    self._alone[stream] = plain, values
+                    self._alone[stream] = sent
+            values = sent[1]
         spec = self._spec
         kernels.step_(
             p, m, v, owners, table, gradients, values.view(torch.float64),
