@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 # Elements per piece of an eager step, at most: enough to outweigh the calls, few enough to stay in cache.
 _PIECE_CPU = 1 << 18
 _PIECE_ACCELERATOR = 1 << 22
-_PIECE_SMALLEST = 1 << 12
-# Bytes of all temporaries together, for each element of a piece and each byte of what it is computed in.
-_TEMPORARIES = 10
+# What all temporaries take together: for each element of a piece, numbers of the dtype that is computed in; for each of
+# its buckets, bytes.
+_TEMPORARIES = 11
+_BUCKET_BYTES = 64
 
 
 class Engine:
@@ -97,15 +98,13 @@ class Engine:
 
     def _run_eagerly(self, work: Work) -> None:
         if work.p.numel():
-            update_(work, self._piece(work.p))
+            update_(work, self._piece(work.p, work.spec.load))
 
-    def _piece(self, p: Tensor) -> int:
-        """Elements per piece: all its temporaries together take at most twice what the largest parameter does, or what
-        the smallest piece does.
-        """
-        each = _TEMPORARIES * torch.promote_types(p.dtype, torch.float32).itemsize
+    def _piece(self, p: Tensor, load: float) -> int:
+        """Elements per piece: all its temporaries together take at most twice what the largest parameter does."""
+        each = _TEMPORARIES * torch.promote_types(p.dtype, torch.float32).itemsize + _BUCKET_BYTES / load
         cap = _PIECE_CPU if p.device.type == "cpu" else _PIECE_ACCELERATOR
-        return min(max(2 * self._largest // each, _PIECE_SMALLEST), cap)
+        return min(max(int(2 * self._largest / each), 1), cap)
 
     def _tried(self, name: str, way: Callable[..., None], *args: Any) -> bool:
         """Whether that way works here; if not, nothing has changed, and one warning has said why."""

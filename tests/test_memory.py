@@ -51,12 +51,15 @@ class Meter(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("hash", "shape"),
     [
+        ("block", (1100,)),
+        ("block", (40, 40)),
+        ("block", (1, 3000)),
+        ("block", (4, 10000)),
         ("block", (208, 200)),
-        ("block", (256, 255)),
         ("block", (768, 767)),
         ("block", (2048, 2048)),
         ("universal", (512, 511)),
