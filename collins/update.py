@@ -148,8 +148,8 @@ def _block_(work: Work, chunk: int | None) -> None:
         second_moment = decay(work.v[table], q, h.beta2, fine=fine)
         _store(work.m[table], first_moment, first, FIRST, work)
         _store(work.v[table], second_moment, first, SECOND, work)
-        m_b, v_b = _scaled(first_moment, second_moment, loads, work)
-        r = grad - signs * mu[:, None] if spec.decode == "residual" else None
+        m_b, v_b = map(once, _scaled(first_moment, second_moment, loads, work))
+        r = grad - signs * once(mu)[:, None] if spec.decode == "residual" else None
         new = updated(old, signs * m_b[:, None], v_b[:, None], r, h)
         new = _where(None if fine is None else fine[:, None], new, old)
         _store(p, new.view(-1)[:count], work.start + offset, PARAM, work)
