@@ -55,7 +55,7 @@ def once(x: Tensor) -> Tensor:
     """`x`, computed once and kept in memory by code that is compiled for the CPU.
 
     Inductor recomputes a value wherever it is used, per element of whatever uses it, unless a view fixes its strides.
-    What is hashed or averaged once a bucket is worth a few per cent more bytes to move there; on accelerators it is not.
+    What is hashed or averaged once a bucket is worth some per cent more bytes to move there; on accelerators it is not.
     """
     if x.device.type == "cpu" and torch.compiler.is_compiling():
         return x.as_strided(x.shape, x.stride())

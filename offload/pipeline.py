@@ -5,20 +5,22 @@ Two streams copy, one each way, while the caller's stream computes. What waits f
     h2d(b into slot)     after the slot's last use, and after the last d2h of b
     compute(b)           after h2d(b), and after earlier compute on it
     d2h(b)               after compute(b); then the slot is free
+
+What one stream has waited for it need not wait for again: a bucket whose parameters come one after the other on one
+stream costs no more events than a bucket that is stepped at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from collins.offload.slabs import Slab, carve
-from collins.offload.streams import Event, Lane, Rule, Streams
+from collins.offload.streams import Event, Lane, Rule, Stream, Streams
 
 _SLOT_ALIGNMENT = 512  # bytes: what PyTorch's device allocator aligns its own blocks to
 
@@ -29,9 +31,11 @@ class _Slot:
 
     memory: Tensor
     staged: Event  # after the last h2d into it
-    computed: Event  # after the last compute on it, or after a failed one was taken back
+    computed: Event  # once `marked`, after the last compute on it, or after a failed one was taken back
     free: Event  # after the last use of whatever it held before
     bucket: int | None = None
+    user: Stream | None = None  # that of the last compute, which has waited for all before it
+    marked: bool = True
     held: tuple[int, ...] | None = None  # the parts in use, between acquire and release
     changed: set[int] = field(default_factory=set)  # parts that differ from the slab's
     touched: int = 0
@@ -123,35 +127,21 @@ class Pipeline:
             RuntimeError: when the bucket is acquired already, or all slots hold acquired buckets.
         """
         self._check(bucket)
-        every = range(len(self.slabs[bucket].parts))
-        chosen = tuple(every) if parts is None else tuple(parts)
-        if not set(chosen) <= set(every):
-            raise ValueError(f"parts of bucket {bucket} must be in [0, {len(every) - 1}], got {list(chosen)}")
-        slot = self._slot_of(bucket)
+        count = len(self.slabs[bucket].parts)
+        chosen = tuple(range(count)) if parts is None else tuple(parts)
+        if chosen and not (min(chosen) >= 0 and max(chosen) < count):
+            raise ValueError(f"parts of bucket {bucket} must be in [0, {count - 1}], got {list(chosen)}")
+        slot, caller = self._slot_of(bucket), self.streams.caller()
         if slot is not None and slot.held is not None:
             raise RuntimeError(f"bucket {bucket} is acquired already: release it first")
-        if slot is not None and slot.changed.intersection(chosen):
+        if slot is not None and not slot.changed.isdisjoint(chosen):
             # A failure now could not be taken back from the slab, which is older than the last use.
             self._write_back(slot)
             slot = None
-        ahead = self._upcoming(bucket)
-        if slot is None:
-            slot = self._room(bucket, keep=ahead, force=True)
-            if slot is None:
-                held = [other.bucket for other in self._slots]
-                raise RuntimeError(f"no slot for bucket {bucket}: all hold acquired buckets, {held}; release one first")
-            self._stage(bucket, slot)
-        self.streams.wait(Lane.CURRENT, slot.staged, Rule.STAGED)
-        if slot.changed:
-            self.streams.wait(Lane.CURRENT, slot.computed, Rule.EARLIER_USE)
-        self.streams.hold(slot.memory, Lane.CURRENT)
+        if slot is None or slot.user is not caller:
+            slot = self._entered(bucket, slot, caller)
         slot.held = chosen
         self._touch(slot)
-        self._seen.setdefault(bucket)
-        for following in ahead:
-            room = self._room(following, keep=ahead) if self._slot_of(following) is None else None
-            if room is not None:
-                self._stage(following, room)
         tensors = self._tensors(slot)
         return [tensors[part] for part in chosen]
 
@@ -167,8 +157,8 @@ class Pipeline:
             RuntimeError: when the bucket is not acquired.
         """
         slot, parts = self._acquired(bucket)
-        self.streams.record(slot.computed, Lane.CURRENT)
         slot.held = None
+        slot.marked = False
         slot.changed.update(parts)
         if not more:
             self._write_back(slot)
@@ -182,25 +172,20 @@ class Pipeline:
         slot, parts = self._acquired(bucket)
         slot.held = None
         if not slot.changed:
-            self.streams.record(slot.free, Lane.CURRENT)
-            slot.bucket = None
+            self.streams.record(slot.free, slot.user)
+            slot.bucket = slot.user = None
             return
-        self.streams.record(slot.computed, Lane.CURRENT)
+        slot.marked = False
+        self._mark(slot)
         self.streams.wait(Lane.H2D, slot.computed, Rule.UNDONE)
         for part in parts:
             self.streams.copy(Lane.H2D, self._tensors(slot)[part], self.slabs[bucket].tensors[part])
         self.streams.record(slot.computed, Lane.H2D)
+        slot.user = None
 
-    @contextlib.contextmanager
-    def using(self, bucket: int, parts: Sequence[int] | None = None, *, more: bool = False) -> Iterator[list[Tensor]]:
-        """`acquire`, then `release`, or `discard` when the body raises."""
-        tensors = self.acquire(bucket, parts)
-        try:
-            yield tensors
-        except BaseException:
-            self.discard(bucket)
-            raise
-        self.release(bucket, more=more)
+    def using(self, bucket: int, parts: Sequence[int] | None = None, *, more: bool = False) -> _Use:
+        """A context: `acquire`, then `release`, or `discard` when the body raises."""
+        return _Use(self, bucket, parts, more)
 
     def run(self, order: Sequence[int], compute: Callable[[int, list[Tensor]], None]) -> None:
         """A whole step: `compute(bucket, tensors)` for each bucket in this order, with later ones staged meanwhile.
@@ -238,7 +223,36 @@ class Pipeline:
         self.finish()
         _wait_for(self.streams, self._slots, Rule.DRAINED)
         for slot in self._slots:
-            slot.bucket = None
+            slot.bucket = slot.user = None
+
+    def _entered(self, bucket: int, slot: _Slot | None, caller: Stream) -> _Slot:
+        """The bucket's slot, staged if it is not yet, for a stream to compute on; stages those expected next."""
+        ahead = self._upcoming(bucket)
+        if slot is None:
+            slot = self._room(bucket, keep=ahead, force=True)
+            if slot is None:
+                held = [other.bucket for other in self._slots]
+                raise RuntimeError(f"no slot for bucket {bucket}: all hold acquired buckets, {held}; release one first")
+            self._stage(bucket, slot)
+        self.streams.wait(Lane.CURRENT, slot.staged, Rule.STAGED)
+        if slot.changed:
+            self._mark(slot)
+            self.streams.wait(Lane.CURRENT, slot.computed, Rule.EARLIER_USE)
+        self.streams.hold(slot.memory, Lane.CURRENT)
+        slot.user = caller
+        slot.held = ()  # so that nobody else takes it
+        self._seen.setdefault(bucket)
+        for following in ahead:
+            room = self._room(following, keep=ahead) if self._slot_of(following) is None else None
+            if room is not None:
+                self._stage(following, room)
+        return slot
+
+    def _mark(self, slot: _Slot) -> None:
+        """Records `computed`: as late as somebody has to wait for it."""
+        if not slot.marked:
+            self.streams.record(slot.computed, slot.user)
+            slot.marked = True
 
     def _stage(self, bucket: int, slot: _Slot) -> None:
         self.streams.wait(Lane.H2D, slot.free, Rule.SLOT_FREE)
@@ -251,11 +265,12 @@ class Pipeline:
     def _write_back(self, slot: _Slot) -> None:
         bucket = slot.bucket
         assert bucket is not None
+        self._mark(slot)
         self.streams.wait(Lane.D2H, slot.computed, Rule.COMPUTED)
         self.streams.copy(Lane.D2H, self.slabs[bucket].bytes, slot.memory[: self.slabs[bucket].nbytes])
         self.streams.record(slot.free, Lane.D2H)
         self.streams.record(self._written[bucket], Lane.D2H)
-        slot.bucket = None
+        slot.bucket = slot.user = None
         slot.changed.clear()
 
     def _room(self, bucket: int, keep: Collection[int] | None = None, *, force: bool = False) -> _Slot | None:
@@ -277,7 +292,7 @@ class Pipeline:
         if chosen is not None:
             if chosen.changed:
                 self._write_back(chosen)
-            chosen.bucket = None
+            chosen.bucket = chosen.user = None
         return chosen
 
     def _upcoming(self, bucket: int) -> list[int]:
@@ -315,6 +330,24 @@ class Pipeline:
 
     def _check_process(self) -> None:
         self.slabs[0].check_process()
+
+
+class _Use:
+    """See `Pipeline.using`."""
+
+    __slots__ = ("_bucket", "_more", "_parts", "_pipeline")
+
+    def __init__(self, pipeline: Pipeline, bucket: int, parts: Sequence[int] | None, more: bool) -> None:
+        self._pipeline, self._bucket, self._parts, self._more = pipeline, bucket, parts, more
+
+    def __enter__(self) -> list[Tensor]:
+        return self._pipeline.acquire(self._bucket, self._parts)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._pipeline.release(self._bucket, more=self._more)
+        else:
+            self._pipeline.discard(self._bucket)
 
 
 def _wait_for(streams: Streams, slots: Sequence[_Slot], rule: Rule) -> None:

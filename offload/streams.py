@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Event = Any  # of the backend's own kind; one that was never recorded holds nobody up
+Stream = Any  # likewise
 
 
 class Lane(Enum):
@@ -46,7 +47,10 @@ class Streams(Protocol):
     def event(self) -> Event:
         """A new event, not yet recorded."""
 
-    def record(self, event: Event, lane: Lane) -> None:
+    def caller(self) -> Stream:
+        """The caller's current stream: the same object for the same stream."""
+
+    def record(self, event: Event, lane: Lane | Stream) -> None:
         """Marks what `lane` has been given so far; an event recorded again forgets its earlier mark."""
 
     def wait(self, lane: Lane, event: Event, rule: Rule) -> None:
@@ -78,15 +82,21 @@ class CudaStreams:
     def event(self) -> torch.cuda.Event:
         return torch.cuda.Event()
 
-    def record(self, event: torch.cuda.Event, lane: Lane) -> None:
-        event.record(self._stream(lane))
-
-    def wait(self, lane: Lane, event: torch.cuda.Event, rule: Rule) -> None:
+    def caller(self) -> torch.cuda.Stream:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "optimizer state in host memory cannot be used while a CUDA graph is captured, since replaying the"
                 " graph would not copy it; step outside the graph, or keep the state on the device"
             )
+        address = torch._C._cuda_getCurrentRawStream(self._index)
+        if address not in self._current:
+            self._current[address] = torch.cuda.current_stream(self.device)
+        return self._current[address]
+
+    def record(self, event: torch.cuda.Event, lane: Lane | torch.cuda.Stream) -> None:
+        event.record(self._stream(lane))
+
+    def wait(self, lane: Lane, event: torch.cuda.Event, rule: Rule) -> None:
         self._stream(lane).wait_event(event)
 
     def synchronize(self, event: torch.cuda.Event, rule: Rule) -> None:
@@ -99,13 +109,10 @@ class CudaStreams:
     def hold(self, tensor: Tensor, lane: Lane) -> None:
         tensor.record_stream(self._stream(lane))
 
-    def _stream(self, lane: Lane) -> torch.cuda.Stream:
-        if lane is not Lane.CURRENT:
-            return self._copies[lane]
-        address = torch._C._cuda_getCurrentRawStream(self._index)
-        if address not in self._current:
-            self._current[address] = torch.cuda.current_stream(self.device)
-        return self._current[address]
+    def _stream(self, lane: Lane | torch.cuda.Stream) -> torch.cuda.Stream:
+        if lane is Lane.CURRENT:
+            return self.caller()
+        return self._copies[lane] if isinstance(lane, Lane) else lane
 
 
 @functools.cache
@@ -125,7 +132,10 @@ class HostStreams:
     def event(self) -> None:
         return None
 
-    def record(self, event: None, lane: Lane) -> None:
+    def caller(self) -> HostStreams:
+        return self
+
+    def record(self, event: None, lane: Lane | HostStreams) -> None:
         return None
 
     def wait(self, lane: Lane, event: None, rule: Rule) -> None:

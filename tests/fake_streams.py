@@ -115,6 +115,9 @@ class FakeStreams:
     def event(self):
         return Event()
 
+    def caller(self):
+        return self._stream(Lane.CURRENT)
+
     def record(self, event, lane):
         stream = self._stream(lane)
         event.mark = (stream, len(stream.operations))
@@ -190,7 +193,9 @@ class FakeStreams:
             stream.run_to(len(stream.operations))
 
     def _stream(self, lane):
-        return (self.cached or self.current) if lane is Lane.CURRENT else self.lanes[lane]
+        if lane is Lane.CURRENT:
+            return self.cached or self.current
+        return self.lanes[lane] if isinstance(lane, Lane) else lane
 
     def _region(self, tensor):
         at = tensor.data_ptr()

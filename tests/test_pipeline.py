@@ -382,6 +382,24 @@ def test_both_directions_overlap_with_compute():
         assert ("compute", bucket + 1) not in back
 
 
+def test_parts_that_come_one_by_one_on_one_stream_cost_no_more_events():
+    calls, counts = [], []
+    for goes in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[2, 0], [3, 1]]):
+        streams = FakeStreams("late")
+        pipeline = Pipeline([Slab([Part((4,), torch.float32)] * 4)], streams)
+        for name in ("record", "wait", "hold", "copy"):
+            original = getattr(streams, name)
+            setattr(streams, name, lambda *args, original=original: (calls.append(original), original(*args)))
+        for parts in goes:
+            with pipeline.using(0, parts, more=parts is not goes[-1]) as tensors:
+                streams.launch(lambda *ms: [m.add_(1) for m in ms], *tensors)
+        counts.append(len(calls))
+        pipeline.drain()
+        calls.clear()
+        assert [t.tolist() for t in pipeline.slabs[0].tensors] == [[1] * 4] * 4
+    assert counts[0] == counts[1] == counts[2]
+
+
 def test_the_last_order_is_the_prediction():
     streams = FakeStreams("late")
     pipeline = Pipeline([Slab([Part((4,), torch.float32)]) for _ in range(5)], streams, slots=2)
