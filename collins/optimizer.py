@@ -235,8 +235,9 @@ class Collins(Optimizer):
         self._settings: list[tuple[Any, ...]] = []
         self._repeat: _Again | None = None
         self._arrivals: Arrivals | None = None
-        self._awaited: dict[Tensor, _Member] | None = None  # from the first gradient that arrives until `step`
-        self._stepped: set[Tensor] = set()  # those of them that have been stepped
+        self._awaited: dict[int, _Member] | None = None  # by identity, from the first gradient to arrive until `step`
+        self._stepped: dict[int, _Member] = {}  # those of them that have been stepped, by key
+        self._shared: dict[tuple[int, float], Scalars] = {}  # their numbers, by group and step
         self._counters = Counters()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -571,9 +572,9 @@ class Collins(Optimizer):
                 "a GradScaler cannot be used with in_backward=True: parameters have been stepped with gradients that"
                 " were still scaled. Train in bfloat16 without one, or build Collins with in_backward=False"
             )
-        for p in self._stepped:
-            if p.grad is not None:
-                raise RuntimeError(_twice(cast(dict[Tensor, _Member], self._awaited)[p].name))
+        for member in self._stepped.values():
+            if member.p.grad is not None:
+                raise RuntimeError(_twice(member.name))
 
     @torch.no_grad()
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -585,23 +586,27 @@ class Collins(Optimizer):
                 return
             if self._awaited is None:
                 self._awaited = self._await()
-            member = self._awaited.get(p)
+            member = self._awaited.get(id(p))
             if member is None:  # taken out of its group since
                 return
-            if p in self._stepped:
+            if member.key in self._stepped:
                 p.grad = None
                 raise RuntimeError(_twice(member.name))
             _check_gradient(member, g)
-            g = _whole_or_local(member, g)
-            ready = [(member.group, [(member, g)])]
-            self._guard(ready)
-            known = p in self.state
-            work = self._works(ready)[0]
+            group, plan = member.group, cast(_Plan, member.plan)
+            if plan.slice is not None or type(g) is not Tensor:
+                g = _whole_or_local(member, g)
+            if group["nonfinite"] == "error":
+                self._guard([(group, [(member, g)])])
+            known = member.first is not None or p in self.state
+            if member.first is None:
+                self._adopt(member)
+            work = _work(member, g, self._numbers_of_one(group, member))
             try:
                 if self._housing is None:
-                    self._engine.run([work])
+                    self._engine.run_one(work)
                 else:
-                    self._housing.run_one(work, p, self._engine.run)
+                    self._housing.run_one(work, p, self._engine.run_one)
             except BaseException:
                 if known:
                     self.state[p]["step"] -= 1
@@ -609,11 +614,12 @@ class Collins(Optimizer):
                     del self.state[p]
                     member.first = None
                 raise
-            self._stepped.add(p)
+            self._stepped[member.key] = member
             p.grad = None
 
-    def _await(self) -> dict[Tensor, _Member]:
+    def _await(self) -> dict[int, _Member]:
         """All parameters, checked and housed before the first of them is stepped in this backward pass."""
+        self._shared.clear()
         awaited = {}
         for members in self._roster():
             if members:
@@ -623,7 +629,7 @@ class Collins(Optimizer):
                 plan, state = self._plan(member, settings), self.state.get(member.p)
                 if not (state and _holds(state, plan, member)):
                     self._reset(member, plan, state)
-                awaited[member.p] = member
+                awaited[id(member.p)] = member
         self._settle(list(awaited.values()), early=True)
         return awaited
 
@@ -756,17 +762,7 @@ class Collins(Optimizer):
                 if member.first is None:
                     self._adopt(member)
             numbers = self._numbers(group, members)
-            for (member, g), h in zip(found, numbers, strict=True):
-                spec, keys, hash, numel, launch, *_, part = member.plan  # type: ignore[misc]
-                if spec.hash == "universal":
-                    hash = cast(UniversalHash, hash)
-                    keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
-                if part is None:
-                    at = member.p, member.first, member.second, 0
-                else:
-                    at = local(member.p), local(member.first), local(member.second), part.start  # type: ignore[arg-type]
-                p, m, v, start = at
-                works.append(_WORK(Work, (p, g, m, v, spec, keys, h, numel, start, launch)))
+            works += [_work(member, g, h) for (member, g), h in zip(found, numbers, strict=True)]
         return works
 
     def _numbers(self, group: dict[str, Any], members: Sequence[_Member]) -> Sequence[Scalars]:
@@ -782,6 +778,16 @@ class Collins(Optimizer):
         steps_taken = self._counters.count([member.counter for member in members])
         known = {t: _scalars(int(t), group) for t in set(steps_taken)}
         return list(map(known.__getitem__, steps_taken))
+
+    def _numbers_of_one(self, group: dict[str, Any], member: _Member) -> Scalars:
+        """As `_numbers`, for one whose gradient has arrived in backward: a step reads a group's options once."""
+        if group["capturable"]:
+            return self._numbers(group, [member])[0]
+        (steps_taken,) = self._counters.count([member.counter])
+        key = id(group), steps_taken
+        if key not in self._shared:
+            self._shared[key] = _scalars(int(steps_taken), group)
+        return self._shared[key]
 
     def _adopt(self, member: _Member) -> None:
         """Takes the parameter's state, loaded or copied, as the member's own; makes it if there is none."""
@@ -810,6 +816,19 @@ class Collins(Optimizer):
             state_bytes=step_bytes + moment_bytes(layout, p.dtype, group["table_dtype"]),
             adamw_bytes=step_bytes + 2 * p.numel() * p.dtype.itemsize,
         )
+
+
+def _work(member: _Member, g: Tensor, h: Scalars) -> Work:
+    spec, keys, hash, numel, launch, *_, part = cast(_Plan, member.plan)
+    if spec.hash == "universal":
+        hash = cast(UniversalHash, hash)
+        keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
+    if part is None:
+        p, m, v, start = member.p, member.first, member.second, 0
+    else:
+        p, m, v = local(member.p), local(cast(Tensor, member.first)), local(cast(Tensor, member.second))
+        start = part.start
+    return _WORK(Work, (p, g, m, v, spec, keys, h, numel, start, launch))
 
 
 def _holds(state: dict[str, Any], plan: _Plan, member: _Member) -> bool:

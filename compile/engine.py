@@ -75,6 +75,11 @@ class Engine:
                 for work in batch:
                     self._run_eagerly(work)
 
+    def run_one(self, work: Work) -> None:
+        """Performs one, which others follow as their gradients arrive in backward."""
+        if work.launch is None or not self._tried("kernel", work.launch.run_one, work):
+            self.run([work])
+
     def _launched(self, works: Sequence[Work], launches: Launches) -> list[Work]:
         """Performs what the kernel can take, and returns the rest."""
         batches, rest = launches.sorted(works)
@@ -106,12 +111,12 @@ class Engine:
         cap = _PIECE_CPU if p.device.type == "cpu" else _PIECE_ACCELERATOR
         return min(max(int(2 * self._largest / each), 1), cap)
 
-    def _tried(self, name: str, way: Callable[..., None], *args: Any) -> bool:
-        """Whether that way works here; if not, nothing has changed, and one warning has said why."""
+    def _tried(self, name: str, way: Callable[..., bool | None], *args: Any) -> bool:
+        """Whether that way works here; if not, nothing has changed. One warning says why, unless the way declines."""
         if name in self._failed:
             return False
         try:
-            way(*args)
+            return way(*args) is not False
         except Exception as error:
             if not isinstance(error, TorchDynamoException) and not type(error).__module__.startswith("triton"):
                 raise
@@ -120,7 +125,6 @@ class Engine:
             warnings.warn(f"Collins steps {instead}, because {what} failed: {cause}", stacklevel=2)
             self._failed.add(name)
             return False
-        return True
 
 
 _INSTEAD = {"graphs": ("eagerly", "torch.compile"), "kernel": ("through torch.compile", "its Triton kernel")}

@@ -10,6 +10,7 @@ larger or moments are dense. So every hash is computed once a row, and every gra
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -360,7 +361,7 @@ def step_(
     param, moment, one = p[0].dtype, m[0].dtype, grads.dtype is not torch.int64
     key = (owners.device, param, moment, load, residual, rehash, rounding, maximize, skip, even, one)
     grid = (owners.numel(), 1, 1)
-    with torch.cuda.device_of(owners):
+    with _HERE if _is_current(owners.device) else torch.cuda.device_of(owners):
         if key in _COMPILED:
             constants, kernel = _COMPILED[key]
             stream = torch._C._cuda_getCurrentRawStream(owners.device.index)
@@ -374,6 +375,12 @@ def step_(
         if isinstance(kernel, CompiledKernel):
             _COMPILED[key] = constants, kernel
 
+
+def _is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.current_device() == device.index
+
+
+_HERE = contextlib.nullcontext()  # to enter a device's own context takes as long as finding the kernel
 
 # By all that Triton would look at in every launch to find the same: that takes it longer than the launch itself.
 _COMPILED: dict[tuple[Any, ...], tuple[tuple[Any, ...], CompiledKernel]] = {}

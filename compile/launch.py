@@ -92,11 +92,12 @@ class Columns(NamedTuple):
     m: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
     keys: tuple[Keys, ...]
+    sizes: tuple[int, ...]  # of the parameters
 
     @classmethod
     def of(cls, launch: Launch, works: Sequence[Work]) -> Columns:
         p, _, m, v, _, keys, *_ = zip(*works, strict=True)
-        return cls(launch, works, p, m, v, keys)
+        return cls(launch, works, p, m, v, keys, tuple(map(Tensor.numel, p)))
 
     def addresses(self, grads: Sequence[Tensor]) -> tuple[list[int], ...] | None:
         """Of gradients, parameters and moments. None if the kernel cannot read one: not contiguous, not aligned."""
@@ -105,20 +106,19 @@ class Columns(NamedTuple):
         wide = len(columns) if self.launch.dense else 2
         return at if all(map(_readable, columns[:wide], at)) else None
 
-    def batch(self, grads: Sequence[Tensor], at: tuple[list[int], ...], h: Sequence[Scalars]) -> Batch:
-        """With the gradients and the numbers of each work."""
+    def batch(self, at: tuple[list[int], ...], h: Sequence[Scalars]) -> Batch:
+        """With the addresses, gradients' first, and the numbers of each work."""
         identities = list(map(id, h))  # numbers may lie on a device: to compare them would wait
         distinct = dict(zip(identities, h, strict=True))
         places = dict(zip(distinct, range(len(distinct)), strict=True))
         rows = list(map(places.__getitem__, identities))
-        return Batch(self, grads, at[0], (*at[1:], rows), list(distinct.values()))
+        return Batch(self, at[0], (*at[1:], rows), list(distinct.values()))
 
 
 class Batch(NamedTuple):
     """What one launch takes in one step."""
 
     columns: Columns
-    grads: Sequence[Tensor]
     addresses: list[int]  # of the gradients
     fixed: tuple[list[int], ...]  # addresses of p, m and v, and rows of `numbers`
     numbers: list[Scalars]  # of the rows
@@ -133,9 +133,9 @@ def _readable(tensors: Sequence[Tensor], at: Sequence[int]) -> bool:
 
 
 def _batch(launch: Launch, works: Sequence[Work]) -> Batch | None:
-    columns, grads = Columns.of(launch, works), [work.g for work in works]
-    at = columns.addresses(grads)
-    return None if at is None else columns.batch(grads, at, [work.h for work in works])
+    columns = Columns.of(launch, works)
+    at = columns.addresses([work.g for work in works])
+    return None if at is None else columns.batch(at, [work.h for work in works])
 
 
 class Course:
@@ -169,11 +169,11 @@ class Course:
             for tensors, before in zip(columns[2:5], known[1:], strict=True):
                 if _addresses(tensors) != before:
                     return None
-            found.append((columns, own, (at, *known[1:]), get, count))
+            found.append((columns, (at, *known[1:]), get, count))
 
         def run(h: Sequence[Scalars]) -> None:
-            for columns, own, at, get, count in found:
-                columns.launch.run(columns.batch(own, at, get(h) if count > 1 else (get(h),)))
+            for columns, at, get, count in found:
+                columns.launch.run(columns.batch(at, get(h) if count > 1 else (get(h),)))
 
         return run
 
@@ -192,7 +192,7 @@ class Launch:
         self._even = even
         self._device = device
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._last: tuple[tuple[list[int], ...], tuple[Keys, ...], Tensor, Tensor] | None = None
+        self._last: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
         self._moving: dict[tuple[int, int], Tensor] = {}
         self._alone: dict[int, tuple[Scalars | None, Tensor]] = {}  # the numbers of single works, by stream
         self._spare: Tensor | None = None
@@ -201,34 +201,76 @@ class Launch:
 
     def run(self, batch: Batch) -> None:
         """Performs all of its works; they must be of different parameters."""
-        columns, grads, addresses, fixed, numbers = batch
-        _, works, p, m, v, keys = columns
-        cuda = self._device.type == "cuda"
-        capturing = cuda and torch.cuda.is_current_stream_capturing()
-        if self._last is None or self._last[0] != fixed or self._last[1] != keys:
-            self._last = fixed, keys, *self._description(batch, capturing)
-        _, _, owners, table = self._last
-        # Gradients of one device may arrive on several streams: what one of them still reads no other overwrites.
-        stream = torch._C._cuda_getCurrentRawStream(self._device.index) if cuda else 0
-        if len(works) > 1:
-            moving = self._moved(addresses, numbers, stream, capturing)
-            gradients, values = moving[: len(works)], moving[len(works) :]
-        else:  # one that has arrived in backward, as many others do with the same numbers
-            gradients, plain = grads[0], _plain(numbers[0])
-            sent = None if plain is None or capturing else self._alone.get(stream)
-            if sent is None or sent[0] != plain:
-                sent = plain, self._moved((), numbers, stream, capturing)
-                if not capturing:
-                    self._alone[stream] = sent
-            values = sent[1]
+        columns, addresses, fixed, numbers = batch
+        _, works, p, m, v, keys, sizes = columns
+        stream, capturing = self._current()
+        known = keys, sizes, *fixed
+        if self._last is None or self._last[0] != known:
+            self._last = known, *self._description(works, fixed, (keys, sizes, *map(tuple, fixed)), capturing)
+        _, owners, table = self._last
+        moving = self._moved(addresses, numbers, stream, capturing)
+        gradients, values = moving[: len(works)], moving[len(works) :].view(torch.float64)
+        self._step(p, m, v, owners, table, gradients, values, capturing)
+
+    def run_one(self, work: Work) -> bool:
+        """Performs a work that comes alone, as gradients do in backward, with the numbers of many others: its gradient
+        goes to the kernel as it is, and numbers are sent once.
+
+        Returns:
+            False, and nothing is done, if the kernel cannot read one of the tensors.
+        """
+        p, g, m, v, _, keys, h, *_ = work
+        at = p.data_ptr(), m.data_ptr(), v.data_ptr()
+        for tensor, address in ((g, g.data_ptr()), *zip((p, m, v) if self.dense else (p,), at, strict=False)):
+            if address % _WIDE or not tensor.is_contiguous():
+                return False
+        stream, capturing = self._current()
+        key = keys, p.numel(), at
+        described = self._tables.get(key)
+        if described is None:
+            described = self._description([work], [[address] for address in (*at, 0)], key, capturing)
+        values = self._values(h, stream, capturing)
+        self._step((p,), (m,), (v,), *described, g, values, capturing)
+        return True
+
+    def _current(self) -> tuple[int, bool]:
+        """The current stream, and whether it is being captured. Gradients of one device may arrive on several streams:
+        what one of them still reads no other overwrites.
+        """
+        if self._device.type != "cuda":
+            return 0, False
+        return torch._C._cuda_getCurrentRawStream(self._device.index), torch.cuda.is_current_stream_capturing()
+
+    def _step(
+        self,
+        p: Sequence[Tensor],
+        m: Sequence[Tensor],
+        v: Sequence[Tensor],
+        owners: Tensor,
+        table: Tensor,
+        gradients: Tensor,
+        values: Tensor,
+        capturing: bool,
+    ) -> None:
         spec = self._spec
         kernels.step_(
-            p, m, v, owners, table, gradients, values.view(torch.float64),
+            p, m, v, owners, table, gradients, values,
             int(spec.load), spec.decode == "residual", spec.rehash, spec.rounding, spec.maximize, spec.skip, self._even,
         )  # fmt: skip
         torch.autograd.graph.increment_version(p)
         if capturing:
             self._captured.append((owners, table))
+
+    def _values(self, h: Scalars, stream: int, capturing: bool) -> Tensor:
+        """The numbers of a work that comes alone, on the device."""
+        sent = None if capturing else self._alone.get(stream)
+        if sent is None or sent[0] is not h:
+            plain = _plain(h)
+            if sent is None or plain is None or sent[0] != plain:
+                sent = plain, self._moved((), [h], stream, capturing).view(torch.float64)
+                if not capturing:
+                    self._alone[stream] = sent
+        return sent[1]
 
     def _moved(self, addresses: Sequence[int], numbers: Sequence[Scalars], stream: int, capturing: bool) -> Tensor:
         """Addresses, then the numbers in their rows, on the device, where the next ones take their place."""
@@ -267,10 +309,10 @@ class Launch:
             self._captured.append((host, moving))
         return moving
 
-    def _description(self, batch: Batch, capturing: bool) -> tuple[Tensor, Tensor]:
-        """Which tensor each chunk belongs to, and the table of the tensors."""
-        columns = batch.columns
-        key = (columns.keys, *map(tuple, batch.fixed))
+    def _description(
+        self, works: Sequence[Work], fixed: Sequence[Sequence[int]], key: Any, capturing: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Which tensor each chunk belongs to, and the table of the tensors; kept under `key`."""
         if key not in self._tables:
             if capturing:
                 raise RuntimeError(
@@ -282,7 +324,7 @@ class Launch:
             owners: list[int] = []
             table: list[Any] = []
             span = CHUNK * TILE
-            for i, (work, at_p, at_m, at_v, row) in enumerate(zip(columns.works, *batch.fixed, strict=True)):
+            for i, (work, at_p, at_m, at_v, row) in enumerate(zip(works, *fixed, strict=True)):
                 local = work.p.numel()
                 sign, rounding, _, period = work.keys
                 table += (at_p, at_m, at_v, local, len(owners), work.start, work.numel, *sign, *rounding, period, row)

@@ -110,13 +110,14 @@ class Housing:
         for host, items in hosts.items():
             host.run(items, compute)
 
-    def run_one(self, work: Work, p: Tensor, compute: Compute) -> None:
+    def run_one(self, work: Work, p: Tensor, compute: Callable[[Work], None]) -> None:
         """Steps one parameter while others are still to come; `finish` ends the step."""
-        if p in self._hosts:
-            host, number = self._hosts[p]
-            host.run_one(number, work, compute)
+        home = self._hosts.get(p)
+        if home is None:
+            compute(work)
         else:
-            compute([work])
+            host, number = home
+            host.run_one(number, work, compute)
 
     def finish(self) -> None:
         """Ends a step. What the next one should need first is on its way to the device from here on."""
@@ -253,7 +254,7 @@ class _Host:
     def run(self, items: Sequence[tuple[int, Work]], compute: Compute) -> None:
         if self._arrived:  # the rest of a step: the order in which gradients arrived stays the prediction for the next
             for number, work in items:
-                self.run_one(number, work, compute)
+                self.run_one(number, work, lambda work: compute([work]))
             return
         buckets: dict[int, list[tuple[int, Work]]] = {}
         for number, work in items:
@@ -265,12 +266,11 @@ class _Host:
 
         self.pipeline.run(list(buckets), step)
 
-    def run_one(self, number: int, work: Work, compute: Compute) -> None:
+    def run_one(self, number: int, work: Work, compute: Callable[[Work], None]) -> None:
         bucket, i = self._where[number]
-        self._arrived[bucket] = self._arrived.get(bucket, 0) + 1
-        more = self._arrived[bucket] < self._sizes[bucket]
-        with self.pipeline.using(bucket, (2 * i, 2 * i + 1), more=more) as (m, v):
-            compute([work._replace(m=m, v=v)])
+        arrived = self._arrived[bucket] = self._arrived.get(bucket, 0) + 1
+        with self.pipeline.using(bucket, (2 * i, 2 * i + 1), more=arrived < self._sizes[bucket]) as (m, v):
+            compute(work._replace(m=m, v=v))
 
     def finish(self) -> None:
         self._arrived.clear()

@@ -17,7 +17,10 @@ pytest.importorskip("triton")
 from collins import Collins
 from collins.compile import kernels
 from collins.compile.launch import Launch, Launches
+from collins.hashing import hash_key
 from collins.rounding import ROUNDED
+from collins.rule import scalars
+from collins.update import Keys, Spec, Work, update_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(96, 64), (33, 37), (5000,), (64, 1024), (40,), (), (130, 32), (2, 0)]
@@ -171,6 +174,33 @@ def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
         torch.testing.assert_close(p.detach(), q.detach())
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_smaller_parameter_in_the_same_memory_has_a_table_of_its_own(alone):
+    spec = Spec("block", 32, "residual", True, False, False)
+    keys = Keys(hash_key(0, 0, "sign"), hash_key(0, 0, "round"), (0, 0, 0, 0), 3)
+    h = scalars(1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None)
+    launches, sides = Launches(DEVICE), []
+    for through_kernel in (True, False):
+        p, g = torch.ones(2, 64 * 96, device=DEVICE).cumsum(1)
+        m, v = torch.zeros(2, 64 * 3, device=DEVICE)
+        for size in (64 * 96, 32 * 96):
+            part, table = slice(size), slice(size // 32)
+            work = Work(p[part], g[part], m[table], v[table], spec, keys, h, size)
+            if not through_kernel:
+                update_(work)
+                continue
+            work = work._replace(launch=launches.of(spec, work.p, m.dtype, 0))
+            if alone:
+                assert work.launch.run_one(work)
+            else:
+                (batch,), rest = launches.sorted([work])
+                assert not rest
+                work.launch.run(batch)
+        sides.append((p, m, v))
+    for launched, eager in zip(*sides, strict=True):
+        torch.testing.assert_close(launched, eager)
+
+
 def test_each_parameter_alone_keeps_its_own_table(monkeypatch):
     """As in steps during backward: no table is made twice."""
     ps = parameters(torch.float32, [(96, 64), (64, 96), (32, 64)])
@@ -183,6 +213,31 @@ def test_each_parameter_alone_keeps_its_own_table(monkeypatch):
             (p * (step + 1)).sum().backward()
         opt.step()
     assert len(made) == 2 * len(ps)
+
+
+@pytest.mark.parametrize("memory", [None, {"tier": "host", "bucket_size": 2000}], ids=["device", "host"])
+def test_gradients_that_arrive_alone_are_stepped_to_the_same_bits(memory, monkeypatch):
+    """Each in a launch of its own, where the kernel can read it, with the numbers of whichever group it is of."""
+    sides = []
+    for in_backward in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        shifted = torch.randn(64 * 96 + 1, generator=generator).to(DEVICE)[1:].view(64, 96)
+        ps = [*parameters(torch.float32, [(96, 64), (40,), (33, 37), (64, 96)]), torch.nn.Parameter(shifted)]
+        groups = [{"params": ps[::2]}, {"params": ps[1::2], "lr": 3e-2, "weight_decay": 0.1}]
+        opt = launching(Collins(groups, min_K=16, rehash_period=3, memory=memory, in_backward=in_backward))
+        with monkeypatch.context() as patched:
+            taken = count_launches(patched)
+            for step in range(4):
+                give_gradients(ps, step)
+                gradients = [p.grad for p in ps]
+                opt.zero_grad()
+                used = [(p, g) for p, g in zip(ps, gradients, strict=True) if (p is not ps[3] or step != 1)]
+                sum((p * g).sum() for p, g in used).backward()
+                opt.step()
+        opt.state_dict()  # waits for tables on their way to the host
+        sides.append([t for p in ps for t in (p.detach(), opt.state[p]["step"], *moments(opt, p))])
+    assert taken == [1] * (4 + 3 + 4 + 4)
+    assert all(torch.equal(after, within) for after, within in zip(*sides, strict=True))
 
 
 def test_a_parameter_that_was_stepped_cannot_serve_an_older_backward():
