@@ -630,7 +630,9 @@ class Collins(Optimizer):
                 if not (state and _holds(state, plan, member)):
                     self._reset(member, plan, state)
                 awaited[id(member.p)] = member
-        self._settle(list(awaited.values()), early=True)
+        new = [member for member in awaited.values() if member.first is None]
+        if new:
+            self._settle(new, early=True)
         return awaited
 
     def _members(self) -> Iterator[_Member]:

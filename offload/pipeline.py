@@ -33,7 +33,9 @@ class _Slot:
     staged: Event  # after the last h2d into it
     computed: Event  # once `marked`, after the last compute on it, or after a failed one was taken back
     free: Event  # after the last use of whatever it held before
+    back: int = 0  # the number of the last d2h that `free` comes after
     bucket: int | None = None
+    tensors: list[Tensor] = field(default_factory=list)  # the bucket's, here
     user: Stream | None = None  # that of the last compute, which has waited for all before it
     marked: bool = True
     held: tuple[int, ...] | None = None  # the parts in use, between acquire and release
@@ -75,7 +77,11 @@ class Pipeline:
         self.slabs = tuple(slabs)
         self.streams = streams
         self._written = [streams.event() for _ in self.slabs]
-        self._views: dict[tuple[int, int], list[Tensor]] = {}  # by bucket and slot
+        self._back = [0 for _ in self.slabs]  # the number of each bucket's last d2h, which come one after the other
+        self._backs = 0
+        self._callers: set[Stream] = set()  # for which the slots' memory is held
+        self._views: dict[tuple[int, int], list[Tensor]] = {}  # by bucket and address of the slot
+        self._staged: dict[int, _Slot] = {}  # by bucket
         self._expected: dict[int, int] = {}  # places of the buckets in the order that this step should take
         self._seen: dict[int, None] = {}  # the order that this step has taken so far
         self._clock = 0
@@ -102,7 +108,7 @@ class Pipeline:
     def prefetch(self, bucket: int) -> bool:
         """Starts to stage a bucket if a slot is empty, and says whether the bucket is staged or on its way."""
         self._check(bucket)
-        if self._slot_of(bucket) is None:
+        if bucket not in self._staged:
             slot = self._room(bucket)
             if slot is None:
                 return False
@@ -131,7 +137,7 @@ class Pipeline:
         chosen = tuple(range(count)) if parts is None else tuple(parts)
         if chosen and not (min(chosen) >= 0 and max(chosen) < count):
             raise ValueError(f"parts of bucket {bucket} must be in [0, {count - 1}], got {list(chosen)}")
-        slot, caller = self._slot_of(bucket), self.streams.caller()
+        slot, caller = self._staged.get(bucket), self.streams.caller()
         if slot is not None and slot.held is not None:
             raise RuntimeError(f"bucket {bucket} is acquired already: release it first")
         if slot is not None and not slot.changed.isdisjoint(chosen):
@@ -142,8 +148,7 @@ class Pipeline:
             slot = self._entered(bucket, slot, caller)
         slot.held = chosen
         self._touch(slot)
-        tensors = self._tensors(slot)
-        return [tensors[part] for part in chosen]
+        return [slot.tensors[part] for part in chosen]
 
     def release(self, bucket: int, *, more: bool = False) -> None:
         """Compute on an acquired bucket has been enqueued on the current stream: schedules the write-back.
@@ -173,13 +178,13 @@ class Pipeline:
         slot.held = None
         if not slot.changed:
             self.streams.record(slot.free, slot.user)
-            slot.bucket = slot.user = None
+            self._empty(slot)
             return
         slot.marked = False
         self._mark(slot)
         self.streams.wait(Lane.H2D, slot.computed, Rule.UNDONE)
         for part in parts:
-            self.streams.copy(Lane.H2D, self._tensors(slot)[part], self.slabs[bucket].tensors[part])
+            self.streams.copy(Lane.H2D, slot.tensors[part], self.slabs[bucket].tensors[part])
         self.streams.record(slot.computed, Lane.H2D)
         slot.user = None
 
@@ -223,7 +228,7 @@ class Pipeline:
         self.finish()
         _wait_for(self.streams, self._slots, Rule.DRAINED)
         for slot in self._slots:
-            slot.bucket = slot.user = None
+            self._empty(slot)
 
     def _entered(self, bucket: int, slot: _Slot | None, caller: Stream) -> _Slot:
         """The bucket's slot, staged if it is not yet, for a stream to compute on; stages those expected next."""
@@ -238,12 +243,14 @@ class Pipeline:
         if slot.changed:
             self._mark(slot)
             self.streams.wait(Lane.CURRENT, slot.computed, Rule.EARLIER_USE)
-        self.streams.hold(slot.memory, Lane.CURRENT)
+        if caller not in self._callers:
+            self._callers.add(caller)
+            self.streams.hold(slot.memory, Lane.CURRENT)  # all slots are one stretch of it
         slot.user = caller
         slot.held = ()  # so that nobody else takes it
         self._seen.setdefault(bucket)
         for following in ahead:
-            room = self._room(following, keep=ahead) if self._slot_of(following) is None else None
+            room = None if following in self._staged else self._room(following, keep=ahead)
             if room is not None:
                 self._stage(following, room)
         return slot
@@ -256,11 +263,22 @@ class Pipeline:
 
     def _stage(self, bucket: int, slot: _Slot) -> None:
         self.streams.wait(Lane.H2D, slot.free, Rule.SLOT_FREE)
-        self.streams.wait(Lane.H2D, self._written[bucket], Rule.WRITTEN_BACK)
+        if self._back[bucket] > slot.back:
+            self.streams.wait(Lane.H2D, self._written[bucket], Rule.WRITTEN_BACK)
         self.streams.copy(Lane.H2D, slot.memory[: self.slabs[bucket].nbytes], self.slabs[bucket].bytes)
         self.streams.record(slot.staged, Lane.H2D)
-        slot.bucket = bucket
+        key = bucket, slot.memory.data_ptr()
+        if key not in self._views:
+            self._views[key] = carve(slot.memory, self.slabs[bucket].parts)
+        slot.bucket, slot.tensors = bucket, self._views[key]
+        self._staged[bucket] = slot
         self._touch(slot)
+
+    def _empty(self, slot: _Slot) -> None:
+        if slot.bucket is not None:
+            del self._staged[slot.bucket]
+        slot.bucket = slot.user = None
+        slot.tensors = []
 
     def _write_back(self, slot: _Slot) -> None:
         bucket = slot.bucket
@@ -268,9 +286,11 @@ class Pipeline:
         self._mark(slot)
         self.streams.wait(Lane.D2H, slot.computed, Rule.COMPUTED)
         self.streams.copy(Lane.D2H, self.slabs[bucket].bytes, slot.memory[: self.slabs[bucket].nbytes])
+        self._backs += 1
+        self._back[bucket] = slot.back = self._backs
+        slot.free = self._written[bucket]
         self.streams.record(slot.free, Lane.D2H)
-        self.streams.record(self._written[bucket], Lane.D2H)
-        slot.bucket = slot.user = None
+        self._empty(slot)
         slot.changed.clear()
 
     def _room(self, bucket: int, keep: Collection[int] | None = None, *, force: bool = False) -> _Slot | None:
@@ -292,7 +312,7 @@ class Pipeline:
         if chosen is not None:
             if chosen.changed:
                 self._write_back(chosen)
-            chosen.bucket = chosen.user = None
+            self._empty(chosen)
         return chosen
 
     def _upcoming(self, bucket: int) -> list[int]:
@@ -302,20 +322,10 @@ class Pipeline:
         order = list(self._expected)[self._expected[bucket] + 1 :]
         return [following for following in order if following not in self._seen][: len(self._slots) - 1]
 
-    def _tensors(self, slot: _Slot) -> list[Tensor]:
-        assert slot.bucket is not None
-        key = (slot.bucket, self._slots.index(slot))
-        if key not in self._views:
-            self._views[key] = carve(slot.memory, self.slabs[slot.bucket].parts)
-        return self._views[key]
-
-    def _slot_of(self, bucket: int) -> _Slot | None:
-        return next((slot for slot in self._slots if slot.bucket == bucket), None)
-
     def _acquired(self, bucket: int) -> tuple[_Slot, tuple[int, ...]]:
-        self._check(bucket)
-        slot = self._slot_of(bucket)
+        slot = self._staged.get(bucket)
         if slot is None or slot.held is None:
+            self._check(bucket)
             raise RuntimeError(f"bucket {bucket} is not acquired")
         return slot, slot.held
 
