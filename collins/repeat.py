@@ -19,7 +19,7 @@ from collins.rule import Scalars
 if TYPE_CHECKING:
     from collins.compile.launch import Course
 
-_FACTS = attrgetter("shape", "dtype", "device", "layout")
+_FACTS = attrgetter("shape", "dtype", "layout")  # a gradient is where its parameter is: autograd accepts no other
 
 
 class Kept(NamedTuple):

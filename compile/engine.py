@@ -82,9 +82,11 @@ class Engine:
 
     def _launched(self, works: Sequence[Work], launches: Launches) -> list[Work]:
         """Performs what the kernel can take, and returns the rest."""
+        if "kernel" in self._failed:
+            return list(works)
         batches, rest = launches.sorted(works)
-        for batch in batches:
-            if not self._tried("kernel", batch.columns.launch.run, batch):
+        for batch, sent in zip(batches, launches.send(batches), strict=True):
+            if not self._tried("kernel", batch.columns.launch.run, batch, sent):
                 rest += batch.columns.works
         return rest
 

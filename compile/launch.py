@@ -21,6 +21,7 @@ from collins.update import Keys, Spec, Work
 
 _WIDE = 16  # bytes: what one instruction of the kernel reads at once
 _KEPT = 4096  # descriptions of sets of tensors: one a parameter for steps in backward
+_SETS = 16  # sets of numbers that works which come alone may take in turn
 
 
 class Launches:
@@ -35,6 +36,7 @@ class Launches:
         self._device_type = device_type
         self._busy_link = busy_link
         self._launches: dict[tuple[Any, ...], Launch] = {}
+        self._mails: dict[torch.device, Mail] = {}
 
     def of(self, spec: Spec, p: Tensor, moment_dtype: torch.dtype, start: int) -> Launch | None:
         """The launch that takes such a parameter, or None where the kernel cannot."""
@@ -52,11 +54,24 @@ class Launches:
         even = count % max(WORD, load) == 0
         key = (spec, p.dtype, moment_dtype, p.device, even)
         if key not in self._launches:
-            self._launches[key] = Launch(spec, even=even, device=p.device, busy_link=self._busy_link)
+            if p.device not in self._mails:
+                self._mails[p.device] = Mail(p.device, busy_link=self._busy_link)
+            self._launches[key] = Launch(spec, even=even, mail=self._mails[p.device])
         return self._launches[key]
 
     def course(self, works: Sequence[Work]) -> Course:
-        return Course(works)
+        return Course(self, works)
+
+    def send(self, batches: Sequence[Batch]) -> list[Sent]:
+        """What each launch needs for its batch, on its device: in one copy to each."""
+        by_mail: dict[Mail, list[int]] = {}
+        for i, batch in enumerate(batches):
+            by_mail.setdefault(batch.columns.launch.mail, []).append(i)
+        found: dict[int, Sent] = {}
+        for mail, places in by_mail.items():
+            letters = [(batches[i].addresses, batches[i].numbers) for i in places]
+            found.update(zip(places, mail.send(letters), strict=True))
+        return [found[i] for i in range(len(batches))]
 
     def sorted(self, works: Sequence[Work]) -> tuple[list[Batch], list[Work]]:
         """Works in batches, by the launch that takes them, and those that none can take."""
@@ -93,11 +108,12 @@ class Columns(NamedTuple):
     v: tuple[Tensor, ...]
     keys: tuple[Keys, ...]
     sizes: tuple[int, ...]  # of the parameters
+    alike: list[int]  # rows of `Batch.numbers` where all works have the same: the first
 
     @classmethod
     def of(cls, launch: Launch, works: Sequence[Work]) -> Columns:
         p, _, m, v, _, keys, *_ = zip(*works, strict=True)
-        return cls(launch, works, p, m, v, keys, tuple(map(Tensor.numel, p)))
+        return cls(launch, works, p, m, v, keys, tuple(map(Tensor.numel, p)), [0] * len(works))
 
     def addresses(self, grads: Sequence[Tensor]) -> tuple[list[int], ...] | None:
         """Of gradients, parameters and moments. None if the kernel cannot read one: not contiguous, not aligned."""
@@ -109,6 +125,8 @@ class Columns(NamedTuple):
     def batch(self, at: tuple[list[int], ...], h: Sequence[Scalars]) -> Batch:
         """With the addresses, gradients' first, and the numbers of each work."""
         identities = list(map(id, h))  # numbers may lie on a device: to compare them would wait
+        if len(set(identities)) == 1:
+            return Batch(self, at[0], (*at[1:], self.alike), [h[0]])
         distinct = dict(zip(identities, h, strict=True))
         places = dict(zip(distinct, range(len(distinct)), strict=True))
         rows = list(map(places.__getitem__, identities))
@@ -122,6 +140,13 @@ class Batch(NamedTuple):
     addresses: list[int]  # of the gradients
     fixed: tuple[list[int], ...]  # addresses of p, m and v, and rows of `numbers`
     numbers: list[Scalars]  # of the rows
+
+
+class Sent(NamedTuple):
+    """What a batch's launch reads on the device."""
+
+    gradients: Tensor  # their addresses, int64
+    numbers: Tensor  # float64, rows of `NUMBERS`
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -141,7 +166,8 @@ def _batch(launch: Launch, works: Sequence[Work]) -> Batch | None:
 class Course:
     """The launches of a whole step, which kernels take, to be taken again with other gradients and numbers."""
 
-    def __init__(self, works: Sequence[Work]) -> None:
+    def __init__(self, launches: Launches, works: Sequence[Work]) -> None:
+        self._launches = launches
         groups: dict[Launch, list[int]] = {}
         for i, work in enumerate(works):
             groups.setdefault(cast(Launch, work.launch), []).append(i)
@@ -172,8 +198,9 @@ class Course:
             found.append((columns, (at, *known[1:]), get, count))
 
         def run(h: Sequence[Scalars]) -> None:
-            for columns, at, get, count in found:
-                columns.launch.run(columns.batch(at, get(h) if count > 1 else (get(h),)))
+            batches = [columns.batch(at, get(h) if count > 1 else (get(h),)) for columns, at, get, count in found]
+            for batch, sent in zip(batches, self._launches.send(batches), strict=True):
+                batch.columns.launch.run(batch, sent)
 
         return run
 
@@ -182,35 +209,27 @@ class Launch:
     """Steps many tensors of one `Spec`, one dtype and one dtype of moments on one device.
 
     Sizes, addresses of parameters and moments and hash constants lie in a table on the device, which is made anew only
-    when one of them has changed. Addresses of gradients and the step's numbers follow in one copy a step. A captured
-    CUDA graph replays that copy from host memory kept for it.
+    when one of them has changed. What changes with every step comes by mail.
     """
 
-    def __init__(self, spec: Spec, *, even: bool, device: torch.device, busy_link: bool = False) -> None:
+    def __init__(self, spec: Spec, *, even: bool, mail: Mail) -> None:
         self.dense = spec.hash is None
+        self.mail = mail
         self._spec = spec
         self._even = even
-        self._device = device
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
         self._last: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
-        self._moving: dict[tuple[int, int], Tensor] = {}
-        self._alone: dict[int, tuple[Scalars | None, Tensor]] = {}  # the numbers of single works, by stream
-        self._spare: Tensor | None = None
-        self._pages = _Pages() if busy_link else None
         self._captured: list[Any] = []
 
-    def run(self, batch: Batch) -> None:
-        """Performs all of its works; they must be of different parameters."""
-        columns, addresses, fixed, numbers = batch
-        _, works, p, m, v, keys, sizes = columns
-        stream, capturing = self._current()
+    def run(self, batch: Batch, sent: Sent) -> None:
+        """Performs all of a batch's works; they must be of different parameters."""
+        columns, _, fixed, _ = batch
+        _, works, p, m, v, keys, sizes, _ = columns
         known = keys, sizes, *fixed
         if self._last is None or self._last[0] != known:
-            self._last = known, *self._description(works, fixed, (keys, sizes, *map(tuple, fixed)), capturing)
+            self._last = known, *self._description(works, fixed, (keys, sizes, *map(tuple, fixed)))
         _, owners, table = self._last
-        moving = self._moved(addresses, numbers, stream, capturing)
-        gradients, values = moving[: len(works)], moving[len(works) :].view(torch.float64)
-        self._step(p, m, v, owners, table, gradients, values, capturing)
+        self._step(p, m, v, owners, table, *sent)
 
     def run_one(self, work: Work) -> bool:
         """Performs a work that comes alone, as gradients do in backward, with the numbers of many others: its gradient
@@ -224,22 +243,12 @@ class Launch:
         for tensor, address in ((g, g.data_ptr()), *zip((p, m, v) if self.dense else (p,), at, strict=False)):
             if address % _WIDE or not tensor.is_contiguous():
                 return False
-        stream, capturing = self._current()
         key = keys, p.numel(), at
         described = self._tables.get(key)
         if described is None:
-            described = self._description([work], [[address] for address in (*at, 0)], key, capturing)
-        values = self._values(h, stream, capturing)
-        self._step((p,), (m,), (v,), *described, g, values, capturing)
+            described = self._description([work], [[address] for address in (*at, 0)], key)
+        self._step((p,), (m,), (v,), *described, g, self.mail.numbers(h))
         return True
-
-    def _current(self) -> tuple[int, bool]:
-        """The current stream, and whether it is being captured. Gradients of one device may arrive on several streams:
-        what one of them still reads no other overwrites.
-        """
-        if self._device.type != "cuda":
-            return 0, False
-        return torch._C._cuda_getCurrentRawStream(self._device.index), torch.cuda.is_current_stream_capturing()
 
     def _step(
         self,
@@ -249,72 +258,21 @@ class Launch:
         owners: Tensor,
         table: Tensor,
         gradients: Tensor,
-        values: Tensor,
-        capturing: bool,
+        numbers: Tensor,
     ) -> None:
         spec = self._spec
         kernels.step_(
-            p, m, v, owners, table, gradients, values,
+            p, m, v, owners, table, gradients, numbers,
             int(spec.load), spec.decode == "residual", spec.rehash, spec.rounding, spec.maximize, spec.skip, self._even,
         )  # fmt: skip
         torch.autograd.graph.increment_version(p)
-        if capturing:
+        if self.mail.capturing():
             self._captured.append((owners, table))
 
-    def _values(self, h: Scalars, stream: int, capturing: bool) -> Tensor:
-        """The numbers of a work that comes alone, on the device."""
-        sent = None if capturing else self._alone.get(stream)
-        if sent is None or sent[0] is not h:
-            plain = _plain(h)
-            if sent is None or plain is None or sent[0] != plain:
-                sent = plain, self._moved((), [h], stream, capturing).view(torch.float64)
-                if not capturing:
-                    self._alone[stream] = sent
-        return sent[1]
-
-    def _moved(self, addresses: Sequence[int], numbers: Sequence[Scalars], stream: int, capturing: bool) -> Tensor:
-        """Addresses, then the numbers in their rows, on the device, where the next ones take their place."""
-        count = len(addresses)
-        size = count + len(numbers) * len(NUMBERS)
-        moving = None if capturing else self._moving.get((size, stream))
-        if moving is None:
-            moving = torch.empty(size, dtype=torch.int64, device=self._device)
-            if not capturing:
-                self._moving[size, stream] = moving
-        host, fetched = (
-            (self._host(size, capturing), None) if self._pages is None or capturing else self._pages.take(size)
-        )
-        sent = host.numpy()
-        sent[:count] = addresses
-        columns = [_column(h) for h in numbers]
-        on_device = [
-            (row, i) for row, column in enumerate(columns) for i, x in enumerate(column) if isinstance(x, Tensor)
-        ]
-        sent[count:].view(np.float64)[:] = [0.0 if isinstance(x, Tensor) else x for x in chain.from_iterable(columns)]
-        if fetched is None:
-            moving.copy_(host, non_blocking=True)
-        else:
-            fetch(host, moving)
-            fetched.record(torch.cuda.current_stream(self._device))
-        values = moving[count:].view(torch.float64).view(len(numbers), len(NUMBERS))
-        for i in dict.fromkeys(i for _, i in on_device):
-            rows = [row for row, j in on_device if j == i]
-            numbers_there = torch.stack([columns[row][i].to(torch.float64) for row in rows])
-            if len(rows) == len(columns):
-                values[:, i] = numbers_there
-            else:
-                for row, number in zip(rows, numbers_there, strict=True):
-                    values[row, i].copy_(number)
-        if capturing:
-            self._captured.append((host, moving))
-        return moving
-
-    def _description(
-        self, works: Sequence[Work], fixed: Sequence[Sequence[int]], key: Any, capturing: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _description(self, works: Sequence[Work], fixed: Sequence[Sequence[int]], key: Any) -> tuple[Tensor, Tensor]:
         """Which tensor each chunk belongs to, and the table of the tensors; kept under `key`."""
         if key not in self._tables:
-            if capturing:
+            if self.mail.capturing():
                 raise RuntimeError(
                     "Collins.step() is captured in a CUDA graph before it has run with the same parameters: run a few"
                     " steps outside of the graph first"
@@ -330,26 +288,124 @@ class Launch:
                 table += (at_p, at_m, at_v, local, len(owners), work.start, work.numel, *sign, *rounding, period, row)
                 owners += [i] * -(-local // span)
             owners_of_chunks = torch.tensor(owners, dtype=torch.int32)
-            self._tables[key] = self._uploaded(owners_of_chunks), self._uploaded(torch.tensor(table))
+            self._tables[key] = self.mail.uploaded(owners_of_chunks), self.mail.uploaded(torch.tensor(table))
         return self._tables[key]
 
-    def _host(self, size: int, capturing: bool) -> Tensor:
+
+_Box = tuple[Tensor, list[Sent]]  # memory on a device, int64, and what of it is for whom
+
+
+class Mail:
+    """Takes addresses of gradients and the step's numbers to one device, all of a step in one copy.
+
+    Gradients of one device may arrive on several streams: what one of them still reads no other overwrites. A captured
+    CUDA graph replays its copy from host memory kept for it.
+    """
+
+    def __init__(self, device: torch.device, *, busy_link: bool = False) -> None:
+        self._device = device
+        self._boxes: dict[Any, _Box] = {}  # on the device, by what they hold and stream
+        self._numbers: dict[int, dict[int, tuple[Scalars, Tensor]]] = {}  # by stream and identity
+        self._spares: dict[int, Tensor] = {}  # on the host, by size
+        self._pages = _Pages() if busy_link else None
+        self._captured: list[Any] = []
+
+    def capturing(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def send(self, letters: Sequence[tuple[Sequence[int], Sequence[Scalars]]]) -> list[Sent]:
+        """Addresses, then numbers in their rows, of each launch; the next ones to be sent take their place."""
+        capturing, sizes = self.capturing(), tuple((len(addresses), len(numbers)) for addresses, numbers in letters)
+        box = None if capturing else self._boxes.get((sizes, self._stream()))
+        if box is None:
+            box = self._box(sizes)
+            if not capturing:
+                self._boxes[sizes, self._stream()] = box
+        self._post(box, letters, capturing)
+        return box[1]
+
+    def numbers(self, h: Scalars) -> Tensor:
+        """The numbers of works that come alone: sent with the first of them."""
+        capturing, kept = self.capturing(), self._numbers.setdefault(self._stream(), {})
+        found = kept.get(id(h))
+        if found is not None and found[0] is h and not capturing:
+            return found[1]
+        box = self._box(((0, 1),))
+        self._post(box, [((), [h])], capturing)
+        values = box[1][0].numbers
+        if not (capturing or any(isinstance(x, Tensor) for x in h)):
+            if len(kept) == _SETS:
+                del kept[next(iter(kept))]
+            kept[id(h)] = h, values
+        return values
+
+    def uploaded(self, host: Tensor) -> Tensor:
+        return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
+
+    def _post(self, box: _Box, letters: Sequence[tuple[Sequence[int], Sequence[Scalars]]], capturing: bool) -> None:
+        memory, sent = box
+        count = memory.numel()
+        host, fetched = (
+            (self._host(count, capturing), None) if self._pages is None or capturing else self._pages.take(count)
+        )
+        written, floats, at = host.numpy(), host.numpy().view(np.float64), 0
+        columns = [[_column(h) for h in numbers] for _, numbers in letters]
+        for (addresses, _), rows in zip(letters, columns, strict=True):
+            middle, end = at + len(addresses), at + len(addresses) + len(rows) * len(NUMBERS)
+            written[at:middle] = addresses
+            floats[middle:end] = [0.0 if isinstance(x, Tensor) else x for x in chain.from_iterable(rows)]
+            at = end
+        if fetched is None:
+            memory.copy_(host, non_blocking=True)
+        else:
+            fetch(host, memory)
+            fetched.record(torch.cuda.current_stream(self._device))
+        for (_, values), rows in zip(sent, columns, strict=True):
+            _fill(values, rows)
+        if capturing:
+            self._captured.append((host, memory))
+
+    def _stream(self) -> int:
+        return 0 if self._device.type == "cpu" else torch._C._cuda_getCurrentRawStream(self._device.index)
+
+    def _box(self, sizes: Sequence[tuple[int, int]]) -> _Box:
+        memory = torch.empty(
+            sum(count + rows * len(NUMBERS) for count, rows in sizes), dtype=torch.int64, device=self._device
+        )
+        lengths = [length for count, rows in sizes for length in (count, rows * len(NUMBERS))]
+        pieces = memory.split(lengths)
+        return memory, [
+            Sent(addresses, numbers.view(torch.float64).view(-1, len(NUMBERS)))
+            for addresses, numbers in zip(pieces[::2], pieces[1::2], strict=True)
+        ]
+
+    def _host(self, count: int, capturing: bool) -> Tensor:
         """Host memory to copy from; while a graph is captured, memory that was made before and that nobody reuses."""
         pinned = self._device.type == "cuda"
         if not capturing:
-            if pinned and (self._spare is None or self._spare.numel() != size):
-                self._spare = torch.empty(size, dtype=torch.int64, pin_memory=True)
-            return torch.empty(size, dtype=torch.int64, pin_memory=pinned)
-        host, self._spare = self._spare, None
-        if host is None or host.numel() != size:
+            if pinned and count not in self._spares:
+                self._spares[count] = torch.empty(count, dtype=torch.int64, pin_memory=True)
+            return torch.empty(count, dtype=torch.int64, pin_memory=pinned)
+        host = self._spares.pop(count, None)
+        if host is None:
             raise RuntimeError(
                 "Collins.step() is captured in a CUDA graph without a step outside of it before: run one first, also"
                 " between two captures"
             )
         return host
 
-    def _uploaded(self, host: Tensor) -> Tensor:
-        return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
+
+def _fill(values: Tensor, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Writes what lies on the device already over its place in the numbers, (rows, columns)."""
+    on_device = [(row, i) for row, column in enumerate(rows) for i, x in enumerate(column) if isinstance(x, Tensor)]
+    for i in dict.fromkeys(i for _, i in on_device):
+        places = [row for row, j in on_device if j == i]
+        numbers_there = torch.stack([rows[row][i].to(torch.float64) for row in places])
+        if len(places) == len(rows):
+            values[:, i] = numbers_there
+        else:
+            for row, number in zip(places, numbers_there, strict=True):
+                values[row, i].copy_(number)
 
 
 class _Pages:
@@ -366,11 +422,6 @@ class _Pages:
         else:
             pieces.append((torch.empty(size, dtype=torch.int64, pin_memory=True), torch.cuda.Event()))
         return pieces[-1]
-
-
-def _plain(h: Scalars) -> Scalars | None:
-    """Numbers that can be told from others; None for those on a device, which would have to be waited for."""
-    return None if any(isinstance(x, Tensor) for x in h) else h
 
 
 def _column(h: Scalars) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from collins import Collins
 from collins.compile import kernels
-from collins.compile.launch import Launch, Launches
+from collins.compile.launch import Launches, Mail
 from collins.hashing import hash_key
 from collins.rounding import ROUNDED
 from collins.rule import scalars
@@ -152,8 +152,8 @@ def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
     copies = parameters(torch.float32, [(96, 64), (64, 96)])
     other = Collins(copies, min_K=16, compile=False)
     made = []
-    upload = Launch._uploaded
-    monkeypatch.setattr(Launch, "_uploaded", lambda self, host: made.append(1) or upload(self, host))
+    upload = Mail.uploaded
+    monkeypatch.setattr(Mail, "uploaded", lambda self, host: made.append(1) or upload(self, host))
     for step in range(8):
         if step == 3:
             for p in (*ps, *copies):
@@ -195,7 +195,7 @@ def test_a_smaller_parameter_in_the_same_memory_has_a_table_of_its_own(alone):
             else:
                 (batch,), rest = launches.sorted([work])
                 assert not rest
-                work.launch.run(batch)
+                work.launch.run(batch, *launches.send([batch]))
         sides.append((p, m, v))
     for launched, eager in zip(*sides, strict=True):
         torch.testing.assert_close(launched, eager)
@@ -206,8 +206,8 @@ def test_each_parameter_alone_keeps_its_own_table(monkeypatch):
     ps = parameters(torch.float32, [(96, 64), (64, 96), (32, 64)])
     opt = launching(Collins(ps, min_K=16, in_backward=True))
     made = []
-    upload = Launch._uploaded
-    monkeypatch.setattr(Launch, "_uploaded", lambda self, host: made.append(1) or upload(self, host))
+    upload = Mail.uploaded
+    monkeypatch.setattr(Mail, "uploaded", lambda self, host: made.append(1) or upload(self, host))
     for step in range(3):
         for p in ps:
             (p * (step + 1)).sum().backward()

@@ -64,8 +64,6 @@ def measure(benchmark):
 
     yield timed
     gc.collect()
-    if not ON_CPU:
-        torch.cuda.empty_cache()
 
 
 @pytest.fixture(params=[torch.float32] if ON_CPU else [torch.float32, torch.bfloat16], ids=str)
