@@ -44,7 +44,7 @@ _HALF_MAX, _HALF_OVERFLOW = tl.constexpr(HALF_MAX), tl.constexpr(HALF_OVERFLOW)
 _HALF_NORMAL, _HALF_QUANTUM = tl.constexpr(HALF_NORMAL), tl.constexpr(HALF_QUANTUM)
 
 TILE = 2048  # elements that a program deals with at once
-CHUNK = 8  # tiles of a program, one after the other: it reads the next while it computes one
+CHUNK = 16  # tiles of a program, one after the other: it reads the next while it computes one
 
 # The columns of the table, one row a tensor: addresses, sizes and hash constants, all int64.
 COLUMNS = ("p", "m", "v", "local", "chunk", "start", "numel", "sign0", "sign1", "round0", "round1", "period", "row")
