@@ -32,7 +32,8 @@ def random_bits(
 ) -> Tensor:
     """16 random bits, as int32 in [0, 65536), for each of the elements first, ..., first + count - 1: shape (count,).
 
-    A `first` that is a tensor, as in compiled code, is a multiple of 32.
+    A `first` that is a tensor, as in compiled code, is a multiple of 32. Where it, the step and the key are columns,
+    (n, 1), the bits are rows, (n, count).
 
     32 neighbours share two hashed words A and B, of 24 bits each, and number j of them takes the upper bits of
     A + j B mod 2^24: uniform, and independent between any two of them (Dietzfelbinger, "Universal hashing and k-wise
@@ -42,9 +43,9 @@ def random_bits(
     index = torch.arange(-(-(skip + count) // WORD), device=device) + start
     streams = (stream, stream ^ SECOND_WORD)
     words = [mixed_word(index, step, HashKey(key.low, key.high ^ s)) for s in streams]
-    A, B = (once((word >> 8).to(torch.int32))[:, None] for word in words)
+    A, B = (once((word >> 8).to(torch.int32))[..., None] for word in words)
     lane = torch.arange(WORD, dtype=torch.int32, device=device)
-    return (((A + B * lane) & 0xFFFFFF) >> 8).reshape(-1)[skip : skip + count]
+    return (((A + B * lane) & 0xFFFFFF) >> 8).flatten(-2)[..., skip : skip + count]
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:

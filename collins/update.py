@@ -8,7 +8,7 @@ it. Every number that differs between parameters of one `Spec` may be a 0-d tens
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,18 +104,37 @@ def _pieces(work: Work, chunk: int | None, unit: int = 1) -> Iterator[_Piece]:
 
 
 def _dense_(work: Work, chunk: int | None) -> None:
-    h, m, v = work.h, work.m, work.v
+    m, v = work.m, work.v
     for offset, p, g in _pieces(work, chunk):
         first, part = work.start + offset, slice(offset, offset + p.numel())
-        grad = _gradient(g, work.spec)
-        fine = _fine(grad * grad, work.spec)
-        first_moment = decay(m[part], grad, h.beta1, fine=fine)
-        second_moment = decay(v[part], grad * grad, h.beta2, fine=fine)
-        m_hat, v_hat = first_moment * h.inverse1, second_moment * h.inverse2
-        old = _flat(p, grad.dtype)
-        _store(p, _where(fine, updated(old, m_hat, v_hat, None, h), old), first, PARAM, work)
-        _store(m[part], first_moment, first, FIRST, work)
-        _store(v[part], second_moment, first, SECOND, work)
+        _store_dense((p, m[part], v[part]), _dense(p, g, m[part], v[part], work.h, work.spec), first, work)
+
+
+def update_rows_(rows: Work) -> None:
+    """As `update_`, for many dense parameters of one `Spec`, each a row of p, g, m and v, (n, N).
+
+    What else is not static is columns, (n, 1).
+    """
+    columns = Scalars(*(column[:, 0] for column in rows.h))
+    tensors = rows.p, rows.g, rows.m, rows.v
+    new = torch.vmap(lambda *row: _dense(*row, rows.spec))(*tensors, columns)
+    _store_dense((rows.p, rows.m, rows.v), new, rows.start, rows)
+
+
+def _dense(p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Scalars, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
+    """The new p, m and v, flat and before they are rounded."""
+    grad = _gradient(g, spec)
+    fine = _fine(grad * grad, spec)
+    first_moment = decay(m, grad, h.beta1, fine=fine)
+    second_moment = decay(v, grad * grad, h.beta2, fine=fine)
+    old = _flat(p, grad.dtype)
+    new = updated(old, first_moment * h.inverse1, second_moment * h.inverse2, None, h)
+    return _where(fine, new, old), first_moment, second_moment
+
+
+def _store_dense(targets: Sequence[Tensor], values: Sequence[Tensor], first: int | Tensor, work: Work) -> None:
+    for target, value, stream in zip(targets, values, (PARAM, FIRST, SECOND), strict=True):
+        _store(target, value, first, stream, work)
 
 
 def _block_(work: Work, chunk: int | None) -> None:
@@ -212,8 +231,8 @@ def _scaled(M: Tensor, V: Tensor, load: float | Tensor, work: Work) -> tuple[Ten
 
 
 def _store(target: Tensor, value: Tensor, first: int | Tensor, stream: int, work: Work) -> None:
-    """Writes flat `value` over `target`, whose first element is number `first` of its tensor."""
+    """Writes `value`, flat or in rows, over `target`; the first element, or that of each row, is number `first`."""
     if work.spec.rounding and target.dtype in ROUNDED:
-        bits = random_bits(first, target.numel(), work.h.step, work.keys.rounding, stream, target.device)
+        bits = random_bits(first, value.shape[-1], work.h.step, work.keys.rounding, stream, target.device)
         value = stochastic_round(value.to(torch.float32), target.dtype, bits)
     target.copy_(value.view(target.shape))

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from collins.hashing import WORD, HashKey
 from collins.rounding import ROUNDED
 from collins.rule import Scalars
-from collins.update import Keys, Spec, Work, update_
+from collins.update import Keys, Spec, Work, update_, update_rows_
 
 # Dense tensors of at most this many elements are stacked by signature and stepped in one call: launches rule there.
 SMALL = 1 << 16
@@ -70,15 +70,16 @@ class Graphs:
         if signature not in self._graphs:
             self._graphs[signature] = _graph_of_many(spec, len(self))
         doubled = [*batch, *batch] if len(batch) == 1 else batch  # a size of 1 would be compiled as a constant
-        tensors = [torch.stack(column) for column in zip(*((w.p, w.g, w.m, w.v) for w in doubled), strict=True)]
+        stacks = [torch.stack(column) for column in zip(*((w.p, w.g, w.m, w.v) for w in doubled), strict=True)]
+        tensors = [stack.view(len(doubled), -1) for stack in stacks]
         keys = torch.tensor([tree_flatten(work.keys)[0] for work in doubled]).to(device)
-        steps = torch.stack([torch.as_tensor(work.h.step) for work in doubled]).to(device)
+        steps = torch.stack([torch.as_tensor(work.h.step) for work in doubled]).to(device)[:, None]
         numbers = torch.stack([_row(work.h[1:], device) for work in doubled])
-        starts = torch.tensor([work.start for work in doubled]).to(device)
+        starts = torch.tensor([[work.start] for work in doubled]).to(device)
         for stacked in (*tensors, keys, steps, numbers, starts):
             torch._dynamo.mark_dynamic(stacked, 0)
         self._graphs[signature](*tensors, keys, steps, numbers, starts)
-        p, _, m, v = (list(results.unbind(0))[: len(batch)] for results in tensors)
+        p, _, m, v = (list(results.unbind(0))[: len(batch)] for results in stacks)
         torch._foreach_copy_([work.p for work in batch], p)
         torch._foreach_copy_([work.m for work in batch], m)
         torch._foreach_copy_([work.v for work in batch], v)
@@ -141,17 +142,11 @@ def _graph_of_one(spec: Spec, number: int) -> _Graph:
 def _graph_of_many(spec: Spec, number: int) -> _Graph:
     structure = tree_flatten(Keys(HashKey(0, 0), HashKey(0, 0), (0, 0, 0, 0), 0))[1]
 
-    def one(
+    def stacked(
         p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: Tensor, step: Tensor, numbers: Tensor, start: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        h = Scalars(step, *numbers.unbind())
-        update_(Work(p, g, m, v, spec, tree_unflatten(keys.unbind(), structure), h, p.numel(), start))
-        return p, m, v
-
-    many = torch.vmap(one)
-
-    def stacked(*args: Tensor) -> None:
-        many(*args)
+    ) -> None:
+        h = Scalars(step, *numbers.split(1, 1))
+        update_rows_(Work(p, g, m, v, spec, tree_unflatten(keys.split(1, 1), structure), h, p.shape[1], start))
 
     return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=_OPTIONS)
 
