@@ -69,6 +69,7 @@ def _rank(rank, world, port, folder, backend, device, function, args):
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", message=".*barrier", category=UserWarning)
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
     torch.set_num_threads(1)
     try:
         if device == "cuda":
