@@ -92,8 +92,8 @@ class _Again(NamedTuple):
     repeat: Repeat
     rosters: list[list[_Member]]
     groups: list[
-        tuple[dict[str, Any], tuple[Any, ...], list[_Member]]
-    ]  # options, what plans depend on, who was stepped
+        tuple[dict[str, Any], tuple[Any, ...], list[int | None]]
+    ]  # options, what plans depend on, counters of who was stepped
 
 
 _WORK = tuple.__new__  # of a named tuple, without the cost of its keywords
@@ -466,7 +466,7 @@ class Collins(Optimizer):
         ]
         stepped = {id(member) for member in members}
         others = [member.p for member in self._members() if id(member) not in stepped]
-        groups = [(group, self._settings_of(group), [member for member, _ in found]) for group, found in ready]
+        groups = [(group, self._settings_of(group), [member.counter for member, _ in found]) for group, found in ready]
         repeat = Repeat([member.p for member in members], others, kept, self.state, course)
         return _Again(repeat, list(self._roster()), groups)
 
@@ -484,7 +484,7 @@ class Collins(Optimizer):
         if run is None:
             self._repeat = None
             return False
-        run([h for group, _, members in again.groups for h in self._numbers(group, members)])
+        run([h for group, _, counters in again.groups if counters for h in self._numbers_at(group, counters)])
         return True
 
     def _step_in_backward(self) -> None:
@@ -777,7 +777,13 @@ class Collins(Optimizer):
             together = _scalars(torch.stack(steps), group)
             columns = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(steps) for x in together]
             return [Scalars(*row) for row in zip(*columns, strict=True)]
-        steps_taken = self._counters.count([member.counter for member in members])
+        return self._numbers_at(group, [member.counter for member in members])
+
+    def _numbers_at(self, group: dict[str, Any], counters: Sequence[int | None]) -> Sequence[Scalars]:
+        """As `_numbers`, for the members behind these counters, at least one."""
+        steps_taken = self._counters.count(counters)
+        if steps_taken.count(steps_taken[0]) == len(steps_taken):
+            return [_scalars(int(steps_taken[0]), group)] * len(steps_taken)
         known = {t: _scalars(int(t), group) for t in set(steps_taken)}
         return list(map(known.__getitem__, steps_taken))
 

@@ -19,7 +19,8 @@ from collins.rule import Scalars
 if TYPE_CHECKING:
     from collins.compile.launch import Course
 
-_FACTS = attrgetter("shape", "dtype", "layout")  # a gradient is where its parameter is: autograd accepts no other
+# A gradient is where its parameter is: autograd accepts no other. In another layout it has no address.
+_FACTS = attrgetter("shape", "dtype")
 
 
 class Kept(NamedTuple):

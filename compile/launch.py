@@ -125,7 +125,7 @@ class Columns(NamedTuple):
     def batch(self, at: tuple[list[int], ...], h: Sequence[Scalars]) -> Batch:
         """With the addresses, gradients' first, and the numbers of each work."""
         identities = list(map(id, h))  # numbers may lie on a device: to compare them would wait
-        if len(set(identities)) == 1:
+        if identities.count(identities[0]) == len(identities):
             return Batch(self, at[0], (*at[1:], self.alike), [h[0]])
         distinct = dict(zip(identities, h, strict=True))
         places = dict(zip(distinct, range(len(distinct)), strict=True))
@@ -189,7 +189,10 @@ class Course:
         found = []
         for columns, known, get, count in self._parts:
             own = get(grads) if count > 1 else (get(grads),)
-            at = _addresses(own)
+            try:
+                at = _addresses(own)
+            except RuntimeError:  # sparse, or of another layout
+                return None
             if known is None or not _readable(own, at) or not all(map(Tensor.is_contiguous, columns.p)):
                 return None
             for tensors, before in zip(columns[2:5], known[1:], strict=True):
