@@ -91,9 +91,8 @@ class _Again(NamedTuple):
 
     repeat: Repeat
     rosters: list[list[_Member]]
-    groups: list[
-        tuple[dict[str, Any], tuple[Any, ...], list[int | None]]
-    ]  # options, what plans depend on, counters of who was stepped
+    # Options, what plans depend on, counters of who was stepped.
+    groups: list[tuple[dict[str, Any], tuple[Any, ...], list[int | None]]]
 
 
 _WORK = tuple.__new__  # of a named tuple, without the cost of its keywords

@@ -65,7 +65,7 @@ def _rank(rank, world, port, folder, backend, device, function, args):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     warnings.simplefilter("error")
-    # Of torch itself: what it deprecates in its own imports, and a barrier that guesses its device.
+    # Of torch itself: what it deprecates in its own imports, a barrier that guesses its device, and in 2.9 storages.
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", message=".*barrier", category=UserWarning)
