@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -115,9 +115,9 @@ def update_rows_(rows: Work) -> None:
 
     What else is not static is columns, (n, 1).
     """
-    columns = Scalars(*(column[:, 0] for column in rows.h))
-    tensors = rows.p, rows.g, rows.m, rows.v
-    new = torch.vmap(lambda *row: _dense(*row, rows.spec))(*tensors, columns)
+    h = Scalars(*(cast(Tensor, column)[:, 0] for column in rows.h))
+    dense = torch.vmap(lambda p, g, m, v, h: _dense(p, g, m, v, h, rows.spec))
+    new = dense(rows.p, rows.g, rows.m, rows.v, h)
     _store_dense((rows.p, rows.m, rows.v), new, rows.start, rows)
 
 
