@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,14 +35,13 @@ class Counters:
         self._views[place].fill_(value)
         return place, self._views[place]
 
-    def count(self, places: Sequence[int | None]) -> list[float]:
-        """Counts one step at each of these different places, and returns what they stand at now."""
-        if len(places) == len(self._every) and places == self._every:
-            self._steps += 1
-            return cast(list[float], self._steps.tolist()[: len(places)])
-        if len(places) == 1:
-            self._numbers[places[0]] += 1
-            return [float(self._numbers[places[0]])]
-        index = torch.tensor(places)
-        self._steps[index] += 1
-        return cast(list[float], self._steps[index].tolist())
+    def count(self, places: Sequence[int | None]) -> np.ndarray:
+        """Counts one step at each of these different places, at least one.
+
+        Returns:
+            What they stand at now, in order: float32, shape (len(places),).
+        """
+        first = cast(int, places[0])
+        index: Any = slice(first, first + len(places)) if len(places) == 1 or places == self._every else places
+        self._numbers[index] += 1
+        return cast(np.ndarray, self._numbers[index].copy())

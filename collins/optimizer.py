@@ -25,7 +25,7 @@ from collins.offload.backward import Arrivals
 from collins.offload.housing import Housing, Tenant
 from collins.offload.slabs import Part
 from collins.options import check_options, listed, require
-from collins.repeat import Kept, Repeat
+from collins.repeat import POSSIBLE, Kept, Repeat
 from collins.report import MemoryReport, ParameterRow
 from collins.rounding import ROUNDED
 from collins.rule import Scalars, scalars
@@ -236,7 +236,7 @@ class Collins(Optimizer):
         self._arrivals: Arrivals | None = None
         self._awaited: dict[int, _Member] | None = None  # by identity, from the first gradient to arrive until `step`
         self._stepped: dict[int, _Member] = {}  # those of them that have been stepped, by key
-        self._shared: dict[tuple[int, float], Scalars] = {}  # their numbers, by group and step
+        self._shared: dict[tuple[int, int], Scalars] = {}  # their numbers, by group and step
         self._counters = Counters()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -453,7 +453,7 @@ class Collins(Optimizer):
 
     def _to_repeat(self, ready: Sequence[tuple[dict[str, Any], list[_Ready]]], works: Sequence[Work]) -> _Again | None:
         """What may take the next step in a fraction of this one's time on the host."""
-        plain = all(not group["capturable"] and group["nonfinite"] != "error" for group, _ in ready)
+        plain = POSSIBLE and all(not group["capturable"] and group["nonfinite"] != "error" for group, _ in ready)
         course = self._engine.course(works) if plain and not self.in_backward else None
         members = [member for _, found in ready for member, _ in found]
         plans = [cast(_Plan, member.plan) for member in members]
@@ -483,7 +483,14 @@ class Collins(Optimizer):
         if run is None:
             self._repeat = None
             return False
-        run([h for group, _, counters in again.groups if counters for h in self._numbers_at(group, counters)])
+        numbers: list[Scalars] = []
+        rows: list[int] = []
+        for group, _, counters in again.groups:
+            if counters:
+                distinct, own = self._numbers_at(group, counters, len(numbers))
+                numbers += distinct
+                rows += own
+        run(numbers, rows)
         return True
 
     def _step_in_backward(self) -> None:
@@ -776,24 +783,29 @@ class Collins(Optimizer):
             together = _scalars(torch.stack(steps), group)
             columns = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(steps) for x in together]
             return [Scalars(*row) for row in zip(*columns, strict=True)]
-        return self._numbers_at(group, [member.counter for member in members])
+        numbers, rows = self._numbers_at(group, [member.counter for member in members])
+        return [numbers[row] for row in rows]
 
-    def _numbers_at(self, group: dict[str, Any], counters: Sequence[int | None]) -> Sequence[Scalars]:
-        """As `_numbers`, for the members behind these counters, at least one."""
+    def _numbers_at(
+        self, group: dict[str, Any], counters: Sequence[int | None], first: int = 0
+    ) -> tuple[list[Scalars], list[int]]:
+        """Counts the step of members of one group, at least one, by their counters: the numbers that they take, in rows
+        from `first` on, and the row of each.
+        """
         steps_taken = self._counters.count(counters)
-        if steps_taken.count(steps_taken[0]) == len(steps_taken):
-            return [_scalars(int(steps_taken[0]), group)] * len(steps_taken)
-        known = {t: _scalars(int(t), group) for t in set(steps_taken)}
-        return list(map(known.__getitem__, steps_taken))
+        if (steps_taken == steps_taken[0]).all():
+            return [_scalars(int(steps_taken[0]), group)], [first] * len(steps_taken)
+        rows = {t: row for row, t in enumerate(dict.fromkeys(steps_taken.tolist()), first)}
+        return [_scalars(int(t), group) for t in rows], list(map(rows.__getitem__, steps_taken.tolist()))
 
     def _numbers_of_one(self, group: dict[str, Any], member: _Member) -> Scalars:
         """As `_numbers`, for one whose gradient has arrived in backward: a step reads a group's options once."""
         if group["capturable"]:
             return self._numbers(group, [member])[0]
-        (steps_taken,) = self._counters.count([member.counter])
+        steps_taken = int(self._counters.count([member.counter])[0])
         key = id(group), steps_taken
         if key not in self._shared:
-            self._shared[key] = _scalars(int(steps_taken), group)
+            self._shared[key] = _scalars(steps_taken, group)
         return self._shared[key]
 
     def _adopt(self, member: _Member) -> None:

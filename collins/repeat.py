@@ -8,7 +8,6 @@ anything has, the ordinary way finds out what, and says what is wrong with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,8 +18,14 @@ from collins.rule import Scalars
 if TYPE_CHECKING:
     from collins.compile.launch import Course
 
-# A gradient is where its parameter is: autograd accepts no other. In another layout it has no address.
-_FACTS = attrgetter("shape", "dtype")
+try:  # what guards torch.compile's own code: private, so that a torch without it takes every step the ordinary way
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None  # type: ignore[assignment, misc]
+
+POSSIBLE = TensorGuards is not None
+
+_grad = attrgetter("grad")
 
 
 class Kept(NamedTuple):
@@ -38,7 +43,7 @@ class Repeat:
         others: those that had no gradient.
         kept: the state of each of `params`.
         state: of the optimizer.
-        course: what steps `params`, in their order.
+        course: what steps `params`.
     """
 
     def __init__(
@@ -49,46 +54,40 @@ class Repeat:
         state: Mapping[Tensor, dict[str, Any]],
         course: Course,
     ) -> None:
-        self._params, self._others, self._course, self._state = params, others, course, state
-        self._facts, self._types = list(map(_FACTS, params)), list(map(type, params))
-        self._sizes = list(map(Tensor.numel, params))
+        self._params, self._others, self._course, self._state = [params[i] for i in course.order], others, course, state
+        tensors = *map(_grad, self._params), *self._params
+        # Of type, dtype, device, sizes and strides; it keeps no tensor.
+        self._guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         self._entries = list(state.values())
-        by_names: dict[tuple[str, ...], list[int]] = {}
-        for i, one in enumerate(kept):
-            by_names.setdefault(one.names, []).append(i)
-        self._kept = [
-            (
-                itemgetter(*names),
-                [state[params[i]] for i in places],
-                list(chain.from_iterable(kept[i].tensors for i in places)),
-            )
-            for names, places in by_names.items()
-        ]
+        columns: dict[str, tuple[list[dict[str, Any]], list[Tensor]]] = {}
+        for p, one in zip(params, kept, strict=True):
+            for name, tensor in zip(one.names, one.tensors, strict=True):
+                entries, held = columns.setdefault(name, ([], []))
+                entries.append(state[p])
+                held.append(tensor)
+        self._kept = [(itemgetter(name), *column) for name, column in columns.items()]
 
-    def ready(self, state: Mapping[Tensor, dict[str, Any]]) -> Callable[[Sequence[Scalars]], None] | None:
-        """What performs the step, given the numbers of each parameter; None if anything has changed."""
+    def ready(
+        self, state: Mapping[Tensor, dict[str, Any]]
+    ) -> Callable[[Sequence[Scalars], Sequence[int]], None] | None:
+        """What performs the step, given its numbers and which of them each parameter takes; None if anything has
+        changed.
+        """
         params = self._params
-        grads = [p.grad for p in params]
-        if not (
-            list(map(type, grads)).count(Tensor) == len(grads)
-            and list(map(_FACTS, grads)) == self._facts
-            and list(map(Tensor.numel, params)) == self._sizes  # autograd sees to the rest, and the course to addresses
-            and list(map(type, params)) == self._types
+        grads: list[Any] = list(map(_grad, params))
+        same = (
+            self._guards.check(*grads, *params)
             and all(p.grad is None for p in self._others)
             and self._same_state(state)
-        ):
-            return None
-        return self._course.ready(grads)  # type: ignore[arg-type]
+        )
+        return self._course.ready(grads) if same else None
 
     def _same_state(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
         if state is not self._state or len(state) != len(self._entries):
             return False
-        if not all(map(is_, state.values(), self._entries)):
-            return False
         try:
-            return all(
-                all(map(is_, chain.from_iterable(map(getter, entries)), tensors))
-                for getter, entries, tensors in self._kept
+            return all(map(is_, state.values(), self._entries)) and all(
+                all(map(is_, map(getter, entries), tensors)) for getter, entries, tensors in self._kept
             )
         except KeyError:
             return False

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import reduce
-from itertools import chain
-from operator import itemgetter, or_
-from typing import Any, NamedTuple, cast
+from itertools import accumulate, chain
+from operator import or_
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,8 +59,15 @@ class Launches:
             self._launches[key] = Launch(spec, even=even, mail=self._mails[p.device])
         return self._launches[key]
 
-    def course(self, works: Sequence[Work]) -> Course:
-        return Course(self, works)
+    def course(self, works: Sequence[Work]) -> Course | None:
+        """What takes works like these again, with other gradients; None if a kernel cannot read their tensors."""
+        batches, rest = self.sorted([work._replace(g=work.p) for work in works])
+        if rest or not all(work.g.is_contiguous() for work in works):
+            return None
+        # The device begins with what takes it longest, while the host prepares the rest.
+        batches.sort(key=lambda batch: -sum(p.nbytes for p in batch.columns.p))
+        places = {id(work.p): i for i, work in enumerate(works)}
+        return Course(self, batches, [places[id(p)] for batch in batches for p in batch.columns.p])
 
     def send(self, batches: Sequence[Batch]) -> list[Sent]:
         """What each launch needs for its batch, on its device: in one copy to each."""
@@ -137,9 +144,9 @@ class Batch(NamedTuple):
     """What one launch takes in one step."""
 
     columns: Columns
-    addresses: list[int]  # of the gradients
+    addresses: Sequence[int] | np.ndarray  # of the gradients
     fixed: tuple[list[int], ...]  # addresses of p, m and v, and rows of `numbers`
-    numbers: list[Scalars]  # of the rows
+    numbers: Sequence[Scalars]  # of the rows
 
 
 class Sent(NamedTuple):
@@ -164,44 +171,47 @@ def _batch(launch: Launch, works: Sequence[Work]) -> Batch | None:
 
 
 class Course:
-    """The launches of a whole step, which kernels take, to be taken again with other gradients and numbers."""
+    """The launches of a whole step, which kernels take, to be taken again with other gradients and numbers.
 
-    def __init__(self, launches: Launches, works: Sequence[Work]) -> None:
+    Args:
+        launches: of the optimizer.
+        batches: what they take, without gradients: no gradient is kept beyond its step.
+        order: of the works, as the batches take them one after another.
+    """
+
+    def __init__(self, launches: Launches, batches: Sequence[Batch], order: Sequence[int]) -> None:
+        self.order = order
         self._launches = launches
-        groups: dict[Launch, list[int]] = {}
-        for i, work in enumerate(works):
-            groups.setdefault(cast(Launch, work.launch), []).append(i)
-        # The device begins with what takes it longest, while the host prepares the rest.
-        order = sorted(groups.items(), key=lambda item: -sum(works[i].p.nbytes for i in item[1]))
-        # No gradient is kept beyond its step: the parameter takes its place.
-        columns = [
-            (Columns.of(launch, [works[i]._replace(g=works[i].p) for i in places]), places) for launch, places in order
-        ]
-        self._parts = [(part, part.addresses(part.p), itemgetter(*places), len(places)) for part, places in columns]
+        columns = [batch.columns for batch in batches]
+        kinds = zip(*((one.p, one.m, one.v) for one in columns), strict=True)
+        self._held = [list(chain.from_iterable(tensors)) for tensors in kinds]
+        self._known = list(map(_addresses, self._held))
+        ends = list(accumulate((len(one.p) for one in columns), initial=0))
+        places = list(map(slice, ends, ends[1:]))
+        self._parts = [(batch.columns, place, batch.fixed[:3]) for batch, place in zip(batches, places, strict=True)]
+        self._rows: Sequence[int] = ()
+        self._own_rows: list[list[int]] = []  # of each batch
 
-    def ready(self, grads: Sequence[Tensor]) -> Callable[[Sequence[Scalars]], None] | None:
-        """What performs the step once its numbers are known; None if a kernel cannot read one of the tensors, or if
-        parameters or moments have moved.
+    def ready(self, grads: Sequence[Tensor]) -> Callable[[Sequence[Scalars], Sequence[int]], None] | None:
+        """What performs the step once its numbers, and which of them each work takes, are known; None if the kernel
+        cannot read a gradient where it lies, or if parameters or moments have moved.
 
         Args:
-            grads: one for each work, in the order of the works, which is that of the numbers too.
+            grads: one for each work, in `order`, laid out as the works' were; which numbers they take is told in the
+                order of the works.
         """
-        found = []
-        for columns, known, get, count in self._parts:
-            own = get(grads) if count > 1 else (get(grads),)
-            try:
-                at = _addresses(own)
-            except RuntimeError:  # sparse, or of another layout
-                return None
-            if known is None or not _readable(own, at) or not all(map(Tensor.is_contiguous, columns.p)):
-                return None
-            for tensors, before in zip(columns[2:5], known[1:], strict=True):
-                if _addresses(tensors) != before:
-                    return None
-            found.append((columns, (at, *known[1:]), get, count))
+        at = np.array(_addresses(grads))
+        if np.bitwise_or.reduce(at) % _WIDE or list(map(_addresses, self._held)) != self._known:
+            return None
 
-        def run(h: Sequence[Scalars]) -> None:
-            batches = [columns.batch(at, get(h) if count > 1 else (get(h),)) for columns, at, get, count in found]
+        def run(numbers: Sequence[Scalars], rows: Sequence[int]) -> None:
+            if rows != self._rows:
+                self._rows = rows
+                self._own_rows = [[rows[i] for i in self.order[place]] for _, place, _ in self._parts]
+            batches = [
+                Batch(columns, at[place], (*fixed, own), numbers)
+                for (columns, place, fixed), own in zip(self._parts, self._own_rows, strict=True)
+            ]
             for batch, sent in zip(batches, self._launches.send(batches), strict=True):
                 batch.columns.launch.run(batch, sent)
 
@@ -295,6 +305,7 @@ class Launch:
         return self._tables[key]
 
 
+_Letter = tuple[Sequence[int] | np.ndarray, Sequence[Scalars]]  # addresses of gradients, and numbers
 _Box = tuple[Tensor, list[Sent]]  # memory on a device, int64, and what of it is for whom
 
 
@@ -316,15 +327,15 @@ class Mail:
     def capturing(self) -> bool:
         return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def send(self, letters: Sequence[tuple[Sequence[int], Sequence[Scalars]]]) -> list[Sent]:
-        """Addresses, then numbers in their rows, of each launch; the next ones to be sent take their place."""
+    def send(self, letters: Sequence[_Letter]) -> list[Sent]:
+        """The addresses of each launch, then the numbers of each in rows; the next to be sent take their place."""
         capturing, sizes = self.capturing(), tuple((len(addresses), len(numbers)) for addresses, numbers in letters)
         box = None if capturing else self._boxes.get((sizes, self._stream()))
         if box is None:
             box = self._box(sizes)
             if not capturing:
                 self._boxes[sizes, self._stream()] = box
-        self._post(box, letters, capturing)
+        self._post(box[0], letters, capturing)
         return box[1]
 
     def numbers(self, h: Scalars) -> Tensor:
@@ -334,7 +345,7 @@ class Mail:
         if found is not None and found[0] is h and not capturing:
             return found[1]
         box = self._box(((0, 1),))
-        self._post(box, [((), [h])], capturing)
+        self._post(box[0], [((), [h])], capturing)
         values = box[1][0].numbers
         if not (capturing or any(isinstance(x, Tensor) for x in h)):
             if len(kept) == _SETS:
@@ -345,26 +356,28 @@ class Mail:
     def uploaded(self, host: Tensor) -> Tensor:
         return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
 
-    def _post(self, box: _Box, letters: Sequence[tuple[Sequence[int], Sequence[Scalars]]], capturing: bool) -> None:
-        memory, sent = box
+    def _post(self, memory: Tensor, letters: Sequence[_Letter], capturing: bool) -> None:
         count = memory.numel()
         host, fetched = (
             (self._host(count, capturing), None) if self._pages is None or capturing else self._pages.take(count)
         )
-        written, floats, at = host.numpy(), host.numpy().view(np.float64), 0
-        columns = [[_column(h) for h in numbers] for _, numbers in letters]
-        for (addresses, _), rows in zip(letters, columns, strict=True):
-            middle, end = at + len(addresses), at + len(addresses) + len(rows) * len(NUMBERS)
-            written[at:middle] = addresses
-            floats[middle:end] = [0.0 if isinstance(x, Tensor) else x for x in chain.from_iterable(rows)]
+        rows = [_column(h) for _, numbers in letters for h in numbers]
+        numbers = list(chain.from_iterable(rows))
+        plain = set(map(type, numbers)) <= {int, float}
+        written, at = host.numpy(), 0
+        for addresses, _ in letters:
+            end = at + len(addresses)
+            written[at:end] = addresses
             at = end
+        numbers_written = written[at:].view(np.float64)
+        numbers_written[:] = numbers if plain else [0.0 if isinstance(x, Tensor) else x for x in numbers]
         if fetched is None:
             memory.copy_(host, non_blocking=True)
         else:
             fetch(host, memory)
             fetched.record(torch.cuda.current_stream(self._device))
-        for (_, values), rows in zip(sent, columns, strict=True):
-            _fill(values, rows)
+        if not plain:
+            _fill(memory[at:].view(torch.float64).view(-1, len(NUMBERS)), rows)
         if capturing:
             self._captured.append((host, memory))
 
@@ -372,15 +385,11 @@ class Mail:
         return 0 if self._device.type == "cpu" else torch._C._cuda_getCurrentRawStream(self._device.index)
 
     def _box(self, sizes: Sequence[tuple[int, int]]) -> _Box:
-        memory = torch.empty(
-            sum(count + rows * len(NUMBERS) for count, rows in sizes), dtype=torch.int64, device=self._device
-        )
-        lengths = [length for count, rows in sizes for length in (count, rows * len(NUMBERS))]
-        pieces = memory.split(lengths)
-        return memory, [
-            Sent(addresses, numbers.view(torch.float64).view(-1, len(NUMBERS)))
-            for addresses, numbers in zip(pieces[::2], pieces[1::2], strict=True)
-        ]
+        total = sum(count + rows * len(NUMBERS) for count, rows in sizes)
+        memory = torch.empty(total, dtype=torch.int64, device=self._device)
+        addresses = memory.split([count for count, _ in sizes] + [rows * len(NUMBERS) for _, rows in sizes])
+        numbers = [piece.view(torch.float64).view(-1, len(NUMBERS)) for piece in addresses[len(sizes) :]]
+        return memory, list(map(Sent, addresses, numbers))
 
     def _host(self, count: int, capturing: bool) -> Tensor:
         """Host memory to copy from; while a graph is captured, memory that was made before and that nobody reuses."""

@@ -7,14 +7,14 @@ def test_each_counter_is_a_tensor_that_outlives_growth():
     counters = Counters()
     tensors = [counters.adopt(None, value)[1] for value in range(200)]
     assert [int(t) for t in tensors] == list(range(200))
-    assert counters.count(list(range(200))) == list(range(1, 201))
+    assert counters.count(list(range(200))).tolist() == list(range(1, 201))
     assert all(t.shape == () and int(t) == value + 1 for value, t in enumerate(tensors))
 
 
 def test_some_are_counted_and_others_are_not():
     counters = Counters()
     tensors = [counters.adopt(None, 5)[1] for _ in range(4)]
-    assert counters.count([2, 0]) == [6, 6]
+    assert counters.count([2, 0]).tolist() == [6, 6]
     assert [int(t) for t in tensors] == [6, 5, 6, 5]
 
 
@@ -22,5 +22,5 @@ def test_a_counter_can_be_set_again():
     counters = Counters()
     place, tensor = counters.adopt(None, 1)
     assert counters.adopt(place, 9) == (place, tensor)
-    assert counters.count([place]) == [10]
+    assert counters.count([place]).tolist() == [10]
     assert int(tensor) == 10

@@ -105,9 +105,25 @@ def capturable(ps, opt):
     return opt
 
 
+def frozen(ps, opt):
+    ps[1].requires_grad_(False)
+    return opt
+
+
+def turned(ps, opt):
+    ps[0].data = ps[0].data.t()
+    return opt
+
+
+def moved_moments(ps, opt):
+    state = opt.state[ps[2]]
+    state["v_table"].data = state["v_table"].data.clone()
+    return opt
+
+
 CHANGES = [
     nothing, another_rate, another_decode, no_gradient, other_memory, other_strides, other_moments, no_state,
-    one_more_group, another_parameter, loaded, capturable,
+    one_more_group, another_parameter, loaded, capturable, frozen, turned, moved_moments,
 ]  # fmt: skip
 
 
@@ -136,7 +152,7 @@ def test_a_repeated_step_is_an_ordinary_step(change, monkeypatch):
             sides.append((ps, opt))
     (ps, opt), (others, other) = sides
     assert repeats[:2] == [True, True]
-    assert repeats[-1]
+    assert repeats[-1] == (change is not turned)  # which no kernel reads
     for p, q in zip(ps, others, strict=True):
         assert torch.equal(p.detach(), q.detach())
         assert opt.state[p].keys() == other.state[q].keys()
@@ -165,6 +181,16 @@ def test_what_is_wrong_is_said_and_changes_nothing(spoil, message):
     with pytest.raises((ValueError, TypeError), match=message):
         opt.step()
     assert all(torch.equal(p.detach(), q) for p, q in zip(ps, before, strict=True))
+    assert opt.state[ps[1]]["step"] == 3
+
+
+def test_without_the_guards_of_torch_each_step_looks_at_everything(monkeypatch):
+    monkeypatch.setattr("collins.optimizer.POSSIBLE", False)
+    monkeypatch.setattr(Repeat, "__init__", None)
+    ps, opt = made()
+    for step in range(3):
+        give_gradients(ps, step)
+        opt.step()
     assert opt.state[ps[1]]["step"] == 3
 
 
