@@ -88,7 +88,10 @@ class Llama(nn.Module):
         x = self.token(tokens[:, :-1])
         cos, sin = rotations(x.shape[1], self.width, x)
         for block in self.blocks:
-            x = checkpoint(block, x, cos, sin, use_reentrant=False) if self.checkpointed else block(x, cos, sin)
+            if self.checkpointed:  # nothing is random in a block
+                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin)
         targets = tokens[:, 1:].flatten()
         loss: Tensor = ChunkedLoss.apply(self.norm(x).flatten(0, 1), self.head.weight, targets, chunks)  # type: ignore[no-untyped-call]
         return loss
