@@ -6,15 +6,17 @@ runs on a GPU, and is skipped where there is none. It ends with two tables. The 
 slabs: each direction of the link alone, both at once ("copy"), the pipeline with nothing to compute, the pipeline with
 Collins' update of bf16 parameters, that update with resident tables, and `Collins(memory="host").step()` as a user
 calls it. "of copy speed" is the share of the rate that both directions reach at once: a pipeline whose directions do
-not overlap gets to about half of it. The second is of whole training steps of LLaMA-7B, in backward, over each
-tier; the tiers take turns, so that whatever slows a machine down for a while slows both.
+not overlap gets to about half of it. The second is of training steps of LLaMA-7B, in backward, a few in a row as in
+training: what is still copied when a step ends goes on under the next forward.
 
 Two bars are asserted: that step reaches 80 % of the link's rate, and training on the host tier takes at most 5 % longer
-than on the device tier.
+than on the device tier, whose steps are timed in turns with it: what slows a machine down for a while slows both.
 """
 
 import gc
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,7 @@ ROUNDS = 15
 DEVICE = torch.device("cuda")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LENGTH, CHUNKS = 2048, 8
+IN_A_ROW = 4  # training steps
 MEDIANS = {}  # seconds, by name
 
 
@@ -99,14 +102,16 @@ def tables():
 
 @pytest.fixture
 def measure(benchmark):
-    def timed(function, name, nbytes, peak=None, group="llama-7b tables over the host link", before=None):
+    def timed(
+        function, name, nbytes, peak=None, group="llama-7b tables over the host link", before=None, rounds=ROUNDS
+    ):
         def once():
             function()
             torch.cuda.synchronize()
 
         benchmark.group = group
         benchmark.extra_info.update(name=name, bytes=nbytes, peak=peak)
-        benchmark.pedantic(once, setup=before, rounds=ROUNDS, warmup_rounds=3)
+        benchmark.pedantic(once, setup=before, rounds=rounds, warmup_rounds=3)
         MEDIANS[name] = benchmark.stats.stats.median
 
     yield timed
@@ -180,7 +185,7 @@ def test_step_after_backward(measure, tables):
 
 @pytest.fixture(scope="module")
 def training():
-    """Over each tier, a training step of LLaMA-7B in bf16, compiled block by block, on a batch of one sequence."""
+    """Over each tier, training steps of LLaMA-7B in bf16, compiled block by block, on a batch of one sequence."""
     sys.path.insert(0, str(EXAMPLES))
     try:
         from llama import Llama
@@ -196,29 +201,32 @@ def training():
         llama_7b.compile_blocks()
         opt = Collins(llama_7b.parameters(), lr=1e-4, memory=tier, in_backward=True)
 
-        def step():
-            llama_7b.loss(tokens, CHUNKS).backward()
-            opt.step()
+        def steps():
+            for _ in range(IN_A_ROW):
+                llama_7b.loss(tokens, CHUNKS).backward()
+                opt.step()
 
-        return step, opt
+        return steps, opt
 
     return {tier: built(tier) for tier in ("device", "host")}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile's own look at its inputs
 @pytest.mark.parametrize("tier", ["device", "host"])
-def test_training_step(measure, training, tier):
-    """The host tier comes second, and takes at most 5 % longer than the device tier."""
-    (step, opt), (other, _) = training[tier], training["host" if tier == "device" else "device"]
+def test_training_steps(measure, training, tier):
+    (steps, opt), (other, _) = training[tier], training["host" if tier == "device" else "device"]
+    turns = []
 
     def turn():
+        started = time.perf_counter()
         other()
         torch.cuda.synchronize()
+        turns.append(time.perf_counter() - started)
 
-    name = f"training step, {tier} tier"
+    name = f"{IN_A_ROW} training steps, {tier} tier"
     moved = sum(p.nbytes for group in opt.param_groups for p in group["params"]) * 3
     moved += 2 * opt.memory_report().state_bytes
-    measure(step, name, moved, group="llama-7b training step, in backward", before=turn)
+    measure(steps, name, IN_A_ROW * moved, group="llama-7b training, in backward", before=turn, rounds=ROUNDS // 2)
     assert all(row.tier == tier for plan in opt.placement for row in plan.rows)
-    if tier == "host" and "training step, device tier" in MEDIANS:
-        assert MEDIANS[name] <= 1.05 * MEDIANS["training step, device tier"]
+    if tier == "host":
+        assert MEDIANS[name] <= 1.05 * statistics.median(turns[-(ROUNDS // 2) :])
