@@ -41,7 +41,11 @@ class Counters:
         Returns:
             What they stand at now, in order: float32, shape (len(places),).
         """
-        first = cast(int, places[0])
-        index: Any = slice(first, first + len(places)) if len(places) == 1 or places == self._every else places
+        index: Any = slice(len(places)) if places == self._every else places
         self._numbers[index] += 1
         return cast(np.ndarray, self._numbers[index].copy())
+
+    def count_one(self, place: int) -> int:
+        """Counts one step there, and returns what it stands at now."""
+        self._numbers[place] += 1
+        return int(self._numbers[place])

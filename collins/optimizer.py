@@ -22,7 +22,7 @@ from collins.layout import Layout, layout_of, moment_bytes, moment_dtype, moment
 from collins.nonfinite import require_finite
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import Arrivals
-from collins.offload.housing import Housing, Tenant
+from collins.offload.housing import Housing, Moments, Tenant
 from collins.offload.slabs import Part
 from collins.options import check_options, listed, require
 from collins.repeat import POSSIBLE, Kept, Repeat
@@ -582,10 +582,13 @@ class Collins(Optimizer):
             if member.p.grad is not None:
                 raise RuntimeError(_twice(member.name))
 
-    @torch.no_grad()
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update_one(self, p: Tensor) -> None:
         """The step of one parameter whose gradient has arrived; frees the gradient."""
+        if torch.is_grad_enabled():  # backward(create_graph=True)
+            with torch.no_grad():
+                self._update_one(p)
+            return
         with self._lock:
             g = p.grad
             if g is None:  # an earlier hook has taken it
@@ -607,12 +610,12 @@ class Collins(Optimizer):
             known = member.first is not None or p in self.state
             if member.first is None:
                 self._adopt(member)
-            work = _work(member, g, self._numbers_of_one(group, member))
+            h = self._numbers_of_one(group, member)
             try:
                 if self._housing is None:
-                    self._engine.run_one(work)
+                    self._engine.run_one(_work(member, g, h))
                 else:
-                    self._housing.run_one(work, p, self._engine.run_one)
+                    self._housing.run_one(p, lambda staged: self._engine.run_one(_work(member, g, h, staged)))
             except BaseException:
                 if known:
                     self.state[p]["step"] -= 1
@@ -802,7 +805,7 @@ class Collins(Optimizer):
         """As `_numbers`, for one whose gradient has arrived in backward: a step reads a group's options once."""
         if group["capturable"]:
             return self._numbers(group, [member])[0]
-        steps_taken = int(self._counters.count([member.counter])[0])
+        steps_taken = self._counters.count_one(cast(int, member.counter))
         key = id(group), steps_taken
         if key not in self._shared:
             self._shared[key] = _scalars(steps_taken, group)
@@ -837,16 +840,16 @@ class Collins(Optimizer):
         )
 
 
-def _work(member: _Member, g: Tensor, h: Scalars) -> Work:
+def _work(member: _Member, g: Tensor, h: Scalars, staged: Moments | None = None) -> Work:
+    """A member's share of a step, over its own moments or over those that are staged for it."""
     spec, keys, hash, numel, launch, *_, part = cast(_Plan, member.plan)
     if spec.hash == "universal":
         hash = cast(UniversalHash, hash)
         keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
-    if part is None:
-        p, m, v, start = member.p, member.first, member.second, 0
-    else:
-        p, m, v = local(member.p), local(cast(Tensor, member.first)), local(cast(Tensor, member.second))
-        start = part.start
+    m, v = (cast(Tensor, member.first), cast(Tensor, member.second)) if staged is None else staged
+    p, start = member.p, 0
+    if part is not None:
+        p, m, v, start = local(p), local(m), local(v), part.start
     return _WORK(Work, (p, g, m, v, spec, keys, h, numel, start, launch))
 
 

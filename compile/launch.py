@@ -252,10 +252,11 @@ class Launch:
             False, and nothing is done, if the kernel cannot read one of the tensors.
         """
         p, g, m, v, _, keys, h, *_ = work
-        at = p.data_ptr(), m.data_ptr(), v.data_ptr()
-        for tensor, address in ((g, g.data_ptr()), *zip((p, m, v) if self.dense else (p,), at, strict=False)):
-            if address % _WIDE or not tensor.is_contiguous():
-                return False
+        at = at_p, at_m, at_v = p.data_ptr(), m.data_ptr(), v.data_ptr()
+        if (at_p | g.data_ptr()) % _WIDE or not (p.is_contiguous() and g.is_contiguous()):
+            return False
+        if self.dense and ((at_m | at_v) % _WIDE or not (m.is_contiguous() and v.is_contiguous())):
+            return False
         key = keys, p.numel(), at
         described = self._tables.get(key)
         if described is None:

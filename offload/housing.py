@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -110,14 +111,18 @@ class Housing:
         for host, items in hosts.items():
             host.run(items, compute)
 
-    def run_one(self, work: Work, p: Tensor, compute: Callable[[Work], None]) -> None:
-        """Steps one parameter while others are still to come; `finish` ends the step."""
+    def run_one(self, p: Tensor, compute: Callable[[Moments | None], None]) -> None:
+        """Steps one parameter while others are still to come; `finish` ends the step.
+
+        Args:
+            compute: takes the moments as they are staged; None for those on the device tier, where they are.
+        """
         home = self._hosts.get(p)
         if home is None:
-            compute(work)
+            compute(None)
         else:
             host, number = home
-            host.run_one(number, work, compute)
+            host.run_one(number, compute)
 
     def finish(self) -> None:
         """Ends a step. What the next one should need first is on its way to the device from here on."""
@@ -229,6 +234,10 @@ def _zeros(part: Part, device: torch.device) -> Tensor:
     return torch.zeros(part.shape, dtype=part.dtype, device=device)
 
 
+def _compute_staged(compute: Compute, work: Work, staged: Moments) -> None:
+    compute([work._replace(m=staged[0], v=staged[1])])
+
+
 class _Host:
     """Parameters of one device whose moments live in slabs."""
 
@@ -240,37 +249,45 @@ class _Host:
         self._slabs = [
             Slab([part for number in bucket for part in pairs[number]], pin=device.type != "cpu") for bucket in buckets
         ]
-        self._where = {number: (b, i) for b, bucket in enumerate(buckets) for i, number in enumerate(bucket)}
+        # Of each tenant: its bucket, and the places of its moments there.
+        self._where = {
+            number: (b, (2 * i, 2 * i + 1)) for b, bucket in enumerate(buckets) for i, number in enumerate(bucket)
+        }
         self._sizes = [len(bucket) for bucket in buckets]
         self._arrived: dict[int, int] = {}
         slots = min(plan.policy.staging_slots, len(buckets))
         self.pipeline = Pipeline(self._slabs, streams_for(device), slots=slots)
 
     def moments(self, number: int) -> Moments:
-        bucket, i = self._where[number]
-        m, v = self._slabs[bucket].tensors[2 * i : 2 * i + 2]
-        return m, v
+        bucket, (first, second) = self._where[number]
+        tensors = self._slabs[bucket].tensors
+        return tensors[first], tensors[second]
 
     def run(self, items: Sequence[tuple[int, Work]], compute: Compute) -> None:
         if self._arrived:  # the rest of a step: the order in which gradients arrived stays the prediction for the next
             for number, work in items:
-                self.run_one(number, work, lambda work: compute([work]))
+                self.run_one(number, partial(_compute_staged, compute, work))
             return
-        buckets: dict[int, list[tuple[int, Work]]] = {}
+        buckets: dict[int, list[tuple[tuple[int, int], Work]]] = {}
         for number, work in items:
-            bucket, i = self._where[number]
-            buckets.setdefault(bucket, []).append((i, work))
+            bucket, parts = self._where[number]
+            buckets.setdefault(bucket, []).append((parts, work))
 
         def step(bucket: int, staged: list[Tensor]) -> None:
-            compute([w._replace(m=staged[2 * i], v=staged[2 * i + 1]) for i, w in buckets[bucket]])
+            compute([work._replace(m=staged[first], v=staged[second]) for (first, second), work in buckets[bucket]])
 
         self.pipeline.run(list(buckets), step)
 
-    def run_one(self, number: int, work: Work, compute: Callable[[Work], None]) -> None:
-        bucket, i = self._where[number]
+    def run_one(self, number: int, compute: Callable[[Moments], None]) -> None:
+        bucket, parts = self._where[number]
         arrived = self._arrived[bucket] = self._arrived.get(bucket, 0) + 1
-        with self.pipeline.using(bucket, (2 * i, 2 * i + 1), more=arrived < self._sizes[bucket]) as (m, v):
-            compute(work._replace(m=m, v=v))
+        staged = self.pipeline.acquire(bucket, parts)
+        try:
+            compute((staged[0], staged[1]))
+        except BaseException:
+            self.pipeline.discard(bucket)
+            raise
+        self.pipeline.release(bucket, more=arrived < self._sizes[bucket])
 
     def finish(self) -> None:
         self._arrived.clear()
