@@ -233,6 +233,7 @@ class Collins(Optimizer):
         self._rosters: list[tuple[list[Tensor], list[_Member]]] = []
         self._settings: list[tuple[Any, ...]] = []
         self._repeat: _Again | None = None
+        self._last: list[_Member] = []  # those stepped last in a step that looked at everything
         self._arrivals: Arrivals | None = None
         self._awaited: dict[int, _Member] | None = None  # by identity, from the first gradient to arrive until `step`
         self._stepped: dict[int, _Member] = {}  # those of them that have been stepped, by key
@@ -452,12 +453,17 @@ class Collins(Optimizer):
         self._watch()  # whoever takes gradients since
 
     def _to_repeat(self, ready: Sequence[tuple[dict[str, Any], list[_Ready]]], works: Sequence[Work]) -> _Again | None:
-        """What may take the next step in a fraction of this one's time on the host."""
-        plain = POSSIBLE and all(not group["capturable"] and group["nonfinite"] != "error" for group, _ in ready)
-        course = self._engine.course(works) if plain and not self.in_backward else None
+        """What may take the next step in a fraction of this one's time on the host; None as long as parameters come and
+        go, since to make it takes as long as a step.
+        """
         members = [member for _, found in ready for member, _ in found]
+        settled, self._last = members == self._last, members
+        plain = POSSIBLE and all(not group["capturable"] and group["nonfinite"] != "error" for group, _ in ready)
         plans = [cast(_Plan, member.plan) for member in members]
-        if course is None or not members or any(plan.slice is not None for plan in plans):
+        if not (members and settled and plain) or self.in_backward or any(plan.slice is not None for plan in plans):
+            return None
+        course = self._engine.course(works)
+        if course is None:
             return None
         kept = [
             Kept(("step", *plan.names), cast(tuple[Tensor, ...], (m.step, m.first, m.second)))

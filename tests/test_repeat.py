@@ -144,9 +144,9 @@ def test_a_repeated_step_is_an_ordinary_step(change, monkeypatch):
             else:
                 patched.setattr(Collins, "_repeated", lambda self: False)
             ps, opt = made()
-            for step in range(7):
+            for step in range(8):
                 give_gradients(ps, step)
-                if step == 3:
+                if step == 4:
                     opt = change(ps, opt)
                 opt.step()
             sides.append((ps, opt))
@@ -182,6 +182,16 @@ def test_what_is_wrong_is_said_and_changes_nothing(spoil, message):
         opt.step()
     assert all(torch.equal(p.detach(), q) for p, q in zip(ps, before, strict=True))
     assert opt.state[ps[1]]["step"] == 3
+
+
+def test_no_repetition_is_prepared_while_gradients_come_and_go(monkeypatch):
+    monkeypatch.setattr(Repeat, "__init__", None)
+    ps, opt = made()
+    for step in range(4):
+        give_gradients(ps, step)
+        ps[step].grad = None
+        opt.step()
+    assert [opt.state[p]["step"] for p in ps] == [3, 3, 3, 3]
 
 
 def test_without_the_guards_of_torch_each_step_looks_at_everything(monkeypatch):
