@@ -93,6 +93,23 @@ def test_every_scheduler(name, tensor_lr):
     close(ours, theirs, torch.float64)
 
 
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
+def test_no_scheduler_recompiles(tensor_lr):
+    ps = parameters(torch.float32, "cpu")
+    opt = Collins(ps, lr=torch.tensor(1e-2) if tensor_lr else 1e-2, min_K=16, compile=True)
+    set_gradients(0, ps)
+    opt.step()
+    graphs = opt._engine.graphs
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for name, made in SCHEDULERS.items():
+            schedule = made(opt)
+            for step in range(8):
+                set_gradients(step, ps)
+                opt.step()
+                schedule.step(1.0) if name == "ReduceLROnPlateau" else schedule.step()
+    assert opt._engine.graphs == graphs
+
+
 def test_swa_utils_and_swalr():
     ours, theirs = parameters(torch.float64, "cpu"), parameters(torch.float64, "cpu")
     opts = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
