@@ -58,6 +58,7 @@ class _Plan(NamedTuple):
     settings: tuple[Any, ...]
     size: torch.Size  # of the parameter
     dtype: torch.dtype  # of the parameter
+    device: torch.device  # of the parameter
     names: tuple[str, str]  # of the moments, the first one first
     shape: tuple[int, ...]  # of each moment
     moment_dtype: torch.dtype
@@ -68,7 +69,7 @@ class _Plan(NamedTuple):
 class _Member:
     """A parameter with its place: `key` counts through all groups and is what its hashes derive from."""
 
-    __slots__ = ("counter", "first", "group", "key", "name", "p", "plan", "second", "step")
+    __slots__ = ("counter", "first", "group", "key", "name", "p", "place", "plan", "second", "step")
 
     def __init__(self, p: Tensor, group: dict[str, Any], key: int, name: str) -> None:
         self.p = p
@@ -80,6 +81,7 @@ class _Member:
         self.step: Tensor | None = None
         self.first: Tensor | None = None
         self.second: Tensor | None = None
+        self.place: torch.device | None = None  # of both
         self.counter: int | None = None  # the place of `step` among the optimizer's counters
 
 
@@ -459,15 +461,15 @@ class Collins(Optimizer):
         members = [member for _, found in ready for member, _ in found]
         settled, self._last = members == self._last, members
         plain = POSSIBLE and all(not group["capturable"] and group["nonfinite"] != "error" for group, _ in ready)
-        plans = [cast(_Plan, member.plan) for member in members]
-        if not (members and settled and plain) or self.in_backward or any(plan.slice is not None for plan in plans):
+        as_given = all(member.p.grad is g for _, found in ready for member, g in found)
+        if not (members and settled and plain and as_given) or self.in_backward:
             return None
         course = self._engine.course(works)
         if course is None:
             return None
         kept = [
-            Kept(("step", *plan.names), cast(tuple[Tensor, ...], (m.step, m.first, m.second)))
-            for m, plan in zip(members, plans, strict=True)
+            Kept(("step", *cast(_Plan, m.plan).names), cast(tuple[Tensor, ...], (m.step, m.first, m.second)))
+            for m in members
         ]
         stepped = {id(member) for member in members}
         others = [member.p for member in self._members() if id(member) not in stepped]
@@ -533,31 +535,50 @@ class Collins(Optimizer):
             plan = member.plan
             if plan is None or plan.settings is not settings:
                 plan = self._plan(member, settings)
-            _, _, _, _, _, _, size, dtype, _, _, _, kind, part = plan
-            if p.dtype is not dtype or p.shape != size or type(p) is not kind:
+            _, _, _, _, _, _, size, dtype, device, _, _, _, kind, part = plan
+            if p.dtype is not dtype or p.shape != size or type(p) is not kind or p.device != device:
                 plan = self._plan(member, settings)
-                _, _, _, _, _, _, size, dtype, _, _, _, kind, part = plan
-            if g.dtype is not dtype or g.shape != size or g.layout is not strided or g.device != p.device:
+                _, _, _, _, _, _, size, dtype, device, _, _, _, kind, part = plan
+            if g.dtype is not dtype or g.shape != size or g.layout is not strided or g.device != device:
                 _check_gradient(member, g)
-            if part is not None or type(g) is not Tensor:
-                g = _whole_or_local(member, g)
+            if part is not None or type(g) is not Tensor or g.is_neg():
+                g = _plain(member, g)
             state = states.get(p)
             if not (state and _holds(state, plan, member)):
                 self._reset(member, plan, state)
             found.append((member, g))
         return found
 
-    @staticmethod
-    def _reset(member: _Member, plan: _Plan, state: dict[str, Any] | None) -> None:
+    def _reset(self, member: _Member, plan: _Plan, state: dict[str, Any] | None) -> None:
         """Has the state adopted, or made, before the member is stepped; refuses one that does not fit."""
         member.first = None
-        if state and not all(name in state and state[name].shape == plan.shape for name in plan.names):
+        if not state:
+            return
+        if not all(name in state and state[name].shape == plan.shape for name in plan.names):
             held = {name: state[name] for name in MOMENTS if name in state}
             check_moments(member.name, "the optimizer", held, dict.fromkeys(plan.names, plan.shape))
-        if state and not all(is_placed_like(state[name], member.p) for name in plan.names):
+        if not all(is_placed_like(state[name], member.p) for name in plan.names):
             raise ValueError(
                 f"{member.name} has been sharded, or made whole, since its moments were made: build Collins after that"
             )
+        for name in plan.names:
+            if state[name].dtype != plan.moment_dtype:
+                raise ValueError(
+                    f"{name} of {member.name} must have the dtype {plan.moment_dtype}, which its group's table_dtype"
+                    f" means for a parameter of {plan.dtype}, got {state[name].dtype}"
+                )
+            if not self._at_home(member, state[name]):
+                raise ValueError(
+                    f"{name} of {member.name} must be where its step needs it, got one on {state[name].device} for a"
+                    f" parameter on {plan.device}: move both, or load_state_dict(state_dict()) once the parameter is"
+                    " where it stays"
+                )
+
+    def _at_home(self, member: _Member, moment: Tensor) -> bool:
+        """Whether a moment is on the device where the parameter's are stepped, or staged for that."""
+        if self._housing is None:
+            return moment.device == member.p.device
+        return member.p not in self._housing or self._housing.serves(member.p)
 
     @staticmethod
     def _guard(ready: Sequence[tuple[dict[str, Any], list[_Ready]]]) -> None:
@@ -609,8 +630,8 @@ class Collins(Optimizer):
                 raise RuntimeError(_twice(member.name))
             _check_gradient(member, g)
             group, plan = member.group, cast(_Plan, member.plan)
-            if plan.slice is not None or type(g) is not Tensor:
-                g = _whole_or_local(member, g)
+            if plan.slice is not None or type(g) is not Tensor or g.is_neg():
+                g = _plain(member, g)
             if group["nonfinite"] == "error":
                 self._guard([(group, [(member, g)])])
             known = member.first is not None or p in self.state
@@ -690,7 +711,7 @@ class Collins(Optimizer):
         settings = self._settings_of(group) if settings is None else settings
         plan = member.plan
         same = plan is not None and plan.settings is settings and plan.kind is type(p)
-        if plan is not None and same and plan.size == p.shape and plan.dtype == p.dtype:
+        if plan is not None and same and (plan.size, plan.dtype, plan.device) == (p.shape, p.dtype, p.device):
             return plan
         layout, period = _layout(p, group), group["rehash_period"]
         hash: Hash | None = None
@@ -712,7 +733,8 @@ class Collins(Optimizer):
         launch = self._engine.launch_of(spec, local(p), dtype, part.start if part else 0)
         names = _names(layout)
         plan = _Plan(
-            spec, keys, hash, p.numel(), launch, settings, p.shape, p.dtype, names, shape, dtype, type(p), part
+            spec, keys, hash, p.numel(), launch, settings, p.shape, p.dtype, p.device,
+            names, shape, dtype, type(p), part,
         )  # fmt: skip
         member.plan = plan
         member.step = member.first = member.second = None
@@ -745,12 +767,12 @@ class Collins(Optimizer):
         if self._housing is not None and member.p in self._housing:
             m, v = self._housing.moments(member.p)
             return placed(m, member.p, plan.shape), placed(v, member.p, plan.shape)
-        device = member.p.device if self._housing is None else "cpu"
+        device = member.p.device if self._housing is None else torch.device("cpu")
         kept = []
         for name in plan.names:
             moment = present.get(name)
             fits = moment is not None and moment.shape == plan.shape and moment.dtype == plan.moment_dtype
-            if moment is None or not fits or not is_placed_like(moment, member.p):
+            if moment is None or not fits or not is_placed_like(moment, member.p) or moment.device != device:
                 part = torch.zeros(_here(plan), dtype=plan.moment_dtype, device=device)
                 moment = placed(part, member.p, plan.shape)
             kept.append(moment)
@@ -827,6 +849,7 @@ class Collins(Optimizer):
         else:
             member.counter, state["step"] = self._counters.adopt(member.counter, int(state["step"]))
         member.step, member.first, member.second = state["step"], state[plan.names[0]], state[plan.names[1]]
+        member.place = member.first.device
 
     def _drain(self) -> None:
         if self._housing is not None:
@@ -860,10 +883,16 @@ def _work(member: _Member, g: Tensor, h: Scalars, staged: Moments | None = None)
 
 
 def _holds(state: dict[str, Any], plan: _Plan, member: _Member) -> bool:
-    """Whether the state still has the moments and the counter that the member knows."""
+    """Whether the state still has the moments and the counter that the member knows, and these are what they were."""
+    first, second = member.first, member.second
+    if first is None or second is None:
+        return False
     return (
-        state.get(plan.names[0]) is member.first
-        and state.get(plan.names[1]) is member.second
+        first.shape == second.shape == plan.shape
+        and first.dtype is second.dtype is plan.moment_dtype
+        and first.device == second.device == member.place
+        and state.get(plan.names[0]) is first
+        and state.get(plan.names[1]) is second
         and state.get("step") is member.step
     )
 
@@ -932,13 +961,13 @@ def _twice(name: str) -> str:
     )
 
 
-def _whole_or_local(member: _Member, g: Tensor) -> Tensor:
-    """A gradient as its parameter is stepped: this rank's part of it where the parameter is sharded."""
+def _plain(member: _Member, g: Tensor) -> Tensor:
+    """A gradient as its parameter is stepped: as it lies in memory; this rank's part where the parameter is sharded."""
     if cast(_Plan, member.plan).slice is not None:
         return local_gradient(member.name, g, member.p)
     if is_sharded(g):
         raise TypeError(f"the gradient of {member.name} must be a plain tensor as the parameter is, got a DTensor")
-    return g
+    return g.resolve_neg()
 
 
 def _check_gradient(member: _Member, g: Tensor) -> None:

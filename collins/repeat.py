@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from collins.rule import Scalars
@@ -18,12 +19,24 @@ from collins.rule import Scalars
 if TYPE_CHECKING:
     from collins.compile.launch import Course
 
-try:  # what guards torch.compile's own code: private, so that a torch without it takes every step the ordinary way
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:
-    TensorGuards = None  # type: ignore[assignment, misc]
 
-POSSIBLE = TensorGuards is not None
+def _guards_of(tensors: Sequence[Tensor]) -> Any:
+    """What guards torch.compile's own code: of type, dtype, device, sizes and strides. They keep no tensor."""
+    from torch._C._dynamo.guards import TensorGuards
+
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+
+def _possible() -> bool:
+    """Whether this torch has such guards, which are private: without them every step goes the ordinary way."""
+    sample = [torch.empty(1, device="cpu")]
+    try:
+        return bool(_guards_of(sample).check(*sample))
+    except Exception:
+        return False
+
+
+POSSIBLE = _possible()
 
 _grad = attrgetter("grad")
 
@@ -55,9 +68,7 @@ class Repeat:
         course: Course,
     ) -> None:
         self._params, self._others, self._course, self._state = [params[i] for i in course.order], others, course, state
-        tensors = *map(_grad, self._params), *self._params
-        # Of type, dtype, device, sizes and strides; it keeps no tensor.
-        self._guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        self._guards = _guards_of([*map(_grad, self._params), *self._params])
         self._entries = list(state.values())
         columns: dict[str, tuple[list[dict[str, Any]], list[Tensor]]] = {}
         for p, one in zip(params, kept, strict=True):

@@ -58,6 +58,12 @@ class Housing:
     def __contains__(self, p: Tensor) -> bool:
         return p in self._moments
 
+    def serves(self, p: Tensor) -> bool:
+        """Whether a settled parameter is still on the device that its moments are for."""
+        home = self._hosts.get(p)
+        device = self._moments[p][0].device if home is None else home[0].pipeline.streams.device
+        return device == p.device
+
     @property
     def waits(self) -> bool:
         """Whether what is decided depends on the device's peak, which only a step has seen."""
@@ -242,8 +248,7 @@ class _Host:
     """Parameters of one device whose moments live in slabs."""
 
     def __init__(self, tenants: Sequence[Tenant], plan: PlacementPlan, device: torch.device) -> None:
-        if plan.pin_limit is not None:
-            set_pin_limit(plan.pin_limit)
+        set_pin_limit(plan.pin_limit)
         pairs = [(tenant.moment, tenant.moment) for tenant in tenants]
         buckets = grouped(pairs, plan.policy.bucket_bytes)
         self._slabs = [

@@ -179,6 +179,79 @@ def test_a_layout_that_no_longer_fits_its_tables():
     assert opt.state[p]["step"].item() == 1
 
 
+MOVES = {
+    "size": (lambda p, state: setattr(state["m_table"], "data", torch.zeros(2)), "the optimizer holds .*m_table': .2,"),
+    "dtype": (
+        lambda p, state: setattr(state["v_table"], "data", state["v_table"].bfloat16()),
+        "v_table of parameter 0 must have the dtype torch.float32, .* got torch.bfloat16",
+    ),
+    "table": (lambda p, state: state.update(m_table=torch.zeros(64, 2, device="meta")), "got one on meta"),
+    "parameter": (
+        lambda p, state: torch.utils.swap_tensors(p, torch.nn.Parameter(torch.zeros(64, 64, device="meta"))),
+        "m_table of parameter 0 must be where .* got one on cpu for a parameter on meta: move both, or load_state_dict",
+    ),
+}
+
+
+POLICY = {"memory": "host"}
+MOVED = [(what, {}) for what in MOVES] + [(what, POLICY) for what in ("size", "dtype", "parameter")]
+
+
+@pytest.mark.parametrize(("what", "options"), MOVED, ids=str)
+def test_moments_that_are_no_longer_what_they_were(what, options):
+    move, message = MOVES[what]
+    p, other = param(64, 64), param(40)
+    opt = Collins([p, other], min_K=16, **options)
+    p.grad, other.grad = torch.ones_like(p), torch.ones_like(other)
+    opt.step()
+    move(p, opt.state[p])
+    p.grad, before = torch.ones_like(p), other.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        opt.step()
+    assert torch.equal(other.detach(), before)
+
+
+@pytest.mark.parametrize("what", ["size", "dtype"])
+def test_moments_that_are_no_longer_what_they_were_when_a_gradient_arrives(what):
+    move, message = MOVES[what]
+    p, other = param(64, 64), param(40)
+    opt = Collins([p, other], min_K=16, in_backward=True)
+    (p.square().sum() + other.square().sum()).backward()
+    opt.step()
+    move(p, opt.state[p])
+    before = other.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        (p.square().sum() + other.square().sum()).backward()
+    assert torch.equal(other.detach(), before)
+
+
+def test_moments_follow_their_parameter_with_a_state_dict():
+    p = param(64, 64)
+    opt = Collins([p], min_K=16)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    opt.state[p].update({name: opt.state[p][name].to("meta") for name in ("m_table", "v_table")})
+    kept = opt.state_dict()
+    for moments in kept["state"].values():
+        moments.update(m_table=torch.ones(64, 2), v_table=torch.ones(64, 2))
+    opt.load_state_dict(kept)
+    assert opt.state[p]["m_table"].device == p.device
+    opt.step()
+
+
+def test_other_dtypes_of_tables_come_with_new_tables_only():
+    p = param(64, 64)
+    opt = Collins([p], min_K=16)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    opt.param_groups[0]["table_dtype"] = torch.bfloat16
+    with pytest.raises(
+        ValueError, match=r"m_table of parameter 0 must have the dtype torch.bfloat16.* got torch.float32"
+    ):
+        opt.step()
+    assert opt.state[p]["step"].item() == 1
+
+
 def test_hash_of_a_stranger():
     with pytest.raises(ValueError, match=r"param must be a parameter of this optimizer, got a \(3,\) tensor"):
         Collins([param(10)]).hash_of(param(3))
