@@ -21,7 +21,7 @@ from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.layout import Layout, layout_of, moment_bytes, moment_dtype, moment_shape, within_rows
 from collins.nonfinite import require_finite
 from collins.offload import MemoryPolicy, PlacementPlan
-from collins.offload.backward import Arrivals
+from collins.offload.backward import Arrivals, refuse_replicas
 from collins.offload.housing import Housing, Moments, Tenant
 from collins.offload.slabs import Part
 from collins.options import check_options, listed, require
@@ -238,6 +238,7 @@ class Collins(Optimizer):
         self._last: list[_Member] = []  # those stepped last in a step that looked at everything
         self._arrivals: Arrivals | None = None
         self._awaited: dict[int, _Member] | None = None  # by identity, from the first gradient to arrive until `step`
+        self._alone = False  # whether replicas have been looked for
         self._stepped: dict[int, _Member] = {}  # those of them that have been stepped, by key
         self._shared: dict[tuple[int, int], Scalars] = {}  # their numbers, by group and step
         self._counters = Counters()
@@ -656,6 +657,9 @@ class Collins(Optimizer):
     def _await(self) -> dict[int, _Member]:
         """All parameters, checked and housed before the first of them is stepped in this backward pass."""
         self._shared.clear()
+        if not self._alone:
+            refuse_replicas(member.p for member in self._members())
+            self._alone = True
         awaited = {}
         for members in self._roster():
             if members:

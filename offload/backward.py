@@ -6,12 +6,15 @@ A parameter never keeps its optimizer alive: hooks know it weakly, and go when i
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 Receive = Callable[[Any, Tensor], None]
 
@@ -50,6 +53,23 @@ class Arrivals:
             if p.requires_grad:
                 new.append(p)
         self._handles += [p.register_post_accumulate_grad_hook(self._hook) for p in new]
+
+
+def refuse_replicas(params: Iterable[Tensor]) -> None:
+    """Raises a RuntimeError if `DistributedDataParallel` averages the gradients of one of these over several ranks.
+
+    It does so behind the hooks that consume them. Its modules are looked for among all objects: call it once.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    own = set(map(id, params))
+    for replica in [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]:
+        if replica.process_group.size() > 1 and not own.isdisjoint(map(id, replica.parameters())):
+            raise RuntimeError(
+                "in_backward must be False for parameters of DistributedDataParallel, which averages gradients after"
+                " they would have been used: step after backward, or shard the model by"
+                " torch.distributed.fsdp.fully_shard instead"
+            )
 
 
 class _Hook:

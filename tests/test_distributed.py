@@ -47,3 +47,21 @@ def test_replicas_stay_the_same_to_the_bit_without_a_word(ended, case):
     assert talked == also == [0]
     assert len(first) == 4 + 2 * 4
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def stepping_in_backward(rank):
+    net = torch.nn.Linear(64, 96)
+    opt = Collins(net.parameters(), min_K=16, in_backward=True)
+    ddp = torch.nn.parallel.DistributedDataParallel(net)
+    before = net.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="in_backward must be False for parameters of DistributedDataParallel"):
+        ddp(torch.randn(8, 64)).square().mean().backward()
+    other = torch.nn.Linear(64, 96)
+    of_others = Collins(other.parameters(), min_K=16, in_backward=True)
+    other(torch.randn(8, 64)).square().mean().backward()
+    of_others.step()
+    return torch.equal(net.weight.detach(), before), len(opt.state), len(of_others.state)
+
+
+def test_replicas_are_not_stepped_in_backward(tmp_path):
+    assert run(2, stepping_in_backward, folder=tmp_path) == [(True, 0, 2)] * 2
