@@ -16,6 +16,8 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 def host_memory_free(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
     """Bytes of host memory this process can still take: min(available to the system, headroom of each control group).
 
+    File pages that a group has not used of late are headroom: the kernel drops them before it refuses memory.
+
     Args:
         cgroups: where the control-group file system is mounted (versions 1 and 2 are understood).
         membership: the file that lists this process's groups.
@@ -30,15 +32,16 @@ def host_memory_total(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) 
 
 
 def _limits(cgroups: Path, membership: Path) -> Iterator[tuple[int, int]]:
-    """Limit and usage of this process's memory groups and all groups above them."""
+    """Limit, and usage without idle file pages, of this process's memory groups and all groups above them."""
     if not membership.is_file():
         return
     for line in membership.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, limit, usage = cgroups, "memory.max", "memory.current"
+            root, limit, usage, idle = cgroups, "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
             root, limit, usage = cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            idle = "total_inactive_file"
         else:
             continue
         group = root / path.lstrip("/")
@@ -47,9 +50,16 @@ def _limits(cgroups: Path, membership: Path) -> Iterator[tuple[int, int]]:
             if (folder / limit).is_file() and (folder / usage).is_file():
                 allowed = (folder / limit).read_text().strip()
                 if allowed != "max":
-                    yield int(allowed), int((folder / usage).read_text())
+                    yield int(allowed), max(int((folder / usage).read_text()) - _counted(folder, idle), 0)
             if folder == root:
                 break
+
+
+def _counted(folder: Path, name: str) -> int:
+    """A line of a group's statistics, in bytes."""
+    statistics = folder / "memory.stat"
+    lines = statistics.read_text().splitlines() if statistics.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
 
 
 class DeviceFigures(NamedTuple):

@@ -12,15 +12,15 @@ def test_host_memory_is_within_what_the_system_has():
 
 
 @pytest.mark.parametrize(
-    ("line", "folder", "limit", "usage"),
+    ("line", "folder", "limit", "usage", "idle"),
     [
-        ("0::/outer/inner", "outer", "memory.max", "memory.current"),
-        ("0::/outer/inner", "outer/inner", "memory.max", "memory.current"),
-        ("0::/not/here", ".", "memory.max", "memory.current"),
-        ("4:cpu,memory:/job", "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ("0::/outer/inner", "outer", "memory.max", "memory.current", "inactive_file"),
+        ("0::/outer/inner", "outer/inner", "memory.max", "memory.current", "inactive_file"),
+        ("0::/not/here", ".", "memory.max", "memory.current", "inactive_file"),
+        ("4:cpu,memory:/job", "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ],
 )
-def test_the_tightest_control_group_counts(tmp_path, line, folder, limit, usage):
+def test_the_tightest_control_group_counts(tmp_path, line, folder, limit, usage, idle):
     membership, cgroups = tmp_path / "membership", tmp_path / "cgroup"
     membership.write_text(f"7:cpuset:/elsewhere\n{line}\n")
     (cgroups / "outer" / "inner").mkdir(parents=True)
@@ -32,6 +32,10 @@ def test_the_tightest_control_group_counts(tmp_path, line, folder, limit, usage)
     assert host_memory_total(cgroups, membership) == 5000
     (group / usage).write_text("6000\n")
     assert host_memory_free(cgroups, membership) == 0
+    (group / "memory.stat").write_text(f"anon 900\nfile 5100\n{idle} 4500\nactive_file 600\n")
+    assert host_memory_free(cgroups, membership) == 3500
+    (group / usage).write_text("4000\n")  # read a little later
+    assert host_memory_free(cgroups, membership) == 5000
 
 
 def test_a_group_without_limit_and_a_system_without_groups(tmp_path):
