@@ -162,6 +162,8 @@ def pinned_bytes() -> int:
 def set_pin_limit(limit: int | None) -> None:
     """Limits what the slabs of this process may pin from now on, in bytes; None for no limit. Pinned slabs stay so.
 
+    An optimizer with tables on the host sets what its `MemoryPolicy` says before it makes slabs.
+
     Raises:
         ValueError: for a negative limit.
     """

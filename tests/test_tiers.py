@@ -317,6 +317,10 @@ def test_nobody_moves_in_when_one_device_cannot_be_served(monkeypatch):
 def test_the_policys_pin_limit_is_set():
     trained(steps=1, memory={"tier": "host", "pin_limit": "3KiB"})
     assert slabs._pins.limit == 3072
+    slabs._pins.warned = True
+    trained(steps=1, memory="host")  # neither another optimizer's limit nor its warning
+    assert slabs._pins.limit is None
+    assert not slabs._pins.warned
 
 
 @pytest.mark.cuda
