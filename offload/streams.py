@@ -103,7 +103,7 @@ class CudaStreams:
         event.synchronize()
 
     def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
-        with self._stream(lane):
+        with torch.cuda.stream(self._stream(lane)):
             target.copy_(source, non_blocking=True)
 
     def hold(self, tensor: Tensor, lane: Lane) -> None:
