@@ -358,10 +358,13 @@ class Mail:
         return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
 
     def _post(self, memory: Tensor, letters: Sequence[_Letter], capturing: bool) -> None:
-        count = memory.numel()
-        host, fetched = (
-            (self._host(count, capturing), None) if self._pages is None or capturing else self._pages.take(count)
-        )
+        count, fetched = memory.numel(), None
+        if capturing:
+            host = self._spare(count)
+        else:
+            if count not in self._spares:
+                self._spares[count] = self._host(count)
+            host, fetched = (self._host(count), None) if self._pages is None else self._pages.take(count)
         rows = [_column(h) for _, numbers in letters for h in numbers]
         numbers = list(chain.from_iterable(rows))
         plain = set(map(type, numbers)) <= {int, float}
@@ -392,13 +395,12 @@ class Mail:
         numbers = [piece.view(torch.float64).view(-1, len(NUMBERS)) for piece in addresses[len(sizes) :]]
         return memory, list(map(Sent, addresses, numbers))
 
-    def _host(self, count: int, capturing: bool) -> Tensor:
-        """Host memory to copy from; while a graph is captured, memory that was made before and that nobody reuses."""
-        pinned = self._device.type == "cuda"
-        if not capturing:
-            if pinned and count not in self._spares:
-                self._spares[count] = torch.empty(count, dtype=torch.int64, pin_memory=True)
-            return torch.empty(count, dtype=torch.int64, pin_memory=pinned)
+    def _host(self, count: int) -> Tensor:
+        """Host memory to copy from."""
+        return torch.empty(count, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+
+    def _spare(self, count: int) -> Tensor:
+        """Host memory that was made before, since none can be while a graph is captured, and that nobody reuses."""
         host = self._spares.pop(count, None)
         if host is None:
             raise RuntimeError(

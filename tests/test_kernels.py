@@ -372,9 +372,42 @@ def test_groups_with_numbers_on_the_device_and_on_the_host_share_a_launch(monkey
         torch.testing.assert_close(p.detach(), q.detach())
 
 
+@pytest.mark.parametrize("busy_link", [False, True])
+def test_memory_for_a_capture_is_ready_after_a_step_outside_of_it(busy_link, monkeypatch):
+    class Pages:
+        def take(self, size):
+            return torch.empty(size, dtype=torch.int64), Event()
+
+    class Event:
+        def record(self, stream):
+            pass
+
+    monkeypatch.setattr("collins.compile.launch._Pages", Pages)
+    monkeypatch.setattr("collins.compile.launch.fetch", lambda source, target: target.copy_(source))
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
+    mail = Mail(torch.device("cpu"), busy_link=busy_link)
+    h = scalars(1, lr=0.1, betas=(0.9, 0.99), eps=0, weight_decay=0, residual_weight=None)
+    letters = [([16, 32], [h])]
+    for step in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(Mail, "capturing", lambda self: True)
+            with pytest.raises(RuntimeError, match="without a step outside of it before"):
+                mail.send(letters)
+        ((outside, _),) = mail.send(letters)
+        with monkeypatch.context() as patched:
+            patched.setattr(Mail, "capturing", lambda self: True)
+            ((captured, _),) = mail.send(letters)
+        assert captured.tolist() == outside.tolist() == [16, 32]
+        assert captured.data_ptr() != outside.data_ptr(), step
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("compile", [None, True, False], ids=["kernel", "graphs", "eager"])
-def test_a_cuda_graph_of_a_training_step_replays_it(compile):
+@pytest.mark.parametrize(
+    ("compile", "memory"),
+    [(None, None), (True, None), (False, None), (None, "device")],
+    ids=["kernel", "graphs", "eager", "policy"],
+)
+def test_a_cuda_graph_of_a_training_step_replays_it(compile, memory):
     def captured(net, opt, inputs):
         held = inputs[0].clone()
 
@@ -397,8 +430,8 @@ def test_a_cuda_graph_of_a_training_step_replays_it(compile):
             held.copy_(x)
             graph.replay()
 
-    plain, _ = train(plainly, 9, capturable=True, compile=compile)
-    replayed, steps = train(captured, 9, capturable=True, compile=compile)
+    plain, _ = train(plainly, 9, capturable=True, compile=compile, memory=memory)
+    replayed, steps = train(captured, 9, capturable=True, compile=compile, memory=memory)
     assert steps == [9.0] * 4
     for p, q in zip(plain, replayed, strict=True):
         torch.testing.assert_close(p, q)
