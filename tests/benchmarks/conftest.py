@@ -1,4 +1,4 @@
-"""Prints the comparison once all benchmarks of a run are done."""
+"""Compares the benchmarks of a run once all are done: in a table, and in the JSON file as `comparison`."""
 
 from collections import defaultdict
 
@@ -6,23 +6,40 @@ from rich.console import Console
 from rich.table import Table
 
 
+def compared(benchmarks):
+    """By group and name: the median in seconds, its ratio to fused AdamW's, bytes that must move per second, and these
+    as a share of a copy's; None where the run has nothing to compare with.
+    """
+    groups = defaultdict(dict)
+    for group, extra, median in benchmarks:
+        groups[group][extra["name"]] = {**extra, "median": median, "bytes_per_second": extra["bytes"] / median}
+    for rows in groups.values():
+        fused, copy = rows.get("AdamW fused"), rows.get("copy")
+        for row in rows.values():
+            row["ratio"] = row["median"] / fused["median"] if fused else None
+            row["of_copy"] = row["bytes_per_second"] / copy["bytes_per_second"] if copy else None
+    return groups
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    done = [(b.group, b.extra_info, b.stats.median) for b in benchmarks if b.extra_info]
+    output_json["comparison"] = {group: list(rows.values()) for group, rows in compared(done).items()}
+
+
 def pytest_terminal_summary(config):
     session = getattr(config, "_benchmarksession", None)
-    groups = defaultdict(dict)
-    for done in session.benchmarks if session else ():
-        if done.extra_info and not done.has_error:
-            groups[done.group][done.extra_info["name"]] = (done.stats.median, done.extra_info)
-    for group, rows in groups.items():
-        table = Table("step", "median ms", "x AdamW fused", "bytes to move", "of copy speed", "peak extra", title=group)
-        fused, copy = rows.get("AdamW fused"), rows.get("copy")
-        for name, (median, extra) in rows.items():
-            speed = extra["bytes"] / median
+    done = [b for b in session.benchmarks if b.extra_info and not b.has_error] if session else []
+    for group, rows in compared((b.group, b.extra_info, b.stats.median) for b in done).items():
+        names = ("step", "median ms", "x AdamW fused", "bytes to move", "GB/s", "of copy speed", "peak extra")
+        table = Table(*names, title=group)
+        for name, row in rows.items():
             table.add_row(
                 name,
-                f"{1e3 * median:.2f}",
-                f"{median / fused[0]:.2f}" if fused else "",
-                f"{extra['bytes']:,}",
-                f"{speed * copy[0] / copy[1]['bytes']:.0%}" if copy else "",
-                "" if extra["peak"] is None else f"{extra['peak']:,}",
+                f"{1e3 * row['median']:.2f}",
+                "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+                f"{row['bytes']:,}",
+                f"{row['bytes_per_second'] / 1e9:,.1f}",
+                "" if row["of_copy"] is None else f"{row['of_copy']:.0%}",
+                "" if row["peak"] is None else f"{row['peak']:,}",
             )
         Console(width=120).print(table)
