@@ -94,14 +94,15 @@ def test_every_scheduler(name, tensor_lr):
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
-def test_no_scheduler_recompiles(tensor_lr):
+@pytest.mark.parametrize("hash", ["block", "universal"])
+def test_no_scheduler_recompiles(hash, tensor_lr):
     ps = parameters(torch.float32, "cpu")
-    opt = Collins(ps, lr=torch.tensor(1e-2) if tensor_lr else 1e-2, min_K=16, compile=True)
+    opt = Collins(ps, lr=torch.tensor(1e-2) if tensor_lr else 1e-2, min_K=16, hash=hash, compile=True)
     set_gradients(0, ps)
     opt.step()
     graphs = opt._engine.graphs
     with torch.compiler.set_stance("fail_on_recompile"):
-        for name, made in SCHEDULERS.items():
+        for name, made in {**SCHEDULERS, "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.05)}.items():
             schedule = made(opt)
             for step in range(8):
                 set_gradients(step, ps)

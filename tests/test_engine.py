@@ -191,10 +191,13 @@ def test_compiling_the_bound_step(compile):
     for wrap, inner in ((lambda function: function, False), (torch.compile, compile)):
         torch.manual_seed(0)
         ps = parameters((96, 64), (40,))
-        opt = Collins(ps, lr=1e-2, min_K=16, compile=inner)
+        opt = Collins(ps, lr=1e-2, min_K=16, rehash_period=3, compile=inner)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=1e-2, total_steps=20)  # cycles the betas too
         step = wrap(opt.step)
-        for _ in range(4):
-            step()
+        for i in range(8):
+            with torch.compiler.set_stance("fail_on_recompile" if i > 1 else "default"):
+                step()
+            schedule.step()
         sides.append(ps)
     for p, q in zip(*sides, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=1e-6)

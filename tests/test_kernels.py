@@ -319,6 +319,31 @@ def test_compiled_for_a_gpu_each_tensor_is_read_and_written_once_in_wide_words()
     assert len(ran.stdout.splitlines()) == 5
 
 
+def test_the_operator_is_the_kernel_that_a_step_calls(monkeypatch):
+    """Steps call its implementation, past the dispatcher, which would look at every tensor."""
+    sides, original = [], kernels.step_
+    for function in (original, torch.ops.collins.step_):
+        monkeypatch.setattr(kernels, "step_", function)
+        ps = parameters(torch.float32, [(96, 64), (40,)])
+        opt = launching(Collins(ps, min_K=16))
+        give_gradients(ps, 0)
+        opt.step()
+        sides.append([t for p in ps for t in (p.detach(), *moments(opt, p))])
+    assert all(torch.equal(a, b) for a, b in zip(*sides, strict=True))
+
+
+def test_the_operator_says_what_it_changes(monkeypatch):
+    given, original = [], kernels.step_
+    monkeypatch.setattr(kernels, "step_", lambda *args: (given.append(args), original(*args)))
+    ps = parameters(torch.float32, [(96, 64), (64, 64)])
+    opt = launching(Collins(ps, min_K=16))
+    give_gradients(ps, 0)
+    opt.step()
+    ((p, m, v, *rest),) = given
+    args = [p.detach() for p in p], list(m), list(v), *rest
+    torch.library.opcheck(torch.ops.collins.step_, args, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_needs_no_memory_of_the_parameters_size(dtype):
