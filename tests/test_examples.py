@@ -112,6 +112,17 @@ def test_train_70b_follows_its_policy_file(train_70b, tmp_path):
     assert run.placement[0].policy == train_70b.MemoryPolicy.of(policy)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile's own look at its inputs
+def test_train_70b_compiles_its_blocks_to_the_same_losses(train_70b):
+    losses = []
+    for way in (["--no-compile"], []):
+        arguments = [argument for argument in TINY_70B if argument != "--no-compile"]
+        run = train_70b.main([*arguments, *way, "--tier", "host", "--steps", "3"])
+        losses.append(run.losses)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)  # in bfloat16
+    assert losses[1][-1] < losses[1][0]
+
+
 @pytest.mark.parametrize(("vocab", "count"), [(32000, 68_976_648_192), (128256, 70_553_706_496)])
 def test_train_70b_has_the_real_shape(load, train_70b, vocab, count, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
