@@ -8,7 +8,8 @@ from rich.table import Table
 
 def compared(benchmarks):
     """By group and name: the median in seconds, its ratio to fused AdamW's, bytes that must move per second, and these
-    as a share of a copy's; None where the run has nothing to compare with.
+    as a share of a copy's; None where the run has nothing to compare with. `fused` is what steps of fused AdamW took
+    that were taken in turns with it, if there were any.
     """
     groups = defaultdict(dict)
     for group, extra, median in benchmarks:
@@ -16,7 +17,8 @@ def compared(benchmarks):
     for rows in groups.values():
         fused, copy = rows.get("AdamW fused"), rows.get("copy")
         for row in rows.values():
-            row["ratio"] = row["median"] / fused["median"] if fused else None
+            beside = row.get("fused") or (fused["median"] if fused else None)
+            row["ratio"] = row["median"] / beside if beside else None
             row["of_copy"] = row["bytes_per_second"] / copy["bytes_per_second"] if copy else None
     return groups
 
