@@ -1,5 +1,6 @@
 """The engine: compiled steps are the eager steps, compiled once, and eager where there is no compiler."""
 
+import math
 import re
 import subprocess
 import sys
@@ -206,9 +207,17 @@ def test_compiling_the_bound_step(compile):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"decode": "sketch"}], ids=str)
 def test_one_kernel_is_called_for_a_compressed_tensor(options, dtype, device):
+    """On a GPU it reads each gradient once. On the CPU its loops are two that go over all elements, one that sums up
+    buckets and one that decodes them, and nothing that they keep in between is larger than the tables.
+    """
     p = torch.nn.Parameter(torch.randn(512, 256, device=device).to(dtype))
     p.grad = torch.randn_like(p)
     _, codes = run_and_get_code(Collins([p], compile=True, **options).step)
     assert len(codes) == 1
     made = {"cpu": r"async_compile\.cpp_pybinding\(", "cuda": r"async_compile\.triton\("}[device.type]
     assert len(re.findall(made, codes[0])) == 1
+    if device.type == "cpu":
+        kept = re.findall(r"empty_strided_cpu\(\((.*?)\)", codes[0])
+        sizes = [math.prod(map(int, re.findall(r"\d+", shape))) for shape in kept]
+        assert 0 < max(sizes) <= p.numel() // 32
+        assert len(re.findall(r"for\(int64_t x1=.*x1<static_cast<int64_t>\(32L\)", codes[0])) == 2
