@@ -286,13 +286,8 @@ class _Host:
     def run_one(self, number: int, compute: Callable[[Moments], None]) -> None:
         bucket, parts = self._where[number]
         arrived = self._arrived[bucket] = self._arrived.get(bucket, 0) + 1
-        staged = self.pipeline.acquire(bucket, parts)
-        try:
-            compute((staged[0], staged[1]))
-        except BaseException:
-            self.pipeline.discard(bucket)
-            raise
-        self.pipeline.release(bucket, more=arrived < self._sizes[bucket])
+        with self.pipeline.using(bucket, parts, more=arrived < self._sizes[bucket]) as (m, v):
+            compute((m, v))
 
     def finish(self) -> None:
         self._arrived.clear()
