@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import reduce
 from itertools import accumulate, chain
-from operator import or_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,8 +158,12 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
+def _aligned(at: Sequence[int] | np.ndarray) -> bool:
+    return bool(np.bitwise_or.reduce(at) % _WIDE == 0)
+
+
 def _readable(tensors: Sequence[Tensor], at: Sequence[int]) -> bool:
-    return reduce(or_, at) % _WIDE == 0 and all(map(Tensor.is_contiguous, tensors))
+    return _aligned(at) and all(map(Tensor.is_contiguous, tensors))
 
 
 def _batch(launch: Launch, works: Sequence[Work]) -> Batch | None:
@@ -201,7 +203,7 @@ class Course:
                 order of the works.
         """
         at = np.array(_addresses(grads))
-        if np.bitwise_or.reduce(at) % _WIDE or list(map(_addresses, self._held)) != self._known:
+        if not _aligned(at) or list(map(_addresses, self._held)) != self._known:
             return None
 
         def run(numbers: Sequence[Scalars], rows: Sequence[int]) -> None:
