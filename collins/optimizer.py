@@ -775,8 +775,9 @@ class Collins(Optimizer):
         kept = []
         for name in plan.names:
             moment = present.get(name)
-            fits = moment is not None and moment.shape == plan.shape and moment.dtype == plan.moment_dtype
-            if moment is None or not fits or not is_placed_like(moment, member.p) or moment.device != device:
+            due = plan.shape, plan.moment_dtype, device
+            fits = moment is not None and (moment.shape, moment.dtype, moment.device) == due
+            if moment is None or not fits or not is_placed_like(moment, member.p):
                 part = torch.zeros(_here(plan), dtype=plan.moment_dtype, device=device)
                 moment = placed(part, member.p, plan.shape)
             kept.append(moment)
