@@ -14,13 +14,12 @@ than on the device tier, whose steps are timed in turns with it: what slows a ma
 """
 
 import gc
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from turns import Turns
 
 from collins import Collins
 from collins.compile import Engine
@@ -215,18 +214,11 @@ def training():
 @pytest.mark.parametrize("tier", ["device", "host"])
 def test_training_steps(measure, training, tier):
     (steps, opt), (other, _) = training[tier], training["host" if tier == "device" else "device"]
-    turns = []
-
-    def turn():
-        started = time.perf_counter()
-        other()
-        torch.cuda.synchronize()
-        turns.append(time.perf_counter() - started)
-
+    turns, rounds = Turns(other, torch.cuda.synchronize), ROUNDS // 2
     name = f"{IN_A_ROW} training steps, {tier} tier"
     moved = sum(p.nbytes for group in opt.param_groups for p in group["params"]) * 3
     moved += 2 * opt.memory_report().state_bytes
-    measure(steps, name, IN_A_ROW * moved, group="llama-7b training, in backward", before=turn, rounds=ROUNDS // 2)
+    measure(steps, name, IN_A_ROW * moved, group="llama-7b training, in backward", before=turns, rounds=rounds)
     assert all(row.tier == tier for plan in opt.placement for row in plan.rows)
     if tier == "host":
-        assert MEDIANS[name] <= 1.05 * statistics.median(turns[-(ROUNDS // 2) :])
+        assert MEDIANS[name] <= 1.05 * turns.median(rounds)

@@ -13,13 +13,12 @@ import gc
 import importlib.util
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from turns import Turns
 
 from collins import Collins
 from collins.offload.shapes import gpt2, llama
@@ -61,21 +60,15 @@ def rounds(parameters):
 @pytest.fixture
 def measure(benchmark):
     def timed(function, group, name, beside=None, **extra):
-        turns = []
+        turns = Turns(beside, settle) if beside else None
 
         def once():
             function()
             settle()
 
-        def turn():
-            started = time.perf_counter()
-            beside()
-            turns.append(time.perf_counter() - started)
-
         benchmark.group = group
-        benchmark.pedantic(once, setup=turn if beside else None, rounds=extra["rounds"], warmup_rounds=3)
-        fused = statistics.median(turns[-extra["rounds"] :]) if turns else None
-        benchmark.extra_info.update(name=name, fused=fused, **extra)
+        benchmark.pedantic(once, setup=turns, rounds=extra["rounds"], warmup_rounds=3)
+        benchmark.extra_info.update(name=name, fused=turns and turns.median(extra["rounds"]), **extra)
 
     yield timed
     gc.collect()
