@@ -90,15 +90,15 @@ assert all(state["step"] == 2 for state in opt.state.values())
     assert "compiler" in ran.stdout
 
 
-def parameters(*shapes):
-    ps = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+def parameters(*shapes, device=None):
+    ps = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
     for p in ps:
         p.grad = torch.randn_like(p)
     return ps
 
 
-def test_one_graph_for_each_signature_and_not_for_each_parameter():
-    ps = parameters(*llama(32, 64, 192, 16, 512).shapes)
+def test_one_graph_for_each_signature_and_not_for_each_parameter(device):
+    ps = parameters(*llama(32, 64, 192, 16, 512).shapes, device=device)
     assert len(ps) == 291
     opt = Collins(ps, min_K=128, compile=True)
     opt.step()
@@ -122,9 +122,10 @@ def test_dense_moments_of_different_dtypes_are_not_stacked_together():
         torch.testing.assert_close(eager, compiled, rtol=1e-6, atol=1e-8)  # bf16 to the bit
 
 
-def test_nothing_recompiles_after_the_first_step():
+def test_nothing_recompiles_after_the_first_step(device):
     """Not for another lr, tensor or float, betas, weight decay, absent gradients, epochs, nor a loaded state."""
-    body, norms = parameters((96, 64), (64, 96), (96, 64)), parameters((40,), (40,), (40,))
+    body = parameters((96, 64), (64, 96), (96, 64), device=device)
+    norms = parameters((40,), (40,), (40,), device=device)
     opt = Collins([{"params": body}, {"params": norms, "weight_decay": 0.0}], min_K=16, rehash_period=3, compile=True)
     opt.step()
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=1e-2, total_steps=20)  # cycles the betas too
@@ -135,7 +136,7 @@ def test_nothing_recompiles_after_the_first_step():
             opt.param_groups[0]["weight_decay"] = 0.01 * step
             norms[step % 3].grad = body[step % 3].grad = None
             norms[(step + 1) % 3].grad, body[(step + 1) % 3].grad = (
-                torch.randn(40),
+                torch.randn(40, device=device),
                 torch.randn_like(body[step % 3 - 2]),
             )
         opt.load_state_dict(opt.state_dict())
@@ -144,21 +145,22 @@ def test_nothing_recompiles_after_the_first_step():
             group["lr"] = torch.tensor(1e-3)
         opt.step()
         before = opt._engine.graphs
-        opt.add_param_group({"params": parameters((64, 96), (40,)), "lr": 1e-3})
+        opt.add_param_group({"params": parameters((64, 96), (40,), device=device), "lr": 1e-3})
         opt.step()
         assert opt._engine.graphs == before
-    late = parameters((48, 64))
+    late = parameters((48, 64), device=device)
     opt.add_param_group({"params": late})
     opt.step()
     assert opt._engine.graphs == before + 1
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own, of loss
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-def test_inside_a_compiled_training_step(compile):
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # and of the model
+@pytest.mark.parametrize("compile", [None, False, True], ids=["default", "eager", "compiled"])
+def test_inside_a_compiled_training_step(compile, device):
     def build(inner):
         torch.manual_seed(0)
-        net = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 64))
+        net = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 64)).to(device)
         opt = Collins(net.parameters(), lr=torch.tensor(1e-2), min_K=16, rehash_period=3, compile=inner)
         return net, opt, torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)
 
@@ -174,11 +176,12 @@ def test_inside_a_compiled_training_step(compile):
             return loss
 
         step = wrap(train_step)
-        for i in range(4):
-            step(torch.randn(8, 64, generator=torch.Generator().manual_seed(i)))
+        inputs = [torch.randn(8, 64, generator=torch.Generator().manual_seed(i)).to(device) for i in range(9)]
+        for x in inputs[:4]:
+            step(x)
         with torch.compiler.set_stance("fail_on_recompile"):
-            for i in range(4, 9):
-                step(torch.randn(8, 64, generator=torch.Generator().manual_seed(i)))
+            for x in inputs[4:]:
+                step(x)
         return [p.detach() for p in net.parameters()]
 
     expected = trained(lambda function: function, False)
@@ -186,12 +189,12 @@ def test_inside_a_compiled_training_step(compile):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-def test_compiling_the_bound_step(compile):
+@pytest.mark.parametrize("compile", [None, False, True], ids=["default", "eager", "compiled"])
+def test_compiling_the_bound_step(compile, device):
     sides = []
     for wrap, inner in ((lambda function: function, False), (torch.compile, compile)):
         torch.manual_seed(0)
-        ps = parameters((96, 64), (40,))
+        ps = parameters((96, 64), (40,), device=device)
         opt = Collins(ps, lr=1e-2, min_K=16, rehash_period=3, compile=inner)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=1e-2, total_steps=20)  # cycles the betas too
         step = wrap(opt.step)

@@ -345,11 +345,12 @@ def test_the_operator_says_what_it_changes(monkeypatch):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("compile", [None, True], ids=["kernel", "graphs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_step_needs_no_memory_of_the_parameters_size(dtype):
+def test_a_step_needs_no_memory_of_the_parameters_size(dtype, compile):
     p = torch.nn.Parameter(torch.randn(8192, 8192, device="cuda").to(dtype))
     p.grad = torch.randn_like(p)
-    opt = Collins([p])
+    opt = Collins([p], compile=compile)
     opt.step()
     resident = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
