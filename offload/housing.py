@@ -86,10 +86,10 @@ class Housing:
             return
         plans, host_free = [], host_memory_free()
         for device, group in by_device.items():
-            plan = _planned(self._policy, device, group, host_free, early)
+            plan, leave = _planned(self._policy, device, group, host_free, early)
             host_free -= plan.host_bytes + (plan.device_bytes if device.type == "cpu" else 0)
-            plans.append(plan)
-        built = [_built(device, by_device[device], plan) for device, plan in zip(by_device, plans, strict=True)]
+            plans.append((device, group, plan, leave))
+        built = [_built(*planned) for planned in plans]
         for plan, moments, host, on_host in built:
             self.plans.append(plan)
             _log.info("Where the tables are, and why:\n%s", plan.summary())
@@ -171,15 +171,17 @@ _TO_COME = 5
 
 def _planned(
     policy: MemoryPolicy, device: torch.device, tenants: Sequence[Tenant], host_free: int, early: bool
-) -> PlacementPlan:
+) -> tuple[PlacementPlan, int]:
+    """The plan for one device, and the bytes of it that are free now and must be so when all tables are there."""
     requests = [Request(t.name, tuple(t.p.shape), 2 * t.moment.nbytes) for t in tenants]
-    free, total = None, None
+    free, total, leave = None, None, 0
     if device.type == "cuda":
         figures = device_figures(device)
         free, total = figures.spare, figures.total
         if early:
             free = device_room(free, total, policy, requests, max(t.p.nbytes for t in tenants))
-    return place(
+        leave = figures.free - free + policy.device_reserve_of(total)
+    plan = place(
         requests,
         policy,
         device_free=free,
@@ -187,6 +189,7 @@ def _planned(
         host_free=max(host_free, 0),
         host_total=host_memory_total(),
     )
+    return plan, leave
 
 
 class _Built(NamedTuple):
@@ -198,8 +201,10 @@ class _Built(NamedTuple):
     on_host: list[Tensor]
 
 
-def _built(device: torch.device, tenants: Sequence[Tenant], plan: PlacementPlan) -> _Built:
-    """Allocates what a plan says; where the device runs out of memory, more goes to the host, with a warning."""
+def _built(device: torch.device, tenants: Sequence[Tenant], plan: PlacementPlan, leave: int) -> _Built:
+    """Allocates what a plan says; where the device runs out of memory, more goes to the host, with a warning, until
+    `leave` bytes are free.
+    """
     made: dict[Tensor, Moments] = {}
     for row, tenant in enumerate(tenants):
         if plan.rows[row].tier == "host":
@@ -207,7 +212,7 @@ def _built(device: torch.device, tenants: Sequence[Tenant], plan: PlacementPlan)
         try:
             made[tenant.p] = _zeros(tenant.moment, device), _zeros(tenant.moment, device)
         except torch.OutOfMemoryError:
-            plan = _spilled(plan, row)
+            plan = _spilled(plan, row, leave)
     while True:
         cut = sum(row.tier == "device" for row in plan.rows)
         made = dict(list(made.items())[:cut])
@@ -222,14 +227,14 @@ def _built(device: torch.device, tenants: Sequence[Tenant], plan: PlacementPlan)
                     f" ({plan.policy.staging_slots} slots of {size_text(plan.slot_bytes)}): free memory, or lower"
                     f" staging_slots or bucket_size\n{plan.totals()}"
                 ) from error
-            plan = _spilled(plan, 0)
+            plan = _spilled(plan, 0, leave)
             continue
         made.update((tenant.p, host.moments(number)) for number, tenant in enumerate(tenants[cut:]))
         return _Built(plan, made, host, [tenant.p for tenant in tenants[cut:]])
 
 
-def _spilled(plan: PlacementPlan, row: int) -> PlacementPlan:
-    plan = plan.spilled(row)
+def _spilled(plan: PlacementPlan, row: int, leave: int) -> PlacementPlan:
+    plan = plan.spilled(row, leave=leave)
     warnings.warn(
         f"Collins moves tables to the host: the device ran out of memory for them\n{plan.totals()}", stacklevel=2
     )

@@ -16,7 +16,7 @@ from collins.offload.policy import MemoryPolicy
 from collins.offload.sizes import size_text
 from collins.table import as_table, shape_text
 
-_ROOM = "makes room for the staging ring"
+_ROOM = "makes room on the device"
 _RAN_OUT = "the device ran out of memory while placing"
 
 
@@ -88,12 +88,17 @@ class PlacementPlan:
         """What tables and staging may take of each memory."""
         return _limits(self.policy, self.device_free, self.device_total, self.host_free, self.host_total)
 
-    def spilled(self, from_row: int) -> PlacementPlan:
+    def spilled(self, from_row: int, *, leave: int = 0) -> PlacementPlan:
         """The plan for when the device ran out of memory before row number `from_row` was on it.
 
         From that row on all is on the host. What stood on the device before it has shown how much the device does hold;
-        where the staging ring would not fit into that, rows before `from_row` move to the host as well. Make the ring
-        of the new plan after those rows are off the device. When nothing had been placed, nothing stays on the device.
+        where the staging ring, and what is to be left free, would not fit into that, rows before `from_row` move to the
+        host as well. Make the ring of the new plan after those rows are off the device. When nothing had been placed,
+        nothing stays on the device.
+
+        Args:
+            from_row: number of the row.
+            leave: bytes of the device that others need.
 
         Raises:
             IndexError: for a row that the plan does not have.
@@ -110,7 +115,7 @@ class PlacementPlan:
         sizes = [row.bytes for row in self.rows]
         shown = sum(row.bytes for row in self.rows[:from_row] if row.tier == "device") + self.staging_bytes
         cut = min(from_row, sum(row.tier == "device" for row in self.rows))
-        while cut and sum(sizes[:cut]) + self.policy.staging_slots * _slot(sizes[cut:], self.policy) > shown:
+        while cut and sum(sizes[:cut]) + self.policy.staging_slots * _slot(sizes[cut:], self.policy) > shown - leave:
             cut -= 1
         if sum(sizes[cut:]) > self.limits.host:
             raise MemoryError(f"{_RAN_OUT}. {_shortage(sizes, self)}")

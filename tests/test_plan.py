@@ -129,11 +129,13 @@ def test_a_spill_says_why_and_makes_room_for_the_ring():
     assert plan.host_bytes == plan.staging_bytes == 0
     spilled = plan.spilled(6)  # 60 bytes were there: 40 of tables, and two slots of 10
     assert [row.tier for row in spilled.rows] == ["device"] * 4 + ["host"] * 6
-    assert [row.why for row in spilled.rows[4:]] == ["makes room for the staging ring"] * 2 + [
+    assert [row.why for row in spilled.rows[4:]] == ["makes room on the device"] * 2 + [
         "the device ran out of memory while placing"
     ] * 4
     assert spilled.staging_bytes == 20
     assert "ran out of memory" in str(spilled)
+    assert plan.spilled(6, leave=15).device_bytes == 20
+    assert plan.spilled(6, leave=1000).device_bytes == 0
     for wrong in (-1, 10):
         with pytest.raises(IndexError, match=rf"from_row must be in \[0, 9\], got {wrong}"):
             plan.spilled(wrong)

@@ -344,6 +344,57 @@ def test_the_device_tier_keeps_within_what_is_free():
     assert not opt.state
 
 
+@pytest.fixture
+def shrinking(monkeypatch):
+    """A function that leaves so many bytes of the device to this process once a plan has been made with more."""
+
+    def shrink(room, planned=housing._planned):
+        def made(*args):
+            plan = planned(*args)
+            held = torch.cuda.memory_reserved() + room
+            torch.cuda.set_per_process_memory_fraction(held / torch.cuda.mem_get_info()[1])
+            return plan
+
+        monkeypatch.setattr(housing, "_planned", made)
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield shrink
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("in_backward", "room"), [(False, 500), (True, 640)], ids=["after", "in_backward"])
+def test_tables_spill_when_a_real_device_is_full(in_backward, room, shrinking):
+    """Training goes on with what it needs itself: in backward that is room for gradients to come, of 64 MiB each."""
+
+    def built(**options):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(12))).cuda()
+        return model, Collins(model.parameters(), lr=1e-3, compress_ratio=2, **options)  # 12 times 64 MiB of tables
+
+    def train(model, opt):
+        for step in range(3):
+            model(torch.full((2, 4096), 1.0 + step, device="cuda")).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+
+    resident = built()
+    train(*resident)
+    housed = built(memory={"device_reserve": 0, "bucket_size": "64MiB", "staging_slots": 2}, in_backward=in_backward)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    failed = torch.cuda.memory_stats()["num_ooms"]
+    shrinking(room * 2**20)
+    with pytest.warns(UserWarning, match="Collins moves tables to the host: the device ran out of memory"):
+        train(*housed)
+    assert torch.cuda.memory_stats()["num_ooms"] > failed
+    (plan,) = housed[1].placement
+    assert [row.tier for row in plan.rows] == sorted(row.tier for row in plan.rows)
+    assert {row.tier for row in plan.rows} == {"device", "host"}
+    assert same_bits(housed, resident)
+
+
 # How much of a device is planned with in the midst of its first backward.
 
 
@@ -373,8 +424,9 @@ def test_a_card_that_holds_the_ring_but_no_margin_is_used_from_the_host(early, t
     monkeypatch.setattr(housing, "device_figures", lambda device: spare)
     p = torch.empty(GIB // 2, device="meta", dtype=torch.bfloat16)  # 1 GiB
     tenants = [housing.Tenant(str(i), p, housing.Part((2**24,), torch.float32)) for i in range(8)]  # of 1 GiB in all
-    plan = housing._planned(MemoryPolicy(), torch.device("cuda"), tenants, 64 * GIB, early)
+    plan, leave = housing._planned(MemoryPolicy(), torch.device("cuda"), tenants, 64 * GIB, early)
     assert [row.tier for row in plan.rows] == 8 * [tier]
+    assert leave == 4 * GIB - plan.limits.device  # of what is free: for activations, the gradients to come, a reserve
 
 
 def test_the_first_step_says_where_tables_are_and_why(caplog):
