@@ -291,49 +291,6 @@ def test_slots_are_freed_only_when_the_callers_stream_is_done(mode):
             abandoned(holds=False)
 
 
-def test_a_gradient_that_another_stream_reads_is_held():
-    def freed_in_hook(hold):
-        streams = FakeStreams("late")
-        pipeline = Pipeline([Slab([Part((8,), torch.float32)])], streams)
-        grad = streams.empty(32).view(torch.float32)
-        streams.launch(lambda g: g.fill_(2), grad)
-        ready = streams.event()
-        streams.record(ready, Lane.CURRENT)
-        with streams.on(streams.new_stream("side")):
-            streams.wait(Lane.CURRENT, ready, Rule.COMPUTED)
-            with pipeline.using(0) as (m,):
-                streams.launch(lambda m, g: m.add_(g), m, grad)
-                if hold:
-                    streams.hold(grad, Lane.CURRENT)
-        del grad
-        gc.collect()
-        pipeline.drain()
-        return pipeline.slabs[0].tensors[0].tolist()
-
-    assert freed_in_hook(hold=True) == [2] * 8
-    with pytest.raises(FreedMemoryError):
-        freed_in_hook(hold=False)
-
-
-def test_a_hook_must_compute_on_the_stream_that_made_the_gradient():
-    """The current one, which is what a hook finds: a stream of its own would read gradients still in flight."""
-
-    def trained(own_stream):
-        streams = FakeStreams("late")
-        pipeline = Pipeline([Slab([Part((8,), torch.float32)])], streams)
-        backward = streams.new_stream("backward")
-        with streams.on(backward):
-            grad = streams.empty(32).view(torch.float32)
-            streams.launch(lambda g: g.fill_(2), grad)
-            with streams.on(streams.new_stream("own") if own_stream else backward), pipeline.using(0) as (m,):
-                streams.launch(lambda m, g: m.add_(g), m, grad)
-        pipeline.drain()
-        return pipeline.slabs[0].tensors[0].tolist()
-
-    assert trained(own_stream=False) == [2] * 8
-    assert trained(own_stream=True) != [2] * 8
-
-
 # The schedule.
 
 
