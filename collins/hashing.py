@@ -27,6 +27,7 @@ WORD = 32  # bits in a word
 # A word is an int64 in [0, 2^32). No product below leaves int64: a compiler may assume that signed integers never
 # overflow, and one that did removed the end of a loop.
 _MASK = 2**32 - 1
+_SIGN = -(2**31)  # the sign bit of an int32
 FIRST_MULTIPLIER, SECOND_MULTIPLIER = 0x21F0AAAD, 0x735A2D97
 TICK_STRIDE = 0x1E3779B9  # odd: neighbouring ticks lie far apart before they are mixed
 GOLDEN = 0x61C88647  # 2^32 / (golden ratio)^2
@@ -49,17 +50,6 @@ def hash_key(seed: int, key: int, purpose: str) -> HashKey:
     """The `HashKey` of the parameter at place `key` for one purpose ("sign" or "round")."""
     bits = derive(seed, key, purpose)
     return HashKey(bits & _MASK, bits >> 32 & _MASK)
-
-
-def once(x: Tensor) -> Tensor:
-    """`x`, computed once and kept in memory by code that is compiled for the CPU.
-
-    Inductor recomputes a value wherever it is used, per element of whatever uses it, unless a view fixes its strides.
-    What is hashed or averaged once a bucket is worth some per cent more bytes to move there; on accelerators it is not.
-    """
-    if x.device.type == "cpu" and torch.compiler.is_compiling():
-        return x.as_strided(x.shape, x.stride())
-    return x
 
 
 def mix32(x: Tensor) -> Tensor:
@@ -107,25 +97,33 @@ def sign_words(bucket: Tensor, load: int, epoch: Tensor | int, key: HashKey) -> 
     if load > WORD:
         index = torch.arange(load // WORD, device=bucket.device) + index * (load // WORD)
     tick = epoch[:, None] if isinstance(epoch, Tensor) else epoch
-    return once(mixed_word(index, tick, key).to(torch.int32))
+    return mixed_word(index, tick, key).to(torch.int32)
 
 
-def sign_bits(words: Tensor, bucket: Tensor, load: int) -> Tensor:
-    """What `sign_words` says of each element: int32 of shape (R, c), 1 where s = -1, 0 where s = +1.
+def sign_masks(words: Tensor, bucket: Tensor, load: int) -> Tensor:
+    """What `sign_words` says of each element: int32 of shape (R, c), negative where s = -1.
 
     s(i) is bit (i mod 32) of its word.
     """
-    lane = torch.arange(min(load, WORD), dtype=torch.int32, device=bucket.device)
+    lane = WORD - 1 - torch.arange(min(load, WORD), dtype=torch.int32, device=bucket.device)
     if load < WORD:
-        lane = (bucket[:, None] * load & (WORD - 1)).to(torch.int32) + lane
-    if load <= WORD:
-        return (words >> lane) & 1
-    return ((words[:, :, None] >> lane) & 1).reshape(-1, load)
+        lane = lane - (bucket[:, None] * load & (WORD - 1)).to(torch.int32)
+    if load > WORD:
+        words = words[:, :, None]
+    return (words << lane).view(-1, load)
 
 
-def as_sign(bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """+1 for bit 0, -1 for bit 1."""
-    return 1 - 2 * bits.to(dtype)
+def signed(x: Tensor, masks: Tensor, *, bitwise: bool = True) -> Tensor:
+    """s x, for `x` in float32 or float64 and `masks` as `sign_masks` returns them; they broadcast.
+
+    Args:
+        bitwise: whether to work on the bits of numbers; either way the result is the same.
+    """
+    if not bitwise:
+        return torch.where(masks < 0, -x, x)
+    if x.dtype == torch.float64:
+        return (x.view(torch.int64) ^ ((masks & _SIGN).to(torch.int64) << 32)).view(x.dtype)
+    return (x.view(torch.int32) ^ (masks & _SIGN)).view(x.dtype)
 
 
 def universal_bucket(index: Tensor, a: int | Tensor, b: int | Tensor, buckets: int) -> Tensor:
@@ -133,9 +131,9 @@ def universal_bucket(index: Tensor, a: int | Tensor, b: int | Tensor, buckets: i
     return (a * (index % PRIME) + b) % PRIME % buckets
 
 
-def universal_sign_bits(index: Tensor, c: int | Tensor, d: int | Tensor) -> Tensor:
-    """1 where s(i) = 2 (((c i + d) mod P) mod 2) - 1 is -1, as int64, for `index` int64."""
-    return 1 - (c * (index % PRIME) + d) % PRIME % 2
+def universal_sign_masks(index: Tensor, c: int | Tensor, d: int | Tensor) -> Tensor:
+    """As `sign_masks`, where s(i) = 2 (((c i + d) mod P) mod 2) - 1 is -1, for `index` int64."""
+    return ((1 - (c * (index % PRIME) + d) % PRIME % 2) << 31).to(torch.int32)
 
 
 def _require_integers(name: str, value: Tensor) -> None:
@@ -190,7 +188,7 @@ class UniversalHash:
     def sign(self, index: Tensor, step: int = 1) -> Tensor:
         """s(i): float32, -1 or +1, shaped like `index`. It is the same at every step."""
         _require_integers("index", index)
-        return as_sign(universal_sign_bits(index.long(), self.c, self.d))
+        return signed(torch.ones(index.shape, device=index.device), universal_sign_masks(index.long(), self.c, self.d))
 
     def fresh(self, bucket: Tensor, step: int) -> Tensor:
         """Which buckets draw new signs in this step: none, ever (bool, shaped like `bucket`)."""
@@ -256,7 +254,8 @@ class BlockHash:
         bucket = self.bucket(index)
         epoch, _ = self._epoch(bucket, step)
         word = bucket if self.block <= WORD else index.long() // WORD
-        return as_sign(mixed_word(word, epoch, self.sign_key) >> (index.long() & (WORD - 1)) & 1)
+        bits = mixed_word(word, epoch, self.sign_key) >> (index.long() & (WORD - 1)) & 1
+        return 1 - 2 * bits.to(torch.float32)
 
     def fresh(self, bucket: Tensor, step: int) -> Tensor:
         """Which buckets draw new signs in this step (bool, shaped like `bucket`)."""

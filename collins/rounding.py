@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from collins.hashing import WORD, HashKey, mixed_word, once
+from collins.hashing import WORD, HashKey, mixed_word
+from collins.loops import ahead, spare
 
 ROUNDED = (torch.bfloat16, torch.float16)
 
@@ -40,10 +41,11 @@ def random_bits(
     independent random variables via integer arithmetic without primes", 1996).
     """
     start, skip = divmod(first, WORD) if isinstance(first, int) else (first // WORD, 0)
-    index = torch.arange(-(-(skip + count) // WORD), device=device) + start
+    needed = -(-(skip + count) // WORD)
+    index = torch.arange(needed + spare(device), device=device) + start
     streams = (stream, stream ^ SECOND_WORD)
     words = [mixed_word(index, step, HashKey(key.low, key.high ^ s)) for s in streams]
-    A, B = (once((word >> 8).to(torch.int32))[..., None] for word in words)
+    A, B = (ahead((word >> 8).to(torch.int32), needed, dim=-1)[..., None] for word in words)
     lane = torch.arange(WORD, dtype=torch.int32, device=device)
     return (((A + B * lane) & 0xFFFFFF) >> 8).flatten(-2)[..., skip : skip + count]
 

@@ -7,6 +7,9 @@
 | dense moments (AdamW, Loshchilov & Hutter 2019) | m / (1 - beta1^t) | v / (1 - beta2^t) | none |
 | sketch, decode="residual" | s sqrt(c) M / (1 - beta1^t) | V / (1 - beta2^t) | g - s mu |
 | sketch, decode="sketch" (Collins v0.1) | s c M / (1 - beta1^t) | c V / (1 - beta2^t) | none |
+
+Turning the sign of m_hat and r turns that of their quotient and changes nothing else, to the bit. So a sketch is
+decoded from s g, with m_hat and r free of signs, and s is applied to the quotient.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ class Scalars(NamedTuple):
     lr: Scalar
     shrink: Scalar  # 1 - lr wd
     beta1: Scalar
+    rest1: Scalar  # 1 - beta1
     beta2: Scalar
+    rest2: Scalar
     inverse1: Scalar  # 1 / (1 - beta1^t)
     inverse2: Scalar  # 1 / (1 - beta2^t)
     eps: Scalar
@@ -49,19 +54,23 @@ def scalars(
     momentum and the raw residual enter the update with equal noise.
     """
     beta1, beta2 = betas
+    averages = beta1, 1 - beta1, beta2, 1 - beta2
     rho = math.sqrt((1 - beta1) / (1 + beta1)) if residual_weight is None else residual_weight
     if isinstance(step, Tensor):
         exact = step.to(torch.float64)
         on_device = 1 / (1 - beta1**exact), 1 / (1 - beta2**exact)
-        return Scalars(step.to(torch.int64), lr, 1 - lr * weight_decay, beta1, beta2, *on_device, eps, rho)
+        return Scalars(step.to(torch.int64), lr, 1 - lr * weight_decay, *averages, *on_device, eps, rho)
     inverses = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
-    return Scalars(step, lr, 1 - lr * weight_decay, beta1, beta2, *inverses, eps, rho)
+    return Scalars(step, lr, 1 - lr * weight_decay, *averages, *inverses, eps, rho)
 
 
-def updated(p: Tensor, m_hat: Tensor, v_hat: Tensor, r: Tensor | None, h: Scalars) -> Tensor:
-    """The new parameter, in the dtype of the moments; all tensors broadcast against `p`."""
+def direction(m_hat: Tensor, v_hat: Tensor, r: Tensor | None, h: Scalars) -> Tensor:
+    """(m_hat + rho r) / (sqrt(v_hat + r^2) + eps); all tensors broadcast."""
     if r is None:
-        direction = m_hat / (v_hat.sqrt() + h.eps)
-    else:
-        direction = (m_hat + h.rho * r) / (torch.sqrt(v_hat + r * r) + h.eps)
+        return m_hat / (v_hat.sqrt() + h.eps)
+    return (m_hat + h.rho * r) / (torch.sqrt(v_hat + r * r) + h.eps)
+
+
+def updated(p: Tensor, direction: Tensor, h: Scalars) -> Tensor:
+    """The new parameter, in the dtype of the moments."""
     return p * h.shrink - h.lr * direction

@@ -15,29 +15,34 @@ import torch
 from torch import Tensor
 
 
-def encode_rows(signs: Tensor, g: Tensor, load: float | Tensor) -> tuple[Tensor, Tensor]:
-    """mu and q, both (R,), of R buckets whose elements are the rows of `g`, (R, c); `load` is c, or (R,) true loads."""
-    return (signs * g).sum(1) / load, (g * g).sum(1) / load
+def encode_rows(signed: Tensor, load: float | Tensor) -> tuple[Tensor, Tensor]:
+    """mu and q, both (R,): the rows of `signed`, (R, c), are the s(i) g_i of R buckets; `load` is c, or (R,) loads."""
+    return signed.sum(1) / load, (signed * signed).sum(1) / load
 
 
-def add_scattered(mu: Tensor, q: Tensor, bucket: Tensor, signs: Tensor, g: Tensor, load: float) -> None:
-    """Adds the elements of flat `g`, (n,), at buckets (n,) int64, into mu and q, both (K,), in place.
+def add_scattered(mu: Tensor, q: Tensor, bucket: Tensor, signed: Tensor, load: float) -> None:
+    """Adds s(i) g_i = `signed`, (n,), at buckets (n,) int64, into mu and q, both (K,), in place.
 
     `load` is N / K, the load every bucket is expected to have.
     """
-    mu.index_add_(0, bucket, signs * g / load)
-    q.index_add_(0, bucket, g * g / load)
+    mu.index_add_(0, bucket, signed / load)
+    q.index_add_(0, bucket, signed * signed / load)
 
 
 def decay(
-    table: Tensor, mean: Tensor, beta: float | Tensor, fresh: Tensor | None = None, fine: Tensor | None = None
+    table: Tensor,
+    mean: Tensor,
+    beta: float | Tensor,
+    rest: float | Tensor,
+    fresh: Tensor | None = None,
+    fine: Tensor | None = None,
 ) -> Tensor:
-    """beta * table + (1 - beta) * mean in the dtype of `mean`.
+    """beta * table + rest * mean in the dtype of `mean`, where rest = 1 - beta.
 
     The table counts as 0 where `fresh`, and stays as it then is where not `fine`.
     """
     table = table.to(mean.dtype)
     if fresh is not None:
         table = torch.where(fresh, torch.zeros_like(table), table)
-    average = beta * table + (1 - beta) * mean
+    average = beta * table + rest * mean
     return average if fine is None else torch.where(fine, average, table)

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from collins.hashing import (
+    WORD,
     HashKey,
-    as_sign,
     epoch_of,
-    once,
-    sign_bits,
+    sign_masks,
     sign_words,
+    signed,
     universal_bucket,
-    universal_sign_bits,
+    universal_sign_masks,
 )
+from collins.loops import ahead, in_turn, once, spare, takes_bits
 from collins.rounding import FIRST, PARAM, ROUNDED, SECOND, random_bits, stochastic_round
-from collins.rule import Scalars, updated
+from collins.rule import Scalars, direction, updated
 from collins.sketch import add_scattered, decay, encode_rows
 
 
@@ -125,10 +126,10 @@ def _dense(p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Scalars, spec: Spec) -
     """The new p, m and v, flat and before they are rounded."""
     grad = _gradient(g, spec)
     fine = _fine(grad * grad, spec)
-    first_moment = decay(m, grad, h.beta1, fine=fine)
-    second_moment = decay(v, grad * grad, h.beta2, fine=fine)
+    first_moment = decay(m, grad, h.beta1, h.rest1, fine=fine)
+    second_moment = decay(v, grad * grad, h.beta2, h.rest2, fine=fine)
     old = _flat(p, grad.dtype)
-    new = updated(old, first_moment * h.inverse1, second_moment * h.inverse2, None, h)
+    new = updated(old, direction(first_moment * h.inverse1, second_moment * h.inverse2, None, h), h)
     return _where(fine, new, old), first_moment, second_moment
 
 
@@ -145,7 +146,7 @@ def _block_(work: Work, chunk: int | None) -> None:
         count = p.numel()
         first, rows = (work.start + offset) // load, -(-count // load)
         table = slice(offset // load, offset // load + rows)
-        bucket = torch.arange(rows, device=p.device) + first
+        bucket = torch.arange(rows + spare(p.device), device=p.device) + first
         epoch, fresh = epoch_of(bucket, h.step, keys.sign, keys.period) if spec.rehash else (0, None)
         loads: float | Tensor = load
         grad, old = _gradient(g, spec), _flat(p, torch.promote_types(p.dtype, torch.float32))
@@ -158,18 +159,21 @@ def _block_(work: Work, chunk: int | None) -> None:
         elif p.is_contiguous():
             p = p.view(rows, load)  # compiled, reads, sums and writes then share one loop over rows
         grad, old = grad.view(rows, load), old.view(rows, load)
-        fresh = None if fresh is None else once(fresh)
-        words = sign_words(bucket, load, epoch, keys.sign)
-        signs = as_sign(sign_bits(words, bucket, load), grad.dtype)
-        mu, q = encode_rows(signs, grad, loads)
+        fresh = None if fresh is None else ahead(fresh, rows)
+        words = ahead(sign_words(bucket, load, epoch, keys.sign), rows)
+        masks = sign_masks(words, bucket[:rows], load)
+        bitwise = takes_bits(p, load)
+        grad = signed(grad, masks, bitwise=bitwise)  # s g from here on
+        mu, q = (in_turn(mean, words) for mean in encode_rows(grad, loads))
         fine = _fine(q, spec)
-        first_moment = decay(work.m[table], mu, h.beta1, fresh, fine)
-        second_moment = decay(work.v[table], q, h.beta2, fine=fine)
+        fine = None if fine is None else once(fine)
+        first_moment = decay(work.m[table], mu, h.beta1, h.rest1, fresh, fine)
+        second_moment = decay(work.v[table], q, h.beta2, h.rest2, fine=fine)
         _store(work.m[table], first_moment, first, FIRST, work)
         _store(work.v[table], second_moment, first, SECOND, work)
         m_b, v_b = map(once, _scaled(first_moment, second_moment, loads, work))
-        r = grad - signs * once(mu)[:, None] if spec.decode == "residual" else None
-        new = updated(old, signs * m_b[:, None], v_b[:, None], r, h)
+        r = grad - once(mu)[:, None] if spec.decode == "residual" else None
+        new = updated(old, signed(direction(m_b[:, None], v_b[:, None], r, h), masks, bitwise=bitwise), h)
         new = _where(None if fine is None else fine[:, None], new, old)
         _store(p, new.view(-1)[:count], work.start + offset, PARAM, work)
 
@@ -178,26 +182,27 @@ def _universal_(work: Work, chunk: int | None) -> None:
     spec, h = work.spec, work.h
     buckets, load = work.m.numel(), spec.load
     a, b, c, d = work.keys.universal
+    bitwise = takes_bits(work.p, WORD)
 
     def hashed(first: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.arange(g.numel(), device=g.device) + first
-        grad = _gradient(g, spec)
-        return grad, universal_bucket(index, a, b, buckets), as_sign(universal_sign_bits(index, c, d), grad.dtype)
+        masks = universal_sign_masks(index, c, d)
+        return signed(_gradient(g, spec), masks, bitwise=bitwise), universal_bucket(index, a, b, buckets), masks
 
     mu = torch.zeros_like(work.m, dtype=torch.promote_types(work.p.dtype, torch.float32))
     q = torch.zeros_like(mu)
     for first, _, g in _pieces(work, chunk):
-        grad, bucket, signs = hashed(first, g)
-        add_scattered(mu, q, bucket, signs, grad, load)
+        signed_grad, bucket, _ = hashed(first, g)
+        add_scattered(mu, q, bucket, signed_grad, load)
     fine = _fine(q, spec)
-    first_moment = decay(work.m, mu, h.beta1, fine=fine)
-    second_moment = decay(work.v, q, h.beta2, fine=fine)
+    first_moment = decay(work.m, mu, h.beta1, h.rest1, fine=fine)
+    second_moment = decay(work.v, q, h.beta2, h.rest2, fine=fine)
     m_b, v_b = _scaled(first_moment, second_moment, load, work)
     for first, p, g in _pieces(work, chunk):
-        grad, bucket, signs = hashed(first, g)
-        r = grad - signs * mu[bucket] if spec.decode == "residual" else None
-        old = _flat(p, grad.dtype)
-        new = updated(old, signs * m_b[bucket], v_b[bucket], r, h)
+        signed_grad, bucket, masks = hashed(first, g)
+        r = signed_grad - mu[bucket] if spec.decode == "residual" else None
+        old = _flat(p, signed_grad.dtype)
+        new = updated(old, signed(direction(m_b[bucket], v_b[bucket], r, h), masks, bitwise=bitwise), h)
         _store(p, _where(None if fine is None else fine[bucket], new, old), first, PARAM, work)
     _store(work.m, first_moment, 0, FIRST, work)
     _store(work.v, second_moment, 0, SECOND, work)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from collins.compile.graphs import SMALL, Graphs, split, whole_of
-from collins.rule import Scalars
+from collins.compile.graphs import SMALL, Graphs, Numbers, split, whole_of
 from collins.update import Spec, Work, update_
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class Engine:
                 return
         self._largest = max(self._largest, *(work.p.nbytes for work in works), 0)
         small: dict[tuple[Any, ...], list[Work]] = {}
-        numbers: dict[int, Scalars] = {}
+        numbers: Numbers = {}
         for work in works:
             p = work.p
             whole = whole_of(work) if self._compiles(p.device) else 0

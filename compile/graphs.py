@@ -20,16 +20,20 @@ from collins.update import Keys, Spec, Work, update_, update_rows_
 SMALL = 1 << 16
 
 # By default Inductor stores any value of more than 30 operations, here one of the parameter's size. It is to store what
-# `collins.hashing.once` keeps and no more.
+# `collins.loops.once` keeps and no more.
 _OPTIONS: dict[str, Any] = {
     "realize_opcount_threshold": 10_000,
     "realize_reads_threshold": 1000,
     "realize_acc_reads_threshold": 1000,
+    "cpp.enable_floating_point_contract_flag": "fast",  # x * y + z by one instruction
 }
 if hasattr(inductor, "deterministic"):  # otherwise the fastest order of a sum is measured anew in every process
     _OPTIONS["deterministic"] = True
 
 _Graph = Callable[..., None]
+
+# A step's count, and its other `Scalars` in one tensor: by identity, the dtype of the update, and the device.
+Numbers = dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]]
 
 
 class Graphs:
@@ -42,12 +46,12 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, work: Work, numbers: dict[int, Scalars]) -> None:
+    def run(self, work: Work, numbers: Numbers) -> None:
         """Performs `work`, of which `whole_of` says that a graph can take it.
 
         Args:
             work: a parameter's step.
-            numbers: the hyperparameters of this step as tensors, by the identity of theirs; filled here.
+            numbers: those of this step; filled here.
         """
         p, g, m, v, spec, keys, h, _, start, _ = work
         tensors = [t.detach().view(shape) for t, shape in zip((p, g, m, v), _views(work), strict=True)]
@@ -55,13 +59,12 @@ class Graphs:
         for constant in (keys, start):
             if constant not in self._constants:
                 self._constants[constant] = tree_map(torch.tensor, constant)
-        if id(h) not in numbers:
-            numbers[id(h)] = Scalars(
-                torch.as_tensor(h.step), *(torch.as_tensor(number, dtype=torch.float64) for number in h[1:])
-            )
+        here = id(h), _computed_in(p), p.device
+        if here not in numbers:
+            numbers[here] = torch.as_tensor(h.step), _row(h[1:], p)
         if signature not in self._graphs:
             self._graphs[signature] = _graph_of_one(spec, len(self))
-        self._graphs[signature](*tensors, self._constants[keys], numbers[id(h)], self._constants[start])
+        self._graphs[signature](*tensors, self._constants[keys], *numbers[here], self._constants[start])
 
     def run_stacked(self, batch: Sequence[Work]) -> None:
         """Small dense tensors of one signature, stacked along a first dimension whose size may change between steps."""
@@ -74,7 +77,7 @@ class Graphs:
         tensors = [stack.view(len(doubled), -1) for stack in stacks]
         keys = torch.tensor([tree_flatten(work.keys)[0] for work in doubled]).to(device)
         steps = torch.stack([torch.as_tensor(work.h.step) for work in doubled]).to(device)[:, None]
-        numbers = torch.stack([_row(work.h[1:], device) for work in doubled])
+        numbers = torch.stack([_row(work.h[1:], work.p) for work in doubled])
         starts = torch.tensor([[work.start] for work in doubled]).to(device)
         for stacked in (*tensors, keys, steps, numbers, starts):
             torch._dynamo.mark_dynamic(stacked, 0)
@@ -126,15 +129,23 @@ def _views(work: Work) -> tuple[tuple[int, ...], ...]:
     return shape, shape, table, table
 
 
-def _row(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
+def _computed_in(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _row(numbers: Sequence[float | Tensor], p: Tensor) -> Tensor:
+    """In the dtype that the update of `p` is computed in, so that no loop has to convert them."""
+    dtype, device = _computed_in(p), p.device
     if any(isinstance(number, Tensor) for number in numbers):
-        return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
+        return torch.stack([torch.as_tensor(number, dtype=dtype, device=device) for number in numbers])
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _graph_of_one(spec: Spec, number: int) -> _Graph:
-    def one(p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: Keys, h: Scalars, start: Tensor) -> None:
-        update_(Work(p, g, m, v, spec, keys, h, p.numel(), start))
+    def one(
+        p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: Keys, step: Tensor, numbers: Tensor, start: Tensor
+    ) -> None:
+        update_(Work(p, g, m, v, spec, keys, Scalars(step, *numbers), p.numel(), start))
 
     return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=_OPTIONS)
 

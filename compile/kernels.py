@@ -33,6 +33,7 @@ from collins.rounding import (
     SECOND,
     SECOND_WORD,
 )
+from collins.rule import Scalars
 
 _M1 = tl.constexpr(FIRST_MULTIPLIER)
 _M2 = tl.constexpr(SECOND_MULTIPLIER)
@@ -49,9 +50,8 @@ CHUNK = 16  # tiles of a program, one after the other: it reads the next while i
 # The columns of the table, one row a tensor: addresses, sizes and hash constants, all int64.
 COLUMNS = ("p", "m", "v", "local", "chunk", "start", "numel", "sign0", "sign1", "round0", "round1", "period", "row")
 _WIDTH = tl.constexpr(len(COLUMNS))
-# The columns of the numbers that change with every step, one row for each set of hyperparameters, all float64.
-NUMBERS = ("step", "lr", "shrink", "beta1", "rest1", "beta2", "rest2", "inverse1", "inverse2", "eps", "rho")
-_NUMBERS = tl.constexpr(len(NUMBERS))
+# The numbers that change with every step: a row for each set of hyperparameters, all float64.
+_NUMBERS = tl.constexpr(len(Scalars._fields))
 
 
 @triton.jit
@@ -353,7 +353,7 @@ def step_(
         owners: which tensor each program belongs to, int32.
         table: a row of `COLUMNS` for each tensor.
         grads: addresses of the gradients, int64; or the gradient itself, of the only tensor.
-        numbers: rows of `NUMBERS`, float64.
+        numbers: rows of `collins.rule.Scalars`, float64.
         load: c; 1 for dense moments.
         residual, rehash, rounding, maximize, skip: as in `collins.update.Spec`.
         even: whether every tensor is made of whole buckets and whole words.

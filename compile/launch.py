@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from collins.compile import kernels
-from collins.compile.kernels import CHUNK, LARGEST_LOAD, MOMENTS, NUMBERS, PARAMETERS, TILE, fetch
+from collins.compile.kernels import CHUNK, LARGEST_LOAD, MOMENTS, PARAMETERS, TILE, fetch
 from collins.hashing import WORD
 from collins.rule import Scalars
 from collins.update import Keys, Spec, Work
@@ -151,7 +151,7 @@ class Sent(NamedTuple):
     """What a batch's launch reads on the device."""
 
     gradients: Tensor  # their addresses, int64
-    numbers: Tensor  # float64, rows of `NUMBERS`
+    numbers: Tensor  # float64, rows of `Scalars`
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -367,7 +367,7 @@ class Mail:
             if count not in self._spares:
                 self._spares[count] = self._host(count)
             host, fetched = (self._host(count), None) if self._pages is None else self._pages.take(count)
-        rows = [_column(h) for _, numbers in letters for h in numbers]
+        rows = [h for _, numbers in letters for h in numbers]
         numbers = list(chain.from_iterable(rows))
         plain = set(map(type, numbers)) <= {int, float}
         written, at = host.numpy(), 0
@@ -383,7 +383,7 @@ class Mail:
             fetch(host, memory)
             fetched.record(torch.cuda.current_stream(self._device))
         if not plain:
-            _fill(memory[at:].view(torch.float64).view(-1, len(NUMBERS)), rows)
+            _fill(memory[at:].view(torch.float64).view(-1, len(Scalars._fields)), rows)
         if capturing:
             self._captured.append((host, memory))
 
@@ -391,10 +391,10 @@ class Mail:
         return 0 if self._device.type == "cpu" else torch._C._cuda_getCurrentRawStream(self._device.index)
 
     def _box(self, sizes: Sequence[tuple[int, int]]) -> _Box:
-        total = sum(count + rows * len(NUMBERS) for count, rows in sizes)
+        total = sum(count + rows * len(Scalars._fields) for count, rows in sizes)
         memory = torch.empty(total, dtype=torch.int64, device=self._device)
-        addresses = memory.split([count for count, _ in sizes] + [rows * len(NUMBERS) for _, rows in sizes])
-        numbers = [piece.view(torch.float64).view(-1, len(NUMBERS)) for piece in addresses[len(sizes) :]]
+        addresses = memory.split([count for count, _ in sizes] + [rows * len(Scalars._fields) for _, rows in sizes])
+        numbers = [piece.view(torch.float64).view(-1, len(Scalars._fields)) for piece in addresses[len(sizes) :]]
         return memory, list(map(Sent, addresses, numbers))
 
     def _host(self, count: int) -> Tensor:
@@ -439,8 +439,3 @@ class _Pages:
         else:
             pieces.append((torch.empty(size, dtype=torch.int64, pin_memory=True), torch.cuda.Event()))
         return pieces[-1]
-
-
-def _column(h: Scalars) -> tuple[Any, ...]:
-    step, lr, shrink, beta1, beta2, inverse1, inverse2, eps, rho = h
-    return step, lr, shrink, beta1, 1 - beta1, beta2, 1 - beta2, inverse1, inverse2, eps, rho

@@ -208,10 +208,21 @@ def test_compiling_the_bound_step(compile, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"decode": "sketch"}], ids=str)
-def test_one_kernel_is_called_for_a_compressed_tensor(options, dtype, device):
-    """On a GPU it reads each gradient once. On the CPU its loops are two that go over all elements, one that sums up
-    buckets and one that decodes them, and nothing that they keep in between is larger than the tables.
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"decode": "sketch"},
+        {"rehash_period": None},
+        {"nonfinite": "skip"},
+        {"compress_ratio": 8, "maximize": True},
+        {"compress_ratio": 64},
+    ],
+    ids=str,
+)
+def test_one_kernel_reads_each_gradient_once(options, dtype, device):
+    """In its code for the CPU there is one loop over buckets that goes over their elements: one bucket's are summed up
+    and decoded before the next one's are touched. Nothing that it keeps is larger than the tables.
     """
     p = torch.nn.Parameter(torch.randn(512, 256, device=device).to(dtype))
     p.grad = torch.randn_like(p)
@@ -220,7 +231,11 @@ def test_one_kernel_is_called_for_a_compressed_tensor(options, dtype, device):
     made = {"cpu": r"async_compile\.cpp_pybinding\(", "cuda": r"async_compile\.triton\("}[device.type]
     assert len(re.findall(made, codes[0])) == 1
     if device.type == "cpu":
+        load = options.get("compress_ratio", 32)
+        buckets = p.numel() // load
+        loops = re.split(r"for\(int64_t x0=", codes[0])[1:]
+        assert sum(f"x1<static_cast<int64_t>({load}L)" in loop for loop in loops) == 1
+        assert all(f"x0<static_cast<int64_t>({p.numel()}L)" not in loop for loop in loops)
         kept = re.findall(r"empty_strided_cpu\(\((.*?)\)", codes[0])
         sizes = [math.prod(map(int, re.findall(r"\d+", shape))) for shape in kept]
-        assert 0 < max(sizes) <= p.numel() // 32
-        assert len(re.findall(r"for\(int64_t x1=.*x1<static_cast<int64_t>\(32L\)", codes[0])) == 2
+        assert 0 < max(sizes) <= (buckets + 1) * max(load // 32, 1)

@@ -16,10 +16,10 @@ def encoded(hash, g, step=1):
     index = torch.arange(NUMEL)
     bucket, sign = hash.bucket(index), hash.sign(index, step).to(g.dtype)
     if isinstance(hash, BlockHash):
-        mu, q = encode_rows(sign.view(BUCKETS, -1), g.view(BUCKETS, -1), 32)
+        mu, q = encode_rows((sign * g).view(BUCKETS, -1), 32)
     else:
         mu, q = torch.zeros(BUCKETS, dtype=g.dtype), torch.zeros(BUCKETS, dtype=g.dtype)
-        add_scattered(mu, q, bucket, sign, g, NUMEL / BUCKETS)
+        add_scattered(mu, q, bucket, sign * g, NUMEL / BUCKETS)
     return mu, q, bucket, sign
 
 
@@ -46,16 +46,16 @@ def test_decoded_second_moments(family):
     for _ in range(50):
         g = torch.randn(NUMEL, dtype=torch.float64, generator=generator).exp()
         _, q, bucket, _ = encoded(hash, g)
-        table, exact = decay(table, q, 0.99), decay(exact, g * g, 0.99)
+        table, exact = decay(table, q, 0.99, 0.01), decay(exact, g * g, 0.99, 0.01)
         assert (table >= 0).all()
         assert (NUMEL / BUCKETS * table[bucket] >= exact * (1 - 1e-12)).all()
 
 
 def test_a_table_counts_as_zero_where_signs_are_fresh():
     table, mean = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
-    assert torch.equal(decay(table, mean, 0.5, torch.tensor([False, True])), torch.tensor([5.5, 10.0]))
+    assert torch.equal(decay(table, mean, 0.5, 0.5, torch.tensor([False, True])), torch.tensor([5.5, 10.0]))
     poisoned = torch.tensor([float("nan"), float("inf")])
-    assert torch.equal(decay(poisoned, mean, 0.5, torch.tensor([True, True])), mean / 2)
+    assert torch.equal(decay(poisoned, mean, 0.5, 0.5, torch.tensor([True, True])), mean / 2)
 
 
 @pytest.mark.parametrize("hash", ["block", "universal"])
