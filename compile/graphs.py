@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,12 +37,22 @@ _Graph = Callable[..., None]
 Numbers = dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]]
 
 
+class _Stacked(NamedTuple):
+    """The constants of the tensors that were last stacked by one signature."""
+
+    whose: list[tuple[Keys, int | Tensor]]  # each tensor's keys and start
+    keys: Tensor  # (n, keys), int64
+    starts: Tensor  # (n, 1), int64
+
+
 class Graphs:
     """Compiles and keeps the graphs of one optimizer."""
 
     def __init__(self) -> None:
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
         self._constants: dict[Any, Any] = {}
+        self._stacked: dict[tuple[Any, ...], _Stacked] = {}
+        self._captured: list[_Stacked] = []  # which CUDA graphs read again
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -61,7 +72,7 @@ class Graphs:
                 self._constants[constant] = tree_map(torch.tensor, constant)
         here = id(h), _computed_in(p), p.device
         if here not in numbers:
-            numbers[here] = torch.as_tensor(h.step), _row(h[1:], p)
+            numbers[here] = torch.as_tensor(h.step), _together(h[1:], *here[1:])
         if signature not in self._graphs:
             self._graphs[signature] = _graph_of_one(spec, len(self))
         self._graphs[signature](*tensors, self._constants[keys], *numbers[here], self._constants[start])
@@ -75,10 +86,17 @@ class Graphs:
         doubled = [*batch, *batch] if len(batch) == 1 else batch  # a size of 1 would be compiled as a constant
         stacks = [torch.stack(column) for column in zip(*((w.p, w.g, w.m, w.v) for w in doubled), strict=True)]
         tensors = [stack.view(len(doubled), -1) for stack in stacks]
-        keys = torch.tensor([tree_flatten(work.keys)[0] for work in doubled]).to(device)
-        steps = torch.stack([torch.as_tensor(work.h.step) for work in doubled]).to(device)[:, None]
-        numbers = torch.stack([_row(work.h[1:], work.p) for work in doubled])
-        starts = torch.tensor([[work.start] for work in doubled]).to(device)
+        whose = [(work.keys, work.start) for work in doubled]
+        if signature not in self._stacked or self._stacked[signature].whose != whose:
+            keys, starts = zip(*((tree_flatten(key)[0], [start]) for key, start in whose), strict=True)
+            self._stacked[signature] = _Stacked(
+                whose, torch.tensor(keys, device=device), torch.tensor(starts, device=device)
+            )
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append(self._stacked[signature])
+        _, keys, starts = self._stacked[signature]
+        steps = _together([work.h.step for work in doubled], torch.int64, device)[:, None]
+        numbers = torch.stack([_together(work.h[1:], _computed_in(work.p), device) for work in doubled])
         for stacked in (*tensors, keys, steps, numbers, starts):
             torch._dynamo.mark_dynamic(stacked, 0)
         self._graphs[signature](*tensors, keys, steps, numbers, starts)
@@ -130,15 +148,16 @@ def _views(work: Work) -> tuple[tuple[int, ...], ...]:
 
 
 def _computed_in(p: Tensor) -> torch.dtype:
+    """The dtype of the update, and of its numbers: no loop has to convert them then."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def _row(numbers: Sequence[float | Tensor], p: Tensor) -> Tensor:
-    """In the dtype that the update of `p` is computed in, so that no loop has to convert them."""
-    dtype, device = _computed_in(p), p.device
-    if any(isinstance(number, Tensor) for number in numbers):
-        return torch.stack([torch.as_tensor(number, dtype=dtype, device=device) for number in numbers])
-    return torch.tensor(numbers, dtype=dtype, device=device)
+def _together(numbers: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """In one tensor. If some are tensors, nothing is copied from the host, which no CUDA graph could capture."""
+    if not any(isinstance(number, Tensor) for number in numbers):
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    make = partial(torch.full, (), dtype=dtype, device=device)
+    return torch.stack([x.to(device, dtype) if isinstance(x, Tensor) else make(fill_value=x) for x in numbers])
 
 
 def _graph_of_one(spec: Spec, number: int) -> _Graph:
