@@ -70,7 +70,7 @@ class Engine:
                 for part in parts[1:]:
                     self._run_eagerly(part)
         for batch in small.values():
-            if not self._tried("graphs", self._graphs.run_stacked, batch):
+            if not self._tried("graphs", self._graphs.run_stacked, batch, numbers):
                 for work in batch:
                     self._run_eagerly(work)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -64,21 +63,20 @@ class Graphs:
             work: a parameter's step.
             numbers: those of this step; filled here.
         """
-        p, g, m, v, spec, keys, h, _, start, _ = work
+        p, g, m, v, spec, keys, _, _, start, _ = work
         tensors = [t.detach().view(shape) for t, shape in zip((p, g, m, v), _views(work), strict=True)]
         signature = (spec, p.device, *((t.dtype, t.shape, t.stride()) for t in tensors))
         for constant in (keys, start):
             if constant not in self._constants:
                 self._constants[constant] = tree_map(torch.tensor, constant)
-        here = id(h), _computed_in(p), p.device
-        if here not in numbers:
-            numbers[here] = torch.as_tensor(h.step), _together(h[1:], *here[1:])
         if signature not in self._graphs:
             self._graphs[signature] = _graph_of_one(spec, len(self))
-        self._graphs[signature](*tensors, self._constants[keys], *numbers[here], self._constants[start])
+        self._graphs[signature](*tensors, self._constants[keys], *_of_step(work, numbers), self._constants[start])
 
-    def run_stacked(self, batch: Sequence[Work]) -> None:
-        """Small dense tensors of one signature, stacked along a first dimension whose size may change between steps."""
+    def run_stacked(self, batch: Sequence[Work], numbers: Numbers) -> None:
+        """As `run`, for small dense tensors of one signature, stacked along a first dimension whose size may change
+        between steps.
+        """
         spec, device = batch[0].spec, batch[0].p.device
         signature = (spec, device, batch[0].p.shape, batch[0].p.dtype, batch[0].m.dtype)
         if signature not in self._graphs:
@@ -96,10 +94,10 @@ class Graphs:
             self._captured.append(self._stacked[signature])
         _, keys, starts = self._stacked[signature]
         steps = _together([work.h.step for work in doubled], torch.int64, device)[:, None]
-        numbers = torch.stack([_together(work.h[1:], _computed_in(work.p), device) for work in doubled])
-        for stacked in (*tensors, keys, steps, numbers, starts):
+        others = torch.stack([_of_step(work, numbers)[1] for work in doubled])
+        for stacked in (*tensors, keys, steps, others, starts):
             torch._dynamo.mark_dynamic(stacked, 0)
-        self._graphs[signature](*tensors, keys, steps, numbers, starts)
+        self._graphs[signature](*tensors, keys, steps, others, starts)
         p, _, m, v = (list(results.unbind(0))[: len(batch)] for results in stacks)
         torch._foreach_copy_([work.p for work in batch], p)
         torch._foreach_copy_([work.m for work in batch], m)
@@ -147,17 +145,20 @@ def _views(work: Work) -> tuple[tuple[int, ...], ...]:
     return shape, shape, table, table
 
 
-def _computed_in(p: Tensor) -> torch.dtype:
-    """The dtype of the update, and of its numbers: no loop has to convert them then."""
-    return torch.promote_types(p.dtype, torch.float32)
+def _of_step(work: Work, numbers: Numbers) -> tuple[Tensor, Tensor]:
+    """Its entry in `numbers`, in the dtype of its update, so that no loop has to convert them."""
+    here = id(work.h), torch.promote_types(work.p.dtype, torch.float32), work.p.device
+    if here not in numbers:
+        numbers[here] = torch.as_tensor(work.h.step), _together(work.h[1:], *here[1:])
+    return numbers[here]
 
 
 def _together(numbers: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
     """In one tensor. If some are tensors, nothing is copied from the host, which no CUDA graph could capture."""
     if not any(isinstance(number, Tensor) for number in numbers):
         return torch.tensor(numbers, dtype=dtype, device=device)
-    make = partial(torch.full, (), dtype=dtype, device=device)
-    return torch.stack([x.to(device, dtype) if isinstance(x, Tensor) else make(fill_value=x) for x in numbers])
+    made = (x if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device) for x in numbers)
+    return torch.stack([x.to(device, dtype) for x in made])
 
 
 def _graph_of_one(spec: Spec, number: int) -> _Graph:
