@@ -126,6 +126,11 @@ def signed(x: Tensor, masks: Tensor, *, bitwise: bool = True) -> Tensor:
     return (x.view(torch.int32) ^ (masks & _SIGN)).view(x.dtype)
 
 
+def _as_signs(masks: Tensor) -> Tensor:
+    """The signs themselves, float32."""
+    return signed(torch.ones(masks.shape, device=masks.device), masks)
+
+
 def universal_bucket(index: Tensor, a: int | Tensor, b: int | Tensor, buckets: int) -> Tensor:
     """((a i + b) mod P) mod K as int64, for `index` int64. The index is reduced first, so that no product overflows."""
     return (a * (index % PRIME) + b) % PRIME % buckets
@@ -188,7 +193,7 @@ class UniversalHash:
     def sign(self, index: Tensor, step: int = 1) -> Tensor:
         """s(i): float32, -1 or +1, shaped like `index`. It is the same at every step."""
         _require_integers("index", index)
-        return signed(torch.ones(index.shape, device=index.device), universal_sign_masks(index.long(), self.c, self.d))
+        return _as_signs(universal_sign_masks(index.long(), self.c, self.d))
 
     def fresh(self, bucket: Tensor, step: int) -> Tensor:
         """Which buckets draw new signs in this step: none, ever (bool, shaped like `bucket`)."""
@@ -254,8 +259,8 @@ class BlockHash:
         bucket = self.bucket(index)
         epoch, _ = self._epoch(bucket, step)
         word = bucket if self.block <= WORD else index.long() // WORD
-        bits = mixed_word(word, epoch, self.sign_key) >> (index.long() & (WORD - 1)) & 1
-        return 1 - 2 * bits.to(torch.float32)
+        lane = WORD - 1 - (index.long() & (WORD - 1))
+        return _as_signs((mixed_word(word, epoch, self.sign_key) << lane).to(torch.int32))
 
     def fresh(self, bucket: Tensor, step: int) -> Tensor:
         """Which buckets draw new signs in this step (bool, shaped like `bucket`)."""
