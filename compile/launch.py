@@ -18,6 +18,7 @@ from collins.rule import Scalars
 from collins.update import Keys, Spec, Work
 
 _WIDE = 16  # bytes: what one instruction of the kernel reads at once
+_NUMBERS = len(Scalars._fields)
 _KEPT = 4096  # descriptions of sets of tensors: one a parameter for steps in backward
 _SETS = 16  # sets of numbers that works which come alone may take in turn
 
@@ -383,7 +384,7 @@ class Mail:
             fetch(host, memory)
             fetched.record(torch.cuda.current_stream(self._device))
         if not plain:
-            _fill(memory[at:].view(torch.float64).view(-1, len(Scalars._fields)), rows)
+            _fill(memory[at:].view(torch.float64).view(-1, _NUMBERS), rows)
         if capturing:
             self._captured.append((host, memory))
 
@@ -391,10 +392,10 @@ class Mail:
         return 0 if self._device.type == "cpu" else torch._C._cuda_getCurrentRawStream(self._device.index)
 
     def _box(self, sizes: Sequence[tuple[int, int]]) -> _Box:
-        total = sum(count + rows * len(Scalars._fields) for count, rows in sizes)
+        total = sum(count + rows * _NUMBERS for count, rows in sizes)
         memory = torch.empty(total, dtype=torch.int64, device=self._device)
-        addresses = memory.split([count for count, _ in sizes] + [rows * len(Scalars._fields) for _, rows in sizes])
-        numbers = [piece.view(torch.float64).view(-1, len(Scalars._fields)) for piece in addresses[len(sizes) :]]
+        addresses = memory.split([count for count, _ in sizes] + [rows * _NUMBERS for _, rows in sizes])
+        numbers = [piece.view(torch.float64).view(-1, _NUMBERS) for piece in addresses[len(sizes) :]]
         return memory, list(map(Sent, addresses, numbers))
 
     def _host(self, count: int) -> Tensor:
