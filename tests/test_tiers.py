@@ -109,20 +109,19 @@ def test_no_copy_is_taken_for_granted(mode, in_backward, monkeypatch):
         assert same_bits(resident, (model, opt))
 
 
-# How a step in backward might go about a gradient that the device is still computing: the first and the last are right.
-# "current" is what it does.
+# How a step in backward might go about a gradient that the device is still computing, and whether that is right.
 
 STREAMS_OF_A_HOOK = {
-    "current": {},
-    "its own": {"own": True},
-    "its own, after a wait": {"own": True, "waits": True},
-    "its own, after a wait, and held": {"own": True, "waits": True, "holds": True},
+    "current, as it does": ({}, True),
+    "its own": ({"own": True}, False),
+    "its own, after a wait": ({"own": True, "waits": True}, False),
+    "its own, after a wait, and held": ({"own": True, "waits": True, "holds": True}, True),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*finalize")  # those that are wrong, when they are let go of
-@pytest.mark.parametrize("hook", STREAMS_OF_A_HOOK)
-def test_gradients_in_flight_are_read_when_they_are_there_and_freed_when_they_were_read(hook, monkeypatch):
+@pytest.mark.parametrize(("hook", "right"), STREAMS_OF_A_HOOK.values(), ids=STREAMS_OF_A_HOOK)
+def test_gradients_in_flight_are_read_when_they_are_there_and_freed_when_they_were_read(hook, right, monkeypatch):
     """On a stream of its own, a hook would read gradients before backward has computed them, or memory that backward
     has used again since: each gradient is made late, on backward's stream, and belongs to the optimizer alone.
     """
@@ -162,14 +161,14 @@ def test_gradients_in_flight_are_read_when_they_are_there_and_freed_when_they_we
                 fake.finish_everything()
             return model, opt
 
-    def right(mode):
+    def goes_right(mode):
         try:
-            return same_bits(resident, trained_on(mode, **STREAMS_OF_A_HOOK[hook]))
+            return same_bits(resident, trained_on(mode, **hook))
         except FreedMemoryError:
             return False
 
     resident = trained(steps=3)
-    assert all(map(right, MODES)) == (hook in ("current", "its own, after a wait, and held"))
+    assert all(map(goes_right, MODES)) == right
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
@@ -418,10 +417,10 @@ def shrinking(monkeypatch):
 
     def shrink(room, planned=housing._planned):
         def made(*args):
-            plan = planned(*args)
+            given = planned(*args)
             held = torch.cuda.memory_reserved() + room
             torch.cuda.set_per_process_memory_fraction(held / torch.cuda.mem_get_info()[1])
-            return plan
+            return given
 
         monkeypatch.setattr(housing, "_planned", made)
 
