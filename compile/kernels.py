@@ -4,7 +4,7 @@ It computes what `collins.update.update_` computes for dense moments and for has
 all tensors of one dtype, load and set of flags, whatever their shapes: the kernel finds its tensors through a table of
 addresses, so that hundreds of small tensors cost no more launches than one large one.
 
-A program works through a chunk of a tensor in tiles of rows; a row is a bucket, or 32 neighbours where buckets are
+A program works through a span of a tensor in tiles of rows; a row is a bucket, or 32 neighbours where buckets are
 larger or moments are dense. So every hash is computed once a row, and every gradient is read once.
 """
 
@@ -44,11 +44,10 @@ _WORD_B = tl.constexpr(SECOND_WORD)
 _HALF_MAX, _HALF_OVERFLOW = tl.constexpr(HALF_MAX), tl.constexpr(HALF_OVERFLOW)
 _HALF_NORMAL, _HALF_QUANTUM = tl.constexpr(HALF_NORMAL), tl.constexpr(HALF_QUANTUM)
 
-TILE = 2048  # elements that a program deals with at once
-CHUNK = 16  # tiles of a program, one after the other: it reads the next while it computes one
+SPAN = 32768  # bytes of a parameter that a program deals with, in tiles one after the other
 
 # The columns of the table, one row a tensor: addresses, sizes and hash constants, all int64.
-COLUMNS = ("p", "m", "v", "local", "chunk", "start", "numel", "sign0", "sign1", "round0", "round1", "period", "row")
+COLUMNS = ("p", "m", "v", "local", "program", "start", "numel", "sign0", "sign1", "round0", "round1", "period", "row")
 _WIDTH = tl.constexpr(len(COLUMNS))
 # The numbers that change with every step: a row for each set of hyperparameters, all float64.
 _NUMBERS = tl.constexpr(len(Scalars._fields))
@@ -135,13 +134,13 @@ def _step(  # type: ignore[no-untyped-def]
     P: tl.constexpr, T: tl.constexpr, DENSE: tl.constexpr, LOAD: tl.constexpr, RESIDUAL: tl.constexpr,
     REHASH: tl.constexpr, ROUND_P: tl.constexpr, ROUND_T: tl.constexpr, MAXIMIZE: tl.constexpr,
     SKIP: tl.constexpr, EVEN: tl.constexpr, ONE: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SPAN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tensor = tl.load(owners + program).to(tl.int64)
     entry = table + tensor * _WIDTH
-    offset = (program - tl.load(entry + 4)).to(tl.int64) * (TILE * CHUNK)
-    end = tl.minimum(tl.load(entry + 3) - offset, TILE * CHUNK).to(tl.int32)
+    offset = (program - tl.load(entry + 4)).to(tl.int64) * SPAN
+    end = tl.minimum(tl.load(entry + 3) - offset, SPAN).to(tl.int32)
     p_base = tl.multiple_of(tl.load(entry).to(tl.pointer_type(P)) + offset, 16)
     if ONE:
         g_base = tl.multiple_of(grads + offset, 16)
@@ -187,22 +186,16 @@ def _step(  # type: ignore[no-untyped-def]
             begun = step // period
             passed = step - begun * period
             old_tick = begun * _STRIDE + sign1
-        inside = tl.broadcast_to((row * LANES < end)[:, None], (ROWS, LANES)) if EVEN else place < end
-        held = bucket * LOAD < end
-        g_next = tl.load(g_base + place, mask=inside, other=0.0)
-        p_next = tl.load(p_base + place, mask=inside, other=0.0)
-        m_next = tl.load(m_base + bucket, mask=held, other=0.0)
-        v_next = tl.load(v_base + bucket, mask=held, other=0.0)
 
     # The interpreter takes no bounds but constants; past the end nothing is read or written.
-    for at in range(0, end if FAST else TILE * CHUNK, TILE):
+    for at in tl.range(0, end if FAST else SPAN, TILE, num_stages=STAGES):
         # Where rows are whole, a mask that is the same along a row lets it be read in wide words.
         inside = tl.broadcast_to((row * LANES < end - at)[:, None], (ROWS, LANES)) if EVEN else place < end - at
+        g = _widened(tl.load(g_base + at + place, mask=inside, other=0.0), FAST)
+        p = _widened(tl.load(p_base + at + place, mask=inside, other=0.0), FAST)
+        if MAXIMIZE:
+            g = -g
         if DENSE:
-            g = _widened(tl.load(g_base + at + place, mask=inside, other=0.0), FAST)
-            p = _widened(tl.load(p_base + at + place, mask=inside, other=0.0), FAST)
-            if MAXIMIZE:
-                g = -g
             old_m = tl.load(m_base + at + place, mask=inside, other=0.0).to(tl.float32)
             old_v = tl.load(v_base + at + place, mask=inside, other=0.0).to(tl.float32)
             M = beta1 * old_m + rest1 * g
@@ -224,19 +217,9 @@ def _step(  # type: ignore[no-untyped-def]
             change = _quotient(M * step1, V * inverse2, eps, FAST)
         else:
             held = bucket * LOAD < end - at
-            g, p = _widened(g_next, FAST), _widened(p_next, FAST)
-            old_m, old_v = m_next.to(tl.float32), v_next.to(tl.float32)
-            then = at + TILE
-            next_inside = (
-                tl.broadcast_to((row * LANES < end - then)[:, None], (ROWS, LANES)) if EVEN else place < end - then
-            )
-            next_held = bucket * LOAD < end - then
-            g_next = tl.load(g_base + then + place, mask=next_inside, other=0.0)
-            p_next = tl.load(p_base + then + place, mask=next_inside, other=0.0)
-            m_next = tl.load(m_base + then // LOAD + bucket, mask=next_held, other=0.0)
-            v_next = tl.load(v_base + then // LOAD + bucket, mask=next_held, other=0.0)
-            if MAXIMIZE:
-                g = -g
+            m_here, v_here = m_base + at // LOAD + bucket, v_base + at // LOAD + bucket
+            old_m = tl.load(m_here, mask=held, other=0.0).to(tl.float32)
+            old_v = tl.load(v_here, mask=held, other=0.0).to(tl.float32)
             number = first_bucket + (at // LOAD + bucket).to(tl.uint32)
             if EVEN:
                 load: tl.constexpr = LOAD * 1.0
@@ -271,7 +254,6 @@ def _step(  # type: ignore[no-untyped-def]
                 fine = q < float("inf")
                 M, V = tl.where(fine, M, old_m), tl.where(fine, V, old_v)
                 fine = tl.broadcast_to(_along(fine, ROWS, WORDS)[:, None], (ROWS, LANES))
-            m_here, v_here = m_base + at // LOAD + bucket, v_base + at // LOAD + bucket
             if ROUND_T:
                 index, spot = number // 32, number & 31
                 tl.store(m_here, _rounded(M, _noise(index, spot, tick, round0, round1, _FIRST), T), mask=held)
@@ -324,8 +306,20 @@ LARGEST_LOAD = 1024
 
 # PTX for division and square root; other compilers and the interpreter spell them out.
 _FAST = torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") != "1"
-# Registers for four programs on a multiprocessor: enough reads are under way then to keep its memory busy.
-OPTIONS = {"num_warps": 4, "maxnreg": 128} if _FAST else {"num_warps": 4}
+# Registers for six programs on a multiprocessor.
+OPTIONS = {"num_warps": 4, "maxnreg": 80} if _FAST else {"num_warps": 4}
+
+
+def tiling(itemsize: int, load: int, even: bool) -> tuple[int, int]:
+    """Elements of a tile, and how many tiles a program has under way at once.
+
+    The next two tiles can be copied to shared memory, where they take no registers. That pays where a thread copies 16
+    bytes at a time, which it does twice for a tile. Elsewhere it reads 8 elements and computes them, and what waits for
+    memory is other programs.
+    """
+    if even and (load == 1 or load * itemsize >= 16):
+        return 4096 // itemsize, 3
+    return 1024, 1
 
 
 def step_(
@@ -367,9 +361,10 @@ def step_(
             stream = torch._C._cuda_getCurrentRawStream(owners.device.index)
             kernel[grid](owners, table, grads, numbers, *constants, stream=stream)
             return
+        tile, stages = tiling(param.itemsize, load, even)
         constants = (
             _DTYPES[param], _DTYPES[moment], load == 1, load, residual, rehash, rounding and param in ROUNDED,
-            rounding and moment in ROUNDED, maximize, skip, even, one, _FAST, TILE, CHUNK,
+            rounding and moment in ROUNDED, maximize, skip, even, one, _FAST, tile, SPAN // param.itemsize, stages,
         )  # fmt: skip
         kernel = _step[grid](owners, table, grads, numbers, *constants, **OPTIONS)
         if isinstance(kernel, CompiledKernel):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from collins.compile import kernels
-from collins.compile.kernels import CHUNK, LARGEST_LOAD, MOMENTS, PARAMETERS, TILE, fetch
+from collins.compile.kernels import LARGEST_LOAD, MOMENTS, PARAMETERS, SPAN, fetch
 from collins.hashing import WORD
 from collins.rule import Scalars
 from collins.update import Keys, Spec, Work
@@ -287,7 +287,7 @@ class Launch:
             self._captured.append((owners, table))
 
     def _description(self, works: Sequence[Work], fixed: Sequence[Sequence[int]], key: Any) -> tuple[Tensor, Tensor]:
-        """Which tensor each chunk belongs to, and the table of the tensors; kept under `key`."""
+        """Which tensor each program belongs to, and the table of the tensors; kept under `key`."""
         if key not in self._tables:
             if self.mail.capturing():
                 raise RuntimeError(
@@ -298,14 +298,14 @@ class Launch:
                 self._tables.clear()
             owners: list[int] = []
             table: list[Any] = []
-            span = CHUNK * TILE
+            span = SPAN // works[0].p.element_size()
             for i, (work, at_p, at_m, at_v, row) in enumerate(zip(works, *fixed, strict=True)):
                 local = work.p.numel()
                 sign, rounding, _, period = work.keys
                 table += (at_p, at_m, at_v, local, len(owners), work.start, work.numel, *sign, *rounding, period, row)
                 owners += [i] * -(-local // span)
-            owners_of_chunks = torch.tensor(owners, dtype=torch.int32)
-            self._tables[key] = self.mail.uploaded(owners_of_chunks), self.mail.uploaded(torch.tensor(table))
+            owners_of_programs = torch.tensor(owners, dtype=torch.int32)
+            self._tables[key] = self.mail.uploaded(owners_of_programs), self.mail.uploaded(torch.tensor(table))
         return self._tables[key]
 
 

@@ -279,10 +279,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from collins.compile import kernels
 
-def ptx(param, moment, load, rounding, one):
+def ptx(param, moment, load, rounding, one, size, tile, stages):
     fixed = dict(
         P=param, T=moment, DENSE=load == 1, LOAD=load, RESIDUAL=True, REHASH=load > 1, ROUND_P=rounding, ROUND_T=False,
-        MAXIMIZE=False, SKIP=True, EVEN=True, ONE=one, FAST=True, TILE=kernels.TILE, CHUNK=kernels.CHUNK,
+        MAXIMIZE=False, SKIP=True, EVEN=True, ONE=one, FAST=True,
+        TILE=tile, SPAN=kernels.SPAN // size, STAGES=stages,
     )
     names = kernels._step.arg_names
     addresses = {"owners": "*i32", "table": "*i64", "grads": f"*{param}" if one else "*i64", "numbers": "*fp64"}
@@ -296,26 +297,27 @@ for param, moment, load, rounding, one in (
     (tl.float32, tl.float32, 128, False, True), (tl.bfloat16, tl.bfloat16, 16, True, True),
     (tl.float32, tl.float32, 1, False, True),
 ):
-    code = ptx(param, moment, load, rounding, one)
-    threads, wide = 128, 16
-    each = kernels.TILE * param.primitive_bitwidth // 8 // threads // wide
+    threads, wide, size = 128, 16, param.primitive_bitwidth // 8
+    tile, stages = kernels.tiling(size, load, True)
+    code = ptx(param, moment, load, rounding, one, size, tile, stages)
+    copies = len(re.findall(r"cp\\.async\\.cg\\.shared\\.global .*, 0x10,", code))
     reads, writes = (len(re.findall(way + r"\\.global\\.v4\\.b32", code)) for way in ("ld", "st"))
-    print(each, reads, writes, load)
+    print(tile * size // threads // wide, stages, copies, reads, writes, load)
 """
 
 
 def test_compiled_for_a_gpu_each_tensor_is_read_and_written_once_in_wide_words():
     """No GPU is needed to compile for one. A wide access is 16 bytes a thread; p and g are read, p is written.
 
-    Where moments are tables, the first tile is read before the loop and the next one within.
+    What is read is copied to shared memory: of the first two tiles before the loop, of one to come within.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     ran = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False, env=environment)
     assert ran.returncode == 0, ran.stderr
     for line in ran.stdout.splitlines():
-        each, reads, writes, load = map(int, re.findall(r"\d+", line))
-        places, written = (4, 3) if load == 1 else (2 * 2, 1)  # dense moments are as large as the parameter
-        assert (reads, writes) == (places * each, written * each)
+        each, stages, copies, reads, writes, load = map(int, re.findall(r"\d+", line))
+        places, written = (4, 3) if load == 1 else (2, 1)  # dense moments are as large as the parameter
+        assert (copies, reads, writes) == (stages * places * each, 0, written * each)
     assert len(ran.stdout.splitlines()) == 5
 
 
