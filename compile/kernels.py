@@ -44,6 +44,7 @@ _WORD_B = tl.constexpr(SECOND_WORD)
 _HALF_MAX, _HALF_OVERFLOW = tl.constexpr(HALF_MAX), tl.constexpr(HALF_OVERFLOW)
 _HALF_NORMAL, _HALF_QUANTUM = tl.constexpr(HALF_NORMAL), tl.constexpr(HALF_QUANTUM)
 
+WIDE = 16  # bytes: what a thread reads or copies at once
 SPAN = 32768  # bytes of a parameter that a program deals with, in tiles one after the other
 
 # The columns of the table, one row a tensor: addresses, sizes and hash constants, all int64.
@@ -306,20 +307,21 @@ LARGEST_LOAD = 1024
 
 # PTX for division and square root; other compilers and the interpreter spell them out.
 _FAST = torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") != "1"
+_THREADS = 128  # of a program
 # Registers for six programs on a multiprocessor.
-OPTIONS = {"num_warps": 4, "maxnreg": 80} if _FAST else {"num_warps": 4}
+OPTIONS = {"num_warps": _THREADS // 32, **({"maxnreg": 80} if _FAST else {})}
 
 
 def tiling(itemsize: int, load: int, even: bool) -> tuple[int, int]:
     """Elements of a tile, and how many tiles a program has under way at once.
 
-    The next two tiles can be copied to shared memory, where they take no registers. That pays where a thread copies 16
-    bytes at a time, which it does twice for a tile. Elsewhere it reads 8 elements and computes them, and what waits for
-    memory is other programs.
+    The next two tiles can be copied to shared memory, where they take no registers. That pays where a thread copies
+    `WIDE` bytes at a time, which it does twice for a tile. Elsewhere it reads 8 elements and computes them, and what
+    waits for memory is other programs.
     """
-    if even and (load == 1 or load * itemsize >= 16):
-        return 4096 // itemsize, 3
-    return 1024, 1
+    if even and (load == 1 or load * itemsize >= WIDE):
+        return 2 * WIDE * _THREADS // itemsize, 3
+    return 8 * _THREADS, 1
 
 
 def step_(

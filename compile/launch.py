@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from collins.compile import kernels
-from collins.compile.kernels import LARGEST_LOAD, MOMENTS, PARAMETERS, SPAN, fetch
+from collins.compile.kernels import LARGEST_LOAD, MOMENTS, PARAMETERS, SPAN, WIDE, fetch
 from collins.hashing import WORD
 from collins.rule import Scalars
 from collins.update import Keys, Spec, Work
 
-_WIDE = 16  # bytes: what one instruction of the kernel reads at once
 _NUMBERS = len(Scalars._fields)
 _KEPT = 4096  # descriptions of sets of tensors: one a parameter for steps in backward
 _SETS = 16  # sets of numbers that works which come alone may take in turn
@@ -160,7 +159,7 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _aligned(at: Sequence[int] | np.ndarray) -> bool:
-    return bool(np.bitwise_or.reduce(at) % _WIDE == 0)
+    return bool(np.bitwise_or.reduce(at) % WIDE == 0)
 
 
 def _readable(tensors: Sequence[Tensor], at: Sequence[int]) -> bool:
@@ -256,9 +255,9 @@ class Launch:
         """
         p, g, m, v, _, keys, h, *_ = work
         at = at_p, at_m, at_v = p.data_ptr(), m.data_ptr(), v.data_ptr()
-        if (at_p | g.data_ptr()) % _WIDE or not (p.is_contiguous() and g.is_contiguous()):
+        if (at_p | g.data_ptr()) % WIDE or not (p.is_contiguous() and g.is_contiguous()):
             return False
-        if self.dense and ((at_m | at_v) % _WIDE or not (m.is_contiguous() and v.is_contiguous())):
+        if self.dense and ((at_m | at_v) % WIDE or not (m.is_contiguous() and v.is_contiguous())):
             return False
         key = keys, p.numel(), at
         described = self._tables.get(key)
