@@ -262,6 +262,17 @@ def test_what_backward_leaves_to_the_step_does_not_spoil_the_prediction(monkeypa
 # When memory runs out.
 
 
+def first_step_refused(model, opt, match):
+    """It raises, and everything is as if it had not been tried."""
+    weights = copy.deepcopy(model.state_dict())
+    with pytest.raises(MemoryError, match=match):
+        stepped(model, opt, [0])
+    assert opt.placement == ()
+    assert not opt.state
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    opt.zero_grad()
+
+
 def failing_zeros(monkeypatch, after):
     """The device's allocator gives `after` moments, then nothing more."""
     zeros, given = housing._zeros, []
@@ -294,15 +305,9 @@ def test_tables_spill_to_the_host(after, in_backward, monkeypatch):
 def test_a_forced_device_that_runs_out_changes_nothing(in_backward, monkeypatch):
     model = made()
     opt = Collins(model.parameters(), **OPTIONS, memory="device", in_backward=in_backward)
-    weights = copy.deepcopy(model.state_dict())
     with monkeypatch.context() as patched:
         failing_zeros(patched, 5)
-        with pytest.raises(MemoryError, match=r"ran out of memory while placing parameter 2 of .*KiB.*tier='auto'"):
-            stepped(model, opt, [0])
-    assert opt.placement == ()
-    assert not opt.state
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    opt.zero_grad()
+        first_step_refused(model, opt, r"ran out of memory while placing parameter 2 of .*KiB.*tier='auto'")
     stepped(model, opt, range(7))
     assert same_bits((model, opt), trained())
 
@@ -339,11 +344,7 @@ def test_nobody_moves_in_when_there_is_no_room_for_the_ring(monkeypatch):
     failing_ring(monkeypatch)
     model = made()
     opt = Collins(model.parameters(), **OPTIONS, memory=TIERS["host"])
-    with pytest.raises(MemoryError, match=r"cpu has no room for the staging ring of .*2 slots of .*staging_slots"):
-        stepped(model, opt, [0])
-    assert opt.placement == ()
-    assert not opt.state
-    opt.zero_grad()
+    first_step_refused(model, opt, r"cpu has no room for the staging ring of .*2 slots of .*staging_slots")
     stepped(model, opt, range(7))
     assert same_bits((model, opt), trained())
 
@@ -353,16 +354,9 @@ def test_nobody_moves_in_when_there_is_no_room_for_the_ring(monkeypatch):
 def test_neither_tier_can_hold_the_tables(tier, in_backward, monkeypatch):
     model = made()
     opt = Collins(model.parameters(), **OPTIONS, memory=tier, in_backward=in_backward)
-    weights = copy.deepcopy(model.state_dict())
     with monkeypatch.context() as patched:
         patched.setattr(housing, "host_memory_free", lambda: 3000)
-        numbers = rf"tier='{tier}'\. The device may give 2\.9 KiB.*The host may give"
-        with pytest.raises(MemoryError, match=numbers):
-            stepped(model, opt, [0])
-    assert opt.placement == ()
-    assert not opt.state
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    opt.zero_grad()
+        first_step_refused(model, opt, rf"tier='{tier}'\. The device may give 2\.9 KiB.*The host may give")
     stepped(model, opt, range(7))
     assert same_bits((model, opt), trained())
 
