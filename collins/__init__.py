@@ -1,9 +1,10 @@
 """Collins: AdamW whose moment buffers live in Count-Sketch tables, 0.25 byte of state per parameter.
 
-How data flows: `Collins.step` (optimizer) checks every gradient, looks up each parameter's layout (layout) and hash
-(hashing), and hands a list of `Work` to the engine in `collins.compile`. The engine calls `update_` (update), eagerly
-or compiled, which encodes a gradient into bucket means and decays the tables (sketch), applies the update rule (rule)
-and writes the results (rounding). `Collins.memory_report` (report) counts bytes from the layouts alone.
+How data flows: `Collins.step` (optimizer) checks every gradient, looks up how each parameter is divided into buckets
+(bucketing) and hashed (hashing), and hands a list of `UpdateTask` to the engine in `collins.compile`. The engine calls
+`update_` (update), eagerly or compiled, which encodes a gradient into bucket means and decays the tables (sketch),
+applies the update rule (rule) and writes the results (rounding). `Collins.memory_report` (report) counts bytes from the
+bucketing alone.
 
 State dicts are checked against the optimizer before anything changes (checkpoint), by what each parameter's tables mean
 (fingerprint). `save` and `load` (files) keep them in files that are whole or refused, `whole_folder` (folders) those

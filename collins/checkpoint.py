@@ -26,7 +26,7 @@ MOMENTS = {*DENSE, *TABLES}
 ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight")
 
 
-class Home(NamedTuple):
+class ExpectedState(NamedTuple):
     """What the state of one parameter must be."""
 
     name: str  # for errors
@@ -39,28 +39,31 @@ class Home(NamedTuple):
     sharded: Tensor | None = None  # the parameter, where it is a DTensor
 
 
-class Saved(NamedTuple):
+class SavedState(NamedTuple):
     """One parameter's state as it is to be loaded."""
 
     step: float
     moments: tuple[Tensor, Tensor]
 
 
-class Loadable(NamedTuple):
+class CheckedStateDict(NamedTuple):
     """A state dict that fits: groups as they will be, and each parameter's state, None where there is none."""
 
     groups: list[dict[str, Any]]
-    states: list[Saved | None]
+    states: list[SavedState | None]
     rest: dict[Any, Any]  # state of no parameter, which torch keeps as it is
 
 
 def loadable(
-    state_dict: Mapping[str, Any], own: Sequence[dict[str, Any]], options: Sequence[str], homes: Sequence[Home]
-) -> Loadable:
+    state_dict: Mapping[str, Any],
+    own: Sequence[dict[str, Any]],
+    options: Sequence[str],
+    expected_states: Sequence[ExpectedState],
+) -> CheckedStateDict:
     """What a state dict comes to for an optimizer of the groups `own`, whose options are named `options`.
 
     Args:
-        homes: one for each parameter, through all groups.
+        expected_states: one for each parameter, through all groups.
 
     Raises:
         ValueError: naming the parameter or option that does not fit, what was saved, and what this optimizer has.
@@ -74,11 +77,11 @@ def loadable(
         check_options(groups[-1])
     places = [(place, group.get("table_dtype")) for group in saved for place in group["params"]]
     states = [
-        _fitting(state[i], home, table_dtype) if state.get(i) else None
-        for (i, table_dtype), home in zip(places, homes, strict=True)
+        _fitting(state[i], expected, table_dtype) if state.get(i) else None
+        for (i, table_dtype), expected in zip(places, expected_states, strict=True)
     ]
     known = {place for place, _ in places}
-    return Loadable(groups, states, {key: value for key, value in state.items() if key not in known})
+    return CheckedStateDict(groups, states, {key: value for key, value in state.items() if key not in known})
 
 
 def saved_groups(
@@ -138,34 +141,34 @@ def _names(groups: Sequence[dict[str, Any]]) -> Iterator[str | None]:
         yield from group.get("param_names") or [None] * len(group["params"])
 
 
-def _fitting(state: Mapping[str, Any], home: Home, table_dtype: object) -> Saved:
-    name = home.name
+def _fitting(state: Mapping[str, Any], expected: ExpectedState, table_dtype: object) -> SavedState:
+    name = expected.name
     step = step_of(name, state)
-    if LAYOUT in state and home.fingerprint is not None:
-        difference = fingerprint_in(name, state).difference(home.fingerprint)
+    if LAYOUT in state and expected.fingerprint is not None:
+        difference = fingerprint_in(name, state).difference(expected.fingerprint)
         if difference:
             raise ValueError(
                 f"{name} does not fit what was saved: state_dict has {difference}; build the optimizer as it was saved,"
                 " or see collins.convert"
             )
     found = {key: state[key] for key in (*DENSE, *TABLES) if key in state}
-    check_moments(name, "state_dict", found, dict.fromkeys(home.names, home.shape))
-    if LAYOUT not in state and home.fingerprint is not None:
+    check_moments(name, "state_dict", found, dict.fromkeys(expected.names, expected.shape))
+    if LAYOUT not in state and expected.fingerprint is not None:
         raise ValueError(f"{name} has tables in state_dict without the {LAYOUT!r} that says what they mean")
-    first, second = (found[key] for key in home.names)
-    for key, moment in zip(home.names, (first, second), strict=True):
-        if moment.dtype != home.dtype:
+    first, second = (found[key] for key in expected.names)
+    for key, moment in zip(expected.names, (first, second), strict=True):
+        if moment.dtype != expected.dtype:
             raise ValueError(
-                f"{name} keeps {key} in {home.dtype}, by its dtype and its group's table_dtype; state_dict holds"
+                f"{name} keeps {key} in {expected.dtype}, by its dtype and its group's table_dtype; state_dict holds"
                 f" {moment.dtype}"
             )
     if table_dtype is not None:
-        _check_table_dtype(home, table_dtype)
-    here = [saved_part(name, key, found[key], home.sharded) for key in home.names]
-    return Saved(step, (here[0], here[1]))
+        _check_table_dtype(expected, table_dtype)
+    here = [saved_part(name, key, found[key], expected.sharded) for key in expected.names]
+    return SavedState(step, (here[0], here[1]))
 
 
-def _check_table_dtype(home: Home, saved: object) -> None:
+def _check_table_dtype(expected: ExpectedState, saved: object) -> None:
     """Raises a ValueError for moments that were saved in another dtype than they arrive in.
 
     `torch.distributed.checkpoint` reads into tensors that are there, and casts without a word what it reads.
@@ -174,11 +177,15 @@ def _check_table_dtype(home: Home, saved: object) -> None:
     if str(saved) not in named:
         raise ValueError(f"table_dtype in state_dict must be {listed(TABLE_DTYPES)}, got {saved!r}")
     dtype = named[str(saved)]
-    same = dtype == home.dtype if home.hash is not None else torch.promote_types(dtype, home.dtype) == home.dtype
+    same = (
+        dtype == expected.dtype
+        if expected.hash is not None
+        else torch.promote_types(dtype, expected.dtype) == expected.dtype
+    )
     if not same:
         raise ValueError(
-            f"{home.name} keeps {home.names[0]} in {home.dtype}, by its dtype and its group's table_dtype; state_dict"
-            f" was saved with table_dtype={dtype}"
+            f"{expected.name} keeps {expected.names[0]} in {expected.dtype}, by its dtype and its group's table_dtype;"
+            f" state_dict was saved with table_dtype={dtype}"
         )
 
 

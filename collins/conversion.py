@@ -30,7 +30,7 @@ from collins.checkpoint import (
     ADOPTED,
     DENSE,
     TABLES,
-    Home,
+    ExpectedState,
     check_moments,
     check_order,
     fingerprint_in,
@@ -87,13 +87,13 @@ def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]
     check_order(saved, optimizer.param_groups)
     groups: list[dict[str, Any]] = []
     new: dict[int, dict[str, Any]] = {}
-    homes = iter(optimizer.homes())
+    expected_states = iter(optimizer.expected_states())
     for theirs, mine in zip(saved, optimizer.param_groups, strict=True):
         _check_group(theirs, mine)
         kept = {name: theirs[name] for name in theirs if name in ADOPTED or name not in {*mine, *_ADAMWS}}
         first = len(new)
-        for place, home in zip(theirs["params"], homes, strict=False):
-            new[len(new)] = _converted(states[place], home) if states.get(place) else {}
+        for place, expected in zip(theirs["params"], expected_states, strict=False):
+            new[len(new)] = _converted(states[place], expected) if states.get(place) else {}
         groups.append({**mine, **kept, "params": list(range(first, len(new)))})
     return {"state": {number: state for number, state in new.items() if state}, "param_groups": groups}
 
@@ -113,31 +113,33 @@ def _check_group(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         )
 
 
-def _converted(state: Mapping[str, Any], home: Home) -> dict[str, Any]:
+def _converted(state: Mapping[str, Any], expected: ExpectedState) -> dict[str, Any]:
     for name, moment in state.items():
         if is_sharded(moment):
             raise ValueError(
-                f"{home.name} cannot be converted: {name} is sharded in state_dict (DTensor), and a rank has not all of"
-                " the elements that its buckets are made of. Convert the whole state, as get_optimizer_state_dict"
-                " gathers it under StateDictOptions(full_state_dict=True); Collins loads it on every rank"
+                f"{expected.name} cannot be converted: {name} is sharded in state_dict (DTensor), and a rank has not"
+                " all of the elements that its buckets are made of. Convert the whole state, as"
+                " get_optimizer_state_dict gathers it under StateDictOptions(full_state_dict=True); Collins loads it on every rank"
             )
-    step = step_of(home.name, state)
+    step = step_of(expected.name, state)
     if TABLES[0] in state:
-        m, v = _from_tables(state, home)
+        m, v = _from_tables(state, expected)
     else:
-        m, v = _from_dense(state, home, int(step))
-    moments = {name: t.to(home.dtype).reshape(home.shape) for name, t in zip(home.names, (m, v), strict=True)}
-    mark = {} if home.fingerprint is None else {LAYOUT: home.fingerprint.packed()}
+        m, v = _from_dense(state, expected, int(step))
+    moments = {
+        name: t.to(expected.dtype).reshape(expected.shape) for name, t in zip(expected.names, (m, v), strict=True)
+    }
+    mark = {} if expected.fingerprint is None else {LAYOUT: expected.fingerprint.packed()}
     return {"step": torch.tensor(step), **moments, **mark}
 
 
-def _from_dense(state: Mapping[str, Any], home: Home, step: int) -> tuple[Tensor, Tensor]:
+def _from_dense(state: Mapping[str, Any], expected: ExpectedState, step: int) -> tuple[Tensor, Tensor]:
     found = {name: state[name] for name in DENSE if name in state}
-    check_moments(home.name, "state_dict", found, dict.fromkeys(DENSE, home.param_shape))
+    check_moments(expected.name, "state_dict", found, dict.fromkeys(DENSE, expected.param_shape))
     m, v = (state[name].detach() for name in DENSE)
-    if home.hash is None:
+    if expected.hash is None:
         return m.clone(), v.clone()
-    return _means(m, home.hash, step, signed=True), _means(v, home.hash, step, signed=False)
+    return _means(m, expected.hash, step, signed=True), _means(v, expected.hash, step, signed=False)
 
 
 def _means(x: Tensor, hash: BlockHash | UniversalHash, step: int, *, signed: bool) -> Tensor:
@@ -161,24 +163,24 @@ def _pieces(x: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield first, x[first : first + _PIECE]
 
 
-def _from_tables(state: Mapping[str, Any], home: Home) -> tuple[Tensor, Tensor]:
+def _from_tables(state: Mapping[str, Any], expected: ExpectedState) -> tuple[Tensor, Tensor]:
     if LAYOUT not in state:
-        raise ValueError(f"{home.name} has tables in state_dict without the {LAYOUT!r} that says what they mean")
-    saved, own = fingerprint_in(home.name, state), home.fingerprint
+        raise ValueError(f"{expected.name} has tables in state_dict without the {LAYOUT!r} that says what they mean")
+    saved, own = fingerprint_in(expected.name, state), expected.fingerprint
     found = {name: state[name].reshape(-1) for name in TABLES if name in state}
-    check_moments(home.name, "state_dict", found, dict.fromkeys(TABLES, (saved.buckets,)))
+    check_moments(expected.name, "state_dict", found, dict.fromkeys(TABLES, (saved.buckets,)))
     m, v = (found[name].detach() for name in TABLES)
     if own is None:
-        raise ValueError(f"{home.name} keeps dense moments here; tables of bucket means cannot be told apart again")
+        raise ValueError(f"{expected.name} keeps dense moments here; tables of bucket means cannot be told apart again")
     if saved.difference(own) is None:
         return m.clone(), v.clone()
-    _check_coarsening(home.name, saved, own)
+    _check_coarsening(expected.name, saved, own)
     V = torch.zeros(own.buckets, dtype=torch.float64, device=v.device)
     loads = torch.full_like(v, saved.load, dtype=torch.float64)
     loads[-1] = saved.numel - (saved.buckets - 1) * saved.load
     coarse = torch.arange(saved.buckets, device=v.device) // (own.load // saved.load)
     V.index_add_(0, coarse, loads * v.double())
-    V /= _loads(cast(BlockHash, home.hash), v.device)
+    V /= _loads(cast(BlockHash, expected.hash), v.device)
     return torch.zeros_like(V), V
 
 

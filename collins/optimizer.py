@@ -13,22 +13,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from collins.checkpoint import DENSE, MOMENTS, TABLES, Home, Loadable, check_moments, loadable
+from collins.bucketing import Bucketing, bucketing_of, moment_bytes, moment_dtype, moment_shape, within_rows
+from collins.checkpoint import DENSE, MOMENTS, TABLES, CheckedStateDict, ExpectedState, check_moments, loadable
 from collins.compile import Engine
 from collins.counters import Counters
 from collins.fingerprint import LAYOUT, fingerprint
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
-from collins.layout import Layout, layout_of, moment_bytes, moment_dtype, moment_shape, within_rows
 from collins.nonfinite import require_finite
 from collins.offload import MemoryPolicy, PlacementPlan
-from collins.offload.backward import Arrivals, refuse_replicas
-from collins.offload.housing import Housing, Moments, Tenant
-from collins.offload.slabs import Part
+from collins.offload.backward import GradHooks, refuse_replicas
+from collins.offload.slabs import TensorSpec
+from collins.offload.tiers import Moments, StateRequest, TieredStore
 from collins.options import check_options, listed, require
 from collins.repeat import POSSIBLE, Kept, Repeat
 from collins.report import MemoryReport, ParameterRow
 from collins.rounding import ROUNDED
-from collins.rule import Scalars, scalars
+from collins.rule import StepScalars, step_scalars
 from collins.sharding import (
     Slice,
     agreed,
@@ -40,18 +40,18 @@ from collins.sharding import (
     placed,
     slice_of,
 )
-from collins.update import Keys, Spec, Work
+from collins.update import HashKeys, UpdateSpec, UpdateTask
 
 _PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Hash = BlockHash | UniversalHash
 
 
-class _Plan(NamedTuple):
+class ParamSpec(NamedTuple):
     """What follows from a parameter's size and its group's settings, kept from step to step."""
 
-    spec: Spec
-    keys: Keys
+    spec: UpdateSpec
+    keys: HashKeys
     hash: Hash | None
     numel: int  # of the parameter
     launch: Any  # the engine's
@@ -66,7 +66,7 @@ class _Plan(NamedTuple):
     slice: Slice | None  # of a sharded parameter, whose size and shapes above are those of the whole
 
 
-class _Member:
+class ParamEntry:
     """A parameter with its place: `key` counts through all groups and is what its hashes derive from."""
 
     __slots__ = ("counter", "first", "group", "key", "name", "p", "place", "plan", "second", "step")
@@ -76,7 +76,7 @@ class _Member:
         self.group = group
         self.key = key
         self.name = name
-        self.plan: _Plan | None = None
+        self.plan: ParamSpec | None = None
         # What was found in the parameter's state, and fits the plan.
         self.step: Tensor | None = None
         self.first: Tensor | None = None
@@ -85,14 +85,14 @@ class _Member:
         self.counter: int | None = None  # the place of `step` among the optimizer's counters
 
 
-_Ready = tuple[_Member, Tensor]  # with its gradient
+_Ready = tuple[ParamEntry, Tensor]  # with its gradient
 
 
 class _Again(NamedTuple):
     """What the next step may repeat, as long as rosters and options are what they were."""
 
     repeat: Repeat
-    rosters: list[list[_Member]]
+    rosters: list[list[ParamEntry]]
     # Options, what plans depend on, counters of who was stepped.
     groups: list[tuple[dict[str, Any], tuple[Any, ...], list[int | None]]]
 
@@ -156,8 +156,8 @@ class Collins(Optimizer):
         FloatingPointError: for a gradient that is not finite, under nonfinite="error".
 
     State, in the names of `state_dict`: `step` (0-d), and `m_table`, `v_table` with K entries in the shape of
-    `collins.layout.moment_shape`, with `layout`, an int that says what they were encoded with (`collins.fingerprint`);
-    or `exp_avg`, `exp_avg_sq` shaped like a dense parameter.
+    `collins.bucketing.moment_shape`, with `layout`, an int that says what they were encoded with
+    (`collins.fingerprint`); or `exp_avg`, `exp_avg_sq` shaped like a dense parameter.
 
     Example:
         >>> model = torch.nn.Linear(512, 512)
@@ -231,16 +231,18 @@ class Collins(Optimizer):
     def _make_engines(self) -> None:
         """What is made anew in every process and every copy: compiled code, host memory, hooks."""
         self._engine = Engine(self.compile, busy_link=self.memory is not None)
-        self._housing = None if self.memory is None else Housing(self.memory)
-        self._rosters: list[tuple[list[Tensor], list[_Member]]] = []
+        self._store = None if self.memory is None else TieredStore(self.memory)
+        self._rosters: list[tuple[list[Tensor], list[ParamEntry]]] = []
         self._settings: list[tuple[Any, ...]] = []
         self._repeat: _Again | None = None
-        self._last: list[_Member] = []  # those stepped last in a step that looked at everything
-        self._arrivals: Arrivals | None = None
-        self._awaited: dict[int, _Member] | None = None  # by identity, from the first gradient to arrive until `step`
+        self._last: list[ParamEntry] = []  # those stepped last in a step that looked at everything
+        self._grad_hooks: GradHooks | None = None
+        self._awaited: dict[int, ParamEntry] | None = (
+            None  # by identity, from the first gradient to arrive until `step`
+        )
         self._alone = False  # whether replicas have been looked for
-        self._stepped: dict[int, _Member] = {}  # those of them that have been stepped, by key
-        self._shared: dict[tuple[int, int], Scalars] = {}  # their numbers, by group and step
+        self._stepped: dict[int, ParamEntry] = {}  # those of them that have been stepped, by key
+        self._shared: dict[tuple[int, int], StepScalars] = {}  # their numbers, by group and step
         self._counters = Counters()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -347,7 +349,7 @@ class Collins(Optimizer):
     @property
     def placement(self) -> tuple[PlacementPlan, ...]:
         """What the memory policy came to: a plan for each device, and for each time that parameters were new."""
-        return tuple(self._housing.plans) if self._housing else ()
+        return tuple(self._store.plans) if self._store else ()
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; moments on the host are complete until the next step begins.
@@ -397,8 +399,8 @@ class Collins(Optimizer):
                     state["step"].fill_(saved.step)
                     for name, moment in zip(self._plan(member).names, saved.moments, strict=True):
                         local(state[name]).copy_(moment)
-                elif self._housing is not None and member.p in self._housing:
-                    for moment in self._housing.moments(member.p):
+                elif self._store is not None and member.p in self._store:
+                    for moment in self._store.moments(member.p):
                         moment.zero_()  # so that the next step finds them as it finds new memory
             return {**given, "param_groups": found.groups, "state": found.rest}
 
@@ -418,18 +420,20 @@ class Collins(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _loadable(self, state_dict: Mapping[str, Any]) -> Loadable:
-        return loadable(state_dict, self.param_groups, tuple(self.defaults), self.homes())
+    def _loadable(self, state_dict: Mapping[str, Any]) -> CheckedStateDict:
+        return loadable(state_dict, self.param_groups, tuple(self.defaults), self.expected_states())
 
-    def homes(self) -> list[Home]:
+    def expected_states(self) -> list[ExpectedState]:
         """What the state of each parameter must be, through all groups."""
-        return [self._home(member) for member in self._members()]
+        return [self._expected_state(member) for member in self._members()]
 
-    def _home(self, member: _Member) -> Home:
+    def _expected_state(self, member: ParamEntry) -> ExpectedState:
         plan, hash = self._plan(member), self._plan(member).hash
         mark = None if hash is None else fingerprint(plan.size[0], hash, self.seed, member.key)
         sharded = None if plan.slice is None else member.p
-        return Home(member.name, tuple(plan.size), plan.names, plan.shape, plan.moment_dtype, hash, mark, sharded)
+        return ExpectedState(
+            member.name, tuple(plan.size), plan.names, plan.shape, plan.moment_dtype, hash, mark, sharded
+        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update(self) -> None:
@@ -440,7 +444,7 @@ class Collins(Optimizer):
             return
         ready = self._ready()
         self._guard(ready)
-        if self._housing is None:
+        if self._store is None:
             works = self._works(ready)
             self._engine.run(works)
             self._repeat = self._to_repeat(ready, works)
@@ -449,13 +453,15 @@ class Collins(Optimizer):
             if new:
                 self._settle(new)
             params = [member.p for _, found in ready for member, _ in found]
-            self._housing.run(self._works(ready), params, self._engine.run)
-            self._housing.finish()
+            self._store.run(self._works(ready), params, self._engine.run)
+            self._store.finish()
         self._stepped.clear()
         self._awaited = None
         self._watch()  # whoever takes gradients since
 
-    def _to_repeat(self, ready: Sequence[tuple[dict[str, Any], list[_Ready]]], works: Sequence[Work]) -> _Again | None:
+    def _to_repeat(
+        self, ready: Sequence[tuple[dict[str, Any], list[_Ready]]], works: Sequence[UpdateTask]
+    ) -> _Again | None:
         """What may take the next step in a fraction of this one's time on the host; None as long as parameters come and
         go, since to make it takes as long as a step.
         """
@@ -469,7 +475,7 @@ class Collins(Optimizer):
         if course is None:
             return None
         kept = [
-            Kept(("step", *cast(_Plan, m.plan).names), cast(tuple[Tensor, ...], (m.step, m.first, m.second)))
+            Kept(("step", *cast(ParamSpec, m.plan).names), cast(tuple[Tensor, ...], (m.step, m.first, m.second)))
             for m in members
         ]
         stepped = {id(member) for member in members}
@@ -492,7 +498,7 @@ class Collins(Optimizer):
         if run is None:
             self._repeat = None
             return False
-        numbers: list[Scalars] = []
+        numbers: list[StepScalars] = []
         rows: list[int] = []
         for group, _, counters in again.groups:
             if counters:
@@ -506,7 +512,7 @@ class Collins(Optimizer):
         """From now on parameters are stepped as their gradients arrive."""
         self.in_backward = True
         self._lock = threading.Lock()  # gradients on several devices arrive in as many threads
-        self._arrivals = Arrivals(self, Collins._update_one)
+        self._grad_hooks = GradHooks(self, Collins._update_one)
         # Asks a GradScaler to hand its scale over instead of finding no gradients: see _check_in_backward.
         self._step_supports_amp_scaling = True
         self._watch()
@@ -525,7 +531,7 @@ class Collins(Optimizer):
                 ready.append((group, self._checked(members, settings)))
         return ready
 
-    def _checked(self, members: Sequence[_Member], settings: tuple[Any, ...]) -> list[_Ready]:
+    def _checked(self, members: Sequence[ParamEntry], settings: tuple[Any, ...]) -> list[_Ready]:
         """Those with a gradient. It looks at every parameter in every step, so it touches each as little as it can."""
         found, states, strided = [], self.state, torch.strided
         for member in members:
@@ -550,7 +556,7 @@ class Collins(Optimizer):
             found.append((member, g))
         return found
 
-    def _reset(self, member: _Member, plan: _Plan, state: dict[str, Any] | None) -> None:
+    def _reset(self, member: ParamEntry, plan: ParamSpec, state: dict[str, Any] | None) -> None:
         """Has the state adopted, or made, before the member is stepped; refuses one that does not fit."""
         member.first = None
         if not state:
@@ -575,11 +581,11 @@ class Collins(Optimizer):
                     " where it stays"
                 )
 
-    def _at_home(self, member: _Member, moment: Tensor) -> bool:
+    def _at_home(self, member: ParamEntry, moment: Tensor) -> bool:
         """Whether a moment is on the device where the parameter's are stepped, or staged for that."""
-        if self._housing is None:
+        if self._store is None:
             return moment.device == member.p.device
-        return member.p not in self._housing or self._housing.serves(member.p)
+        return member.p not in self._store or self._store.serves(member.p)
 
     @staticmethod
     def _guard(ready: Sequence[tuple[dict[str, Any], list[_Ready]]]) -> None:
@@ -589,8 +595,8 @@ class Collins(Optimizer):
             require_finite([(member.name, g) for member, g in guarded], lambda fine: agreed(fine, params))
 
     def _watch(self) -> None:
-        if self._arrivals is not None:
-            self._arrivals.watch((member.name, member.p) for member in self._members())
+        if self._grad_hooks is not None:
+            self._grad_hooks.watch((member.name, member.p) for member in self._members())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _check_in_backward(self, closure: object) -> None:
@@ -630,7 +636,7 @@ class Collins(Optimizer):
                 p.grad = None
                 raise RuntimeError(_twice(member.name))
             _check_gradient(member, g)
-            group, plan = member.group, cast(_Plan, member.plan)
+            group, plan = member.group, cast(ParamSpec, member.plan)
             if plan.slice is not None or type(g) is not Tensor or g.is_neg():
                 g = _plain(member, g)
             if group["nonfinite"] == "error":
@@ -638,12 +644,12 @@ class Collins(Optimizer):
             known = member.first is not None or p in self.state
             if member.first is None:
                 self._adopt(member)
-            h = self._numbers_of_one(group, member)
+            hp = self._numbers_of_one(group, member)
             try:
-                if self._housing is None:
-                    self._engine.run_one(_work(member, g, h))
+                if self._store is None:
+                    self._engine.run_one(_work(member, g, hp))
                 else:
-                    self._housing.run_one(p, lambda staged: self._engine.run_one(_work(member, g, h, staged)))
+                    self._store.run_one(p, lambda staged: self._engine.run_one(_work(member, g, hp, staged)))
             except BaseException:
                 if known:
                     self.state[p]["step"] -= 1
@@ -654,7 +660,7 @@ class Collins(Optimizer):
             self._stepped[member.key] = member
             p.grad = None
 
-    def _await(self) -> dict[int, _Member]:
+    def _await(self) -> dict[int, ParamEntry]:
         """All parameters, checked and housed before the first of them is stepped in this backward pass."""
         self._shared.clear()
         if not self._alone:
@@ -675,11 +681,11 @@ class Collins(Optimizer):
             self._settle(new, early=True)
         return awaited
 
-    def _members(self) -> Iterator[_Member]:
+    def _members(self) -> Iterator[ParamEntry]:
         for members in self._roster():
             yield from members
 
-    def _roster(self) -> Iterator[list[_Member]]:
+    def _roster(self) -> Iterator[list[ParamEntry]]:
         """The parameters of each group, which whoever wraps a model may have replaced since the last call."""
         del self._rosters[len(self.param_groups) :]
         key = 0
@@ -694,7 +700,7 @@ class Collins(Optimizer):
                     continue
             names = group.get("param_names")
             members = [
-                _Member(p, group, key + place, _label(names[place] if names else key + place))
+                ParamEntry(p, group, key + place, _label(names[place] if names else key + place))
                 for place, p in enumerate(params)
             ]
             self._rosters[number : number + 1] = [(list(params), members)]
@@ -710,7 +716,7 @@ class Collins(Optimizer):
         self._settings.append(settings)
         return settings
 
-    def _plan(self, member: _Member, settings: tuple[Any, ...] | None = None) -> _Plan:
+    def _plan(self, member: ParamEntry, settings: tuple[Any, ...] | None = None) -> ParamSpec:
         p, group, key = member.p, member.group, member.key
         settings = self._settings_of(group) if settings is None else settings
         plan = member.plan
@@ -729,14 +735,14 @@ class Collins(Optimizer):
         rounding = _rounds(p, dtype, group)
         rehash = layout.hash == "block" and period is not None
         skip = group["nonfinite"] == "skip"
-        spec = Spec(layout.hash, layout.load, group["decode"], rehash, rounding, group["maximize"], skip)
+        spec = UpdateSpec(layout.hash, layout.load, group["decode"], rehash, rounding, group["maximize"], skip)
         sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
-        keys = Keys(sign_key, hash_key(self.seed, key, "round"), (0, 0, 0, 0), period or 0)
+        keys = HashKeys(sign_key, hash_key(self.seed, key, "round"), (0, 0, 0, 0), period or 0)
         shape = moment_shape(layout, tuple(p.shape))
         part = _slice(member.name, p, group)
         launch = self._engine.launch_of(spec, local(p), dtype, part.start if part else 0)
         names = _names(layout)
-        plan = _Plan(
+        plan = ParamSpec(
             spec, keys, hash, p.numel(), launch, settings, p.shape, p.dtype, p.device,
             names, shape, dtype, type(p), part,
         )  # fmt: skip
@@ -744,34 +750,37 @@ class Collins(Optimizer):
         member.step = member.first = member.second = None
         return plan
 
-    def _settle(self, members: Sequence[_Member], *, early: bool = False, loading: bool = False) -> None:
+    def _settle(self, members: Sequence[ParamEntry], *, early: bool = False, loading: bool = False) -> None:
         """Under a memory policy, gives every parameter's moments their home; those that exist elsewhere move in.
 
         Args:
             early: within backward, whose peak is still to come.
             loading: before any step: what depends on the peak is left for the first step to decide.
         """
-        if self._housing is None or (loading and self._housing.waits):
+        if self._store is None or (loading and self._store.waits):
             return
         plans = [self._plan(member) for member in members]
-        self._housing.settle(
-            [Tenant(m.name, m.p, Part(_here(plan), plan.moment_dtype)) for m, plan in zip(members, plans, strict=True)],
+        self._store.settle(
+            [
+                StateRequest(m.name, m.p, TensorSpec(_here(plan), plan.moment_dtype))
+                for m, plan in zip(members, plans, strict=True)
+            ],
             early=early,
         )
         for member, plan in zip(members, plans, strict=True):
             state = self.state.get(member.p)
             if state:
-                for name, home in zip(plan.names, self._housing.moments(member.p), strict=True):
+                for name, home in zip(plan.names, self._store.moments(member.p), strict=True):
                     if name in state and local(state[name]) is not home:
                         state[name] = placed(home.copy_(local(state[name])), member.p, plan.shape)
 
-    def _moments(self, member: _Member, present: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _moments(self, member: ParamEntry, present: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Where a parameter's moments are kept: what is there already if it fits, else new memory."""
         plan = self._plan(member)
-        if self._housing is not None and member.p in self._housing:
-            m, v = self._housing.moments(member.p)
+        if self._store is not None and member.p in self._store:
+            m, v = self._store.moments(member.p)
             return placed(m, member.p, plan.shape), placed(v, member.p, plan.shape)
-        device = member.p.device if self._housing is None else torch.device("cpu")
+        device = member.p.device if self._store is None else torch.device("cpu")
         kept = []
         for name in plan.names:
             moment = present.get(name)
@@ -783,7 +792,7 @@ class Collins(Optimizer):
             kept.append(moment)
         return kept[0], kept[1]
 
-    def _room(self, member: _Member, present: Mapping[str, Any]) -> dict[str, Any]:
+    def _room(self, member: ParamEntry, present: Mapping[str, Any]) -> dict[str, Any]:
         """A parameter's state, to be filled: in the tensors that are present, as far as they fit."""
         step = present.get("step")
         device = member.p.device if member.group["capturable"] else torch.device("cpu")
@@ -792,61 +801,61 @@ class Collins(Optimizer):
         moments = zip(self._plan(member).names, self._moments(member, present), strict=True)
         return {"step": step, **dict(moments), **self._mark(member)}
 
-    def _mark(self, member: _Member) -> dict[str, int]:
+    def _mark(self, member: ParamEntry) -> dict[str, int]:
         """What a parameter's state says about its tables; nothing for dense moments."""
-        own = self._home(member).fingerprint
+        own = self._expected_state(member).fingerprint
         return {} if own is None else {LAYOUT: own.packed()}
 
-    def _works(self, ready: Sequence[tuple[dict[str, Any], list[_Ready]]]) -> list[Work]:
+    def _works(self, ready: Sequence[tuple[dict[str, Any], list[_Ready]]]) -> list[UpdateTask]:
         """Each parameter's share of this step; makes its state on first use and counts the step."""
-        works: list[Work] = []
+        works: list[UpdateTask] = []
         for group, found in ready:
             members = [member for member, _ in found]
             for member in members:
                 if member.first is None:
                     self._adopt(member)
             numbers = self._numbers(group, members)
-            works += [_work(member, g, h) for (member, g), h in zip(found, numbers, strict=True)]
+            works += [_work(member, g, hp) for (member, g), hp in zip(found, numbers, strict=True)]
         return works
 
-    def _numbers(self, group: dict[str, Any], members: Sequence[_Member]) -> Sequence[Scalars]:
+    def _numbers(self, group: dict[str, Any], members: Sequence[ParamEntry]) -> Sequence[StepScalars]:
         """Counts the step of members of one group, and returns the numbers of each."""
         if not members:
             return ()
         if group["capturable"]:
             steps = [cast(Tensor, member.step) for member in members]
             torch._foreach_add_(steps, 1)
-            together = _scalars(torch.stack(steps), group)
+            together = _step_scalars(torch.stack(steps), group)
             columns = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(steps) for x in together]
-            return [Scalars(*row) for row in zip(*columns, strict=True)]
+            return [StepScalars(*row) for row in zip(*columns, strict=True)]
         numbers, rows = self._numbers_at(group, [member.counter for member in members])
         return [numbers[row] for row in rows]
 
     def _numbers_at(
         self, group: dict[str, Any], counters: Sequence[int | None], first: int = 0
-    ) -> tuple[list[Scalars], list[int]]:
+    ) -> tuple[list[StepScalars], list[int]]:
         """Counts the step of members of one group, at least one, by their counters: the numbers that they take, in rows
         from `first` on, and the row of each.
         """
         steps_taken = self._counters.count(counters)
         if (steps_taken == steps_taken[0]).all():
-            return [_scalars(int(steps_taken[0]), group)], [first] * len(steps_taken)
+            return [_step_scalars(int(steps_taken[0]), group)], [first] * len(steps_taken)
         rows = {t: row for row, t in enumerate(dict.fromkeys(steps_taken.tolist()), first)}
-        return [_scalars(int(t), group) for t in rows], list(map(rows.__getitem__, steps_taken.tolist()))
+        return [_step_scalars(int(t), group) for t in rows], list(map(rows.__getitem__, steps_taken.tolist()))
 
-    def _numbers_of_one(self, group: dict[str, Any], member: _Member) -> Scalars:
+    def _numbers_of_one(self, group: dict[str, Any], member: ParamEntry) -> StepScalars:
         """As `_numbers`, for one whose gradient has arrived in backward: a step reads a group's options once."""
         if group["capturable"]:
             return self._numbers(group, [member])[0]
         steps_taken = self._counters.count_one(cast(int, member.counter))
         key = id(group), steps_taken
         if key not in self._shared:
-            self._shared[key] = _scalars(steps_taken, group)
+            self._shared[key] = _step_scalars(steps_taken, group)
         return self._shared[key]
 
-    def _adopt(self, member: _Member) -> None:
+    def _adopt(self, member: ParamEntry) -> None:
         """Takes the parameter's state, loaded or copied, as the member's own; makes it if there is none."""
-        plan, state = cast(_Plan, member.plan), self.state[member.p]
+        plan, state = cast(ParamSpec, member.plan), self.state[member.p]
         if not state:
             state.update(self._room(member, {}))
         if member.group["capturable"]:
@@ -857,10 +866,10 @@ class Collins(Optimizer):
         member.place = member.first.device
 
     def _drain(self) -> None:
-        if self._housing is not None:
-            self._housing.drain()
+        if self._store is not None:
+            self._store.drain()
 
-    def _report_row(self, member: _Member) -> ParameterRow:
+    def _report_row(self, member: ParamEntry) -> ParameterRow:
         p, group = member.p, member.group
         layout = _layout(p, group)
         step_bytes = torch.float32.itemsize
@@ -874,9 +883,9 @@ class Collins(Optimizer):
         )
 
 
-def _work(member: _Member, g: Tensor, h: Scalars, staged: Moments | None = None) -> Work:
+def _work(member: ParamEntry, g: Tensor, hp: StepScalars, staged: Moments | None = None) -> UpdateTask:
     """A member's share of a step, over its own moments or over those that are staged for it."""
-    spec, keys, hash, numel, launch, *_, part = cast(_Plan, member.plan)
+    spec, keys, hash, numel, launch, *_, part = cast(ParamSpec, member.plan)
     if spec.hash == "universal":
         hash = cast(UniversalHash, hash)
         keys = keys._replace(universal=(hash.a, hash.b, hash.c, hash.d))
@@ -884,10 +893,10 @@ def _work(member: _Member, g: Tensor, h: Scalars, staged: Moments | None = None)
     p, start = member.p, 0
     if part is not None:
         p, m, v, start = local(p), local(m), local(v), part.start
-    return _WORK(Work, (p, g, m, v, spec, keys, h, numel, start, launch))
+    return _WORK(UpdateTask, (p, g, m, v, spec, keys, hp, numel, start, launch))
 
 
-def _holds(state: dict[str, Any], plan: _Plan, member: _Member) -> bool:
+def _holds(state: dict[str, Any], plan: ParamSpec, member: ParamEntry) -> bool:
     """Whether the state still has the moments and the counter that the member knows, and these are what they were."""
     first, second = member.first, member.second
     if first is None or second is None:
@@ -902,7 +911,7 @@ def _holds(state: dict[str, Any], plan: _Plan, member: _Member) -> bool:
     )
 
 
-# The group options that a _Plan depends on.
+# The group options that a ParamSpec depends on.
 _PLANNED = (
     "compress_ratio",
     "min_K",
@@ -916,8 +925,8 @@ _PLANNED = (
 )
 
 
-def _layout(p: Tensor, group: dict[str, Any]) -> Layout:
-    layout = layout_of(p.numel(), compress_ratio=group["compress_ratio"], min_K=group["min_K"], hash=group["hash"])
+def _layout(p: Tensor, group: dict[str, Any]) -> Bucketing:
+    layout = bucketing_of(p.numel(), compress_ratio=group["compress_ratio"], min_K=group["min_K"], hash=group["hash"])
     return within_rows(layout, tuple(p.shape)) if is_sharded(p) else layout
 
 
@@ -931,20 +940,20 @@ def _slice(name: str, p: Tensor, group: dict[str, Any]) -> Slice | None:
     return slice_of(name, p, layout, rounding=_rounds(p, moment_dtype(layout, p.dtype, group["table_dtype"]), group))
 
 
-def _here(plan: _Plan) -> tuple[int, ...]:
+def _here(plan: ParamSpec) -> tuple[int, ...]:
     """The shape of this rank's part of each moment."""
     if plan.slice is None or plan.hash is None:
         return plan.shape if plan.slice is None else plan.slice.shape
     return plan.slice.shape[0], plan.shape[1]
 
 
-def _names(layout: Layout) -> tuple[str, str]:
+def _names(layout: Bucketing) -> tuple[str, str]:
     return DENSE if layout.hash is None else TABLES
 
 
-def _scalars(step: int | Tensor, group: dict[str, Any]) -> Scalars:
+def _step_scalars(step: int | Tensor, group: dict[str, Any]) -> StepScalars:
     lr = group["lr"]
-    return scalars(
+    return step_scalars(
         step,
         lr=lr.reshape(()) if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
         betas=group["betas"],
@@ -966,16 +975,16 @@ def _twice(name: str) -> str:
     )
 
 
-def _plain(member: _Member, g: Tensor) -> Tensor:
+def _plain(member: ParamEntry, g: Tensor) -> Tensor:
     """A gradient as its parameter is stepped: as it lies in memory; this rank's part where the parameter is sharded."""
-    if cast(_Plan, member.plan).slice is not None:
+    if cast(ParamSpec, member.plan).slice is not None:
         return local_gradient(member.name, g, member.p)
     if is_sharded(g):
         raise TypeError(f"the gradient of {member.name} must be a plain tensor as the parameter is, got a DTensor")
     return g.resolve_neg()
 
 
-def _check_gradient(member: _Member, g: Tensor) -> None:
+def _check_gradient(member: ParamEntry, g: Tensor) -> None:
     p = member.p
     if g.dtype is p.dtype and g.shape == p.shape and g.device == p.device and g.layout is torch.strided:
         return

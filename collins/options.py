@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collins.layout import DECODES, HASHES, NONFINITE
+from collins.bucketing import DECODES, HASHES, NONFINITE
 
 TABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from collins.rule import Scalars
+from collins.rule import StepScalars
 
 if TYPE_CHECKING:
-    from collins.compile.launch import Course
+    from collins.compile.multi_tensor import Course
 
 
 def _guards_of(tensors: Sequence[Tensor]) -> Any:
@@ -80,7 +80,7 @@ class Repeat:
 
     def ready(
         self, state: Mapping[Tensor, dict[str, Any]]
-    ) -> Callable[[Sequence[Scalars], Sequence[int]], None] | None:
+    ) -> Callable[[Sequence[StepScalars], Sequence[int]], None] | None:
         """What performs the step, given its numbers and which of them each parameter takes; None if anything has
         changed.
         """

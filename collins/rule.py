@@ -23,23 +23,23 @@ from torch import Tensor
 Scalar = float | Tensor
 
 
-class Scalars(NamedTuple):
+class StepScalars(NamedTuple):
     """What one step's formulas need besides tensors: Python numbers, or 0-d tensors, which compiled code takes."""
 
     step: int | Tensor
     lr: Scalar
-    shrink: Scalar  # 1 - lr wd
+    decay_factor: Scalar  # 1 - lr wd
     beta1: Scalar
-    rest1: Scalar  # 1 - beta1
+    one_minus_beta1: Scalar  # 1 - beta1
     beta2: Scalar
-    rest2: Scalar
-    inverse1: Scalar  # 1 / (1 - beta1^t)
-    inverse2: Scalar  # 1 / (1 - beta2^t)
+    one_minus_beta2: Scalar
+    inv_bias_correction1: Scalar  # 1 / (1 - beta1^t)
+    inv_bias_correction2: Scalar  # 1 / (1 - beta2^t)
     eps: Scalar
     rho: Scalar
 
 
-def scalars(
+def step_scalars(
     step: int | Tensor,
     *,
     lr: Scalar,
@@ -47,8 +47,8 @@ def scalars(
     eps: float,
     weight_decay: float,
     residual_weight: float | None,
-) -> Scalars:
-    """The `Scalars` of step t = `step`, counted from 1; as a float tensor it stays on its device.
+) -> StepScalars:
+    """The `StepScalars` of step t = `step`, counted from 1; as a float tensor it stays on its device.
 
     rho = sqrt((1 - beta1) / (1 + beta1)) unless set: an EMA shrinks independent noise by that factor, so the sketched
     momentum and the raw residual enter the update with equal noise.
@@ -59,18 +59,18 @@ def scalars(
     if isinstance(step, Tensor):
         exact = step.to(torch.float64)
         on_device = 1 / (1 - beta1**exact), 1 / (1 - beta2**exact)
-        return Scalars(step.to(torch.int64), lr, 1 - lr * weight_decay, *averages, *on_device, eps, rho)
+        return StepScalars(step.to(torch.int64), lr, 1 - lr * weight_decay, *averages, *on_device, eps, rho)
     inverses = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
-    return Scalars(step, lr, 1 - lr * weight_decay, *averages, *inverses, eps, rho)
+    return StepScalars(step, lr, 1 - lr * weight_decay, *averages, *inverses, eps, rho)
 
 
-def direction(m_hat: Tensor, v_hat: Tensor, r: Tensor | None, h: Scalars) -> Tensor:
+def direction(m_hat: Tensor, v_hat: Tensor, r: Tensor | None, hp: StepScalars) -> Tensor:
     """(m_hat + rho r) / (sqrt(v_hat + r^2) + eps); all tensors broadcast."""
     if r is None:
-        return m_hat / (v_hat.sqrt() + h.eps)
-    return (m_hat + h.rho * r) / (torch.sqrt(v_hat + r * r) + h.eps)
+        return m_hat / (v_hat.sqrt() + hp.eps)
+    return (m_hat + hp.rho * r) / (torch.sqrt(v_hat + r * r) + hp.eps)
 
 
-def updated(p: Tensor, direction: Tensor, h: Scalars) -> Tensor:
+def updated(p: Tensor, direction: Tensor, hp: StepScalars) -> Tensor:
     """The new parameter, in the dtype of the moments."""
-    return p * h.shrink - h.lr * direction
+    return p * hp.decay_factor - hp.lr * direction

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from collins.layout import Layout
+from collins.bucketing import Bucketing
 
 _MODULE = "torch.distributed.tensor"
 
@@ -51,7 +51,7 @@ def local(t: Tensor) -> Tensor:
     return part if wait is None else wait()
 
 
-def slice_of(name: str, p: Tensor, layout: Layout, *, rounding: bool) -> Slice | None:
+def slice_of(name: str, p: Tensor, layout: Bucketing, *, rounding: bool) -> Slice | None:
     """Which part of the parameter `p` is here, or None for an ordinary tensor.
 
     Args:

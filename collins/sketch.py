@@ -33,16 +33,16 @@ def decay(
     table: Tensor,
     mean: Tensor,
     beta: float | Tensor,
-    rest: float | Tensor,
-    fresh: Tensor | None = None,
-    fine: Tensor | None = None,
+    one_minus_beta: float | Tensor,
+    resets: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> Tensor:
-    """beta * table + rest * mean in the dtype of `mean`, where rest = 1 - beta.
+    """beta * table + one_minus_beta * mean in the dtype of `mean`, where one_minus_beta = 1 - beta.
 
-    The table counts as 0 where `fresh`, and stays as it then is where not `fine`.
+    The table counts as 0 where `resets`, and stays as it then is where not `finite`.
     """
     table = table.to(mean.dtype)
-    if fresh is not None:
-        table = torch.where(fresh, torch.zeros_like(table), table)
-    average = beta * table + rest * mean
-    return average if fine is None else torch.where(fine, average, table)
+    if resets is not None:
+        table = torch.where(resets, torch.zeros_like(table), table)
+    average = beta * table + one_minus_beta * mean
+    return average if finite is None else torch.where(finite, average, table)

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from collins.compile.graphs import SMALL, Graphs, Numbers, split, whole_of
-from collins.update import Spec, Work, update_
+from collins.update import UpdateSpec, UpdateTask, update_
 
 if TYPE_CHECKING:
-    from collins.compile.launch import Course, Launch, Launches
+    from collins.compile.multi_tensor import Course, KernelLaunch, KernelLaunches
 
 # Elements per piece of an eager step, at most: enough to outweigh the calls, few enough to stay in cache.
 _PIECE_CPU = 1 << 18
@@ -47,14 +47,14 @@ class Engine:
         """How many graphs have been made: one for each signature seen."""
         return len(self._graphs)
 
-    def run(self, works: Sequence[Work]) -> None:
+    def run(self, works: Sequence[UpdateTask]) -> None:
         """Performs all of them; they must be of different parameters."""
         if self._launches is not None:
             works = self._launched(works, self._launches)
             if not works:
                 return
         self._largest = max(self._largest, *(work.p.nbytes for work in works), 0)
-        small: dict[tuple[Any, ...], list[Work]] = {}
+        small: dict[tuple[Any, ...], list[UpdateTask]] = {}
         numbers: Numbers = {}
         for work in works:
             p = work.p
@@ -65,44 +65,44 @@ class Engine:
                 small.setdefault((work.spec, p.shape, p.dtype, work.m.dtype, p.device), []).append(work)
             else:
                 parts = (work,) if whole == p.numel() else split(work, whole)
-                if not self._tried("graphs", self._graphs.run, parts[0], numbers):
+                if not self._attempt("graphs", self._graphs.run, parts[0], numbers):
                     self._run_eagerly(parts[0])
                 for part in parts[1:]:
                     self._run_eagerly(part)
         for batch in small.values():
-            if not self._tried("graphs", self._graphs.run_stacked, batch, numbers):
+            if not self._attempt("graphs", self._graphs.run_stacked, batch, numbers):
                 for work in batch:
                     self._run_eagerly(work)
 
-    def run_one(self, work: Work) -> None:
+    def run_one(self, work: UpdateTask) -> None:
         """Performs one, which others follow as their gradients arrive in backward."""
-        if work.launch is None or not self._tried("kernel", work.launch.run_one, work):
+        if work.launch is None or not self._attempt("kernel", work.launch.run_one, work):
             self.run([work])
 
-    def _launched(self, works: Sequence[Work], launches: Launches) -> list[Work]:
+    def _launched(self, works: Sequence[UpdateTask], launches: KernelLaunches) -> list[UpdateTask]:
         """Performs what the kernel can take, and returns the rest."""
         if "kernel" in self._failed:
             return list(works)
         batches, rest = launches.sorted(works)
         for batch, sent in zip(batches, launches.send(batches), strict=True):
-            if not self._tried("kernel", batch.columns.launch.run, batch, sent):
+            if not self._attempt("kernel", batch.columns.launch.run, batch, sent):
                 rest += batch.columns.works
         return rest
 
-    def course(self, works: Sequence[Work]) -> Course | None:
+    def course(self, works: Sequence[UpdateTask]) -> Course | None:
         """What takes the same step again with other gradients and numbers, if kernels take all of it."""
         if self._launches is None or "kernel" in self._failed or any(work.launch is None for work in works):
             return None
         return self._launches.course(works)
 
-    def launch_of(self, spec: Spec, p: Tensor, moment_dtype: torch.dtype, start: int = 0) -> Launch | None:
-        """What to give as `Work.launch` for such a parameter."""
+    def launch_of(self, spec: UpdateSpec, p: Tensor, moment_dtype: torch.dtype, start: int = 0) -> KernelLaunch | None:
+        """What to give as `UpdateTask.launch` for such a parameter."""
         return None if self._launches is None else self._launches.of(spec, p, moment_dtype, start)
 
     def _compiles(self, device: torch.device) -> bool:
         return device.type not in ("cpu", "meta") if self._compile is None else self._compile
 
-    def _run_eagerly(self, work: Work) -> None:
+    def _run_eagerly(self, work: UpdateTask) -> None:
         if work.p.numel():
             update_(work, self._piece(work.p, work.spec.load))
 
@@ -112,7 +112,7 @@ class Engine:
         cap = _PIECE_CPU if p.device.type == "cpu" else _PIECE_ACCELERATOR
         return min(max(int(2 * self._largest / each), 1), cap)
 
-    def _tried(self, name: str, way: Callable[..., bool | None], *args: Any) -> bool:
+    def _attempt(self, name: str, way: Callable[..., bool | None], *args: Any) -> bool:
         """Whether that way works here; if not, nothing has changed. One warning says why, unless the way declines."""
         if name in self._failed:
             return False
@@ -131,9 +131,9 @@ class Engine:
 _INSTEAD = {"graphs": ("eagerly", "torch.compile"), "kernel": ("through torch.compile", "its Triton kernel")}
 
 
-def _launches(busy_link: bool) -> Launches | None:
+def _launches(busy_link: bool) -> KernelLaunches | None:
     if not (torch.cuda.is_available() and importlib.util.find_spec("triton")):
         return None
-    from collins.compile.launch import Launches
+    from collins.compile.multi_tensor import KernelLaunches
 
-    return Launches("cuda", busy_link=busy_link)
+    return KernelLaunches("cuda", busy_link=busy_link)

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from collins.hashing import WORD, HashKey
 from collins.rounding import ROUNDED
-from collins.rule import Scalars
-from collins.update import Keys, Spec, Work, update_, update_rows_
+from collins.rule import StepScalars
+from collins.update import HashKeys, UpdateSpec, UpdateTask, update_, update_rows_
 
 # Dense tensors of at most this many elements are stacked by signature and stepped in one call: launches rule there.
 SMALL = 1 << 16
@@ -32,14 +32,14 @@ if hasattr(inductor, "deterministic"):  # otherwise the fastest order of a sum i
 
 _Graph = Callable[..., None]
 
-# A step's count, and its other `Scalars` in one tensor: by identity, the dtype of the update, and the device.
+# A step's count, and its other `StepScalars` in one tensor: by identity, the dtype of the update, and the device.
 Numbers = dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]]
 
 
 class _Stacked(NamedTuple):
     """The constants of the tensors that were last stacked by one signature."""
 
-    whose: list[tuple[Keys, int | Tensor]]  # each tensor's keys and start
+    whose: list[tuple[HashKeys, int | Tensor]]  # each tensor's keys and start
     keys: Tensor  # (n, keys), int64
     starts: Tensor  # (n, 1), int64
 
@@ -56,7 +56,7 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, work: Work, numbers: Numbers) -> None:
+    def run(self, work: UpdateTask, numbers: Numbers) -> None:
         """Performs `work`, of which `whole_of` says that a graph can take it.
 
         Args:
@@ -73,7 +73,7 @@ class Graphs:
             self._graphs[signature] = _graph_of_one(spec, len(self))
         self._graphs[signature](*tensors, self._constants[keys], *_of_step(work, numbers), self._constants[start])
 
-    def run_stacked(self, batch: Sequence[Work], numbers: Numbers) -> None:
+    def run_stacked(self, batch: Sequence[UpdateTask], numbers: Numbers) -> None:
         """As `run`, for small dense tensors of one signature, stacked along a first dimension whose size may change
         between steps.
         """
@@ -93,7 +93,7 @@ class Graphs:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._captured.append(self._stacked[signature])
         _, keys, starts = self._stacked[signature]
-        steps = _together([work.h.step for work in doubled], torch.int64, device)[:, None]
+        steps = _together([work.hp.step for work in doubled], torch.int64, device)[:, None]
         others = torch.stack([_of_step(work, numbers)[1] for work in doubled])
         for stacked in (*tensors, keys, steps, others, starts):
             torch._dynamo.mark_dynamic(stacked, 0)
@@ -104,7 +104,7 @@ class Graphs:
         torch._foreach_copy_([work.v for work in batch], v)
 
 
-def whole_of(work: Work) -> int:
+def whole_of(work: UpdateTask) -> int:
     """How many leading elements a graph may take: all of the parameter but an odd end, or none of it.
 
     Inductor's CPU backend splits a loop over x where it sees x // 32, and loses the end when 32 does not divide the
@@ -123,7 +123,7 @@ def whole_of(work: Work) -> int:
     return p.numel() // unit * unit if divisible else 0
 
 
-def split(work: Work, whole: int) -> tuple[Work, Work]:
+def split(work: UpdateTask, whole: int) -> tuple[UpdateTask, UpdateTask]:
     """The first `whole` elements of a contiguous parameter, and the rest."""
     p, g, m, v = (t.detach().view(-1) for t in work[:4])
     entry = whole // int(work.spec.load)
@@ -133,7 +133,7 @@ def split(work: Work, whole: int) -> tuple[Work, Work]:
     )
 
 
-def _views(work: Work) -> tuple[tuple[int, ...], ...]:
+def _views(work: UpdateTask) -> tuple[tuple[int, ...], ...]:
     """Shapes under which p, g, m and v enter a graph: one row a bucket where that is a view, so that the graph's loops
     agree and parameters of different shapes share it.
     """
@@ -145,11 +145,11 @@ def _views(work: Work) -> tuple[tuple[int, ...], ...]:
     return shape, shape, table, table
 
 
-def _of_step(work: Work, numbers: Numbers) -> tuple[Tensor, Tensor]:
+def _of_step(work: UpdateTask, numbers: Numbers) -> tuple[Tensor, Tensor]:
     """Its entry in `numbers`, in the dtype of its update, so that no loop has to convert them."""
-    here = id(work.h), torch.promote_types(work.p.dtype, torch.float32), work.p.device
+    here = id(work.hp), torch.promote_types(work.p.dtype, torch.float32), work.p.device
     if here not in numbers:
-        numbers[here] = torch.as_tensor(work.h.step), _together(work.h[1:], *here[1:])
+        numbers[here] = torch.as_tensor(work.hp.step), _together(work.hp[1:], *here[1:])
     return numbers[here]
 
 
@@ -161,23 +161,23 @@ def _together(numbers: Sequence[float | Tensor], dtype: torch.dtype, device: tor
     return torch.stack([x.to(device, dtype) for x in made])
 
 
-def _graph_of_one(spec: Spec, number: int) -> _Graph:
+def _graph_of_one(spec: UpdateSpec, number: int) -> _Graph:
     def one(
-        p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: Keys, step: Tensor, numbers: Tensor, start: Tensor
+        p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: HashKeys, step: Tensor, numbers: Tensor, start: Tensor
     ) -> None:
-        update_(Work(p, g, m, v, spec, keys, Scalars(step, *numbers), p.numel(), start))
+        update_(UpdateTask(p, g, m, v, spec, keys, StepScalars(step, *numbers), p.numel(), start))
 
     return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=_OPTIONS)
 
 
-def _graph_of_many(spec: Spec, number: int) -> _Graph:
-    structure = tree_flatten(Keys(HashKey(0, 0), HashKey(0, 0), (0, 0, 0, 0), 0))[1]
+def _graph_of_many(spec: UpdateSpec, number: int) -> _Graph:
+    structure = tree_flatten(HashKeys(HashKey(0, 0), HashKey(0, 0), (0, 0, 0, 0), 0))[1]
 
     def stacked(
         p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: Tensor, step: Tensor, numbers: Tensor, start: Tensor
     ) -> None:
-        h = Scalars(step, *numbers.split(1, 1))
-        update_rows_(Work(p, g, m, v, spec, tree_unflatten(keys.split(1, 1), structure), h, p.shape[1], start))
+        hp = StepScalars(step, *numbers.split(1, 1))
+        update_rows_(UpdateTask(p, g, m, v, spec, tree_unflatten(keys.split(1, 1), structure), hp, p.shape[1], start))
 
     return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=_OPTIONS)
 

@@ -33,7 +33,7 @@ from collins.rounding import (
     SECOND,
     SECOND_WORD,
 )
-from collins.rule import Scalars
+from collins.rule import StepScalars
 
 _M1 = tl.constexpr(FIRST_MULTIPLIER)
 _M2 = tl.constexpr(SECOND_MULTIPLIER)
@@ -51,7 +51,7 @@ SPAN = 32768  # bytes of a parameter that a program deals with, in tiles one aft
 COLUMNS = ("p", "m", "v", "local", "program", "start", "numel", "sign0", "sign1", "round0", "round1", "period", "row")
 _WIDTH = tl.constexpr(len(COLUMNS))
 # The numbers that change with every step: a row for each set of hyperparameters, all float64.
-_NUMBERS = tl.constexpr(len(Scalars._fields))
+_NUMBERS = tl.constexpr(len(StepScalars._fields))
 
 
 @triton.jit
@@ -158,13 +158,13 @@ def _step(  # type: ignore[no-untyped-def]
     numbers += tl.load(entry + 12) * _NUMBERS
     step = tl.load(numbers + 0).to(tl.uint32)
     lr = tl.load(numbers + 1).to(tl.float32)
-    shrink = tl.load(numbers + 2).to(tl.float32)
+    decay_factor = tl.load(numbers + 2).to(tl.float32)
     beta1 = tl.load(numbers + 3).to(tl.float32)
-    rest1 = tl.load(numbers + 4).to(tl.float32)
+    one_minus_beta1 = tl.load(numbers + 4).to(tl.float32)
     beta2 = tl.load(numbers + 5).to(tl.float32)
-    rest2 = tl.load(numbers + 6).to(tl.float32)
+    one_minus_beta2 = tl.load(numbers + 6).to(tl.float32)
     step1 = tl.load(numbers + 7).to(tl.float32) * lr
-    inverse2 = tl.load(numbers + 8).to(tl.float32)
+    inv_bias_correction2 = tl.load(numbers + 8).to(tl.float32)
     eps = tl.load(numbers + 9).to(tl.float32)
     lr_rho = tl.load(numbers + 10).to(tl.float32) * lr
     tick = step * _STRIDE
@@ -199,11 +199,11 @@ def _step(  # type: ignore[no-untyped-def]
         if DENSE:
             old_m = tl.load(m_base + at + place, mask=inside, other=0.0).to(tl.float32)
             old_v = tl.load(v_base + at + place, mask=inside, other=0.0).to(tl.float32)
-            M = beta1 * old_m + rest1 * g
-            V = beta2 * old_v + rest2 * g * g
+            M = beta1 * old_m + one_minus_beta1 * g
+            V = beta2 * old_v + one_minus_beta2 * g * g
             if SKIP:
-                fine = g * g < float("inf")
-                M, V = tl.where(fine, M, old_m), tl.where(fine, V, old_v)
+                finite = g * g < float("inf")
+                M, V = tl.where(finite, M, old_m), tl.where(finite, V, old_v)
             if ROUND_T:
                 index = (start // 32).to(tl.uint32) + (at // 32 + row).to(tl.uint32)[:, None]
                 tl.store(
@@ -215,7 +215,7 @@ def _step(  # type: ignore[no-untyped-def]
             else:
                 tl.store(m_base + at + place, M.to(T), mask=inside)
                 tl.store(v_base + at + place, V.to(T), mask=inside)
-            change = _quotient(M * step1, V * inverse2, eps, FAST)
+            change = _quotient(M * step1, V * inv_bias_correction2, eps, FAST)
         else:
             held = bucket * LOAD < end - at
             m_here, v_here = m_base + at // LOAD + bucket, v_base + at // LOAD + bucket
@@ -232,10 +232,10 @@ def _step(  # type: ignore[no-untyped-def]
             if REHASH:
                 past = tl.umulhi((number + sign0) * _GOLDEN, period) + passed
                 ticks = tl.where(past >= period, old_tick + _STRIDE, old_tick)
-                fresh = (past == period) | (past == 0)
+                resets = (past == period) | (past == 0)
                 if not EVEN:  # alone, an element keeps its sign
-                    ticks, fresh = tl.where(size > 1.0, ticks, sign1), fresh & (size > 1.0)
-                old_m = tl.where(fresh, 0.0, old_m)
+                    ticks, resets = tl.where(size > 1.0, ticks, sign1), resets & (size > 1.0)
+                old_m = tl.where(resets, 0.0, old_m)
                 ticks = _along(ticks, ROWS, WORDS)
             else:
                 ticks = sign1
@@ -249,12 +249,12 @@ def _step(  # type: ignore[no-untyped-def]
                 total = tl.sum(tl.reshape(total, (BUCKETS, WORDS)), axis=1)
                 squares = tl.sum(tl.reshape(squares, (BUCKETS, WORDS)), axis=1)
             mu, q = total * (1 / load), squares * (1 / load)
-            M = beta1 * old_m + rest1 * mu
-            V = beta2 * old_v + rest2 * q
+            M = beta1 * old_m + one_minus_beta1 * mu
+            V = beta2 * old_v + one_minus_beta2 * q
             if SKIP:
-                fine = q < float("inf")
-                M, V = tl.where(fine, M, old_m), tl.where(fine, V, old_v)
-                fine = tl.broadcast_to(_along(fine, ROWS, WORDS)[:, None], (ROWS, LANES))
+                finite = q < float("inf")
+                M, V = tl.where(finite, M, old_m), tl.where(finite, V, old_v)
+                finite = tl.broadcast_to(_along(finite, ROWS, WORDS)[:, None], (ROWS, LANES))
             if ROUND_T:
                 index, spot = number // 32, number & 31
                 tl.store(m_here, _rounded(M, _noise(index, spot, tick, round0, round1, _FIRST), T), mask=held)
@@ -264,17 +264,20 @@ def _step(  # type: ignore[no-untyped-def]
                 tl.store(v_here, V.to(T), mask=held)
             # All in the frame of the signs: s r = s g - mu.
             if RESIDUAL:
-                m_b, v_b = _along(M * (step1 * root), ROWS, WORDS)[:, None], _along(V * inverse2, ROWS, WORDS)[:, None]
+                m_b, v_b = (
+                    _along(M * (step1 * root), ROWS, WORDS)[:, None],
+                    _along(V * inv_bias_correction2, ROWS, WORDS)[:, None],
+                )
                 r = signed - _along(mu, ROWS, WORDS)[:, None]
                 change = _quotient(m_b + lr_rho * r, v_b + r * r, eps, FAST)
             else:
-                change = _quotient(M * (step1 * load), V * (inverse2 * load), eps, FAST)
+                change = _quotient(M * (step1 * load), V * (inv_bias_correction2 * load), eps, FAST)
                 change = tl.broadcast_to(_along(change, ROWS, WORDS)[:, None], (ROWS, LANES))
             change = _flipped(change, flips, FAST)
 
-        new = p * shrink - change
+        new = p * decay_factor - change
         if SKIP:
-            new = tl.where(fine, new, p)
+            new = tl.where(finite, new, p)
         if ROUND_P:
             index = (start // 32).to(tl.uint32) + ((at + row * LANES) // 32).to(tl.uint32)[:, None]
             spot = column if LANES == 32 else (row * LANES & 31).to(tl.uint32)[:, None] + column
@@ -349,9 +352,9 @@ def step_(
         owners: which tensor each program belongs to, int32.
         table: a row of `COLUMNS` for each tensor.
         grads: addresses of the gradients, int64; or the gradient itself, of the only tensor.
-        numbers: rows of `collins.rule.Scalars`, float64.
+        numbers: rows of `collins.rule.StepScalars`, float64.
         load: c; 1 for dense moments.
-        residual, rehash, rounding, maximize, skip: as in `collins.update.Spec`.
+        residual, rehash, rounding, maximize, skip: as in `collins.update.UpdateSpec`.
         even: whether every tensor is made of whole buckets and whole words.
     """
     param, moment, one = p[0].dtype, m[0].dtype, grads.dtype is not torch.int64

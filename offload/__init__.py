@@ -2,7 +2,7 @@
 
 Public names: `MemoryPolicy`, what the user wants; `place`, which turns it and the figures of `device_figures`,
 `host_memory_free` and `host_memory_total` into a `PlacementPlan`; `Request` and `PlacementRow`, its rows before and
-after. `python -m collins plan` prints the same plan for a model that need not exist. `Part`, `Slab`, `grouped`,
+after. `python -m collins plan` prints the same plan for a model that need not exist. `TensorSpec`, `Slab`, `grouped`,
 `pinned_bytes`, `set_pin_limit`: pinned host memory; `Pipeline` and `streams_for`: what moves it.
 
 Figures are bytes, measured at the moment of the call. Host memory is what the kernel would hand out without swapping,
@@ -23,18 +23,18 @@ from collins.offload.memory import (
 from collins.offload.pipeline import Pipeline
 from collins.offload.plan import PlacementPlan, PlacementRow, Request, place
 from collins.offload.policy import MemoryPolicy
-from collins.offload.slabs import Part, Slab, grouped, pinned_bytes, set_pin_limit
+from collins.offload.slabs import Slab, TensorSpec, grouped, pinned_bytes, set_pin_limit
 from collins.offload.streams import streams_for
 
 __all__ = [
     "DeviceFigures",
     "MemoryPolicy",
-    "Part",
     "Pipeline",
     "PlacementPlan",
     "PlacementRow",
     "Request",
     "Slab",
+    "TensorSpec",
     "device_figures",
     "device_memory_free",
     "grouped",

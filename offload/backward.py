@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 Receive = Callable[[Any, Tensor], None]
 
 
-class Arrivals:
+class GradHooks:
     """The hooks of one optimizer.
 
     Args:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from collins.layout import layout_of, moment_bytes
+from collins.bucketing import bucketing_of, moment_bytes
 from collins.offload.plan import Request
 from collins.offload.shapes import Transformer, numel
 
@@ -94,5 +94,5 @@ def requests_of(
 ) -> Iterator[Request]:
     """What `place` is asked for when `Collins` optimizes `model` in `dtype` with these options."""
     for name, shape in model.parameters():
-        layout = layout_of(math.prod(shape), compress_ratio=compress_ratio, min_K=min_K, hash=hash)
+        layout = bucketing_of(math.prod(shape), compress_ratio=compress_ratio, min_K=min_K, hash=hash)
         yield Request(name, shape, moment_bytes(layout, dtype, table_dtype))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from collins.layout import HASHES
+from collins.bucketing import HASHES
 from collins.offload.budget import Budget, Training, budget_of, requests_of
 from collins.offload.memory import device_figures, host_memory_free, host_memory_total
 from collins.offload.models import NAMED, model_of

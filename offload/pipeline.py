@@ -1,13 +1,13 @@
 """Prefetch, compute, write-back: moments that live in host slabs, updated on the device through a ring of slots.
 
-Two streams copy, one each way, while the caller's stream computes. What waits for what (`Rule` names each wait):
+Two streams copy, one each way, while the caller's stream computes. What waits for what (`WaitFor` names each wait):
 
     h2d(b into slot)     after the slot's last use, and after the last d2h of b
     compute(b)           after h2d(b), and after earlier compute on it
     d2h(b)               after compute(b); then the slot is free
 
-What one stream has waited for it need not wait for again: a bucket whose parameters come one after the other on one
-stream costs no more events than a bucket that is stepped at once.
+What one stream has waited for it need not wait for again: a transfer whose parameters come one after the other on one
+stream costs no more events than a transfer that is stepped at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from collins.offload.slabs import Slab, carve
-from collins.offload.streams import Event, Lane, Rule, Stream, Streams
+from collins.offload.streams import Event, Stream, StreamKind, Streams, WaitFor
 
 _SLOT_ALIGNMENT = 512  # bytes: what PyTorch's device allocator aligns its own blocks to
 
@@ -34,8 +34,8 @@ class _Slot:
     computed: Event  # once `marked`, after the last compute on it, or after a failed one was taken back
     free: Event  # after the last use of whatever it held before
     back: int = 0  # the number of the last d2h that `free` comes after
-    bucket: int | None = None
-    tensors: list[Tensor] = field(default_factory=list)  # the bucket's, here
+    transfer: int | None = None
+    tensors: list[Tensor] = field(default_factory=list)  # the transfer's, here
     user: Stream | None = None  # that of the last compute, which has waited for all before it
     marked: bool = True
     held: tuple[int, ...] | None = None  # the parts in use, between acquire and release
@@ -44,23 +44,23 @@ class _Slot:
 
 
 class Pipeline:
-    """Stages buckets of moments on the device, and writes them back.
+    """Stages transfers of moments on the device, and writes them back.
 
-    Bucket b is `slabs[b]`. `run` takes a whole step's buckets in a known order. Gradients that arrive during backward
+    Transfer b is `slabs[b]`. `run` takes a whole step's transfers in a known order. Gradients that arrive in backward
     call `using` (or `acquire` and `release`) in whatever order they come, and `finish` once a step: the order of one
-    step is the prediction for the next, and a wrong prediction costs time, not correctness. A bucket of several
+    step is the prediction for the next, and a wrong prediction costs time, not correctness. A transfer of several
     parameters may be used in several goes (`more=True`); it is written back early if its slot is needed.
 
-    As long as the order of buckets stays the same, each bucket is staged at the same device addresses in every step.
+    As long as the order of transfers stays the same, each one is staged at the same device addresses in every step.
 
-    When compute raises, the parts of the bucket that it was given keep the values from before it, on the device and in
-    the slab; other parts and other buckets keep whatever was computed for them. The pipeline can then be used on.
+    When compute raises, the parts of the transfer that it was given keep the values from before it, on the device and
+    in the slab; other parts and other transfers keep whatever was computed for them. The pipeline can then be used on.
 
     Calls may come from any thread and under any current stream, one call at a time. Compute belongs on the stream that
     is current when `acquire` and `release` are called; both look it up anew.
 
     Args:
-        slabs: the buckets. None is to be touched by anyone else but after `drain`.
+        slabs: the transfers. None is to be touched by anyone else but after `drain`.
         streams: of the device that computes; see `streams_for`.
         slots: staging slots, each as large as the largest slab. Three let both directions and compute overlap.
 
@@ -77,12 +77,12 @@ class Pipeline:
         self.slabs = tuple(slabs)
         self.streams = streams
         self._written = [streams.event() for _ in self.slabs]
-        self._back = [0 for _ in self.slabs]  # the number of each bucket's last d2h, which come one after the other
+        self._back = [0 for _ in self.slabs]  # the number of each transfer's last d2h, which come one after the other
         self._backs = 0
         self._callers: set[Stream] = set()  # for which the slots' memory is held
-        self._views: dict[tuple[int, int], list[Tensor]] = {}  # by bucket and address of the slot
-        self._staged: dict[int, _Slot] = {}  # by bucket
-        self._expected: dict[int, int] = {}  # places of the buckets in the order that this step should take
+        self._views: dict[tuple[int, int], list[Tensor]] = {}  # by transfer and address of the slot
+        self._staged: dict[int, _Slot] = {}  # by transfer
+        self._expected: dict[int, int] = {}  # places of the transfers in the order that this step should take
         self._seen: dict[int, None] = {}  # the order that this step has taken so far
         self._clock = 0
 
@@ -93,88 +93,88 @@ class Pipeline:
         for place in range(slots):
             slot = _Slot(memory[place * stride :][:stride], streams.event(), streams.event(), streams.event())
             # Fresh memory may still be in use on this stream by whoever freed it.
-            streams.record(slot.free, Lane.CURRENT)
+            streams.record(slot.free, StreamKind.CURRENT)
             self._slots.append(slot)
         # The arguments keep the slabs until the copies are done that still read and write them.
         weakref.finalize(self, _settle, streams, self._slots, self.slabs, os.getpid()).atexit = False
 
     def expect(self, order: Sequence[int]) -> None:
-        """Begins a step that should take the buckets in this order. Without it the last step's order is expected."""
-        for bucket in order:
-            self._check(bucket)
-        self._expected = {bucket: place for place, bucket in enumerate(order)}
+        """Begins a step that should take the transfers in this order. Without it the last step's order is expected."""
+        for transfer in order:
+            self._check(transfer)
+        self._expected = {transfer: place for place, transfer in enumerate(order)}
         self._seen = {}
 
-    def prefetch(self, bucket: int) -> bool:
-        """Starts to stage a bucket if a slot is empty, and says whether the bucket is staged or on its way."""
-        self._check(bucket)
-        if bucket not in self._staged:
-            slot = self._room(bucket)
+    def prefetch(self, transfer: int) -> bool:
+        """Starts to stage a transfer if a slot is empty, and says whether the transfer is staged or on its way."""
+        self._check(transfer)
+        if transfer not in self._staged:
+            slot = self._room(transfer)
             if slot is None:
                 return False
-            self._stage(bucket, slot)
+            self._stage(transfer, slot)
         return True
 
     def prefetch_first(self) -> None:
         """Starts to stage what the next step should take first: call it while the device does other work."""
         self._check_process()
-        for bucket in list(self._expected)[: len(self._slots)]:
-            self.prefetch(bucket)
+        for transfer in list(self._expected)[: len(self._slots)]:
+            self.prefetch(transfer)
 
-    def acquire(self, bucket: int, parts: Sequence[int] | None = None) -> list[Tensor]:
-        """The bucket's tensors on the device, for compute on the current stream until `release` or `discard`.
+    def acquire(self, transfer: int, parts: Sequence[int] | None = None) -> list[Tensor]:
+        """The transfer's tensors on the device, for compute on the current stream until `release` or `discard`.
 
         Args:
-            bucket: which one.
+            transfer: which one.
             parts: the tensors to be given, by their places in the slab; None for all. Others must not be changed.
 
         Raises:
-            ValueError: for a bucket or a part that does not exist.
-            RuntimeError: when the bucket is acquired already, or all slots hold acquired buckets.
+            ValueError: for a transfer or a part that does not exist.
+            RuntimeError: when the transfer is acquired already, or all slots hold acquired transfers.
         """
-        self._check(bucket)
-        count = len(self.slabs[bucket].parts)
+        self._check(transfer)
+        count = len(self.slabs[transfer].parts)
         chosen = tuple(range(count)) if parts is None else tuple(parts)
         if chosen and not (min(chosen) >= 0 and max(chosen) < count):
-            raise ValueError(f"parts of bucket {bucket} must be in [0, {count - 1}], got {list(chosen)}")
-        slot, caller = self._staged.get(bucket), self.streams.caller()
+            raise ValueError(f"parts of transfer {transfer} must be in [0, {count - 1}], got {list(chosen)}")
+        slot, caller = self._staged.get(transfer), self.streams.caller()
         if slot is not None and slot.held is not None:
-            raise RuntimeError(f"bucket {bucket} is acquired already: release it first")
+            raise RuntimeError(f"transfer {transfer} is acquired already: release it first")
         if slot is not None and not slot.changed.isdisjoint(chosen):
             # A failure now could not be taken back from the slab, which is older than the last use.
             self._write_back(slot)
             slot = None
         if slot is None or slot.user is not caller:
-            slot = self._entered(bucket, slot, caller)
+            slot = self._entered(transfer, slot, caller)
         slot.held = chosen
         self._touch(slot)
         return [slot.tensors[part] for part in chosen]
 
-    def release(self, bucket: int, *, more: bool = False) -> None:
-        """Compute on an acquired bucket has been enqueued on the current stream: schedules the write-back.
+    def release(self, transfer: int, *, more: bool = False) -> None:
+        """Compute on an acquired transfer has been enqueued on the current stream: schedules the write-back.
 
         Args:
-            bucket: which one.
+            transfer: which one.
             more: other parts of it will be used in this step: it stays staged until then, until its slot is needed, or
                 until `finish`.
 
         Raises:
-            RuntimeError: when the bucket is not acquired.
+            RuntimeError: when the transfer is not acquired.
         """
-        slot, parts = self._acquired(bucket)
+        slot, parts = self._acquired(transfer)
         slot.held = None
         slot.marked = False
         slot.changed.update(parts)
         if not more:
             self._write_back(slot)
 
-    def discard(self, bucket: int) -> None:
-        """Compute on an acquired bucket has failed: its parts keep the values from before `acquire`.
+    def discard(self, transfer: int) -> None:
+        """Compute on an acquired transfer has failed: its parts keep the values from before `acquire`.
 
         Raises:
-            RuntimeError: when the bucket is not acquired.
+            RuntimeError: when the transfer is not acquired.
         """
-        slot, parts = self._acquired(bucket)
+        slot, parts = self._acquired(transfer)
         slot.held = None
         if not slot.changed:
             self.streams.record(slot.free, slot.user)
@@ -182,42 +182,42 @@ class Pipeline:
             return
         slot.marked = False
         self._mark(slot)
-        self.streams.wait(Lane.H2D, slot.computed, Rule.UNDONE)
+        self.streams.wait(StreamKind.H2D, slot.computed, WaitFor.UNDONE)
         for part in parts:
-            self.streams.copy(Lane.H2D, slot.tensors[part], self.slabs[bucket].tensors[part])
-        self.streams.record(slot.computed, Lane.H2D)
+            self.streams.copy(StreamKind.H2D, slot.tensors[part], self.slabs[transfer].tensors[part])
+        self.streams.record(slot.computed, StreamKind.H2D)
         slot.user = None
 
-    def using(self, bucket: int, parts: Sequence[int] | None = None, *, more: bool = False) -> _Use:
+    def using(self, transfer: int, parts: Sequence[int] | None = None, *, more: bool = False) -> _Use:
         """A context: `acquire`, then `release`, or `discard` when the body raises."""
-        return _Use(self, bucket, parts, more)
+        return _Use(self, transfer, parts, more)
 
     def run(self, order: Sequence[int], compute: Callable[[int, list[Tensor]], None]) -> None:
-        """A whole step: `compute(bucket, tensors)` for each bucket in this order, with later ones staged meanwhile.
+        """A whole step: `compute(transfer, tensors)` for each transfer in this order, with later ones staged meanwhile.
 
-        When compute raises, buckets before the failing one have their new values, it and those after it their old ones.
+        When compute raises, transfers before the failing one have their new values, it and later ones their old values.
         """
         self.expect(order)
-        for bucket in order:
-            with self.using(bucket) as tensors:
-                compute(bucket, tensors)
+        for transfer in order:
+            with self.using(transfer) as tensors:
+                compute(transfer, tensors)
         self.finish()
 
     def finish(self) -> None:
         """Ends a step: schedules what is still to be written back, and expects this step's order again in the next.
 
         Raises:
-            RuntimeError: when a bucket is still acquired.
+            RuntimeError: when a transfer is still acquired.
         """
         self._check_process()
-        held = [slot.bucket for slot in self._slots if slot.held is not None]
+        held = [slot.transfer for slot in self._slots if slot.held is not None]
         if held:
-            raise RuntimeError(f"buckets {held} are still acquired: release or discard them first")
+            raise RuntimeError(f"transfers {held} are still acquired: release or discard them first")
         for slot in self._slots:
             if slot.changed:
                 self._write_back(slot)
         if self._seen:
-            self._expected = {bucket: place for place, bucket in enumerate(self._seen)}
+            self._expected = {transfer: place for place, transfer in enumerate(self._seen)}
             self._seen = {}
 
     def drain(self) -> None:
@@ -226,29 +226,31 @@ class Pipeline:
         From here to the next call of any other method the host may read and write the slabs; nothing stays staged.
         """
         self.finish()
-        _wait_for(self.streams, self._slots, Rule.DRAINED)
+        _wait_for(self.streams, self._slots, WaitFor.DRAINED)
         for slot in self._slots:
             self._empty(slot)
 
-    def _entered(self, bucket: int, slot: _Slot | None, caller: Stream) -> _Slot:
-        """The bucket's slot, staged if it is not yet, for a stream to compute on; stages those expected next."""
-        ahead = self._upcoming(bucket)
+    def _entered(self, transfer: int, slot: _Slot | None, caller: Stream) -> _Slot:
+        """The transfer's slot, staged if it is not yet, for a stream to compute on; stages those expected next."""
+        ahead = self._upcoming(transfer)
         if slot is None:
-            slot = self._room(bucket, keep=ahead, force=True)
+            slot = self._room(transfer, keep=ahead, force=True)
             if slot is None:
-                held = [other.bucket for other in self._slots]
-                raise RuntimeError(f"no slot for bucket {bucket}: all hold acquired buckets, {held}; release one first")
-            self._stage(bucket, slot)
-        self.streams.wait(Lane.CURRENT, slot.staged, Rule.STAGED)
+                held = [other.transfer for other in self._slots]
+                raise RuntimeError(
+                    f"no slot for transfer {transfer}: all hold acquired transfers, {held}; release one first"
+                )
+            self._stage(transfer, slot)
+        self.streams.wait(StreamKind.CURRENT, slot.staged, WaitFor.STAGED)
         if slot.changed:
             self._mark(slot)
-            self.streams.wait(Lane.CURRENT, slot.computed, Rule.EARLIER_USE)
+            self.streams.wait(StreamKind.CURRENT, slot.computed, WaitFor.EARLIER_USE)
         if caller not in self._callers:
             self._callers.add(caller)
-            self.streams.hold(slot.memory, Lane.CURRENT)  # all slots are one stretch of it
+            self.streams.hold(slot.memory, StreamKind.CURRENT)  # all slots are one stretch of it
         slot.user = caller
         slot.held = ()  # so that nobody else takes it
-        self._seen.setdefault(bucket)
+        self._seen.setdefault(transfer)
         for following in ahead:
             room = None if following in self._staged else self._room(following, keep=ahead)
             if room is not None:
@@ -261,53 +263,53 @@ class Pipeline:
             self.streams.record(slot.computed, slot.user)
             slot.marked = True
 
-    def _stage(self, bucket: int, slot: _Slot) -> None:
-        self.streams.wait(Lane.H2D, slot.free, Rule.SLOT_FREE)
-        if self._back[bucket] > slot.back:
-            self.streams.wait(Lane.H2D, self._written[bucket], Rule.WRITTEN_BACK)
-        self.streams.copy(Lane.H2D, slot.memory[: self.slabs[bucket].nbytes], self.slabs[bucket].bytes)
-        self.streams.record(slot.staged, Lane.H2D)
-        key = bucket, slot.memory.data_ptr()
+    def _stage(self, transfer: int, slot: _Slot) -> None:
+        self.streams.wait(StreamKind.H2D, slot.free, WaitFor.SLOT_FREE)
+        if self._back[transfer] > slot.back:
+            self.streams.wait(StreamKind.H2D, self._written[transfer], WaitFor.WRITTEN_BACK)
+        self.streams.copy(StreamKind.H2D, slot.memory[: self.slabs[transfer].nbytes], self.slabs[transfer].bytes)
+        self.streams.record(slot.staged, StreamKind.H2D)
+        key = transfer, slot.memory.data_ptr()
         if key not in self._views:
-            self._views[key] = carve(slot.memory, self.slabs[bucket].parts)
-        slot.bucket, slot.tensors = bucket, self._views[key]
-        self._staged[bucket] = slot
+            self._views[key] = carve(slot.memory, self.slabs[transfer].parts)
+        slot.transfer, slot.tensors = transfer, self._views[key]
+        self._staged[transfer] = slot
         self._touch(slot)
 
     def _empty(self, slot: _Slot) -> None:
-        if slot.bucket is not None:
-            del self._staged[slot.bucket]
-        slot.bucket = slot.user = None
+        if slot.transfer is not None:
+            del self._staged[slot.transfer]
+        slot.transfer = slot.user = None
         slot.tensors = []
 
     def _write_back(self, slot: _Slot) -> None:
-        bucket = slot.bucket
-        assert bucket is not None
+        transfer = slot.transfer
+        assert transfer is not None
         self._mark(slot)
-        self.streams.wait(Lane.D2H, slot.computed, Rule.COMPUTED)
-        self.streams.copy(Lane.D2H, self.slabs[bucket].bytes, slot.memory[: self.slabs[bucket].nbytes])
+        self.streams.wait(StreamKind.D2H, slot.computed, WaitFor.COMPUTED)
+        self.streams.copy(StreamKind.D2H, self.slabs[transfer].bytes, slot.memory[: self.slabs[transfer].nbytes])
         self._backs += 1
-        self._back[bucket] = slot.back = self._backs
-        slot.free = self._written[bucket]
-        self.streams.record(slot.free, Lane.D2H)
+        self._back[transfer] = slot.back = self._backs
+        slot.free = self._written[transfer]
+        self.streams.record(slot.free, StreamKind.D2H)
         self._empty(slot)
         slot.changed.clear()
 
-    def _room(self, bucket: int, keep: Collection[int] | None = None, *, force: bool = False) -> _Slot | None:
-        """A slot for a bucket, emptied if need be.
+    def _room(self, transfer: int, keep: Collection[int] | None = None, *, force: bool = False) -> _Slot | None:
+        """A slot for a transfer, emptied if need be.
 
-        An empty one comes first; then one that was staged for nothing, but not for a bucket to `keep` (None: for none).
+        An empty one comes first; then one that was staged for nothing, but not for one to `keep` (None: for none).
         With `force` any that is not held will do, unchanged ones first. The place in the expected order decides between
         empty slots, so that neighbours use different ones and every step the same.
         """
-        home = self._expected.get(bucket, len(self._seen))
+        home = self._expected.get(transfer, len(self._seen))
         for turn in range(len(self._slots)):
             slot = self._slots[(home + turn) % len(self._slots)]
-            if slot.bucket is None:
+            if slot.transfer is None:
                 return slot
         oldest = sorted((slot for slot in self._slots if slot.held is None), key=lambda slot: slot.touched)
         unchanged = [slot for slot in oldest if not slot.changed]
-        useless = [slot for slot in unchanged if keep is not None and slot.bucket not in keep]
+        useless = [slot for slot in unchanged if keep is not None and slot.transfer not in keep]
         chosen = next(iter(useless + unchanged + oldest if force else useless), None)
         if chosen is not None:
             if chosen.changed:
@@ -315,28 +317,28 @@ class Pipeline:
             self._empty(chosen)
         return chosen
 
-    def _upcoming(self, bucket: int) -> list[int]:
-        """Those expected next after a bucket, as many as there are other slots."""
-        if bucket not in self._expected:
+    def _upcoming(self, transfer: int) -> list[int]:
+        """Those expected next after a transfer, as many as there are other slots."""
+        if transfer not in self._expected:
             return []
-        order = list(self._expected)[self._expected[bucket] + 1 :]
+        order = list(self._expected)[self._expected[transfer] + 1 :]
         return [following for following in order if following not in self._seen][: len(self._slots) - 1]
 
-    def _acquired(self, bucket: int) -> tuple[_Slot, tuple[int, ...]]:
-        slot = self._staged.get(bucket)
+    def _acquired(self, transfer: int) -> tuple[_Slot, tuple[int, ...]]:
+        slot = self._staged.get(transfer)
         if slot is None or slot.held is None:
-            self._check(bucket)
-            raise RuntimeError(f"bucket {bucket} is not acquired")
+            self._check(transfer)
+            raise RuntimeError(f"transfer {transfer} is not acquired")
         return slot, slot.held
 
     def _touch(self, slot: _Slot) -> None:
         self._clock += 1
         slot.touched = self._clock
 
-    def _check(self, bucket: int) -> None:
+    def _check(self, transfer: int) -> None:
         self._check_process()
-        if not 0 <= bucket < len(self.slabs):
-            raise ValueError(f"bucket must be in [0, {len(self.slabs) - 1}], got {bucket}")
+        if not 0 <= transfer < len(self.slabs):
+            raise ValueError(f"transfer must be in [0, {len(self.slabs) - 1}], got {transfer}")
 
     def _check_process(self) -> None:
         self.slabs[0].check_process()
@@ -347,8 +349,8 @@ class _Use:
 
     __slots__ = ("_bucket", "_more", "_parts", "_pipeline")
 
-    def __init__(self, pipeline: Pipeline, bucket: int, parts: Sequence[int] | None, more: bool) -> None:
-        self._pipeline, self._bucket, self._parts, self._more = pipeline, bucket, parts, more
+    def __init__(self, pipeline: Pipeline, transfer: int, parts: Sequence[int] | None, more: bool) -> None:
+        self._pipeline, self._bucket, self._parts, self._more = pipeline, transfer, parts, more
 
     def __enter__(self) -> list[Tensor]:
         return self._pipeline.acquire(self._bucket, self._parts)
@@ -360,7 +362,7 @@ class _Use:
             self._pipeline.discard(self._bucket)
 
 
-def _wait_for(streams: Streams, slots: Sequence[_Slot], rule: Rule) -> None:
+def _wait_for(streams: Streams, slots: Sequence[_Slot], rule: WaitFor) -> None:
     """Holds up the host until all copies from and to the slots are done."""
     for slot in slots:
         streams.synchronize(slot.staged, rule)
@@ -369,4 +371,4 @@ def _wait_for(streams: Streams, slots: Sequence[_Slot], rule: Rule) -> None:
 
 def _settle(streams: Streams, slots: Sequence[_Slot], slabs: Sequence[Slab], process: int) -> None:
     if os.getpid() == process:
-        _wait_for(streams, slots, Rule.LET_GO)
+        _wait_for(streams, slots, WaitFor.LET_GO)

@@ -1,7 +1,7 @@
 """`place`: which parameter's tables go where. Pure arithmetic on sizes that were measured elsewhere.
 
 Rows keep the order of the parameters and are cut at one point: what stands before it is on the device, the rest on the
-host. As soon as anything is on the host, a ring of staging slots, each as large as the largest bucket, takes room on
+host. As soon as anything is on the host, a ring of staging slots, each as large as the largest transfer, takes room on
 the device too.
 """
 
@@ -70,7 +70,7 @@ class PlacementPlan:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one staging slot: the largest bucket's, at most. 0 when nothing is on the host."""
+        """Bytes of one staging slot: the largest transfer's, at most. 0 when nothing is on the host."""
         return _slot([row.bytes for row in self.rows if row.tier == "host"], self.policy)
 
     @property
@@ -246,7 +246,7 @@ def _cut(sizes: Sequence[int], policy: MemoryPolicy, limits: Limits) -> int | No
     cuts = {"auto": range(len(sizes), -1, -1), "device": (len(sizes),), "host": (0,)}[policy.tier]
     for cut in cuts:
         on_host = total - on_device[cut]
-        device = on_device[cut] + policy.staging_slots * max(largest[cut], min(policy.bucket_bytes, on_host))
+        device = on_device[cut] + policy.staging_slots * max(largest[cut], min(policy.transfer_bytes, on_host))
         within_shared = limits.shared is None or device + on_host <= (limits.host if on_host else limits.shared)
         if device <= limits.device and on_host <= limits.host and within_shared:
             return cut
@@ -259,8 +259,8 @@ def ring_bytes(sizes: Sequence[int], policy: MemoryPolicy) -> int:
 
 
 def _slot(host_sizes: Sequence[int], policy: MemoryPolicy) -> int:
-    """Bytes of a slot: of the largest row, or of as many rows as `bucket_size` allows together."""
-    return max(max(host_sizes, default=0), min(policy.bucket_bytes, sum(host_sizes)))
+    """Bytes of a slot: of the largest row, or of as many rows as `transfer_size` allows together."""
+    return max(max(host_sizes, default=0), min(policy.transfer_bytes, sum(host_sizes)))
 
 
 def _reasons(policy: MemoryPolicy, plan: PlacementPlan, cut: int, count: int) -> tuple[str, str]:
@@ -303,5 +303,5 @@ def _shortage(sizes: Sequence[int], plan: PlacementPlan) -> str:
         f" {size_text(slots * slot)} of it for staging ({slots} slots of {size_text(slot)})."
         f" The host may give {size_text(limits.host)} ({host})."
         " Free memory, lower a reserve, raise compress_ratio, choose table_dtype=torch.bfloat16, lower staging_slots or"
-        f" bucket_size{forced}."
+        f" transfer_size{forced}."
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ class MemoryPolicy:
             beyond the reserve.
         pin_limit: the most host memory that may be page-locked: size or share; None for no limit. Tables beyond it
             stay in pageable memory, whose copies are slower and do not overlap.
-        staging_slots: buckets of tables from the host that are on the device at once, at least 2. Three let one arrive
-            and one leave while one is worked on.
-        bucket_size: bytes of tables that travel together: a size. A parameter with more makes a bucket of its own.
+        staging_slots: transfers of tables from the host that are on the device at once, at least 2. Three let one
+            arrive and one leave while one is worked on.
+        transfer_size: bytes of tables that are copied together: a size. A parameter with more is a transfer of its own.
+        bucket_size: the former name of `transfer_size`; deprecated.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -44,7 +46,7 @@ class MemoryPolicy:
         'auto'
         >>> MemoryPolicy.of({"tier": "host", "host_reserve": "25%"})
         MemoryPolicy(tier='host', device_reserve='1%', host_reserve='25%', device_budget=None, pin_limit=None, \
-staging_slots=3, bucket_size='64MiB')
+staging_slots=3, transfer_size='64MiB')
     """
 
     tier: str = "auto"
@@ -53,9 +55,13 @@ staging_slots=3, bucket_size='64MiB')
     device_budget: int | str | None = None
     pin_limit: int | str | None = None
     staging_slots: int = 3
-    bucket_size: int | str = "64MiB"
+    transfer_size: int | str = "64MiB"
+    bucket_size: InitVar[int | str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, bucket_size: int | str | None) -> None:
+        if bucket_size is not None:
+            warnings.warn("bucket_size is deprecated: it is called transfer_size now", DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "transfer_size", bucket_size)
         if self.tier not in TIERS:
             raise ValueError(f"tier must be one of {', '.join(TIERS)}, got {self.tier!r}{_meant(self.tier, TIERS)}")
         for name in ("device_reserve", "host_reserve"):
@@ -66,8 +72,8 @@ staging_slots=3, bucket_size='64MiB')
         slots = self.staging_slots
         if not isinstance(slots, int) or isinstance(slots, bool) or slots < 2:
             raise ValueError(f"staging_slots must be an int of at least 2, got {slots!r}")
-        if self.bucket_bytes < 1:
-            raise ValueError(f"bucket_size must be at least one byte, got {self.bucket_size!r}")
+        if self.transfer_bytes < 1:
+            raise ValueError(f"transfer_size must be at least one byte, got {self.transfer_size!r}")
 
     @classmethod
     def of(cls, value: object) -> MemoryPolicy:
@@ -96,10 +102,10 @@ staging_slots=3, bucket_size='64MiB')
 
     @classmethod
     def _from_mapping(cls, mapping: Mapping[Any, Any]) -> MemoryPolicy:
-        known = tuple(field.name for field in fields(cls))
+        known = (*(field.name for field in fields(cls)), "bucket_size")
         for key in mapping:
             if key not in known:
-                raise ValueError(f"unknown key {key!r}{_meant(key, known)}; accepted are {', '.join(known)}")
+                raise ValueError(f"unknown key {key!r}{_meant(key, known)}; accepted are {', '.join(known[:-1])}")
         return cls(**mapping)
 
     @classmethod
@@ -123,9 +129,9 @@ staging_slots=3, bucket_size='64MiB')
             raise ValueError(f"{path}: {error}") from error
 
     @property
-    def bucket_bytes(self) -> int:
-        """`bucket_size` in bytes."""
-        return parse_size("bucket_size", self.bucket_size, relative=False).fixed
+    def transfer_bytes(self) -> int:
+        """`transfer_size` in bytes."""
+        return parse_size("transfer_size", self.transfer_size, relative=False).fixed
 
     def device_reserve_of(self, total: int) -> int:
         """`device_reserve` in bytes, on a device of `total` bytes."""

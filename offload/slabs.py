@@ -1,4 +1,4 @@
-"""Host memory of exact size for the tensors of one bucket of parameters, page-locked where CUDA is there.
+"""Host memory of exact size for the tensors of one transfer of parameters, page-locked where CUDA is there.
 
 PyTorch's own pinned allocator rounds each block up to a power of two, which nearly doubles 16.4 GiB. A slab is an
 anonymous mapping, registered with `cudaHostRegister` at just the bytes that its tensors take.
@@ -27,7 +27,7 @@ _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all devices, not only
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK, which Python's mmap has no name for
 
 
-class Part(NamedTuple):
+class TensorSpec(NamedTuple):
     """One tensor of a slab."""
 
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Part(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def offsets(parts: Iterable[Part]) -> tuple[tuple[int, ...], int]:
+def offsets(parts: Iterable[TensorSpec]) -> tuple[tuple[int, ...], int]:
     """Where each part begins, in bytes, when they follow each other at multiples of `ALIGNMENT`; and where all end."""
     starts, end = [], 0
     for part in parts:
@@ -47,7 +47,7 @@ def offsets(parts: Iterable[Part]) -> tuple[tuple[int, ...], int]:
     return tuple(starts), end
 
 
-def carve(memory: Tensor, parts: Iterable[Part]) -> list[Tensor]:
+def carve(memory: Tensor, parts: Iterable[TensorSpec]) -> list[Tensor]:
     """The parts as tensors that view `memory` (uint8, flat), laid out by `offsets`."""
     parts = tuple(parts)
     starts, _ = offsets(parts)
@@ -57,31 +57,31 @@ def carve(memory: Tensor, parts: Iterable[Part]) -> list[Tensor]:
     ]
 
 
-def grouped(members: Sequence[Sequence[Part]], bucket_size: int) -> list[list[int]]:
-    """Sorts parameters, each given by the parts that are kept for it, into buckets of at most `bucket_size` bytes.
+def grouped(members: Sequence[Sequence[TensorSpec]], transfer_size: int) -> list[list[int]]:
+    """Sorts parameters, each given by the parts that are kept for it, into transfers of at most `transfer_size` bytes.
 
     Neighbours stay neighbours: their gradients arrive one after the other. A parameter whose parts alone are larger
-    than `bucket_size` is a bucket of its own. The same input always gives the same buckets.
+    than `transfer_size` is a transfer of its own. The same input always gives the same transfers.
 
     Returns:
-        Per bucket the places of its parameters in `members`, ascending; together every place once.
+        Per transfer the places of its parameters in `members`, ascending; together every place once.
 
     Raises:
-        ValueError: for a `bucket_size` below 1.
+        ValueError: for a `transfer_size` below 1.
     """
-    if bucket_size < 1:
-        raise ValueError(f"bucket_size must be at least 1 byte, got {bucket_size}")
-    buckets: list[list[int]] = []
+    if transfer_size < 1:
+        raise ValueError(f"transfer_size must be at least 1 byte, got {transfer_size}")
+    transfers: list[list[int]] = []
     end = 0
     for place, parts in enumerate(members):
         size = offsets(parts)[1]
-        if buckets and _aligned(end) + size <= bucket_size:
-            buckets[-1].append(place)
+        if transfers and _aligned(end) + size <= transfer_size:
+            transfers[-1].append(place)
             end = _aligned(end) + size
         else:
-            buckets.append([place])
+            transfers.append([place])
             end = size
-    return buckets
+    return transfers
 
 
 class Slab:
@@ -102,8 +102,8 @@ class Slab:
         pinned: whether the block is page-locked.
     """
 
-    def __init__(self, parts: Iterable[Part], *, pin: bool = True) -> None:
-        self.parts = tuple(Part(*part) for part in parts)
+    def __init__(self, parts: Iterable[TensorSpec], *, pin: bool = True) -> None:
+        self.parts = tuple(TensorSpec(*part) for part in parts)
         self.nbytes = offsets(self.parts)[1]
         self._process = os.getpid()
         block = _mapped(max(self.nbytes, 1))  # no mapping is empty
@@ -186,7 +186,7 @@ def _mapped(nbytes: int) -> _Block:
     return (ctypes.c_char * nbytes).from_buffer(mapping)
 
 
-def _part(block: _Block, start: int, part: Part) -> Tensor:
+def _part(block: _Block, start: int, part: TensorSpec) -> Tensor:
     """A part as a tensor whose storage is its own bytes only.
 
     Whoever saves a tensor saves its storage, and `torch.distributed.checkpoint` (2.13) cannot stage a DTensor whose

@@ -13,7 +13,7 @@ Event = Any  # of the backend's own kind; one that was never recorded holds nobo
 Stream = Any  # likewise
 
 
-class Lane(Enum):
+class StreamKind(Enum):
     """A stream, by its role."""
 
     H2D = "host to device"
@@ -21,13 +21,13 @@ class Lane(Enum):
     CURRENT = "the caller's current stream, looked up at every call"
 
 
-class Rule(Enum):
+class WaitFor(Enum):
     """The promise that a wait keeps. Real backends need no name for it; a test that takes one wait away does."""
 
     SLOT_FREE = "h2d into a slot waits for whoever used the slot's memory before"
-    WRITTEN_BACK = "h2d of a bucket waits for that bucket's last d2h"
-    STAGED = "compute waits for the bucket's h2d"
-    EARLIER_USE = "compute waits for earlier compute on the same staged bucket, which another stream may run"
+    WRITTEN_BACK = "h2d of a transfer waits for that transfer's last d2h"
+    STAGED = "compute waits for the transfer's h2d"
+    EARLIER_USE = "compute waits for earlier compute on the same staged transfer, which another stream may run"
     COMPUTED = "d2h waits for compute"
     UNDONE = "h2d that takes back a failed use waits for what that use has enqueued"
     DRAINED = "the host waits for all copies before it reads"
@@ -50,20 +50,20 @@ class Streams(Protocol):
     def caller(self) -> Stream:
         """The caller's current stream: the same object for the same stream."""
 
-    def record(self, event: Event, lane: Lane | Stream) -> None:
-        """Marks what `lane` has been given so far; an event recorded again forgets its earlier mark."""
+    def record(self, event: Event, kind: StreamKind | Stream) -> None:
+        """Marks what `kind` has been given so far; an event recorded again forgets its earlier mark."""
 
-    def wait(self, lane: Lane, event: Event, rule: Rule) -> None:
-        """Holds up what `lane` is given from now on until what `event` marks now is done."""
+    def wait(self, kind: StreamKind, event: Event, rule: WaitFor) -> None:
+        """Holds up what `kind` is given from now on until what `event` marks now is done."""
 
-    def synchronize(self, event: Event, rule: Rule) -> None:
+    def synchronize(self, event: Event, rule: WaitFor) -> None:
         """Holds up the host until what `event` marks is done."""
 
-    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
+    def copy(self, kind: StreamKind, target: Tensor, source: Tensor) -> None:
         """Enqueues a copy between host and device; the host does not wait for it."""
 
-    def hold(self, tensor: Tensor, lane: Lane) -> None:
-        """Keeps device memory from being used anew, once `tensor` is freed, before `lane` is done with it."""
+    def hold(self, tensor: Tensor, kind: StreamKind) -> None:
+        """Keeps device memory from being used anew, once `tensor` is freed, before `kind` is done with it."""
 
 
 class CudaStreams:
@@ -93,31 +93,31 @@ class CudaStreams:
             self._current[address] = torch.cuda.current_stream(self.device)
         return self._current[address]
 
-    def record(self, event: torch.cuda.Event, lane: Lane | torch.cuda.Stream) -> None:
-        event.record(self._stream(lane))
+    def record(self, event: torch.cuda.Event, kind: StreamKind | torch.cuda.Stream) -> None:
+        event.record(self._stream(kind))
 
-    def wait(self, lane: Lane, event: torch.cuda.Event, rule: Rule) -> None:
-        self._stream(lane).wait_event(event)
+    def wait(self, kind: StreamKind, event: torch.cuda.Event, rule: WaitFor) -> None:
+        self._stream(kind).wait_event(event)
 
-    def synchronize(self, event: torch.cuda.Event, rule: Rule) -> None:
+    def synchronize(self, event: torch.cuda.Event, rule: WaitFor) -> None:
         event.synchronize()
 
-    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self._stream(lane)):
+    def copy(self, kind: StreamKind, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self._stream(kind)):
             target.copy_(source, non_blocking=True)
 
-    def hold(self, tensor: Tensor, lane: Lane) -> None:
-        tensor.record_stream(self._stream(lane))
+    def hold(self, tensor: Tensor, kind: StreamKind) -> None:
+        tensor.record_stream(self._stream(kind))
 
-    def _stream(self, lane: Lane | torch.cuda.Stream) -> torch.cuda.Stream:
-        if lane is Lane.CURRENT:
+    def _stream(self, kind: StreamKind | torch.cuda.Stream) -> torch.cuda.Stream:
+        if kind is StreamKind.CURRENT:
             return self.caller()
-        return self._copies[lane] if isinstance(lane, Lane) else lane
+        return self._copies[kind] if isinstance(kind, StreamKind) else kind
 
 
 @functools.cache
-def _copy_streams(index: int) -> dict[Lane, torch.cuda.Stream]:
-    return {lane: torch.cuda.Stream(index) for lane in (Lane.H2D, Lane.D2H)}
+def _copy_streams(index: int) -> dict[StreamKind, torch.cuda.Stream]:
+    return {kind: torch.cuda.Stream(index) for kind in (StreamKind.H2D, StreamKind.D2H)}
 
 
 class HostStreams:
@@ -135,19 +135,19 @@ class HostStreams:
     def caller(self) -> HostStreams:
         return self
 
-    def record(self, event: None, lane: Lane | HostStreams) -> None:
+    def record(self, event: None, kind: StreamKind | HostStreams) -> None:
         return None
 
-    def wait(self, lane: Lane, event: None, rule: Rule) -> None:
+    def wait(self, kind: StreamKind, event: None, rule: WaitFor) -> None:
         return None
 
-    def synchronize(self, event: None, rule: Rule) -> None:
+    def synchronize(self, event: None, rule: WaitFor) -> None:
         return None
 
-    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
+    def copy(self, kind: StreamKind, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
-    def hold(self, tensor: Tensor, lane: Lane) -> None:
+    def hold(self, tensor: Tensor, kind: StreamKind) -> None:
         return None
 
 

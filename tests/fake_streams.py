@@ -5,7 +5,7 @@ when the `mode` picks it:
 
     "late"      nothing runs before it is demanded
     "eager"     everything runs as soon as it may
-    "h2d", "d2h", "current"     that lane runs as soon as it may, the others when demanded
+    "h2d", "d2h", "current"     that kind runs as soon as it may, the others when demanded
     an int      the seed of a random legal order
 
 Device memory is poisoned with 0xFF (NaN in every floating dtype): at first, by a kernel of its earlier user that is
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from collins.offload.streams import Lane
+from collins.offload.streams import StreamKind
 
 MODES = ("late", "eager", "h2d", "d2h", "current", 1, 2, 3)
 
@@ -104,7 +104,7 @@ class FakeStreams:
     # What a Streams is.
 
     def empty(self, nbytes):
-        region = Region(nbytes, self._stream(Lane.CURRENT))
+        region = Region(nbytes, self._stream(StreamKind.CURRENT))
         self.regions.append(region)
         owner = (ctypes.c_char * nbytes).from_buffer(region.data)
         weakref.finalize(owner, setattr, region, "freed", True).atexit = False
@@ -116,27 +116,27 @@ class FakeStreams:
         return Event()
 
     def caller(self):
-        return self._stream(Lane.CURRENT)
+        return self._stream(StreamKind.CURRENT)
 
-    def record(self, event, lane):
-        stream = self._stream(lane)
+    def record(self, event, kind):
+        stream = self._stream(kind)
         event.mark = (stream, len(stream.operations))
 
-    def wait(self, lane, event, rule):
+    def wait(self, kind, event, rule):
         if rule not in self.drop and event.mark is not None:
-            self._enqueue(self._stream(lane), lambda: None, event.mark)
+            self._enqueue(self._stream(kind), lambda: None, event.mark)
 
     def synchronize(self, event, rule):
         if rule not in self.drop and event.mark is not None:
             event.mark[0].run_to(event.mark[1])
 
-    def copy(self, lane, target, source):
+    def copy(self, kind, target, source):
         assert target.nbytes == source.nbytes
         target_at, source_at, nbytes = target.data_ptr(), source.data_ptr(), target.nbytes
         regions = [self._region(target), self._region(source)]
         assert sum(region is not None for region in regions) == 1, "a copy between host and device"
         host = StorageWeakRef((target if regions[1] else source).untyped_storage())
-        stream = self._stream(lane)
+        stream = self._stream(kind)
 
         def run():
             if host.expired():
@@ -149,9 +149,9 @@ class FakeStreams:
 
         self._enqueue(stream, run)
 
-    def hold(self, tensor, lane):
+    def hold(self, tensor, kind):
         if self.holds:
-            self._region(tensor).held_by.add(self._stream(lane))
+            self._region(tensor).held_by.add(self._stream(kind))
 
     # What a test does with the device.
 
@@ -186,16 +186,16 @@ class FakeStreams:
             self.make_copy_streams()
 
     def make_copy_streams(self):
-        self.lanes = {lane: self.new_stream(lane.value) for lane in (Lane.H2D, Lane.D2H)}
+        self.kinds = {kind: self.new_stream(kind.value) for kind in (StreamKind.H2D, StreamKind.D2H)}
 
     def finish_everything(self):
         for stream in self.streams:
             stream.run_to(len(stream.operations))
 
-    def _stream(self, lane):
-        if lane is Lane.CURRENT:
+    def _stream(self, kind):
+        if kind is StreamKind.CURRENT:
             return self.cached or self.current
-        return self.lanes[lane] if isinstance(lane, Lane) else lane
+        return self.kinds[kind] if isinstance(kind, StreamKind) else kind
 
     def _region(self, tensor):
         at = tensor.data_ptr()
@@ -217,13 +217,13 @@ class FakeStreams:
                 if ready:
                     self.chance.choice(ready).run_one()
             return
-        lane = {"h2d": Lane.H2D, "d2h": Lane.D2H}.get(self.mode)
+        kind = {"h2d": StreamKind.H2D, "d2h": StreamKind.D2H}.get(self.mode)
         while True:
             eager = self.streams
             if self.mode == "current":
-                eager = [one for one in eager if one not in self.lanes.values()]
-            elif lane is not None:
-                eager = [self.lanes[lane]]
+                eager = [one for one in eager if one not in self.kinds.values()]
+            elif kind is not None:
+                eager = [self.kinds[kind]]
             ready = [one for one in eager if one.ready()]
             if not ready:
                 return

@@ -92,7 +92,7 @@ def test_gradients_are_freed_as_they_arrive(memory):
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     "memory",
-    [None, "device", {"tier": "host", "bucket_size": 900}, {"device_budget": "3MiB", "bucket_size": 900}],
+    [None, "device", {"tier": "host", "transfer_size": 900}, {"device_budget": "3MiB", "transfer_size": 900}],
     ids=str,
 )
 def test_gradients_never_add_up(memory):

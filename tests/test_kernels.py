@@ -16,11 +16,11 @@ pytest.importorskip("triton")
 
 from collins import Collins
 from collins.compile import kernels
-from collins.compile.launch import Launches, Mail
+from collins.compile.multi_tensor import ArgUploader, KernelLaunches
 from collins.hashing import hash_key
 from collins.rounding import ROUNDED
-from collins.rule import scalars
-from collins.update import Keys, Spec, Work, update_
+from collins.rule import step_scalars
+from collins.update import HashKeys, UpdateSpec, UpdateTask, update_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(96, 64), (33, 37), (5000,), (64, 1024), (40,), (), (130, 32), (2, 0)]
@@ -47,7 +47,7 @@ CASES = [
 def launching(opt):
     """The optimizer, stepping through the kernel wherever it runs."""
     if DEVICE == "cpu":
-        opt._engine._launches = Launches("cpu")
+        opt._engine._launches = KernelLaunches("cpu")
     return opt
 
 
@@ -152,8 +152,8 @@ def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
     copies = parameters(torch.float32, [(96, 64), (64, 96)])
     other = Collins(copies, min_K=16, compile=False)
     made = []
-    upload = Mail.uploaded
-    monkeypatch.setattr(Mail, "uploaded", lambda self, host: made.append(1) or upload(self, host))
+    upload = ArgUploader.uploaded
+    monkeypatch.setattr(ArgUploader, "uploaded", lambda self, host: made.append(1) or upload(self, host))
     for step in range(8):
         if step == 3:
             for p in (*ps, *copies):
@@ -176,16 +176,16 @@ def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_smaller_parameter_in_the_same_memory_has_a_table_of_its_own(alone):
-    spec = Spec("block", 32, "residual", True, False, False)
-    keys = Keys(hash_key(0, 0, "sign"), hash_key(0, 0, "round"), (0, 0, 0, 0), 3)
-    h = scalars(1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None)
-    launches, sides = Launches(DEVICE), []
+    spec = UpdateSpec("block", 32, "residual", True, False, False)
+    keys = HashKeys(hash_key(0, 0, "sign"), hash_key(0, 0, "round"), (0, 0, 0, 0), 3)
+    h = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None)
+    launches, sides = KernelLaunches(DEVICE), []
     for through_kernel in (True, False):
         p, g = torch.ones(2, 64 * 96, device=DEVICE).cumsum(1)
         m, v = torch.zeros(2, 64 * 3, device=DEVICE)
         for size in (64 * 96, 32 * 96):
             part, table = slice(size), slice(size // 32)
-            work = Work(p[part], g[part], m[table], v[table], spec, keys, h, size)
+            work = UpdateTask(p[part], g[part], m[table], v[table], spec, keys, h, size)
             if not through_kernel:
                 update_(work)
                 continue
@@ -206,8 +206,8 @@ def test_each_parameter_alone_keeps_its_own_table(monkeypatch):
     ps = parameters(torch.float32, [(96, 64), (64, 96), (32, 64)])
     opt = launching(Collins(ps, min_K=16, in_backward=True))
     made = []
-    upload = Mail.uploaded
-    monkeypatch.setattr(Mail, "uploaded", lambda self, host: made.append(1) or upload(self, host))
+    upload = ArgUploader.uploaded
+    monkeypatch.setattr(ArgUploader, "uploaded", lambda self, host: made.append(1) or upload(self, host))
     for step in range(3):
         for p in ps:
             (p * (step + 1)).sum().backward()
@@ -215,7 +215,7 @@ def test_each_parameter_alone_keeps_its_own_table(monkeypatch):
     assert len(made) == 2 * len(ps)
 
 
-@pytest.mark.parametrize("memory", [None, {"tier": "host", "bucket_size": 2000}], ids=["device", "host"])
+@pytest.mark.parametrize("memory", [None, {"tier": "host", "transfer_size": 2000}], ids=["device", "host"])
 def test_gradients_that_arrive_alone_are_stepped_to_the_same_bits(memory, monkeypatch):
     """Each in a launch of its own, where the kernel can read it, with the numbers of whichever group it is of."""
     sides = []
@@ -402,7 +402,7 @@ def test_groups_with_numbers_on_the_device_and_on_the_host_share_a_launch(monkey
 
 @pytest.mark.parametrize("busy_link", [False, True])
 def test_memory_for_a_capture_is_ready_after_a_step_outside_of_it(busy_link, monkeypatch):
-    class Pages:
+    class PinnedBufferPool:
         def take(self, size):
             return torch.empty(size, dtype=torch.int64), Event()
 
@@ -410,21 +410,21 @@ def test_memory_for_a_capture_is_ready_after_a_step_outside_of_it(busy_link, mon
         def record(self, stream):
             pass
 
-    monkeypatch.setattr("collins.compile.launch._Pages", Pages)
-    monkeypatch.setattr("collins.compile.launch.fetch", lambda source, target: target.copy_(source))
+    monkeypatch.setattr("collins.compile.multi_tensor.PinnedBufferPool", PinnedBufferPool)
+    monkeypatch.setattr("collins.compile.multi_tensor.fetch", lambda source, target: target.copy_(source))
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
-    mail = Mail(torch.device("cpu"), busy_link=busy_link)
-    h = scalars(1, lr=0.1, betas=(0.9, 0.99), eps=0, weight_decay=0, residual_weight=None)
+    uploader = ArgUploader(torch.device("cpu"), busy_link=busy_link)
+    h = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=0, weight_decay=0, residual_weight=None)
     letters = [([16, 32], [h])]
     for step in range(2):
         with monkeypatch.context() as patched:
-            patched.setattr(Mail, "capturing", lambda self: True)
+            patched.setattr(ArgUploader, "capturing", lambda self: True)
             with pytest.raises(RuntimeError, match="without a step outside of it before"):
-                mail.send(letters)
-        ((outside, _),) = mail.send(letters)
+                uploader.send(letters)
+        ((outside, _),) = uploader.send(letters)
         with monkeypatch.context() as patched:
-            patched.setattr(Mail, "capturing", lambda self: True)
-            ((captured, _),) = mail.send(letters)
+            patched.setattr(ArgUploader, "capturing", lambda self: True)
+            ((captured, _),) = uploader.send(letters)
         assert captured.tolist() == outside.tolist() == [16, 32]
         assert captured.data_ptr() != outside.data_ptr(), step
 

@@ -13,12 +13,12 @@ from fake_streams import MODES, FakeStreams, FreedMemoryError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from collins.bucketing import bucketing_of
 from collins.hashing import hash_key
-from collins.layout import layout_of
-from collins.offload import Part, Pipeline, Slab, grouped, streams_for
-from collins.offload.streams import CudaStreams, HostStreams, Lane, Rule
-from collins.rule import scalars
-from collins.update import Keys, Spec, Work, update_
+from collins.offload import Pipeline, Slab, TensorSpec, grouped, streams_for
+from collins.offload.streams import CudaStreams, HostStreams, StreamKind, WaitFor
+from collins.rule import step_scalars
+from collins.update import HashKeys, UpdateSpec, UpdateTask, update_
 
 SHAPES = [(40, 3), (7,), (64, 4), (96,), (5, 5), (33, 8), (16,), (50, 2)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -29,7 +29,7 @@ class ComputeError(Exception):
 
 
 def shuffled(count):
-    """A step's buckets in an order other than theirs."""
+    """A step's transfers in an order other than theirs."""
     return [place * 5 % count for place in range(count)] if count % 5 else list(reversed(range(count)))
 
 
@@ -41,8 +41,8 @@ class Model:
         chance = torch.Generator().manual_seed(count)
         self.start = [torch.randn(shape, generator=chance) for shape in (SHAPES * 9)[:count]]
         self.p = [p.to(self.device, copy=True) for p in self.start]
-        self.layouts = [layout_of(p.numel(), compress_ratio=4, min_K=20, hash="block") for p in self.p]
-        self.parts = [[Part(self.moment_shape(i), dtype)] * 2 for i in range(count)]
+        self.layouts = [bucketing_of(p.numel(), compress_ratio=4, min_K=20, hash="block") for p in self.p]
+        self.parts = [[TensorSpec(self.moment_shape(i), dtype)] * 2 for i in range(count)]
 
     def moment_shape(self, i):
         layout = self.layouts[i]
@@ -54,10 +54,10 @@ class Model:
 
     def update(self, i, step, g, m, v):
         layout = self.layouts[i]
-        spec = Spec(layout.hash, layout.load, "residual", True, True, False)
-        keys = Keys(hash_key(0, i, "sign"), hash_key(0, i, "round"), (0, 0, 0, 0), 3)
-        h = scalars(step, lr=0.02, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None)
-        update_(Work(self.p[i], g, m, v, spec, keys, h, layout.numel))
+        spec = UpdateSpec(layout.hash, layout.load, "residual", True, True, False)
+        keys = HashKeys(hash_key(0, i, "sign"), hash_key(0, i, "round"), (0, 0, 0, 0), 3)
+        h = step_scalars(step, lr=0.02, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None)
+        update_(UpdateTask(self.p[i], g, m, v, spec, keys, h, layout.numel))
 
 
 class Resident(Model):
@@ -77,10 +77,10 @@ class Resident(Model):
 class Staged(Model):
     """The same parameters with their moments in slabs, on given streams."""
 
-    def __init__(self, streams, *args, bucket_size=600, slots=3, **kwargs):
+    def __init__(self, streams, *args, transfer_size=600, slots=3, **kwargs):
         super().__init__(*args, **kwargs)
         self.streams = streams
-        self.members = grouped(self.parts, bucket_size)
+        self.members = grouped(self.parts, transfer_size)
         self.place = {i: (b, j) for b, members in enumerate(self.members) for j, i in enumerate(members)}
         slabs = [Slab(part for i in members for part in self.parts[i]) for members in self.members]
         self.pipeline = Pipeline(slabs, streams, slots=slots)
@@ -98,10 +98,10 @@ class Staged(Model):
         self.streams.launch(lambda g, m, v: self.update(i, step, g, m, v), g, m, v)
 
     def whole_step(self, step, order, stop_at=None):
-        def compute(bucket, tensors):
-            for j, i in enumerate(self.members[bucket]):
+        def compute(transfer, tensors):
+            for j, i in enumerate(self.members[transfer]):
                 self.compute(i, step, *tensors[2 * j : 2 * j + 2])
-            if bucket == stop_at:
+            if transfer == stop_at:
                 raise ComputeError
 
         self.pipeline.run(order, compute)
@@ -111,12 +111,12 @@ class Staged(Model):
         streams = streams or [self.streams.current]
         left = {b: sum(self.place[i][0] == b for i in which) for b in range(len(self.members))}
         for turn, i in enumerate(which):
-            bucket, j = self.place[i]
-            left[bucket] -= 1
-            more = left[bucket] > 0 or turn % 5 == 4  # sometimes nobody knows that it was the last
+            transfer, j = self.place[i]
+            left[transfer] -= 1
+            more = left[transfer] > 0 or turn % 5 == 4  # sometimes nobody knows that it was the last
             with self.streams.on(streams[turn % len(streams)]):
                 try:
-                    with self.pipeline.using(bucket, (2 * j, 2 * j + 1), more=more) as tensors:
+                    with self.pipeline.using(transfer, (2 * j, 2 * j + 1), more=more) as tensors:
                         if i == stop_at:
                             self.streams.launch(lambda m, v: (m.fill_(3), v.fill_(4)), *tensors)
                             raise ComputeError
@@ -167,10 +167,10 @@ def whole_steps(streams, **options):
 def arrivals(streams, **options):
     """Orders that differ from step to step, parameters without gradient, and three streams in turn."""
     staged, resident = Staged(streams, **options), Resident(8, options.get("dtype", torch.float32))
-    lanes = [streams.current, streams.new_stream("side"), streams.new_stream("other")]
+    kinds = [streams.current, streams.new_stream("side"), streams.new_stream("other")]
     orders = [[7, 6, 5, 4, 3, 2, 1, 0], [7, 6, 5, 4, 3, 2, 1, 0], [0, 2, 4, 6, 7, 5, 1], [3, 0, 7], [1, 5, 0, 6, 2, 7]]
     for step, order in enumerate(orders, 1):
-        staged.arrive(step, order, lanes)
+        staged.arrive(step, order, kinds)
         resident.step(step, order)
         staged.pipeline.prefetch_first()  # in vain wherever the next order differs
         streams.next_step()
@@ -179,7 +179,7 @@ def arrivals(streams, **options):
 
 
 def failures(streams, **options):
-    """One parameter's compute fails midway, after others of its bucket had theirs."""
+    """One parameter's compute fails midway, after others of its transfer had theirs."""
     staged, resident = Staged(streams, **options), Resident(8, options.get("dtype", torch.float32))
     for step, (order, fails) in enumerate(
         [([0, 1, 2, 3, 4, 5, 6, 7], 2), ([7, 6, 5, 4, 3, 2, 1, 0], 1), ([2, 1], 2)], 1
@@ -193,12 +193,12 @@ def failures(streams, **options):
 
 SCENARIOS = {"whole": whole_steps, "arrivals": arrivals, "failures": failures}
 SETTINGS = [
-    {"bucket_size": bucket_size, "slots": slots} for bucket_size, slots in [(1, 3), (600, 1), (600, 2), (1500, 3)]
+    {"transfer_size": transfer_size, "slots": slots} for transfer_size, slots in [(1, 3), (600, 1), (600, 2), (1500, 3)]
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", SETTINGS, ids=lambda o: f"{o['bucket_size']}B-{o['slots']}slots")
+@pytest.mark.parametrize("options", SETTINGS, ids=lambda o: f"{o['transfer_size']}B-{o['slots']}slots")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_bits_are_the_resident_ones_in_every_order(scenario, mode, options, dtype):
@@ -210,9 +210,9 @@ def test_bits_are_the_resident_ones_in_every_order(scenario, mode, options, dtyp
 def test_bits_are_the_resident_ones_whatever_arrives_when(data):
     count = data.draw(st.integers(1, 9))
     streams = FakeStreams(data.draw(st.one_of(st.sampled_from(MODES), st.integers(0, 10_000))))
-    options = {"bucket_size": data.draw(st.integers(1, 3000)), "slots": data.draw(st.integers(1, 5))}
+    options = {"transfer_size": data.draw(st.integers(1, 3000)), "slots": data.draw(st.integers(1, 5))}
     staged, resident = Staged(streams, count, **options), Resident(count)
-    lanes = [streams.current, streams.new_stream("side")]
+    kinds = [streams.current, streams.new_stream("side")]
     for step in range(1, data.draw(st.integers(2, 5))):
         which = data.draw(st.permutations(range(count)))[: data.draw(st.integers(0, count))]
         if data.draw(st.booleans()):
@@ -220,7 +220,7 @@ def test_bits_are_the_resident_ones_whatever_arrives_when(data):
             staged.whole_step(step, order)
             resident.step(step, range(count))
         else:
-            staged.arrive(step, which, lanes[: data.draw(st.integers(1, 2))])
+            staged.arrive(step, which, kinds[: data.draw(st.integers(1, 2))])
             resident.step(step, which)
         ahead = data.draw(st.sampled_from(["nothing", "first", "any", "drain"]))
         if ahead == "first":
@@ -236,8 +236,8 @@ def test_bits_are_the_resident_ones_whatever_arrives_when(data):
 
 # What breaks when one wait, or one rule of order, is taken away. Each entry makes the streams of a mutant.
 
-MUTANTS = {rule.name: {"drop": [rule]} for rule in Rule if rule is not Rule.LET_GO}
-MUTANTS["SLOT_FREE, in memory that nobody used before"] = {"drop": [Rule.SLOT_FREE], "inherits": False}
+MUTANTS = {rule.name: {"drop": [rule]} for rule in WaitFor if rule is not WaitFor.LET_GO}
+MUTANTS["SLOT_FREE, in memory that nobody used before"] = {"drop": [WaitFor.SLOT_FREE], "inherits": False}
 MUTANTS["current stream cached at construction"] = {"caches_current": True}
 MUTANTS["new streams every step"] = {"remakes_streams": True}
 
@@ -259,8 +259,8 @@ def test_each_rule_is_needed(mutant):
 def test_slabs_are_freed_only_when_the_copies_are_done():
     def abandoned(**mutation):
         streams = FakeStreams("late", **mutation)
-        pipeline = Pipeline([Slab([Part((4,), torch.float32)]) for _ in range(4)], streams)
-        pipeline.run(range(4), lambda bucket, tensors: streams.launch(lambda m: m.add_(1), *tensors))
+        pipeline = Pipeline([Slab([TensorSpec((4,), torch.float32)]) for _ in range(4)], streams)
+        pipeline.run(range(4), lambda transfer, tensors: streams.launch(lambda m: m.add_(1), *tensors))
         gone = weakref.ref(pipeline)
         del pipeline
         assert gone() is None
@@ -268,7 +268,7 @@ def test_slabs_are_freed_only_when_the_copies_are_done():
 
     abandoned()
     with pytest.raises(FreedMemoryError, match="a slab was freed"):
-        abandoned(drop=[Rule.LET_GO])
+        abandoned(drop=[WaitFor.LET_GO])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -296,13 +296,13 @@ def test_slots_are_freed_only_when_the_callers_stream_is_done(mode):
 
 def test_streams_and_addresses_stay_from_step_to_step():
     streams = FakeStreams("late")
-    staged = Staged(streams, bucket_size=600)
+    staged = Staged(streams, transfer_size=600)
     made, addresses = len(streams.streams), []
     original = staged.pipeline.acquire
 
-    def acquire(bucket, parts=None):
-        tensors = original(bucket, parts)
-        addresses[-1][bucket] = [t.data_ptr() for t in tensors]
+    def acquire(transfer, parts=None):
+        tensors = original(transfer, parts)
+        addresses[-1][transfer] = [t.data_ptr() for t in tensors]
         return tensors
 
     staged.pipeline.acquire = acquire
@@ -317,33 +317,33 @@ def test_streams_and_addresses_stay_from_step_to_step():
 
 
 def test_both_directions_overlap_with_compute():
-    """With three slots, copies in are enqueued two buckets ahead of compute, and none waits for a later bucket."""
+    """With three slots, copies in are enqueued two transfers ahead of compute, and none waits for a later transfer."""
     streams, log = FakeStreams("late"), []
-    slabs = [Slab([Part((4,), torch.float32)]) for _ in range(6)]
+    slabs = [Slab([TensorSpec((4,), torch.float32)]) for _ in range(6)]
     pipeline = Pipeline(slabs, streams, slots=3)
     names = {slab.bytes.data_ptr(): b for b, slab in enumerate(slabs)}
     copy = streams.copy
 
-    def logged(lane, target, source):
-        host = target if lane is Lane.D2H else source
-        log.append((lane.name, names[host.data_ptr()]))
-        copy(lane, target, source)
+    def logged(kind, target, source):
+        host = target if kind is StreamKind.D2H else source
+        log.append((kind.name, names[host.data_ptr()]))
+        copy(kind, target, source)
 
     streams.copy = logged
-    pipeline.run(range(6), lambda bucket, tensors: log.append(("compute", bucket)))
-    for bucket in range(6):
-        ahead = {b for lane, b in log[: log.index(("compute", bucket))] if lane == "H2D"}
-        assert ahead == set(range(min(bucket + 3, 6)))
-        back = log[: log.index(("D2H", bucket))]
-        assert ("compute", bucket) in back
-        assert ("compute", bucket + 1) not in back
+    pipeline.run(range(6), lambda transfer, tensors: log.append(("compute", transfer)))
+    for transfer in range(6):
+        ahead = {b for kind, b in log[: log.index(("compute", transfer))] if kind == "H2D"}
+        assert ahead == set(range(min(transfer + 3, 6)))
+        back = log[: log.index(("D2H", transfer))]
+        assert ("compute", transfer) in back
+        assert ("compute", transfer + 1) not in back
 
 
 def test_parts_that_come_one_by_one_on_one_stream_cost_no_more_events():
     calls, counts = [], []
     for goes in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[2, 0], [3, 1]]):
         streams = FakeStreams("late")
-        pipeline = Pipeline([Slab([Part((4,), torch.float32)] * 4)], streams)
+        pipeline = Pipeline([Slab([TensorSpec((4,), torch.float32)] * 4)], streams)
         for name in ("record", "wait", "hold", "copy"):
             original = getattr(streams, name)
             setattr(streams, name, lambda *args, original=original: (calls.append(original), original(*args)))
@@ -359,16 +359,16 @@ def test_parts_that_come_one_by_one_on_one_stream_cost_no_more_events():
 
 def test_the_last_order_is_the_prediction():
     streams = FakeStreams("late")
-    pipeline = Pipeline([Slab([Part((4,), torch.float32)]) for _ in range(5)], streams, slots=2)
+    pipeline = Pipeline([Slab([TensorSpec((4,), torch.float32)]) for _ in range(5)], streams, slots=2)
     misses = []
     original = pipeline._room
-    pipeline._room = lambda bucket, *args, force=False, **kwargs: (
-        misses.append(bucket) if force else None,
-        original(bucket, *args, force=force, **kwargs),
+    pipeline._room = lambda transfer, *args, force=False, **kwargs: (
+        misses.append(transfer) if force else None,
+        original(transfer, *args, force=force, **kwargs),
     )[1]
     for _ in range(2):
-        for bucket in (4, 1, 3, 0, 2):
-            with pipeline.using(bucket):
+        for transfer in (4, 1, 3, 0, 2):
+            with pipeline.using(transfer):
                 pass
         pipeline.finish()
     assert misses == [4, 1, 3, 0, 2, 4]  # in the second step only the first has to be waited for
@@ -379,7 +379,7 @@ def test_the_last_order_is_the_prediction():
 
 
 def test_staged_values_do_not_outlive_a_drain():
-    pipeline = Pipeline([Slab([Part((4,), torch.float32)])], HostStreams())
+    pipeline = Pipeline([Slab([TensorSpec((4,), torch.float32)])], HostStreams())
     assert pipeline.prefetch(0)
     pipeline.drain()
     pipeline.slabs[0].tensors[0].fill_(5)
@@ -390,7 +390,7 @@ def test_staged_values_do_not_outlive_a_drain():
 @pytest.mark.parametrize("mode", MODES)
 def test_a_failing_bucket_keeps_its_old_values_and_the_pipeline_its_use(mode):
     streams = FakeStreams(mode)
-    staged, resident = Staged(streams, bucket_size=1), Resident(8)
+    staged, resident = Staged(streams, transfer_size=1), Resident(8)
     staged.whole_step(1, range(8))
     resident.step(1, range(8))
     streams.finish_everything()
@@ -398,7 +398,7 @@ def test_a_failing_bucket_keeps_its_old_values_and_the_pipeline_its_use(mode):
     with pytest.raises(ComputeError):
         staged.whole_step(2, range(8), stop_at=4)
     settle(staged)
-    # The parameters belong to the caller: this one puts back those of the bucket that failed.
+    # The parameters belong to the caller: this one puts back those of the transfer that failed.
     staged.p[4].copy_(before[4])
     resident.step(2, range(4))
     assert same_bits(staged, resident)
@@ -412,7 +412,7 @@ def test_a_failing_bucket_keeps_its_old_values_and_the_pipeline_its_use(mode):
 def test_a_second_use_that_fails_leaves_the_first(mode):
     """Of the same part, when the first use has not been written back yet."""
     streams = FakeStreams(mode)
-    pipeline = Pipeline([Slab([Part((4,), torch.float32)] * 2)], streams)
+    pipeline = Pipeline([Slab([TensorSpec((4,), torch.float32)] * 2)], streams)
     with pipeline.using(0, [1], more=True) as (m,):
         streams.launch(lambda m: m.add_(5), m)
 
@@ -428,9 +428,11 @@ def test_a_second_use_that_fails_leaves_the_first(mode):
 
 
 def test_the_host_backend_is_bit_equal_too():
-    pipeline = Pipeline([Slab([Part((40,), torch.float32)]), Slab([Part((4,), torch.bfloat16)])], HostStreams())
+    pipeline = Pipeline(
+        [Slab([TensorSpec((40,), torch.float32)]), Slab([TensorSpec((4,), torch.bfloat16)])], HostStreams()
+    )
     for step in (1, 2):
-        pipeline.run([1, 0], lambda bucket, tensors, step=step: tensors[0].add_(step + bucket))
+        pipeline.run([1, 0], lambda transfer, tensors, step=step: tensors[0].add_(step + transfer))
     pipeline.drain()
     assert [slab.tensors[0].unique().tolist() for slab in pipeline.slabs] == [[3], [5]]
     assert isinstance(streams_for(torch.device("cpu")), HostStreams)
@@ -440,7 +442,7 @@ def test_the_host_backend_is_bit_equal_too():
 
 
 def two_buckets(slots=3):
-    return Pipeline([Slab([Part((4,), torch.float32)]) for _ in range(2)], HostStreams(), slots=slots)
+    return Pipeline([Slab([TensorSpec((4,), torch.float32)]) for _ in range(2)], HostStreams(), slots=slots)
 
 
 @pytest.mark.parametrize(
@@ -448,12 +450,12 @@ def two_buckets(slots=3):
     [
         (lambda: Pipeline([], HostStreams()), ValueError, "slabs must hold at least one slab"),
         (lambda: two_buckets(slots=0), ValueError, "slots must be at least 1, got 0"),
-        (lambda: two_buckets().acquire(2), ValueError, r"bucket must be in \[0, 1\], got 2"),
-        (lambda: two_buckets().prefetch(-1), ValueError, r"bucket must be in \[0, 1\], got -1"),
-        (lambda: two_buckets().run([0, 7], print), ValueError, r"bucket must be in \[0, 1\], got 7"),
-        (lambda: two_buckets().acquire(0, [1]), ValueError, r"parts of bucket 0 must be in \[0, 0\], got \[1\]"),
-        (lambda: two_buckets().release(0), RuntimeError, "bucket 0 is not acquired"),
-        (lambda: two_buckets().discard(1), RuntimeError, "bucket 1 is not acquired"),
+        (lambda: two_buckets().acquire(2), ValueError, r"transfer must be in \[0, 1\], got 2"),
+        (lambda: two_buckets().prefetch(-1), ValueError, r"transfer must be in \[0, 1\], got -1"),
+        (lambda: two_buckets().run([0, 7], print), ValueError, r"transfer must be in \[0, 1\], got 7"),
+        (lambda: two_buckets().acquire(0, [1]), ValueError, r"parts of transfer 0 must be in \[0, 0\], got \[1\]"),
+        (lambda: two_buckets().release(0), RuntimeError, "transfer 0 is not acquired"),
+        (lambda: two_buckets().discard(1), RuntimeError, "transfer 1 is not acquired"),
         (lambda: streams_for(torch.device("meta")), ValueError, "device must be a CUDA device or the CPU"),
     ],
 )
@@ -465,12 +467,12 @@ def test_bad_input_is_refused(call, error, message):
 def test_a_bucket_is_acquired_once_and_slots_are_finite():
     pipeline = two_buckets(slots=1)
     pipeline.acquire(0)
-    with pytest.raises(RuntimeError, match="bucket 0 is acquired already"):
+    with pytest.raises(RuntimeError, match="transfer 0 is acquired already"):
         pipeline.acquire(0)
-    with pytest.raises(RuntimeError, match=r"no slot for bucket 1: all hold acquired buckets, \[0\]"):
+    with pytest.raises(RuntimeError, match=r"no slot for transfer 1: all hold acquired transfers, \[0\]"):
         pipeline.acquire(1)
     assert not pipeline.prefetch(1)
-    with pytest.raises(RuntimeError, match=r"buckets \[0\] are still acquired"):
+    with pytest.raises(RuntimeError, match=r"transfers \[0\] are still acquired"):
         pipeline.drain()
     pipeline.release(0)
     pipeline.drain()
@@ -482,7 +484,7 @@ def in_child(pipeline, answers):
         "prefetch": lambda: pipeline.prefetch(0),
         "prefetch_first": pipeline.prefetch_first,
         "acquire": lambda: pipeline.acquire(0),
-        "run": lambda: pipeline.run([0], lambda bucket, tensors: tensors[0].fill_(9)),
+        "run": lambda: pipeline.run([0], lambda transfer, tensors: tensors[0].fill_(9)),
     }.items():
         try:
             call()
@@ -494,7 +496,7 @@ def in_child(pipeline, answers):
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # threads and fork, from Python 3.12 on
 def test_a_forked_child_is_refused():
     pipeline = two_buckets()
-    pipeline.run([0, 1], lambda bucket, tensors: tensors[0].fill_(1))
+    pipeline.run([0, 1], lambda transfer, tensors: tensors[0].fill_(1))
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     child = context.Process(target=in_child, args=(pipeline, answers))
@@ -510,7 +512,7 @@ def test_a_forked_child_is_refused():
 
 def test_the_pipeline_goes_with_its_last_reference():
     pipeline = two_buckets()
-    pipeline.run([0, 1], lambda bucket, tensors: None)
+    pipeline.run([0, 1], lambda transfer, tensors: None)
     slab, gone = weakref.ref(pipeline.slabs[0]), weakref.ref(pipeline)
     del pipeline
     assert gone() is None
@@ -538,11 +540,11 @@ def cuda():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cuda_bits_are_the_resident_ones(cuda, dtype, slots):
     count = 24
-    staged = OnCuda(CudaStreams(cuda), count, dtype, cuda, bucket_size=2000, slots=slots)
+    staged = OnCuda(CudaStreams(cuda), count, dtype, cuda, transfer_size=2000, slots=slots)
     resident = Resident(count, dtype, cuda)
-    buckets = len(staged.members)
+    transfers = len(staged.members)
     for step in range(1, 7):
-        staged.whole_step(step, shuffled(buckets) if step % 2 else range(buckets))
+        staged.whole_step(step, shuffled(transfers) if step % 2 else range(transfers))
         resident.step(step, range(count))
         if step == 3:
             staged.pipeline.prefetch_first()
@@ -553,43 +555,43 @@ def test_cuda_bits_are_the_resident_ones(cuda, dtype, slots):
 
 @pytest.mark.cuda
 def test_cuda_bits_are_the_resident_ones_on_side_streams(cuda):
-    """A large bucket behind a slow kernel, stepped on a side stream: early copies would be seen."""
+    """A large transfer behind a slow kernel, stepped on a side stream: early copies would be seen."""
     numel = 2**24
-    slabs = [Slab([Part((numel,), torch.float32)]) for _ in range(4)]
+    slabs = [Slab([TensorSpec((numel,), torch.float32)]) for _ in range(4)]
     pipeline = Pipeline(slabs, CudaStreams(cuda), slots=2)
     streams = [torch.cuda.current_stream(cuda), torch.cuda.Stream(cuda), torch.cuda.Stream(cuda)]
     for step in range(6):
         with torch.cuda.stream(streams[step % 3]):
 
-            def compute(bucket, tensors, step=step):
+            def compute(transfer, tensors, step=step):
                 torch.cuda._sleep(10_000_000)
-                tensors[0].mul_(2).add_(bucket + step)
+                tensors[0].mul_(2).add_(transfer + step)
 
             pipeline.run([0, 1, 2, 3] if step % 2 else [2, 0, 3, 1], compute)
     pipeline.drain()
-    for bucket, slab in enumerate(slabs):
+    for transfer, slab in enumerate(slabs):
         expected = 0
         for step in range(6):
-            expected = 2 * expected + bucket + step
+            expected = 2 * expected + transfer + step
         assert slab.tensors[0].unique().tolist() == [expected]
 
 
 @pytest.mark.cuda
 def test_cuda_copy_streams_are_made_once_for_a_device(cuda):
     first, second = CudaStreams(cuda), CudaStreams(torch.device("cuda"))
-    for lane in (Lane.H2D, Lane.D2H):
-        assert first._stream(lane) == second._stream(lane)
-        assert first._stream(lane) != torch.cuda.default_stream(cuda)
+    for kind in (StreamKind.H2D, StreamKind.D2H):
+        assert first._stream(kind) == second._stream(kind)
+        assert first._stream(kind) != torch.cuda.default_stream(cuda)
     side = torch.cuda.Stream(cuda)
     with torch.cuda.stream(side):
-        assert first._stream(Lane.CURRENT) == side
-    assert first._stream(Lane.CURRENT) != side
+        assert first._stream(StreamKind.CURRENT) == side
+    assert first._stream(StreamKind.CURRENT) != side
 
 
 @pytest.mark.cuda
 def test_cuda_graphs_are_refused_while_captured(cuda):
-    pipeline = Pipeline([Slab([Part((4,), torch.float32)])], CudaStreams(cuda))
-    pipeline.run([0], lambda bucket, tensors: tensors[0].add_(1))
+    pipeline = Pipeline([Slab([TensorSpec((4,), torch.float32)])], CudaStreams(cuda))
+    pipeline.run([0], lambda transfer, tensors: tensors[0].add_(1))
     pipeline.drain()
     x = torch.zeros(1, device=cuda)
     torch.cuda.synchronize()
@@ -597,6 +599,6 @@ def test_cuda_graphs_are_refused_while_captured(cuda):
         x.add_(1)  # an empty graph would warn
         with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
             pipeline.acquire(0)
-    pipeline.run([0], lambda bucket, tensors: tensors[0].add_(1))
+    pipeline.run([0], lambda transfer, tensors: tensors[0].add_(1))
     pipeline.drain()
     assert pipeline.slabs[0].tensors[0].tolist() == [2] * 4

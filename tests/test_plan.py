@@ -29,7 +29,7 @@ def policies(tiers=("auto", "device", "host")):
         host_reserve=size | st.sampled_from(["10%", "100%"]),
         device_budget=st.none() | st.integers(0, 500),
         staging_slots=st.integers(2, 4),
-        bucket_size=st.integers(1, 60),
+        transfer_size=st.integers(1, 60),
     )
 
 
@@ -42,7 +42,7 @@ def fits(sizes, cut, policy, figures):
     front, rest = sizes[:cut], sizes[cut:]
     if (policy.tier == "device" and rest) or (policy.tier == "host" and front):
         return False
-    slot = max([min(policy.bucket_size, sum(rest)), *rest])
+    slot = max([min(policy.transfer_size, sum(rest)), *rest])
     taken = sum(front) + policy.staging_slots * slot
     if policy.device_budget is not None and taken > policy.device_budget:
         return False
@@ -123,7 +123,7 @@ def test_a_spill_goes_on_where_the_device_has_shown_room(case, data):
 
 
 def test_a_spill_says_why_and_makes_room_for_the_ring():
-    policy = MemoryPolicy(device_reserve=0, host_reserve=0, staging_slots=2, bucket_size=10)
+    policy = MemoryPolicy(device_reserve=0, host_reserve=0, staging_slots=2, transfer_size=10)
     figures = {"device_free": 100, "device_total": 100, "host_free": 1000, "host_total": 1000}
     plan = place(requests([10] * 10), policy, **figures)
     assert plan.host_bytes == plan.staging_bytes == 0
@@ -152,7 +152,7 @@ def test_what_cannot_spill():
 
 
 def test_a_refusal_has_every_number_and_a_way_out():
-    policy = MemoryPolicy(device_reserve="25%", host_reserve="1GiB", device_budget="2GiB", bucket_size="1GiB")
+    policy = MemoryPolicy(device_reserve="25%", host_reserve="1GiB", device_budget="2GiB", transfer_size="1GiB")
     figures = {"device_free": 3 * GIB, "device_total": 4 * GIB, "host_free": 5 * GIB, "host_total": 8 * GIB}
     with pytest.raises(MemoryError) as caught:
         place(requests([GIB] * 6), policy, **figures)
@@ -185,7 +185,7 @@ def test_tables_of_parameters_on_the_cpu_stay_with_them():
     plan = place(requests([40, 40]), MemoryPolicy(), **host)  # 10% of the total are all there is
     assert [(row.tier, row.why) for row in plan.rows] == [("device", "its parameter is on the CPU")] * 2
     assert plan.staging_bytes == 0
-    split = MemoryPolicy(device_budget=60, host_reserve=0, staging_slots=2, bucket_size=10)
+    split = MemoryPolicy(device_budget=60, host_reserve=0, staging_slots=2, transfer_size=10)
     plan = place(requests([40, 10, 10]), split, **host)
     assert [row.tier for row in plan.rows] == ["device", "device", "device"]
     plan = place(requests([30, 10, 10, 10, 10]), split, **host)
@@ -194,7 +194,7 @@ def test_tables_of_parameters_on_the_cpu_stay_with_them():
 
 
 def test_a_plan_prints_each_row_with_its_reason_and_a_summary_each_group():
-    policy = MemoryPolicy(device_reserve="1%", host_reserve=0, device_budget="25%", bucket_size=100)
+    policy = MemoryPolicy(device_reserve="1%", host_reserve=0, device_budget="25%", transfer_size=100)
     plan = place(
         [Request(f"layer.{i}.weight", (16, 16), 64) for i in range(10)],
         policy,

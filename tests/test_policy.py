@@ -50,7 +50,7 @@ def test_a_size_read_back_from_its_text_is_within_what_the_text_shows(count):
     ["2 gigabytes", "2Gibs", "2", "", "GiB", "-1GiB", "1e9B", "1,5GB", "101%", "nan%", -1, 1.5, True, None, [1], b"1B"],
     ids=repr,
 )
-@pytest.mark.parametrize("name", ["device_reserve", "host_reserve", "device_budget", "pin_limit", "bucket_size"])
+@pytest.mark.parametrize("name", ["device_reserve", "host_reserve", "device_budget", "pin_limit", "transfer_size"])
 def test_a_size_that_is_none_names_itself_and_what_is_accepted(name, wrong):
     if wrong is None and name in ("device_budget", "pin_limit"):
         assert MemoryPolicy(**{name: None}) == MemoryPolicy()
@@ -60,10 +60,10 @@ def test_a_size_that_is_none_names_itself_and_what_is_accepted(name, wrong):
 
 
 def test_a_bucket_has_a_size_of_its_own_above_zero():
-    with pytest.raises(ValueError, match=r"bucket_size must be an int of bytes or .*, got '10%'"):
-        MemoryPolicy(bucket_size="10%")
-    with pytest.raises(ValueError, match="bucket_size must be at least one byte, got 0"):
-        MemoryPolicy(bucket_size=0)
+    with pytest.raises(ValueError, match=r"transfer_size must be an int of bytes or .*, got '10%'"):
+        MemoryPolicy(transfer_size="10%")
+    with pytest.raises(ValueError, match="transfer_size must be at least one byte, got 0"):
+        MemoryPolicy(transfer_size=0)
 
 
 @pytest.mark.parametrize("slots", [1, 0, -3, 2.0, "3", True, None], ids=repr)
@@ -153,3 +153,10 @@ def test_what_is_no_policy_at_all():
 
 def test_the_docstring_example():
     assert doctest.testmod(collins.offload.policy).failed == 0
+
+
+@pytest.mark.parametrize("build", [lambda keys: MemoryPolicy(**keys), MemoryPolicy.of], ids=["arguments", "mapping"])
+def test_the_former_name_of_transfer_size_is_accepted_with_a_warning(build):
+    with pytest.warns(DeprecationWarning, match="bucket_size is deprecated: it is called transfer_size now"):
+        policy = build({"bucket_size": "8KiB"})
+    assert policy == MemoryPolicy(transfer_size="8KiB")

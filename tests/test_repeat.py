@@ -11,7 +11,7 @@ from training import bits
 pytest.importorskip("triton")
 
 from collins import Collins
-from collins.compile.launch import Launches
+from collins.compile.multi_tensor import KernelLaunches
 from collins.repeat import Repeat
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,7 +27,7 @@ def made():
 
 def launching(opt):
     if DEVICE == "cpu":
-        opt._engine._launches = Launches("cpu")
+        opt._engine._launches = KernelLaunches("cpu")
     return opt
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from collins import Collins
-from collins.layout import layout_of, moment_shape, within_rows
+from collins.bucketing import bucketing_of, moment_shape, within_rows
 from collins.sharding import local, slice_of
 
 
@@ -44,7 +44,7 @@ MESHES = [((world,), (Shard(0),)) for world in (1, 2, 3, 4, 7)] + [
 @pytest.mark.parametrize(("sizes", "placements"), MESHES, ids=str)
 @pytest.mark.parametrize("shape", [(12, 4), (10, 3), (5, 2, 3), (7,), (1, 9)], ids=str)
 def test_a_slice_is_where_its_first_element_is_and_all_of_them_follow(shape, sizes, placements):
-    layout = layout_of(1, compress_ratio=32, min_K=1024, hash="block")
+    layout = bucketing_of(1, compress_ratio=32, min_K=1024, hash="block")
     for rank in range(torch.Size(sizes).numel()):
         with rank_of(rank, *sizes) as mesh:
             p = numbered(shape, mesh, placements)
@@ -67,7 +67,7 @@ def test_rows_that_are_dealt_out_twice_are_found():
     for rank in range(6):
         with rank_of(rank, 2, 3) as mesh:
             p = strided((12, 4), mesh)
-            part = slice_of("p", p, layout_of(48, compress_ratio=4, min_K=1, hash="block"), rounding=True)
+            part = slice_of("p", p, bucketing_of(48, compress_ratio=4, min_K=1, hash="block"), rounding=True)
             assert torch.equal(local(p).reshape(-1), torch.arange(8.0) + part.start)
 
 
@@ -121,7 +121,7 @@ def test_gradients_must_be_of_their_parameters_kind():
 
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([2, 3, 32, 100]), st.integers(1, 64))
 def test_buckets_of_sharded_parameters_stay_within_rows(rows, width, ratio, min_K):
-    whole = layout_of(rows * width, compress_ratio=ratio, min_K=min_K, hash="block")
+    whole = bucketing_of(rows * width, compress_ratio=ratio, min_K=min_K, hash="block")
     layout = within_rows(whole, (rows, width))
     assert layout.load <= whole.load
     assert width % layout.load == 0

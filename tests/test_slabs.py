@@ -12,16 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collins.offload import Part, Slab, grouped, pinned_bytes, set_pin_limit
+from collins.offload import Slab, TensorSpec, grouped, pinned_bytes, set_pin_limit
 from collins.offload.slabs import ALIGNMENT, carve, offsets
 
 PARTS = [
-    Part((3,), torch.float32),
-    Part((2, 5), torch.bfloat16),
-    Part((), torch.float64),
-    Part((0, 4), torch.float32),
-    Part((7,), torch.uint8),
-    Part((129,), torch.float32),
+    TensorSpec((3,), torch.float32),
+    TensorSpec((2, 5), torch.bfloat16),
+    TensorSpec((), torch.float64),
+    TensorSpec((0, 4), torch.float32),
+    TensorSpec((7,), torch.uint8),
+    TensorSpec((129,), torch.float32),
 ]
 
 
@@ -86,7 +86,7 @@ def test_parts_are_zero_aligned_and_apart():
 
 
 def test_an_empty_slab_has_no_bytes(cudart):
-    slab = Slab([Part((0,), torch.float32)])
+    slab = Slab([TensorSpec((0,), torch.float32)])
     assert (slab.nbytes, slab.bytes.numel(), slab.tensors[0].numel(), slab.pinned) == (0, 0, 0, False)
     assert cudart.calls == 0
 
@@ -94,7 +94,7 @@ def test_an_empty_slab_has_no_bytes(cudart):
 @given(st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=3), st.sampled_from([1, 2, 4, 8])), max_size=9))
 def test_offsets_leave_only_the_gaps_that_align(shapes):
     dtypes = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
-    parts = [Part(tuple(shape), dtypes[size]) for shape, size in shapes]
+    parts = [TensorSpec(tuple(shape), dtypes[size]) for shape, size in shapes]
     starts, end = offsets(parts)
     last = 0
     for start, part in zip(starts, parts, strict=True):
@@ -114,7 +114,7 @@ def mapped_bytes():
 def test_memory_lives_as_long_as_any_tensor_of_it():
     size = 2**26
     before = mapped_bytes()
-    slab = Slab([Part((size,), torch.uint8), Part((4,), torch.float32)], pin=False)
+    slab = Slab([TensorSpec((size,), torch.uint8), TensorSpec((4,), torch.float32)], pin=False)
     slab.tensors[0].fill_(1)
     assert mapped_bytes() - before > 0.9 * size
     tensor, gone = slab.tensors[1], weakref.ref(slab)
@@ -148,18 +148,18 @@ def test_a_slab_is_registered_at_its_exact_size_until_its_last_tensor_goes(cudar
 
 def test_beyond_the_limit_slabs_are_pageable_and_one_warning_says_so(cudart):
     set_pin_limit(pinned_bytes() + 1500)
-    slabs = [Slab([Part((1000,), torch.uint8)])]
+    slabs = [Slab([TensorSpec((1000,), torch.uint8)])]
     with pytest.warns(UserWarning, match="pageable") as caught:
-        slabs += [Slab([Part((1001,), torch.uint8)]) for _ in range(3)]
+        slabs += [Slab([TensorSpec((1001,), torch.uint8)]) for _ in range(3)]
     (warning,) = caught
     assert f"1,001 bytes more would exceed the limit of {pinned_bytes() + 500:,}" in str(warning.message)
     assert f"{pinned_bytes():,} bytes are pinned" in str(warning.message)
     assert warning.filename == __file__
-    slabs.append(Slab([Part((500,), torch.uint8)]))
+    slabs.append(Slab([TensorSpec((500,), torch.uint8)]))
     assert [slab.pinned for slab in slabs] == [True, False, False, False, True]
     slabs[1].tensors[0].fill_(1)
     del slabs[0]
-    assert Slab([Part((999,), torch.uint8)]).pinned
+    assert Slab([TensorSpec((999,), torch.uint8)]).pinned
 
 
 def test_where_pinning_fails_slabs_are_pageable_and_one_warning_says_why(cudart, monkeypatch):
@@ -200,7 +200,7 @@ def test_a_limit_below_zero_is_refused():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # threads and fork, from Python 3.12 on
 def test_a_forked_child_is_refused_and_cannot_reach_the_parents_values(cudart):
-    slab = Slab([Part((8,), torch.float32)])
+    slab = Slab([TensorSpec((8,), torch.float32)])
     tensor = slab.tensors[0].fill_(3)
     here, there = os.pipe()
     child = os.fork()
@@ -229,15 +229,15 @@ def test_a_forked_child_is_refused_and_cannot_reach_the_parents_values(cudart):
     assert slab.pinned
 
 
-# Buckets.
+# Transfers.
 
 
 def members(*sizes):
-    return [[Part((size,), torch.uint8)] for size in sizes]
+    return [[TensorSpec((size,), torch.uint8)] for size in sizes]
 
 
 @pytest.mark.parametrize(
-    ("sizes", "bucket_size", "buckets"),
+    ("sizes", "transfer_size", "transfers"),
     [
         ([], 10, []),
         ([64, 64, 64], 128, [[0, 1], [2]]),
@@ -248,21 +248,21 @@ def members(*sizes):
         ([0, 0, 5], 5, [[0, 1, 2]]),
     ],
 )
-def test_neighbours_share_a_bucket_while_it_holds_them(sizes, bucket_size, buckets):
-    assert grouped(members(*sizes), bucket_size) == buckets
+def test_neighbours_share_a_bucket_while_it_holds_them(sizes, transfer_size, transfers):
+    assert grouped(members(*sizes), transfer_size) == transfers
 
 
 @given(st.lists(st.integers(0, 400), max_size=30), st.integers(1, 1000))
-def test_every_parameter_is_in_one_bucket_that_is_small_enough(sizes, bucket_size):
-    buckets = grouped(members(*sizes), bucket_size)
-    assert [place for bucket in buckets for place in bucket] == list(range(len(sizes)))
-    for bucket in buckets:
-        nbytes = Slab((part for place in bucket for part in members(*sizes)[place]), pin=False).nbytes
-        assert nbytes <= bucket_size or len(bucket) == 1
+def test_every_parameter_is_in_one_bucket_that_is_small_enough(sizes, transfer_size):
+    transfers = grouped(members(*sizes), transfer_size)
+    assert [place for transfer in transfers for place in transfer] == list(range(len(sizes)))
+    for transfer in transfers:
+        nbytes = Slab((part for place in transfer for part in members(*sizes)[place]), pin=False).nbytes
+        assert nbytes <= transfer_size or len(transfer) == 1
 
 
 def test_a_bucket_size_below_one_byte_is_refused():
-    with pytest.raises(ValueError, match="bucket_size must be at least 1 byte, got 0"):
+    with pytest.raises(ValueError, match="transfer_size must be at least 1 byte, got 0"):
         grouped(members(1), 0)
 
 
@@ -272,7 +272,7 @@ def test_a_bucket_size_below_one_byte_is_refused():
 @pytest.mark.cuda
 def test_cuda_pins_and_unpins():
     before, pooled = pinned_bytes(), torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
-    slab = Slab([Part((1000, 1000), torch.float32)])
+    slab = Slab([TensorSpec((1000, 1000), torch.float32)])
     assert slab.pinned
     assert slab.bytes.is_pinned()
     assert slab.tensors[0].is_pinned()
@@ -288,10 +288,10 @@ def test_cuda_pins_and_unpins():
 @pytest.mark.cuda
 def test_cuda_goes_on_after_a_refused_registration(monkeypatch):
     """Registering the same pages twice fails; the error must not surface in the next kernel."""
-    slab = Slab([Part((4096,), torch.uint8)])
+    slab = Slab([TensorSpec((4096,), torch.uint8)])
     block = (ctypes.c_char * 4096).from_address(slab.bytes.data_ptr())
     monkeypatch.setattr("collins.offload.slabs._mapped", lambda nbytes: block)
     with pytest.warns(UserWarning, match="cudaHostRegister of 4,096 bytes failed"):
-        again = Slab([Part((4096,), torch.uint8)])
+        again = Slab([TensorSpec((4096,), torch.uint8)])
     assert not again.pinned
     assert torch.arange(4, device="cuda").add(1).tolist() == [1, 2, 3, 4]

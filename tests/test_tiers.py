@@ -12,10 +12,10 @@ from training import OPTIONS, TIERS, backward, made, same_bits, stepped, trained
 
 from collins import Collins
 from collins.compile import Engine
-from collins.offload import MemoryPolicy, Request, housing, pinned_bytes, set_pin_limit, slabs
-from collins.offload.housing import device_room
+from collins.offload import MemoryPolicy, Request, pinned_bytes, set_pin_limit, slabs, tiers
 from collins.offload.memory import DeviceFigures
-from collins.offload.streams import HostStreams, Lane, Rule
+from collins.offload.streams import HostStreams, StreamKind, WaitFor
+from collins.offload.tiers import device_room
 from collins.update import update_
 
 CASES = [
@@ -88,7 +88,7 @@ def on_fake_device(monkeypatch, fake):
             other = work._replace(**dict.fromkeys("pgmv"))  # which keeps no tensor alive
             fake.launch(lambda p, g, m, v, w=other: update_(w._replace(p=p, g=g, m=m, v=v)), *tensors)
 
-    monkeypatch.setattr(housing, "streams_for", lambda device: fake)
+    monkeypatch.setattr(tiers, "streams_for", lambda device: fake)
     monkeypatch.setattr(Engine, "run", launched)
 
 
@@ -139,12 +139,12 @@ def test_gradients_in_flight_are_read_when_they_are_there_and_freed_when_they_we
             if not own:
                 return original(opt, p)
             there = fake.event()
-            fake.record(there, Lane.CURRENT)
+            fake.record(there, StreamKind.CURRENT)
             with fake.on(of_hook):
                 if waits:
-                    fake.wait(Lane.CURRENT, there, Rule.COMPUTED)
+                    fake.wait(StreamKind.CURRENT, there, WaitFor.COMPUTED)
                 if holds:
-                    fake.hold(p.grad, Lane.CURRENT)
+                    fake.hold(p.grad, StreamKind.CURRENT)
                 return original(opt, p)
 
         with monkeypatch.context() as patched:
@@ -224,7 +224,7 @@ def test_host_memory_goes_with_the_optimizer(in_backward, monkeypatch):
             super().__init__(*args, **kwargs)
             made_slabs.add(self)
 
-    monkeypatch.setattr(housing, "Slab", Slab)
+    monkeypatch.setattr(tiers, "Slab", Slab)
     model, opt = trained(memory=TIERS["host"], in_backward=in_backward)
     assert len(made_slabs) > 5
     del opt
@@ -237,8 +237,8 @@ def test_what_backward_leaves_to_the_step_does_not_spoil_the_prediction(monkeypa
     """A gradient that passed no hook is stepped at the end, and the others are fetched ahead in their own order."""
     model = made()
     opt = Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=True)
-    stage, fetched = housing.Pipeline._stage, []
-    monkeypatch.setattr(housing.Pipeline, "_stage", lambda self, b, slot: (fetched.append(b), stage(self, b, slot)))
+    stage, fetched = tiers.Pipeline._stage, []
+    monkeypatch.setattr(tiers.Pipeline, "_stage", lambda self, b, slot: (fetched.append(b), stage(self, b, slot)))
     late = model.blocks[1].norm.weight
     for handle in list(late._post_accumulate_grad_hooks):
         del late._post_accumulate_grad_hooks[handle]
@@ -275,7 +275,7 @@ def first_step_refused(model, opt, match):
 
 def failing_zeros(monkeypatch, after):
     """The device's allocator gives `after` moments, then nothing more."""
-    zeros, given = housing._zeros, []
+    zeros, given = tiers._zeros, []
 
     def allocate(part, device):
         if len(given) >= after:
@@ -283,7 +283,7 @@ def failing_zeros(monkeypatch, after):
         given.append(weakref.ref(zeros(part, device)))
         return zeros(part, device)
 
-    monkeypatch.setattr(housing, "_zeros", allocate)
+    monkeypatch.setattr(tiers, "_zeros", allocate)
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
@@ -293,7 +293,7 @@ def test_tables_spill_to_the_host(after, in_backward, monkeypatch):
     with pytest.warns(
         UserWarning, match=r"(?s)Collins moves tables to the host: the device ran out of memory.*\nhost: "
     ):
-        model, opt = trained(memory={"bucket_size": 900, "staging_slots": 2}, in_backward=in_backward)
+        model, opt = trained(memory={"transfer_size": 900, "staging_slots": 2}, in_backward=in_backward)
     assert same_bits((model, opt), trained())
     tiers = tiers_of(opt)
     assert tiers == sorted(tiers)
@@ -314,7 +314,7 @@ def test_a_forced_device_that_runs_out_changes_nothing(in_backward, monkeypatch)
 
 def failing_ring(monkeypatch):
     """No ring finds room on the device before all moments are off it, and the first does not even then."""
-    empty, zeros, tries, given = HostStreams.empty, housing._zeros, [], []
+    empty, zeros, tries, given = HostStreams.empty, tiers._zeros, [], []
 
     def place(part, device):
         moment = zeros(part, device)
@@ -327,7 +327,7 @@ def failing_ring(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return empty(self, nbytes)
 
-    monkeypatch.setattr(housing, "_zeros", place)
+    monkeypatch.setattr(tiers, "_zeros", place)
     monkeypatch.setattr(HostStreams, "empty", allocate)
 
 
@@ -355,7 +355,7 @@ def test_neither_tier_can_hold_the_tables(tier, in_backward, monkeypatch):
     model = made()
     opt = Collins(model.parameters(), **OPTIONS, memory=tier, in_backward=in_backward)
     with monkeypatch.context() as patched:
-        patched.setattr(housing, "host_memory_free", lambda: 3000)
+        patched.setattr(tiers, "host_memory_free", lambda: 3000)
         first_step_refused(model, opt, rf"tier='{tier}'\. The device may give 2\.9 KiB.*The host may give")
     stepped(model, opt, range(7))
     assert same_bits((model, opt), trained())
@@ -366,9 +366,9 @@ def test_nobody_moves_in_when_one_device_cannot_be_served(monkeypatch):
     opt = Collins([nn.Parameter(torch.ones(64, 64, device=device)) for device in ("cpu", "meta")], memory="auto")
     for p in opt.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
-    monkeypatch.setattr(housing, "host_memory_free", lambda: 40_000)  # each takes 2 * 4 * 64 * 64 / 4 bytes
+    monkeypatch.setattr(tiers, "host_memory_free", lambda: 40_000)  # each takes 2 * 4 * 64 * 64 / 4 bytes
     assert [row.state_bytes - 4 for row in opt.memory_report().rows] == [8192, 8192]
-    monkeypatch.setattr(housing, "host_memory_free", lambda: 10_000)
+    monkeypatch.setattr(tiers, "host_memory_free", lambda: 10_000)
     with pytest.raises(MemoryError, match=r"The device may give 1\.8 KiB"):
         opt.step()
     assert opt.placement == ()
@@ -409,14 +409,14 @@ def test_the_device_tier_keeps_within_what_is_free():
 def shrinking(monkeypatch):
     """A function that leaves so many bytes of the device to this process once a plan has been made with more."""
 
-    def shrink(room, planned=housing._planned):
+    def shrink(room, planned=tiers._planned):
         def made(*args):
             given = planned(*args)
             held = torch.cuda.memory_reserved() + room
             torch.cuda.set_per_process_memory_fraction(held / torch.cuda.mem_get_info()[1])
             return given
 
-        monkeypatch.setattr(housing, "_planned", made)
+        monkeypatch.setattr(tiers, "_planned", made)
 
     gc.collect()
     torch.cuda.empty_cache()
@@ -442,7 +442,7 @@ def test_tables_spill_when_a_real_device_is_full(in_backward, room, shrinking):
 
     resident = built()
     train(*resident)
-    housed = built(memory={"device_reserve": 0, "bucket_size": "64MiB", "staging_slots": 2}, in_backward=in_backward)
+    housed = built(memory={"device_reserve": 0, "transfer_size": "64MiB", "staging_slots": 2}, in_backward=in_backward)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     failed = torch.cuda.memory_stats()["num_ooms"]
@@ -461,8 +461,8 @@ def test_tables_spill_when_a_real_device_is_full(in_backward, room, shrinking):
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 def test_a_plan_made_within_backward_knows_it(in_backward, monkeypatch):
-    planned, early = housing._planned, []
-    monkeypatch.setattr(housing, "_planned", lambda *args: (early.append(args[-1]), planned(*args))[1])
+    planned, early = tiers._planned, []
+    monkeypatch.setattr(tiers, "_planned", lambda *args: (early.append(args[-1]), planned(*args))[1])
     trained(memory="auto", in_backward=in_backward)
     assert early == [in_backward]
 
@@ -482,10 +482,12 @@ def test_room_is_left_for_the_gradients_to_come():
 def test_a_card_that_holds_the_ring_but_no_margin_is_used_from_the_host(early, tier, monkeypatch):
     spare = DeviceFigures(100 * GIB, 4 * GIB, fraction=1.0, reserved=96 * GIB, allocated=96 * GIB, peak=97 * GIB)
     assert spare.spare == 3 * GIB
-    monkeypatch.setattr(housing, "device_figures", lambda device: spare)
+    monkeypatch.setattr(tiers, "device_figures", lambda device: spare)
     p = torch.empty(GIB // 2, device="meta", dtype=torch.bfloat16)  # 1 GiB
-    tenants = [housing.Tenant(str(i), p, housing.Part((2**24,), torch.float32)) for i in range(8)]  # of 1 GiB in all
-    plan, leave = housing._planned(MemoryPolicy(), torch.device("cuda"), tenants, 64 * GIB, early)
+    state_requests = [
+        tiers.StateRequest(str(i), p, tiers.TensorSpec((2**24,), torch.float32)) for i in range(8)
+    ]  # of 1 GiB in all
+    plan, leave = tiers._planned(MemoryPolicy(), torch.device("cuda"), state_requests, 64 * GIB, early)
     assert [row.tier for row in plan.rows] == 8 * [tier]
     assert leave == 4 * GIB - plan.limits.device  # of what is free: for activations, the gradients to come, a reserve
 

@@ -10,8 +10,8 @@ from collins import Collins
 TIERS = {
     "unhoused": None,
     "device": "device",
-    "host": {"tier": "host", "bucket_size": 900, "staging_slots": 2},
-    "mixed": {"device_budget": "6KiB", "bucket_size": 900, "staging_slots": 2},
+    "host": {"tier": "host", "transfer_size": 900, "staging_slots": 2},
+    "mixed": {"device_budget": "6KiB", "transfer_size": 900, "staging_slots": 2},
 }
 OPTIONS = {"lr": 1e-2, "min_K": 16, "rehash_period": 3}
 

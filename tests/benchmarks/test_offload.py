@@ -22,19 +22,19 @@ import torch
 from turns import Turns
 
 from collins import Collins
+from collins.bucketing import bucketing_of
 from collins.compile import Engine
 from collins.hashing import hash_key
-from collins.layout import layout_of
-from collins.offload import Part, Pipeline, Slab, grouped, streams_for
+from collins.offload import Pipeline, Slab, TensorSpec, grouped, streams_for
 from collins.offload.shapes import llama
-from collins.offload.streams import Lane, Rule
-from collins.rule import scalars
-from collins.update import Keys, Spec, Work
+from collins.offload.streams import StreamKind, WaitFor
+from collins.rule import step_scalars
+from collins.update import HashKeys, UpdateSpec, UpdateTask
 
 pytestmark = pytest.mark.cuda
 
 SHAPES = llama(32, 4096, 11008, 4096, 32000).shapes
-BUCKET_SIZE = 64 * 2**20
+TRANSFER_SIZE = 64 * 2**20
 SLOTS = 3
 ROUNDS = 15
 DEVICE = torch.device("cuda")
@@ -47,44 +47,45 @@ MEDIANS = {}  # seconds, by name
 class Tables:
     """The tables of a model in slabs, as the host tier keeps them."""
 
-    def __init__(self, shapes=SHAPES, device=DEVICE, bucket_size=BUCKET_SIZE):
+    def __init__(self, shapes=SHAPES, device=DEVICE, transfer_size=TRANSFER_SIZE):
         self.shapes, self.device = shapes, device
         self.layouts = [
-            layout_of(torch.Size(shape).numel(), compress_ratio=32, min_K=1024, hash="block") for shape in shapes
+            bucketing_of(torch.Size(shape).numel(), compress_ratio=32, min_K=1024, hash="block") for shape in shapes
         ]
         parts = [
-            [Part(shape if layout.hash is None else (layout.buckets,), torch.float32)] * 2
+            [TensorSpec(shape if layout.hash is None else (layout.buckets,), torch.float32)] * 2
             for shape, layout in zip(shapes, self.layouts, strict=True)
         ]
-        self.members = grouped(parts, bucket_size)
+        self.members = grouped(parts, transfer_size)
         self.slabs = [Slab(part for i in members for part in parts[i]) for members in self.members]
         self.nbytes = sum(slab.nbytes for slab in self.slabs)
         self.streams = streams_for(device)
 
     def update(self):
-        """A function that steps a bucket's parameters, bf16 and resident with their gradients."""
+        """A function that steps a transfer's parameters, bf16 and resident with their gradients."""
         ps = [torch.randn(shape, device=self.device, dtype=torch.bfloat16) for shape in self.shapes]
         gs = [torch.randn_like(p) for p in ps]
         engine = Engine(busy_link=True)
-        h = scalars(9, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, residual_weight=None)
+        h = step_scalars(9, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, residual_weight=None)
         specs = [
-            Spec(layout.hash, layout.load, "residual", layout.hash is not None, True, False) for layout in self.layouts
+            UpdateSpec(layout.hash, layout.load, "residual", layout.hash is not None, True, False)
+            for layout in self.layouts
         ]
         launches = [engine.launch_of(spec, p, torch.float32) for spec, p in zip(specs, ps, strict=True)]
 
-        def compute(bucket, tensors):
+        def compute(transfer, tensors):
             engine.run(
-                Work(
+                UpdateTask(
                     ps[i],
                     gs[i],
                     *tensors[2 * j : 2 * j + 2],
                     specs[i],
-                    Keys(hash_key(0, i, "sign"), hash_key(0, i, "round"), (0, 0, 0, 0), 100),
+                    HashKeys(hash_key(0, i, "sign"), hash_key(0, i, "round"), (0, 0, 0, 0), 100),
                     h,
                     layout.numel,
                     launch=launches[i],
                 )
-                for j, (i, layout) in enumerate((i, self.layouts[i]) for i in self.members[bucket])
+                for j, (i, layout) in enumerate((i, self.layouts[i]) for i in self.members[transfer])
             )
 
         return compute
@@ -118,35 +119,37 @@ def measure(benchmark):
     torch.cuda.empty_cache()
 
 
-def copier(tables, *lanes):
+def copier(tables, *kinds):
     """Copies all slabs in the given directions at once, each from or to device memory of its own."""
     streams = tables.streams
     size = max(slab.nbytes for slab in tables.slabs)
-    memory = {lane: streams.empty(size) for lane in lanes}
+    memory = {kind: streams.empty(size) for kind in kinds}
     ready = streams.event()
 
     def copy():
-        streams.record(ready, Lane.CURRENT)
-        for lane in lanes:
-            streams.wait(lane, ready, Rule.SLOT_FREE)
+        streams.record(ready, StreamKind.CURRENT)
+        for kind in kinds:
+            streams.wait(kind, ready, WaitFor.SLOT_FREE)
         for slab in tables.slabs:
-            for lane in lanes:
-                ends = slab.bytes, memory[lane][: slab.nbytes]
-                streams.copy(lane, *(ends if lane is Lane.D2H else ends[::-1]))
+            for kind in kinds:
+                ends = slab.bytes, memory[kind][: slab.nbytes]
+                streams.copy(kind, *(ends if kind is StreamKind.D2H else ends[::-1]))
 
     return copy
 
 
-@pytest.mark.parametrize("lanes", [(Lane.H2D,), (Lane.D2H,), (Lane.H2D, Lane.D2H)], ids=["h2d", "d2h", "both"])
-def test_link(measure, tables, lanes):
-    names = {(Lane.H2D,): "h2d alone", (Lane.D2H,): "d2h alone"}
-    measure(copier(tables, *lanes), names.get(lanes, "copy"), len(lanes) * tables.nbytes)
+@pytest.mark.parametrize(
+    "kinds", [(StreamKind.H2D,), (StreamKind.D2H,), (StreamKind.H2D, StreamKind.D2H)], ids=["h2d", "d2h", "both"]
+)
+def test_link(measure, tables, kinds):
+    names = {(StreamKind.H2D,): "h2d alone", (StreamKind.D2H,): "d2h alone"}
+    measure(copier(tables, *kinds), names.get(kinds, "copy"), len(kinds) * tables.nbytes)
 
 
 @pytest.mark.parametrize("computes", [False, True], ids=["copies", "collins"])
 def test_pipeline(measure, tables, computes):
     pipeline = Pipeline(tables.slabs, tables.streams, slots=SLOTS)
-    compute = tables.update() if computes else lambda bucket, tensors: None
+    compute = tables.update() if computes else lambda transfer, tensors: None
     order = range(len(tables.slabs))
 
     def step():
@@ -163,8 +166,8 @@ def test_resident(measure, tables):
     resident = [[tensor.to(DEVICE) for tensor in slab.tensors] for slab in tables.slabs]
 
     def step():
-        for bucket, tensors in enumerate(resident):
-            compute(bucket, tensors)
+        for transfer, tensors in enumerate(resident):
+            compute(transfer, tensors)
 
     measure(step, "resident Collins", 2 * tables.nbytes)
 

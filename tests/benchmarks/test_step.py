@@ -140,14 +140,14 @@ def test_host(benchmark, name, monkeypatch):
     if ON_CPU and name == "Collins":
         pytest.importorskip("triton")
         from collins.compile import kernels
-        from collins.compile.launch import Launches
+        from collins.compile.multi_tensor import KernelLaunches
 
         class Unlaunched:
             def __getitem__(self, grid):
                 return lambda *args, **options: None
 
         monkeypatch.setattr(kernels, "_step", Unlaunched())
-        opt._engine._launches = Launches("cpu")
+        opt._engine._launches = KernelLaunches("cpu")
     benchmark.group = f"host, {len(ps)} tensors, {DEVICE.type}"
     benchmark.extra_info.update(name=name, bytes=0, peak=None)
     benchmark.pedantic(opt.step, setup=settle, rounds=200, warmup_rounds=10)

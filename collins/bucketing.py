@@ -12,7 +12,7 @@ DECODES = ("residual", "sketch")
 NONFINITE = ("propagate", "skip", "error")
 
 
-class Layout(NamedTuple):
+class Bucketing(NamedTuple):
     """How one parameter's moments are kept.
 
     `hash` is None for dense moments, shaped like the parameter. Otherwise there are two tables of `buckets` entries,
@@ -25,25 +25,25 @@ class Layout(NamedTuple):
     load: float
 
 
-def layout_of(numel: int, *, compress_ratio: float, min_K: int, hash: str) -> Layout:
+def bucketing_of(numel: int, *, compress_ratio: float, min_K: int, hash: str) -> Bucketing:
     """The layout of a parameter of N = `numel` elements.
 
     N <= min_K, or compress_ratio = 1: dense. "universal": K = max(N // compress_ratio, min_K). "block": c is the
     largest power of two <= compress_ratio that leaves at least min_K buckets, and K = ceil(N / c); c = 1 means dense.
     """
-    dense = Layout(None, numel, numel, 1)
+    dense = Bucketing(None, numel, numel, 1)
     if numel <= min_K or compress_ratio == 1:
         return dense
     if hash == "universal":
         buckets = max(int(numel // compress_ratio), min_K)
-        return Layout(hash, numel, buckets, numel / buckets)
+        return Bucketing(hash, numel, buckets, numel / buckets)
     load = 1
     while 2 * load <= compress_ratio and -(-numel // (2 * load)) >= min_K:
         load *= 2
-    return Layout(hash, numel, -(-numel // load), load) if load > 1 else dense
+    return Bucketing(hash, numel, -(-numel // load), load) if load > 1 else dense
 
 
-def within_rows(layout: Layout, shape: tuple[int, ...]) -> Layout:
+def within_rows(layout: Bucketing, shape: tuple[int, ...]) -> Bucketing:
     """`layout` for a parameter of `shape` that may be sharded along its first dimension, over any number of ranks.
 
     No bucket crosses from one row into the next: c is halved until it divides a row's size. What has rows of an odd
@@ -53,21 +53,21 @@ def within_rows(layout: Layout, shape: tuple[int, ...]) -> Layout:
         return layout
     load = math.gcd(int(layout.load), layout.numel // shape[0])
     if load == 1:
-        return Layout(None, layout.numel, layout.numel, 1)
-    return Layout(layout.hash, layout.numel, layout.numel // load, load)
+        return Bucketing(None, layout.numel, layout.numel, 1)
+    return Bucketing(layout.hash, layout.numel, layout.numel // load, load)
 
 
-def moment_dtype(layout: Layout, dtype: torch.dtype, table_dtype: torch.dtype) -> torch.dtype:
+def moment_dtype(layout: Bucketing, dtype: torch.dtype, table_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the moments of a parameter of `dtype`: dense ones are never narrower than the parameter."""
     return torch.promote_types(dtype, table_dtype) if layout.hash is None else table_dtype
 
 
-def moment_bytes(layout: Layout, dtype: torch.dtype, table_dtype: torch.dtype) -> int:
+def moment_bytes(layout: Bucketing, dtype: torch.dtype, table_dtype: torch.dtype) -> int:
     """Bytes of both moments of a parameter of `dtype`; the step counter, kept on the host, is not among them."""
     return 2 * layout.buckets * moment_dtype(layout, dtype, table_dtype).itemsize
 
 
-def moment_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
+def moment_shape(layout: Bucketing, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of each moment of a parameter of `shape`.
 
     Dense moments have the parameter's. Where a bucket never crosses the first dimension, a table keeps that dimension,

@@ -1,8 +1,8 @@
 """Where each parameter's moments live, and how those that live on the host are stepped.
 
-`Housing` turns a `MemoryPolicy` into memory: at the first step it measures what is free, places all parameters, and
+`TieredStore` turns a `MemoryPolicy` into memory: at the first step it measures what is free, places all parameters, and
 allocates. Moments on the device tier are ordinary tensors there. Those on the host tier lie in slabs, one for each
-bucket of parameters, and are staged on the device through a `Pipeline` whenever they are stepped.
+transfer of parameters, and are staged on the device through a `Pipeline` whenever they are stepped.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from collins.offload.pipeline import Pipeline
 from collins.offload.plan import PlacementPlan, Request, place, ring_bytes
 from collins.offload.policy import MemoryPolicy
 from collins.offload.sizes import size_text
-from collins.offload.slabs import Part, Slab, grouped, set_pin_limit
+from collins.offload.slabs import Slab, TensorSpec, grouped, set_pin_limit
 from collins.offload.streams import streams_for
-from collins.update import Work
+from collins.update import UpdateTask
 
 _log = logging.getLogger("collins")
 
-Compute = Callable[[Sequence[Work]], None]
+Compute = Callable[[Sequence[UpdateTask]], None]
 Moments = tuple[Tensor, Tensor]
 
 
-class Tenant(NamedTuple):
+class StateRequest(NamedTuple):
     """A parameter whose two moments need a home."""
 
     name: str
     p: Tensor
-    moment: Part  # of each of the two
+    moment: TensorSpec  # of each of the two
 
 
-class Housing:
-    """The homes of an optimizer's moments.
+class TieredStore:
+    """The expected_states of an optimizer's moments.
 
     Args:
         policy: where they may live.
@@ -52,7 +52,7 @@ class Housing:
     def __init__(self, policy: MemoryPolicy) -> None:
         self._policy = policy
         self._moments: dict[Tensor, Moments] = {}
-        self._hosts: dict[Tensor, tuple[_Host, int]] = {}
+        self._hosts: dict[Tensor, tuple[_HostTier, int]] = {}
         self.plans: list[PlacementPlan] = []
 
     def __contains__(self, p: Tensor) -> bool:
@@ -69,7 +69,7 @@ class Housing:
         """Whether what is decided depends on the device's peak, which only a step has seen."""
         return self._policy.tier == "auto"
 
-    def settle(self, tenants: Sequence[Tenant], *, early: bool = False) -> None:
+    def settle(self, state_requests: Sequence[StateRequest], *, early: bool = False) -> None:
         """Finds a home, filled with zeros, for each parameter that has none yet.
 
         Args:
@@ -78,10 +78,10 @@ class Housing:
         Raises:
             MemoryError: when neither tier can hold them; nobody has moved in then.
         """
-        by_device: dict[torch.device, list[Tenant]] = {}
-        for tenant in tenants:
-            if tenant.p not in self._moments:
-                by_device.setdefault(tenant.p.device, []).append(tenant)
+        by_device: dict[torch.device, list[StateRequest]] = {}
+        for state_request in state_requests:
+            if state_request.p not in self._moments:
+                by_device.setdefault(state_request.p.device, []).append(state_request)
         if not by_device:
             return
         plans, host_free = [], host_memory_free()
@@ -101,12 +101,12 @@ class Housing:
         """The moments of a settled parameter; read or write those on the host after `drain` only."""
         return self._moments[p]
 
-    def run(self, works: Sequence[Work], params: Sequence[Tensor], compute: Compute) -> None:
-        """A whole step, or what backward has left of one: what is on the device at once, the rest bucket after bucket,
+    def run(self, works: Sequence[UpdateTask], params: Sequence[Tensor], compute: Compute) -> None:
+        """A whole step, or what backward has left of one: what is on the device at once, the rest transfer by transfer,
         in the order of the parameters.
         """
-        resident: list[Work] = []
-        hosts: dict[_Host, list[tuple[int, Work]]] = {}
+        resident: list[UpdateTask] = []
+        hosts: dict[_HostTier, list[tuple[int, UpdateTask]]] = {}
         for work, p in zip(works, params, strict=True):
             if p in self._hosts:
                 host, number = self._hosts[p]
@@ -140,7 +140,7 @@ class Housing:
         for host in self._all_hosts():
             host.pipeline.drain()
 
-    def _all_hosts(self) -> list[_Host]:
+    def _all_hosts(self) -> list[_HostTier]:
         return list(dict.fromkeys(host for host, _ in self._hosts.values()))
 
 
@@ -170,16 +170,16 @@ _TO_COME = 5
 
 
 def _planned(
-    policy: MemoryPolicy, device: torch.device, tenants: Sequence[Tenant], host_free: int, early: bool
+    policy: MemoryPolicy, device: torch.device, state_requests: Sequence[StateRequest], host_free: int, early: bool
 ) -> tuple[PlacementPlan, int]:
     """The plan for one device, and the bytes of it that are free now and must be so when all tables are there."""
-    requests = [Request(t.name, tuple(t.p.shape), 2 * t.moment.nbytes) for t in tenants]
+    requests = [Request(t.name, tuple(t.p.shape), 2 * t.moment.nbytes) for t in state_requests]
     free, total, leave = None, None, 0
     if device.type == "cuda":
         figures = device_figures(device)
         free, total = figures.spare, figures.total
         if early:
-            free = device_room(free, total, policy, requests, max(t.p.nbytes for t in tenants))
+            free = device_room(free, total, policy, requests, max(t.p.nbytes for t in state_requests))
         leave = figures.free - free + policy.device_reserve_of(total)
     plan = place(
         requests,
@@ -197,40 +197,42 @@ class _Built(NamedTuple):
 
     plan: PlacementPlan
     moments: dict[Tensor, Moments]
-    host: _Host | None
+    host: _HostTier | None
     on_host: list[Tensor]
 
 
-def _built(device: torch.device, tenants: Sequence[Tenant], plan: PlacementPlan, leave: int) -> _Built:
+def _built(device: torch.device, state_requests: Sequence[StateRequest], plan: PlacementPlan, leave: int) -> _Built:
     """Allocates what a plan says; where the device runs out of memory, more goes to the host, with a warning, until
     `leave` bytes are free.
     """
     made: dict[Tensor, Moments] = {}
-    for row, tenant in enumerate(tenants):
+    for row, state_request in enumerate(state_requests):
         if plan.rows[row].tier == "host":
             break
         try:
-            made[tenant.p] = _zeros(tenant.moment, device), _zeros(tenant.moment, device)
+            made[state_request.p] = _zeros(state_request.moment, device), _zeros(state_request.moment, device)
         except torch.OutOfMemoryError:
             plan = _spilled(plan, row, leave)
     while True:
         cut = sum(row.tier == "device" for row in plan.rows)
         made = dict(list(made.items())[:cut])
-        if cut == len(tenants):
+        if cut == len(state_requests):
             return _Built(plan, made, None, [])
         try:
-            host = _Host(tenants[cut:], plan, device)
+            host = _HostTier(state_requests[cut:], plan, device)
         except torch.OutOfMemoryError as error:
             if cut == 0:
                 raise MemoryError(
                     f"{device} has no room for the staging ring of {size_text(plan.staging_bytes)}"
                     f" ({plan.policy.staging_slots} slots of {size_text(plan.slot_bytes)}): free memory, or lower"
-                    f" staging_slots or bucket_size\n{plan.totals()}"
+                    f" staging_slots or transfer_size\n{plan.totals()}"
                 ) from error
             plan = _spilled(plan, 0, leave)
             continue
-        made.update((tenant.p, host.moments(number)) for number, tenant in enumerate(tenants[cut:]))
-        return _Built(plan, made, host, [tenant.p for tenant in tenants[cut:]])
+        made.update(
+            (state_request.p, host.moments(number)) for number, state_request in enumerate(state_requests[cut:])
+        )
+        return _Built(plan, made, host, [state_request.p for state_request in state_requests[cut:]])
 
 
 def _spilled(plan: PlacementPlan, row: int, leave: int) -> PlacementPlan:
@@ -241,57 +243,58 @@ def _spilled(plan: PlacementPlan, row: int, leave: int) -> PlacementPlan:
     return plan
 
 
-def _zeros(part: Part, device: torch.device) -> Tensor:
+def _zeros(part: TensorSpec, device: torch.device) -> Tensor:
     return torch.zeros(part.shape, dtype=part.dtype, device=device)
 
 
-def _compute_staged(compute: Compute, work: Work, staged: Moments) -> None:
+def _compute_staged(compute: Compute, work: UpdateTask, staged: Moments) -> None:
     compute([work._replace(m=staged[0], v=staged[1])])
 
 
-class _Host:
+class _HostTier:
     """Parameters of one device whose moments live in slabs."""
 
-    def __init__(self, tenants: Sequence[Tenant], plan: PlacementPlan, device: torch.device) -> None:
+    def __init__(self, state_requests: Sequence[StateRequest], plan: PlacementPlan, device: torch.device) -> None:
         set_pin_limit(plan.pin_limit)
-        pairs = [(tenant.moment, tenant.moment) for tenant in tenants]
-        buckets = grouped(pairs, plan.policy.bucket_bytes)
+        pairs = [(state_request.moment, state_request.moment) for state_request in state_requests]
+        transfers = grouped(pairs, plan.policy.transfer_bytes)
         self._slabs = [
-            Slab([part for number in bucket for part in pairs[number]], pin=device.type != "cpu") for bucket in buckets
+            Slab([part for number in transfer for part in pairs[number]], pin=device.type != "cpu")
+            for transfer in transfers
         ]
-        # Of each tenant: its bucket, and the places of its moments there.
+        # Of each state_request: its transfer, and the places of its moments there.
         self._where = {
-            number: (b, (2 * i, 2 * i + 1)) for b, bucket in enumerate(buckets) for i, number in enumerate(bucket)
+            number: (b, (2 * i, 2 * i + 1)) for b, transfer in enumerate(transfers) for i, number in enumerate(transfer)
         }
-        self._sizes = [len(bucket) for bucket in buckets]
+        self._sizes = [len(transfer) for transfer in transfers]
         self._arrived: dict[int, int] = {}
-        slots = min(plan.policy.staging_slots, len(buckets))
+        slots = min(plan.policy.staging_slots, len(transfers))
         self.pipeline = Pipeline(self._slabs, streams_for(device), slots=slots)
 
     def moments(self, number: int) -> Moments:
-        bucket, (first, second) = self._where[number]
-        tensors = self._slabs[bucket].tensors
+        transfer, (first, second) = self._where[number]
+        tensors = self._slabs[transfer].tensors
         return tensors[first], tensors[second]
 
-    def run(self, items: Sequence[tuple[int, Work]], compute: Compute) -> None:
+    def run(self, items: Sequence[tuple[int, UpdateTask]], compute: Compute) -> None:
         if self._arrived:  # the rest of a step: the order in which gradients arrived stays the prediction for the next
             for number, work in items:
                 self.run_one(number, partial(_compute_staged, compute, work))
             return
-        buckets: dict[int, list[tuple[tuple[int, int], Work]]] = {}
+        transfers: dict[int, list[tuple[tuple[int, int], UpdateTask]]] = {}
         for number, work in items:
-            bucket, parts = self._where[number]
-            buckets.setdefault(bucket, []).append((parts, work))
+            transfer, parts = self._where[number]
+            transfers.setdefault(transfer, []).append((parts, work))
 
-        def step(bucket: int, staged: list[Tensor]) -> None:
-            compute([work._replace(m=staged[first], v=staged[second]) for (first, second), work in buckets[bucket]])
+        def step(transfer: int, staged: list[Tensor]) -> None:
+            compute([work._replace(m=staged[first], v=staged[second]) for (first, second), work in transfers[transfer]])
 
-        self.pipeline.run(list(buckets), step)
+        self.pipeline.run(list(transfers), step)
 
     def run_one(self, number: int, compute: Callable[[Moments], None]) -> None:
-        bucket, parts = self._where[number]
-        arrived = self._arrived[bucket] = self._arrived.get(bucket, 0) + 1
-        with self.pipeline.using(bucket, parts, more=arrived < self._sizes[bucket]) as (m, v):
+        transfer, parts = self._where[number]
+        arrived = self._arrived[transfer] = self._arrived.get(transfer, 0) + 1
+        with self.pipeline.using(transfer, parts, more=arrived < self._sizes[transfer]) as (m, v):
             compute((m, v))
 
     def finish(self) -> None:

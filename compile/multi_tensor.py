@@ -14,15 +14,15 @@ from torch import Tensor
 from collins.compile import kernels
 from collins.compile.kernels import LARGEST_LOAD, MOMENTS, PARAMETERS, SPAN, WIDE, fetch
 from collins.hashing import WORD
-from collins.rule import Scalars
-from collins.update import Keys, Spec, Work
+from collins.rule import StepScalars
+from collins.update import HashKeys, UpdateSpec, UpdateTask
 
-_NUMBERS = len(Scalars._fields)
+_NUMBERS = len(StepScalars._fields)
 _KEPT = 4096  # descriptions of sets of tensors: one a parameter for steps in backward
 _SETS = 16  # sets of numbers that works which come alone may take in turn
 
 
-class Launches:
+class KernelLaunches:
     """The launches of one optimizer, for parameters on devices of one type.
 
     Args:
@@ -33,10 +33,10 @@ class Launches:
     def __init__(self, device_type: str, *, busy_link: bool = False) -> None:
         self._device_type = device_type
         self._busy_link = busy_link
-        self._launches: dict[tuple[Any, ...], Launch] = {}
-        self._mails: dict[torch.device, Mail] = {}
+        self._launches: dict[tuple[Any, ...], KernelLaunch] = {}
+        self._uploaders: dict[torch.device, ArgUploader] = {}
 
-    def of(self, spec: Spec, p: Tensor, moment_dtype: torch.dtype, start: int) -> Launch | None:
+    def of(self, spec: UpdateSpec, p: Tensor, moment_dtype: torch.dtype, start: int) -> KernelLaunch | None:
         """The launch that takes such a parameter, or None where the kernel cannot."""
         load, count = int(spec.load), p.numel()
         if (
@@ -52,12 +52,12 @@ class Launches:
         even = count % max(WORD, load) == 0
         key = (spec, p.dtype, moment_dtype, p.device, even)
         if key not in self._launches:
-            if p.device not in self._mails:
-                self._mails[p.device] = Mail(p.device, busy_link=self._busy_link)
-            self._launches[key] = Launch(spec, even=even, mail=self._mails[p.device])
+            if p.device not in self._uploaders:
+                self._uploaders[p.device] = ArgUploader(p.device, busy_link=self._busy_link)
+            self._launches[key] = KernelLaunch(spec, even=even, uploader=self._uploaders[p.device])
         return self._launches[key]
 
-    def course(self, works: Sequence[Work]) -> Course | None:
+    def course(self, works: Sequence[UpdateTask]) -> Course | None:
         """What takes works like these again, with other gradients; None if a kernel cannot read their tensors."""
         batches, rest = self.sorted([work._replace(g=work.p) for work in works])
         if rest or not all(work.g.is_contiguous() for work in works):
@@ -67,20 +67,20 @@ class Launches:
         places = {id(work.p): i for i, work in enumerate(works)}
         return Course(self, batches, [places[id(p)] for batch in batches for p in batch.columns.p])
 
-    def send(self, batches: Sequence[Batch]) -> list[Sent]:
+    def send(self, batches: Sequence[Batch]) -> list[LaunchArgs]:
         """What each launch needs for its batch, on its device: in one copy to each."""
-        by_mail: dict[Mail, list[int]] = {}
+        by_uploader: dict[ArgUploader, list[int]] = {}
         for i, batch in enumerate(batches):
-            by_mail.setdefault(batch.columns.launch.mail, []).append(i)
-        found: dict[int, Sent] = {}
-        for mail, places in by_mail.items():
+            by_uploader.setdefault(batch.columns.launch.uploader, []).append(i)
+        found: dict[int, LaunchArgs] = {}
+        for uploader, places in by_uploader.items():
             letters = [(batches[i].addresses, batches[i].numbers) for i in places]
-            found.update(zip(places, mail.send(letters), strict=True))
+            found.update(zip(places, uploader.send(letters), strict=True))
         return [found[i] for i in range(len(batches))]
 
-    def sorted(self, works: Sequence[Work]) -> tuple[list[Batch], list[Work]]:
+    def sorted(self, works: Sequence[UpdateTask]) -> tuple[list[Batch], list[UpdateTask]]:
         """Works in batches, by the launch that takes them, and those that none can take."""
-        groups: dict[Launch | None, list[Work]] = {}
+        groups: dict[KernelLaunch | None, list[UpdateTask]] = {}
         for work in works:
             launch = work[-1]
             group = groups.get(launch)
@@ -94,7 +94,7 @@ class Launches:
             assert launch is not None
             batch = _batch(launch, group)
             if batch is None:  # some lie in memory as the kernel cannot read it
-                readable: list[Work] = []
+                readable: list[UpdateTask] = []
                 for work in group:
                     (rest if _batch(launch, [work]) is None else readable).append(work)
                 batch = _batch(launch, readable) if readable else None
@@ -106,17 +106,17 @@ class Launches:
 class Columns(NamedTuple):
     """The works of one launch, column by column: C loops over hundreds of tensors."""
 
-    launch: Launch
-    works: Sequence[Work]
+    launch: KernelLaunch
+    works: Sequence[UpdateTask]
     p: tuple[Tensor, ...]
     m: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
-    keys: tuple[Keys, ...]
+    keys: tuple[HashKeys, ...]
     sizes: tuple[int, ...]  # of the parameters
     alike: list[int]  # rows of `Batch.numbers` where all works have the same: the first
 
     @classmethod
-    def of(cls, launch: Launch, works: Sequence[Work]) -> Columns:
+    def of(cls, launch: KernelLaunch, works: Sequence[UpdateTask]) -> Columns:
         p, _, m, v, _, keys, *_ = zip(*works, strict=True)
         return cls(launch, works, p, m, v, keys, tuple(map(Tensor.numel, p)), [0] * len(works))
 
@@ -127,12 +127,12 @@ class Columns(NamedTuple):
         wide = len(columns) if self.launch.dense else 2
         return at if all(map(_readable, columns[:wide], at)) else None
 
-    def batch(self, at: tuple[list[int], ...], h: Sequence[Scalars]) -> Batch:
+    def batch(self, at: tuple[list[int], ...], hp: Sequence[StepScalars]) -> Batch:
         """With the addresses, gradients' first, and the numbers of each work."""
-        identities = list(map(id, h))  # numbers may lie on a device: to compare them would wait
+        identities = list(map(id, hp))  # numbers may lie on a device: to compare them would wait
         if identities.count(identities[0]) == len(identities):
-            return Batch(self, at[0], (*at[1:], self.alike), [h[0]])
-        distinct = dict(zip(identities, h, strict=True))
+            return Batch(self, at[0], (*at[1:], self.alike), [hp[0]])
+        distinct = dict(zip(identities, hp, strict=True))
         places = dict(zip(distinct, range(len(distinct)), strict=True))
         rows = list(map(places.__getitem__, identities))
         return Batch(self, at[0], (*at[1:], rows), list(distinct.values()))
@@ -144,14 +144,14 @@ class Batch(NamedTuple):
     columns: Columns
     addresses: Sequence[int] | np.ndarray  # of the gradients
     fixed: tuple[list[int], ...]  # addresses of p, m and v, and rows of `numbers`
-    numbers: Sequence[Scalars]  # of the rows
+    numbers: Sequence[StepScalars]  # of the rows
 
 
-class Sent(NamedTuple):
+class LaunchArgs(NamedTuple):
     """What a batch's launch reads on the device."""
 
     gradients: Tensor  # their addresses, int64
-    numbers: Tensor  # float64, rows of `Scalars`
+    numbers: Tensor  # float64, rows of `StepScalars`
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -166,10 +166,10 @@ def _readable(tensors: Sequence[Tensor], at: Sequence[int]) -> bool:
     return _aligned(at) and all(map(Tensor.is_contiguous, tensors))
 
 
-def _batch(launch: Launch, works: Sequence[Work]) -> Batch | None:
+def _batch(launch: KernelLaunch, works: Sequence[UpdateTask]) -> Batch | None:
     columns = Columns.of(launch, works)
     at = columns.addresses([work.g for work in works])
-    return None if at is None else columns.batch(at, [work.h for work in works])
+    return None if at is None else columns.batch(at, [work.hp for work in works])
 
 
 class Course:
@@ -181,7 +181,7 @@ class Course:
         order: of the works, as the batches take them one after another.
     """
 
-    def __init__(self, launches: Launches, batches: Sequence[Batch], order: Sequence[int]) -> None:
+    def __init__(self, launches: KernelLaunches, batches: Sequence[Batch], order: Sequence[int]) -> None:
         self.order = order
         self._launches = launches
         columns = [batch.columns for batch in batches]
@@ -194,7 +194,7 @@ class Course:
         self._rows: Sequence[int] = ()
         self._own_rows: list[list[int]] = []  # of each batch
 
-    def ready(self, grads: Sequence[Tensor]) -> Callable[[Sequence[Scalars], Sequence[int]], None] | None:
+    def ready(self, grads: Sequence[Tensor]) -> Callable[[Sequence[StepScalars], Sequence[int]], None] | None:
         """What performs the step once its numbers, and which of them each work takes, are known; None if the kernel
         cannot read a gradient where it lies, or if parameters or moments have moved.
 
@@ -206,7 +206,7 @@ class Course:
         if not _aligned(at) or list(map(_addresses, self._held)) != self._known:
             return None
 
-        def run(numbers: Sequence[Scalars], rows: Sequence[int]) -> None:
+        def run(numbers: Sequence[StepScalars], rows: Sequence[int]) -> None:
             if rows != self._rows:
                 self._rows = rows
                 self._own_rows = [[rows[i] for i in self.order[place]] for _, place, _ in self._parts]
@@ -220,23 +220,23 @@ class Course:
         return run
 
 
-class Launch:
-    """Steps many tensors of one `Spec`, one dtype and one dtype of moments on one device.
+class KernelLaunch:
+    """Steps many tensors of one `UpdateSpec`, one dtype and one dtype of moments on one device.
 
     Sizes, addresses of parameters and moments and hash constants lie in a table on the device, which is made anew only
-    when one of them has changed. What changes with every step comes by mail.
+    when one of them has changed. What changes with every step comes by uploader.
     """
 
-    def __init__(self, spec: Spec, *, even: bool, mail: Mail) -> None:
+    def __init__(self, spec: UpdateSpec, *, even: bool, uploader: ArgUploader) -> None:
         self.dense = spec.hash is None
-        self.mail = mail
+        self.uploader = uploader
         self._spec = spec
         self._even = even
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
         self._last: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
         self._captured: list[Any] = []
 
-    def run(self, batch: Batch, sent: Sent) -> None:
+    def run(self, batch: Batch, sent: LaunchArgs) -> None:
         """Performs all of a batch's works; they must be of different parameters."""
         columns, _, fixed, _ = batch
         _, works, p, m, v, keys, sizes, _ = columns
@@ -246,14 +246,14 @@ class Launch:
         _, owners, table = self._last
         self._step(p, m, v, owners, table, *sent)
 
-    def run_one(self, work: Work) -> bool:
+    def run_one(self, work: UpdateTask) -> bool:
         """Performs a work that comes alone, as gradients do in backward, with the numbers of many others: its gradient
         goes to the kernel as it is, and numbers are sent once.
 
         Returns:
             False, and nothing is done, if the kernel cannot read one of the tensors.
         """
-        p, g, m, v, _, keys, h, *_ = work
+        p, g, m, v, _, keys, hp, *_ = work
         at = at_p, at_m, at_v = p.data_ptr(), m.data_ptr(), v.data_ptr()
         if (at_p | g.data_ptr()) % WIDE or not (p.is_contiguous() and g.is_contiguous()):
             return False
@@ -263,7 +263,7 @@ class Launch:
         described = self._tables.get(key)
         if described is None:
             described = self._description([work], [[address] for address in (*at, 0)], key)
-        self._step((p,), (m,), (v,), *described, g, self.mail.numbers(h))
+        self._step((p,), (m,), (v,), *described, g, self.uploader.numbers(hp))
         return True
 
     def _step(
@@ -282,13 +282,15 @@ class Launch:
             int(spec.load), spec.decode == "residual", spec.rehash, spec.rounding, spec.maximize, spec.skip, self._even,
         )  # fmt: skip
         torch.autograd.graph.increment_version(p)
-        if self.mail.capturing():
+        if self.uploader.capturing():
             self._captured.append((owners, table))
 
-    def _description(self, works: Sequence[Work], fixed: Sequence[Sequence[int]], key: Any) -> tuple[Tensor, Tensor]:
+    def _description(
+        self, works: Sequence[UpdateTask], fixed: Sequence[Sequence[int]], key: Any
+    ) -> tuple[Tensor, Tensor]:
         """Which tensor each program belongs to, and the table of the tensors; kept under `key`."""
         if key not in self._tables:
-            if self.mail.capturing():
+            if self.uploader.capturing():
                 raise RuntimeError(
                     "Collins.step() is captured in a CUDA graph before it has run with the same parameters: run a few"
                     " steps outside of the graph first"
@@ -304,15 +306,15 @@ class Launch:
                 table += (at_p, at_m, at_v, local, len(owners), work.start, work.numel, *sign, *rounding, period, row)
                 owners += [i] * -(-local // span)
             owners_of_programs = torch.tensor(owners, dtype=torch.int32)
-            self._tables[key] = self.mail.uploaded(owners_of_programs), self.mail.uploaded(torch.tensor(table))
+            self._tables[key] = self.uploader.uploaded(owners_of_programs), self.uploader.uploaded(torch.tensor(table))
         return self._tables[key]
 
 
-_Letter = tuple[Sequence[int] | np.ndarray, Sequence[Scalars]]  # addresses of gradients, and numbers
-_Box = tuple[Tensor, list[Sent]]  # memory on a device, int64, and what of it is for whom
+_HostArgs = tuple[Sequence[int] | np.ndarray, Sequence[StepScalars]]  # addresses of gradients, and numbers
+_ArgBuffer = tuple[Tensor, list[LaunchArgs]]  # memory on a device, int64, and what of it is for whom
 
 
-class Mail:
+class ArgUploader:
     """Takes addresses of gradients and the step's numbers to one device, all of a step in one copy.
 
     Gradients of one device may arrive on several streams: what one of them still reads no other overwrites. A captured
@@ -321,16 +323,16 @@ class Mail:
 
     def __init__(self, device: torch.device, *, busy_link: bool = False) -> None:
         self._device = device
-        self._boxes: dict[Any, _Box] = {}  # on the device, by what they hold and stream
-        self._numbers: dict[int, dict[int, tuple[Scalars, Tensor]]] = {}  # by stream and identity
+        self._boxes: dict[Any, _ArgBuffer] = {}  # on the device, by what they hold and stream
+        self._numbers: dict[int, dict[int, tuple[StepScalars, Tensor]]] = {}  # by stream and identity
         self._spares: dict[int, Tensor] = {}  # on the host, by size
-        self._pages = _Pages() if busy_link else None
+        self._pages = PinnedBufferPool() if busy_link else None
         self._captured: list[Any] = []
 
     def capturing(self) -> bool:
         return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def send(self, letters: Sequence[_Letter]) -> list[Sent]:
+    def send(self, letters: Sequence[_HostArgs]) -> list[LaunchArgs]:
         """The addresses of each launch, then the numbers of each in rows; the next to be sent take their place."""
         capturing, sizes = self.capturing(), tuple((len(addresses), len(numbers)) for addresses, numbers in letters)
         box = None if capturing else self._boxes.get((sizes, self._stream()))
@@ -341,25 +343,25 @@ class Mail:
         self._post(box[0], letters, capturing)
         return box[1]
 
-    def numbers(self, h: Scalars) -> Tensor:
+    def numbers(self, hp: StepScalars) -> Tensor:
         """The numbers of works that come alone: sent with the first of them."""
         capturing, kept = self.capturing(), self._numbers.setdefault(self._stream(), {})
-        found = kept.get(id(h))
-        if found is not None and found[0] is h and not capturing:
+        found = kept.get(id(hp))
+        if found is not None and found[0] is hp and not capturing:
             return found[1]
         box = self._box(((0, 1),))
-        self._post(box[0], [((), [h])], capturing)
+        self._post(box[0], [((), [hp])], capturing)
         values = box[1][0].numbers
-        if not (capturing or any(isinstance(x, Tensor) for x in h)):
+        if not (capturing or any(isinstance(x, Tensor) for x in hp)):
             if len(kept) == _SETS:
                 del kept[next(iter(kept))]
-            kept[id(h)] = h, values
+            kept[id(hp)] = hp, values
         return values
 
     def uploaded(self, host: Tensor) -> Tensor:
         return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
 
-    def _post(self, memory: Tensor, letters: Sequence[_Letter], capturing: bool) -> None:
+    def _post(self, memory: Tensor, letters: Sequence[_HostArgs], capturing: bool) -> None:
         count, fetched = memory.numel(), None
         if capturing:
             host = self._spare(count)
@@ -367,7 +369,7 @@ class Mail:
             if count not in self._spares:
                 self._spares[count] = self._host(count)
             host, fetched = (self._host(count), None) if self._pages is None else self._pages.take(count)
-        rows = [h for _, numbers in letters for h in numbers]
+        rows = [hp for _, numbers in letters for hp in numbers]
         numbers = list(chain.from_iterable(rows))
         plain = set(map(type, numbers)) <= {int, float}
         written, at = host.numpy(), 0
@@ -390,12 +392,12 @@ class Mail:
     def _stream(self) -> int:
         return 0 if self._device.type == "cpu" else torch._C._cuda_getCurrentRawStream(self._device.index)
 
-    def _box(self, sizes: Sequence[tuple[int, int]]) -> _Box:
+    def _box(self, sizes: Sequence[tuple[int, int]]) -> _ArgBuffer:
         total = sum(count + rows * _NUMBERS for count, rows in sizes)
         memory = torch.empty(total, dtype=torch.int64, device=self._device)
         addresses = memory.split([count for count, _ in sizes] + [rows * _NUMBERS for _, rows in sizes])
         numbers = [piece.view(torch.float64).view(-1, _NUMBERS) for piece in addresses[len(sizes) :]]
-        return memory, list(map(Sent, addresses, numbers))
+        return memory, list(map(LaunchArgs, addresses, numbers))
 
     def _host(self, count: int) -> Tensor:
         """Host memory to copy from."""
@@ -425,7 +427,7 @@ def _fill(values: Tensor, rows: Sequence[tuple[Any, ...]]) -> None:
                 values[row, i].copy_(number)
 
 
-class _Pages:
+class PinnedBufferPool:
     """Page-locked memory for kernels to read: a piece is used again once its kernel has read it."""
 
     def __init__(self) -> None:

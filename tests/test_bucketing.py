@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collins.layout import layout_of
+from collins.bucketing import bucketing_of
 
 
 @given(
@@ -14,7 +14,7 @@ from collins.layout import layout_of
 )
 @settings(deadline=None, derandomize=True, max_examples=500)
 def test_layout_keeps_its_promises(numel, ratio, min_K, hash):
-    layout = layout_of(numel, compress_ratio=ratio, min_K=min_K, hash=hash)
+    layout = bucketing_of(numel, compress_ratio=ratio, min_K=min_K, hash=hash)
     if numel <= min_K or ratio == 1:
         assert layout.hash is None
     if layout.hash is None:
@@ -37,7 +37,7 @@ def test_layout_keeps_its_promises(numel, ratio, min_K, hash):
 
 def test_examples_by_hand():
     def of(numel, ratio=32, min_K=1024, hash="block"):
-        return layout_of(numel, compress_ratio=ratio, min_K=min_K, hash=hash)
+        return bucketing_of(numel, compress_ratio=ratio, min_K=min_K, hash=hash)
 
     assert of(1024).hash is None
     assert of(1025).hash is None  # two to a bucket would leave 513 buckets
