@@ -119,7 +119,8 @@ def _converted(state: Mapping[str, Any], expected: ExpectedState) -> dict[str, A
             raise ValueError(
                 f"{expected.name} cannot be converted: {name} is sharded in state_dict (DTensor), and a rank has not"
                 " all of the elements that its buckets are made of. Convert the whole state, as"
-                " get_optimizer_state_dict gathers it under StateDictOptions(full_state_dict=True); Collins loads it on every rank"
+                " get_optimizer_state_dict gathers it under StateDictOptions(full_state_dict=True); Collins loads it on"
+                " every rank"
             )
     step = step_of(expected.name, state)
     if TABLES[0] in state:
