@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
-
 HASHES = ("block", "universal")
-DECODES = ("residual", "sketch")
 NONFINITE = ("propagate", "skip", "error")
 
 
@@ -55,16 +52,6 @@ def within_rows(layout: Bucketing, shape: tuple[int, ...]) -> Bucketing:
     if load == 1:
         return Bucketing(None, layout.numel, layout.numel, 1)
     return Bucketing(layout.hash, layout.numel, layout.numel // load, load)
-
-
-def moment_dtype(layout: Bucketing, dtype: torch.dtype, table_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the moments of a parameter of `dtype`: dense ones are never narrower than the parameter."""
-    return torch.promote_types(dtype, table_dtype) if layout.hash is None else table_dtype
-
-
-def moment_bytes(layout: Bucketing, dtype: torch.dtype, table_dtype: torch.dtype) -> int:
-    """Bytes of both moments of a parameter of `dtype`; the step counter, kept on the host, is not among them."""
-    return 2 * layout.buckets * moment_dtype(layout, dtype, table_dtype).itemsize
 
 
 def moment_shape(layout: Bucketing, shape: tuple[int, ...]) -> tuple[int, ...]:

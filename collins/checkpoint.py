@@ -15,15 +15,28 @@ import torch
 from torch import Tensor
 
 from collins.fingerprint import LAYOUT, Fingerprint, unpacked
+from collins.formats import FORMATS, TensorSpec, format_name
 from collins.hashing import BlockHash, UniversalHash
 from collins.options import TABLE_DTYPES, check_options, listed
 from collins.sharding import saved_part
+from collins.update import UpdateSpec
 
 DENSE, TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
-MOMENTS = {*DENSE, *TABLES}
 
 # What a state dict sets: the numbers that schedules change. The other options stay as the optimizer was built.
 ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight")
+
+
+def part_of(name: object) -> str | None:
+    """The moment that a state keeps, or keeps a part of, under this name; None for another name."""
+    if name in DENSE or name in TABLES:
+        return str(name)
+    return next((table for table in TABLES if isinstance(name, str) and name.startswith(f"{table}_")), None)
+
+
+def is_moment(name: object) -> bool:
+    """Whether a state keeps a moment, or a part of one, under this name."""
+    return part_of(name) is not None
 
 
 class ExpectedState(NamedTuple):
@@ -31,11 +44,11 @@ class ExpectedState(NamedTuple):
 
     name: str  # for errors
     param_shape: tuple[int, ...]
-    names: tuple[str, str]  # of the moments, the first one first
-    shape: tuple[int, ...]  # of each moment
-    dtype: torch.dtype  # of each moment
+    tensors: dict[str, TensorSpec]  # in which both moments are stored, by name, the first one's first
+    update: UpdateSpec  # with the formats and the loads of both
     hash: BlockHash | UniversalHash | None  # None for dense moments
     fingerprint: Fingerprint | None  # None for dense moments
+    seed: int
     sharded: Tensor | None = None  # the parameter, where it is a DTensor
 
 
@@ -43,7 +56,8 @@ class SavedState(NamedTuple):
     """One parameter's state as it is to be loaded."""
 
     step: float
-    moments: tuple[Tensor, Tensor]
+    moments: tuple[Tensor, ...]  # as `ExpectedState.tensors`
+    key: int | None  # of the parameter, where its tables were encoded under another than it has here
 
 
 class CheckedStateDict(NamedTuple):
@@ -143,49 +157,49 @@ def _names(groups: Sequence[dict[str, Any]]) -> Iterator[str | None]:
 
 def _fitting(state: Mapping[str, Any], expected: ExpectedState, table_dtype: object) -> SavedState:
     name = expected.name
-    step = step_of(name, state)
+    step, own_key = step_of(name, state), None
     if LAYOUT in state and expected.fingerprint is not None:
-        difference = fingerprint_in(name, state).difference(expected.fingerprint)
+        saved = fingerprint_in(name, state)
+        difference = saved.difference(expected.fingerprint)
         if difference:
+            own_key = saved.key_under(expected.fingerprint, expected.seed)
+        if difference and own_key is None:
             raise ValueError(
                 f"{name} does not fit what was saved: state_dict has {difference}; build the optimizer as it was saved,"
                 " or see collins.convert"
             )
-    found = {key: state[key] for key in (*DENSE, *TABLES) if key in state}
-    check_moments(name, "state_dict", found, dict.fromkeys(expected.names, expected.shape))
+    found = {key: value for key, value in state.items() if is_moment(key)}
+    check_moments(name, "state_dict", found, {key: spec.shape for key, spec in expected.tensors.items()})
     if LAYOUT not in state and expected.fingerprint is not None:
         raise ValueError(f"{name} has tables in state_dict without the {LAYOUT!r} that says what they mean")
-    first, second = (found[key] for key in expected.names)
-    for key, moment in zip(expected.names, (first, second), strict=True):
-        if moment.dtype != expected.dtype:
+    for key, spec in expected.tensors.items():
+        if found[key].dtype != spec.dtype:
             raise ValueError(
-                f"{name} keeps {key} in {expected.dtype}, by its dtype and its group's table_dtype; state_dict holds"
-                f" {moment.dtype}"
+                f"{name} keeps {key} in {spec.dtype}, by its dtype and its group's table_dtype; state_dict holds"
+                f" {found[key].dtype}"
             )
     if table_dtype is not None:
         _check_table_dtype(expected, table_dtype)
-    here = [saved_part(name, key, found[key], expected.sharded) for key in expected.names]
-    return SavedState(step, (here[0], here[1]))
+    here = [saved_part(name, key, found[key], expected.sharded) for key in expected.tensors]
+    return SavedState(step, tuple(here), own_key)
 
 
 def _check_table_dtype(expected: ExpectedState, saved: object) -> None:
-    """Raises a ValueError for moments that were saved in another dtype than they arrive in.
+    """Raises a ValueError for moments that were saved in another format than they arrive in.
 
     `torch.distributed.checkpoint` reads into tensors that are there, and casts without a word what it reads.
     """
-    named = {str(dtype): dtype for dtype in TABLE_DTYPES}
-    if str(saved) not in named:
+    format = format_name(str(saved))
+    if format not in FORMATS:
         raise ValueError(f"table_dtype in state_dict must be {listed(TABLE_DTYPES)}, got {saved!r}")
-    dtype = named[str(saved)]
-    same = (
-        dtype == expected.dtype
-        if expected.hash is not None
-        else torch.promote_types(dtype, expected.dtype) == expected.dtype
-    )
-    if not same:
+    own = expected.update.m_format
+    if expected.hash is None:
+        format = format_name(torch.promote_types(FORMATS[format].parts(())[""].dtype, FORMATS[own].parts(())[""].dtype))
+    if format != own:
+        name = next(iter(expected.tensors))
         raise ValueError(
-            f"{expected.name} keeps {expected.names[0]} in {expected.dtype}, by its dtype and its group's table_dtype;"
-            f" state_dict was saved with table_dtype={dtype}"
+            f"{expected.name} keeps {name} in {expected.tensors[name].dtype}, by its dtype and its group's table_dtype;"
+            f" state_dict was saved with table_dtype={saved}"
         )
 
 

@@ -21,6 +21,7 @@ under other coefficients: both are refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -34,6 +35,7 @@ from collins.checkpoint import (
     check_moments,
     check_order,
     fingerprint_in,
+    part_of,
     saved_groups,
     step_of,
 )
@@ -127,11 +129,16 @@ def _converted(state: Mapping[str, Any], expected: ExpectedState) -> dict[str, A
         m, v = _from_tables(state, expected)
     else:
         m, v = _from_dense(state, expected, int(step))
-    moments = {
-        name: t.to(expected.dtype).reshape(expected.shape) for name, t in zip(expected.names, (m, v), strict=True)
-    }
+    moments = {name: torch.zeros(t.shape, dtype=t.dtype, device=m.device) for name, t in expected.tensors.items()}
+    parts = {name: [t.view(-1) for key, t in moments.items() if part_of(key) == name] for name in _names(expected)}
+    for name, format, values in zip(parts, expected.update.formats, (m, v), strict=True):
+        format.store(parts[name], values.reshape(-1), None)
     mark = {} if expected.fingerprint is None else {LAYOUT: expected.fingerprint.packed()}
     return {"step": torch.tensor(step), **moments, **mark}
+
+
+def _names(expected: ExpectedState) -> tuple[str, str]:
+    return DENSE if expected.hash is None else TABLES
 
 
 def _from_dense(state: Mapping[str, Any], expected: ExpectedState, step: int) -> tuple[Tensor, Tensor]:
@@ -140,7 +147,14 @@ def _from_dense(state: Mapping[str, Any], expected: ExpectedState, step: int) ->
     m, v = (state[name].detach() for name in DENSE)
     if expected.hash is None:
         return m.clone(), v.clone()
-    return _means(m, expected.hash, step, signed=True), _means(v, expected.hash, step, signed=False)
+    return _means(m, expected.hash, step, signed=True), _means(v, _second_hash(expected), step, signed=False)
+
+
+def _second_hash(expected: ExpectedState) -> BlockHash | UniversalHash:
+    """What the second moment's buckets are; its signs are of no use."""
+    hash, load = expected.hash, expected.update.loads[1]
+    assert hash is not None
+    return hash if isinstance(hash, UniversalHash) else replace(hash, block=int(load))
 
 
 def _means(x: Tensor, hash: BlockHash | UniversalHash, step: int, *, signed: bool) -> Tensor:
@@ -169,20 +183,33 @@ def _from_tables(state: Mapping[str, Any], expected: ExpectedState) -> tuple[Ten
         raise ValueError(f"{expected.name} has tables in state_dict without the {LAYOUT!r} that says what they mean")
     saved, own = fingerprint_in(expected.name, state), expected.fingerprint
     found = {name: state[name].reshape(-1) for name in TABLES if name in state}
-    check_moments(expected.name, "state_dict", found, dict.fromkeys(TABLES, (saved.buckets,)))
+    v_buckets, v_load = _second_buckets(saved, found.get(TABLES[1]))
+    check_moments(expected.name, "state_dict", found, dict(zip(TABLES, ((saved.buckets,), (v_buckets,)), strict=True)))
     m, v = (found[name].detach() for name in TABLES)
     if own is None:
         raise ValueError(f"{expected.name} keeps dense moments here; tables of bucket means cannot be told apart again")
-    if saved.difference(own) is None:
+    own_load = int(expected.update.loads[1])
+    if saved.difference(own) is None and (saved.load == 0 or v_load == own_load):
         return m.clone(), v.clone()
-    _check_coarsening(expected.name, saved, own)
-    V = torch.zeros(own.buckets, dtype=torch.float64, device=v.device)
-    loads = torch.full_like(v, saved.load, dtype=torch.float64)
-    loads[-1] = saved.numel - (saved.buckets - 1) * saved.load
-    coarse = torch.arange(saved.buckets, device=v.device) // (own.load // saved.load)
+    first = m.clone() if saved.difference(own) is None else torch.zeros(own.buckets, device=v.device)
+    _check_coarsening(expected.name, saved._replace(load=v_load), own._replace(load=own_load if own.load else 0))
+    hash = cast(BlockHash, _second_hash(expected))
+    V = torch.zeros(hash.buckets, dtype=torch.float64, device=v.device)
+    loads = torch.full_like(v, v_load, dtype=torch.float64)
+    loads[-1] = saved.numel - (v_buckets - 1) * v_load
+    coarse = torch.arange(v_buckets, device=v.device) // (own_load // v_load)
     V.index_add_(0, coarse, loads * v.double())
-    V /= _loads(cast(BlockHash, expected.hash), v.device)
-    return torch.zeros_like(V), V
+    V /= _loads(hash, v.device)
+    return first, V
+
+
+def _second_buckets(saved: Fingerprint, v: Tensor | None) -> tuple[int, int]:
+    """How many buckets a saved second moment has, and their load: the first moment's, or a multiple of it."""
+    buckets, load = saved.buckets, saved.load
+    while load and isinstance(v, Tensor) and v.numel() < buckets:
+        load *= 2
+        buckets = -(-saved.numel // load)
+    return buckets, load
 
 
 def _check_coarsening(name: str, saved: Fingerprint, own: Fingerprint) -> None:

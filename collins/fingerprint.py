@@ -38,8 +38,8 @@ class Fingerprint(NamedTuple):
     b: int
     c: int
     d: int
-    seed: int  # modulo 2**64; this and the place explain signs and coefficients
-    place: int  # of the parameter in its optimizer
+    seed: int  # modulo 2**64; this and the key explain signs and coefficients
+    place: int  # the parameter's key
 
     def packed(self) -> int:
         """All of it in one integer of 64-bit words; `unpacked` is the inverse."""
@@ -59,15 +59,29 @@ class Fingerprint(NamedTuple):
             f"{_LABELS.get(n, n)} {saved} where this optimizer has {my}" for n, (saved, my) in differ.items()
         )
 
+    def key_under(self, own: Fingerprint, seed: int) -> int | None:
+        """The key under which this, of a saved state, means the same in an optimizer of this seed; None for no key.
 
-def fingerprint(rows: int, hash: BlockHash | UniversalHash, seed: int, place: int) -> Fingerprint:
-    """Of a parameter whose first dimension is `rows`, at this place of an optimizer of this seed."""
+        Parameters that are built without names, or under other names than they were saved with, have other keys.
+        """
+        if own.hash == 0:
+            signs = derive(seed, self.place, "sign") & _MASK
+            same = self._replace(place=own.place, signs=own.signs) == own and self.signs == signs
+        else:
+            hash = UniversalHash(own.numel, own.buckets, seed=seed, key=self.place)
+            same = self._replace(place=own.place, a=own.a, b=own.b, c=own.c, d=own.d) == own
+            same = same and (self.a, self.b, self.c, self.d) == hash.coefficients
+        return self.place if same else None
+
+
+def fingerprint(rows: int, hash: BlockHash | UniversalHash, seed: int, key: int) -> Fingerprint:
+    """Of a parameter of this key whose first dimension is `rows`, in an optimizer of this seed."""
     if isinstance(hash, BlockHash):
         kind, signs = 0, derive(hash.seed, hash.key, "sign") & _MASK
         own = (hash.block, hash.period or 0, signs, 0, 0, 0, 0)
     else:
         kind, own = 1, (0, 0, 0, hash.a, hash.b, hash.c, hash.d)
-    return Fingerprint(kind, hash.numel, rows, hash.buckets, *own, seed & _MASK, place)
+    return Fingerprint(kind, hash.numel, rows, hash.buckets, *own, seed & _MASK, key)
 
 
 def unpacked(value: object) -> Fingerprint:

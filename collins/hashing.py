@@ -1,8 +1,8 @@
 """Position hashes h and sign hashes s: pure, stateless, the same on every device.
 
 A hash answers, for the row-major index i of an element, which of K buckets it falls into and with which sign it is
-added there. Everything random comes from `derive(seed, key, ...)`, where the key is the parameter's place in the
-optimizer, so that replicas agree and two optimizers built alike step alike.
+added there. Everything random comes from `derive(seed, key, ...)`, where the key is the parameter's name, or its number
+among the optimizer's where it has none, so that replicas agree and two optimizers built alike step alike.
 
 Two families:
 
@@ -47,9 +47,14 @@ def derive(seed: int, key: int, purpose: str) -> int:
 
 
 def hash_key(seed: int, key: int, purpose: str) -> HashKey:
-    """The `HashKey` of the parameter at place `key` for one purpose ("sign" or "round")."""
+    """The `HashKey` of the parameter of this key for one purpose ("sign" or "round")."""
     bits = derive(seed, key, purpose)
     return HashKey(bits & _MASK, bits >> 32 & _MASK)
+
+
+def name_key(name: str) -> int:
+    """The key of a parameter that has a name: 63 bits of its digest below a leading 1, so that no number is one."""
+    return derive(0, 0, f"name/{name}") & (2**63 - 1) | 2**63
 
 
 def mix32(x: Tensor) -> Tensor:
@@ -159,7 +164,7 @@ class UniversalHash:
     Args:
         numel: N, the elements hashed.
         buckets: K.
-        seed, key: what the coefficients are derived from; `key` is the parameter's place in the optimizer.
+        seed, key: what the coefficients are derived from; `key` is the parameter's.
     """
 
     def __init__(self, numel: int, buckets: int, *, seed: int = 0, key: int = 0) -> None:
@@ -184,6 +189,11 @@ class UniversalHash:
         return (
             f"UniversalHash(numel={self.numel}, buckets={self.buckets}, a={self.a}, b={self.b}, c={self.c}, d={self.d})"
         )
+
+    @property
+    def coefficients(self) -> tuple[int, int, int, int]:
+        """a, b, c and d."""
+        return self.a, self.b, self.c, self.d
 
     def bucket(self, index: Tensor) -> Tensor:
         """h(i): int64 in [0, K), shaped like `index` (any integer dtype)."""
@@ -218,7 +228,7 @@ class BlockHash:
     Args:
         numel: N, the elements hashed.
         block: c, a power of two: the load of every bucket but the last, which holds what remains.
-        seed, key: what the signs are derived from; `key` is the parameter's place in the optimizer.
+        seed, key: what the signs are derived from; `key` is the parameter's.
         period: steps between two draws of one bucket's signs; None for signs that never change.
     """
 

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collins.bucketing import DECODES, HASHES, NONFINITE
+from collins.bucketing import HASHES, NONFINITE
+from collins.formats import FORMATS, FloatFormat
+from collins.rule import DECODES
 
 TABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+_FLOAT = FORMATS["float32"]
 
 
 def listed(values: tuple[Any, ...]) -> str:
@@ -44,9 +47,14 @@ def check_options(group: dict[str, Any]) -> None:
     for name in ("eps", "weight_decay"):
         require(0 <= _number(group[name]) < math.inf, name, group[name], "finite and at least 0")
     require(1 <= _number(group["compress_ratio"]) < math.inf, "compress_ratio", group["compress_ratio"], "at least 1")
+    v_ratio = group["v_compress_ratio"]
+    accepted = "None, or a number of at least compress_ratio"
+    require(
+        v_ratio is None or group["compress_ratio"] <= _number(v_ratio) < math.inf, "v_compress_ratio", v_ratio, accepted
+    )
     require(_whole(group["min_K"]) and group["min_K"] >= 1, "min_K", group["min_K"], "an int of at least 1")
     require(group["hash"] in HASHES, "hash", group["hash"], listed(HASHES))
-    require(group["decode"] in DECODES, "decode", group["decode"], listed(DECODES))
+    require(group["decode"] in DECODES, "decode", group["decode"], listed(tuple(DECODES)))
     rho, period = group["residual_weight"], group["rehash_period"]
     require(rho is None or 0 <= _number(rho) < math.inf, "residual_weight", rho, "None, or finite and at least 0")
     require(
@@ -55,7 +63,9 @@ def check_options(group: dict[str, Any]) -> None:
         period,
         "None or an int of at least 1",
     )
-    require(group["table_dtype"] in TABLE_DTYPES, "table_dtype", group["table_dtype"], listed(TABLE_DTYPES))
+    table_dtype = group["table_dtype"]
+    known = table_dtype in TABLE_DTYPES or not isinstance(FORMATS.get(table_dtype, _FLOAT), FloatFormat)
+    require(known, "table_dtype", table_dtype, listed(TABLE_DTYPES))
     require(isinstance(group["maximize"], bool), "maximize", group["maximize"], "True or False")
     rounding = group["stochastic_rounding"]
     require(rounding is None or isinstance(rounding, bool), "stochastic_rounding", rounding, "True, False or None")

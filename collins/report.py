@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from collins.parameter import ParamEntry, bucketings_under, state_tensors
 from collins.table import as_table, shape_text
 
 
@@ -55,3 +58,19 @@ class MemoryReport:
         ]
         lines.append(("total", "", "", f"{self.ratio:.2f}x less", f"{self.state_bytes:,}", f"{self.adamw_bytes:,}"))
         return as_table(heads, lines, left=3)
+
+
+def report_row(entry: ParamEntry) -> ParameterRow:
+    """The state of a parameter; none where it is frozen, since what is never stepped has none."""
+    p, step_bytes = entry.p, torch.float32.itemsize
+    bucketing, _ = bucketings_under(p, entry.group)
+    if not (p.requires_grad or p.grad is not None):
+        return ParameterRow(entry.name, tuple(p.shape), None, 1, 0, 0)
+    return ParameterRow(
+        name=entry.name,
+        shape=tuple(p.shape),
+        hash=bucketing.hash,
+        load=bucketing.load,
+        state_bytes=step_bytes + sum(spec.nbytes for spec in state_tensors(p, entry.group)[0].values()),
+        adamw_bytes=step_bytes + 2 * p.numel() * p.dtype.itemsize,
+    )

@@ -15,12 +15,38 @@ decoded from s g, with m_hat and r free of signs, and s is applied to the quotie
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Scalar = float | Tensor
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How tables of bucket means become the two moments of an element: the rows of the table above, as data.
+
+    Args:
+        m_scale, v_scale: the power of the load c that multiplies s M / (1 - beta1^t), and V / (1 - beta2^t).
+        residual: whether r = g - s mu enters the update.
+    """
+
+    m_scale: float
+    v_scale: float
+    residual: bool
+
+    @staticmethod
+    def scaled(table: Tensor, power: float, load: float | Tensor) -> Tensor:
+        """table * load^power; powers 0 and 1 take no root."""
+        return table if power == 0 else table * load if power == 1 else table * load**power
+
+
+DECODES = {
+    "residual": Decode(m_scale=0.5, v_scale=0, residual=True),
+    "sketch": Decode(m_scale=1, v_scale=1, residual=False),
+}
 
 
 class StepScalars(NamedTuple):

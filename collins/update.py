@@ -9,12 +9,14 @@ all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from collins.formats import FORMATS, Bits, FloatFormat, TableFormat
 from collins.hashing import (
     WORD,
     HashKey,
@@ -26,8 +28,8 @@ from collins.hashing import (
     universal_sign_masks,
 )
 from collins.loops import ahead, in_turn, once, spare, takes_bits
-from collins.rounding import FIRST, PARAM, ROUNDED, SECOND, random_bits, stochastic_round
-from collins.rule import StepScalars, direction, updated
+from collins.rounding import FIRST, PARAM, SECOND, random_bits
+from collins.rule import DECODES, StepScalars, direction, updated
 from collins.sketch import add_scattered, decay, encode_rows
 
 
@@ -35,12 +37,25 @@ class UpdateSpec(NamedTuple):
     """What is fixed when a step is compiled. Hashable: together with the tensors' shapes it is a signature."""
 
     hash: str | None  # as in Bucketing
-    load: float
-    decode: str  # "residual" or "sketch"
+    load: float  # c, of the first moment's buckets
+    decode: str  # a key of `collins.rule.DECODES`
     rehash: bool  # whether signs are ever drawn anew
     rounding: bool  # stochastic, for whatever is stored in 16 bits
     maximize: bool
     skip: bool = False  # whatever shares a moment with a gradient that is not finite
+    m_format: str = "float32"  # a key of `collins.formats.FORMATS`, as the next
+    v_format: str = "float32"
+    v_load: float | None = None  # of the second moment's buckets, where it differs
+
+    @property
+    def loads(self) -> tuple[float, float]:
+        """The loads of both moments' buckets."""
+        return self.load, self.load if self.v_load is None else self.v_load
+
+    @property
+    def formats(self) -> tuple[TableFormat, TableFormat]:
+        """The formats of both moments."""
+        return FORMATS[self.m_format], FORMATS[self.v_format]
 
 
 class HashKeys(NamedTuple):
@@ -53,48 +68,59 @@ class HashKeys(NamedTuple):
 
 
 class UpdateTask(NamedTuple):
-    """One parameter's part of a step: what `update_` needs to know.
+    """One parameter's part of every step: what `update_` needs beside a gradient and the step's scalars.
 
-    p, g: the parameter and its gradient: any shape and strides, one dtype and device; i counts in row-major order.
-    m, v: contiguous moments, shaped like `p` when dense, else one entry per bucket in any shape.
-    spec, keys, hp: the static part, the parameter's constants, the step's numbers.
+    p: the parameter: any shape and strides; element number i counts in row-major order.
+    m, v: the tensors that each moment is stored in, contiguous; entries are shaped like `p` when dense, else one a
+        bucket in any shape.
+    spec, keys: the static part, the parameter's constants.
     numel: N, of the whole parameter.
-    start: the number of the first element, where p, g, m and v are slices of the parameter's, at a whole bucket; a 0-d
+    start: the number of the first element, where p, m and v are slices of the parameter's, at a whole bucket; a 0-d
         tensor in compiled code, whose slices hold whole buckets only.
     launch: the engine's own: what `Engine.launch_of` returned, None for what no kernel takes.
     """
 
     p: Tensor
-    g: Tensor
-    m: Tensor
-    v: Tensor
+    m: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
     spec: UpdateSpec
     keys: HashKeys
-    hp: StepScalars
     numel: int
     start: int | Tensor = 0
     launch: Any = None
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a step changes: p, then what m and v are stored in."""
+        return (self.p, *self.m, *self.v)
 
-def update_(work: UpdateTask, chunk: int | None = None) -> None:
-    """Updates p, m and v in place, about `chunk` elements at a time; None takes the tensor whole."""
-    p, g = work.p, work.g
-    if p.is_contiguous() and g.is_contiguous():
-        work = work._replace(p=p.view(-1), g=g.view(-1))
-    _UPDATES[work.spec.hash](work._replace(m=work.m.view(-1), v=work.v.view(-1)), chunk)
+
+def update_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None = None) -> None:
+    """Updates p, m and v in place.
+
+    Args:
+        task: the parameter and its moments.
+        g: the gradient, of the parameter's shape, dtype and device, of any strides.
+        hp: the step's scalars.
+        chunk: about how many elements to work on at a time; None takes the tensor whole.
+    """
+    if task.p.is_contiguous() and g.is_contiguous():
+        task, g = task._replace(p=task.p.view(-1)), g.view(-1)
+    m, v = (tuple(part.view(-1) for part in parts) for parts in (task.m, task.v))
+    _UPDATES[task.spec.hash](task._replace(m=m, v=v), g, hp, chunk)
 
 
 class _Piece(NamedTuple):
     """Slices of p and g along their first dimension that are consecutive elements in row-major order."""
 
-    offset: int  # of the first element from the start of the work
+    offset: int  # of the first element from the start of the task
     p: Tensor
     g: Tensor
 
 
-def _pieces(work: UpdateTask, chunk: int | None, unit: int = 1) -> Iterator[_Piece]:
+def _pieces(task: UpdateTask, g: Tensor, chunk: int | None, unit: int = 1) -> Iterator[_Piece]:
     """The parameter in pieces of about `chunk` elements, each but the last a multiple of `unit`."""
-    p, g = work.p, work.g
+    p = task.p
     if chunk is None:
         yield _Piece(0, p, g)
         return
@@ -105,22 +131,26 @@ def _pieces(work: UpdateTask, chunk: int | None, unit: int = 1) -> Iterator[_Pie
         yield _Piece(row * width, p[row : row + rows], g[row : row + rows])
 
 
-def _dense_(work: UpdateTask, chunk: int | None) -> None:
-    m, v = work.m, work.v
-    for offset, p, g in _pieces(work, chunk):
-        first, part = work.start + offset, slice(offset, offset + p.numel())
-        _store_dense((p, m[part], v[part]), _dense(p, g, m[part], v[part], work.hp, work.spec), first, work)
+def _dense_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> None:
+    formats = task.spec.formats
+    for offset, p, grad in _pieces(task, g, chunk, math.lcm(*(format.unit for format in formats))):
+        first, count = task.start + offset, p.numel()
+        m, v = (format.cut(parts, offset, count) for format, parts in zip(formats, (task.m, task.v), strict=True))
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        values = _dense(p, grad, formats[0].load(m, dtype), formats[1].load(v, dtype), hp, task.spec)
+        _store_dense(p, m, v, values, first, task, hp)
 
 
-def update_rows_(rows: UpdateTask) -> None:
-    """As `update_`, for many dense parameters of one `UpdateSpec`, each a row of p, g, m and v, (n, N).
+def update_rows_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
+    """As `update_`, for many dense parameters of one `UpdateSpec`, each a row of p, g and the parts of m and v, (n, N).
 
-    What else is not static is columns, (n, 1).
+    What else is not static, the hash keys, the scalars and `start`, is columns, (n, 1).
     """
-    hp = StepScalars(*(cast(Tensor, column)[:, 0] for column in rows.hp))
-    dense = torch.vmap(lambda p, g, m, v, hp: _dense(p, g, m, v, hp, rows.spec))
-    new = dense(rows.p, rows.g, rows.m, rows.v, hp)
-    _store_dense((rows.p, rows.m, rows.v), new, rows.start, rows)
+    scalars = StepScalars(*(cast(Tensor, column)[:, 0] for column in hp))
+    dtype = torch.promote_types(task.p.dtype, torch.float32)
+    m, v = (format.load(parts, dtype) for format, parts in zip(task.spec.formats, (task.m, task.v), strict=True))
+    dense = torch.vmap(lambda p, g, m, v, hp: _dense(p, g, m, v, hp, task.spec))
+    _store_dense(task.p, task.m, task.v, dense(task.p, g, m, v, scalars), task.start, task, hp)
 
 
 def _dense(
@@ -132,31 +162,42 @@ def _dense(
     first_moment = decay(m, grad, hp.beta1, hp.one_minus_beta1, finite=finite)
     second_moment = decay(v, grad * grad, hp.beta2, hp.one_minus_beta2, finite=finite)
     old = _flat(p, grad.dtype)
-    new = updated(
-        old, direction(first_moment * hp.inv_bias_correction1, second_moment * hp.inv_bias_correction2, None, hp), hp
-    )
+    m_hat, v_hat = first_moment * hp.inv_bias_correction1, second_moment * hp.inv_bias_correction2
+    new = updated(old, direction(m_hat, v_hat, None, hp), hp)
     return _where(finite, new, old), first_moment, second_moment
 
 
-def _store_dense(targets: Sequence[Tensor], values: Sequence[Tensor], first: int | Tensor, work: UpdateTask) -> None:
-    for target, value, stream in zip(targets, values, (PARAM, FIRST, SECOND), strict=True):
-        _store(target, value, first, stream, work)
+def _store_dense(
+    p: Tensor,
+    m: tuple[Tensor, ...],
+    v: tuple[Tensor, ...],
+    values: tuple[Tensor, Tensor, Tensor],
+    first: int | Tensor,
+    task: UpdateTask,
+    hp: StepScalars,
+) -> None:
+    new, first_moment, second_moment = values
+    m_format, v_format = task.spec.formats
+    _store(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp)
+    _store(m_format, m, first_moment, first, FIRST, task, hp)
+    _store(v_format, v, second_moment, first, SECOND, task, hp)
 
 
-def _block_(work: UpdateTask, chunk: int | None) -> None:
-    spec, keys, hp = work.spec, work.keys, work.hp
-    load = int(spec.load)
-    last, tail = (work.numel - 1) // load, (work.numel - 1) % load + 1
-    for offset, p, g in _pieces(work, chunk, load):
+def _block_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> None:
+    spec, keys = task.spec, task.keys
+    m_format, v_format = spec.formats
+    load, v_load = map(int, spec.loads)
+    last, tail = (task.numel - 1) // load, (task.numel - 1) % load + 1
+    for offset, p, g_piece in _pieces(task, g, chunk, math.lcm(load * m_format.unit, v_load * v_format.unit)):
         count = p.numel()
-        first, rows = (work.start + offset) // load, -(-count // load)
-        table = slice(offset // load, offset // load + rows)
+        padded = -(-count // v_load) * v_load
+        first, rows, v_rows = (task.start + offset) // load, padded // load, padded // v_load
         bucket = torch.arange(rows + spare(p.device), device=p.device) + first
         epoch, resets = epoch_of(bucket, hp.step, keys.sign, keys.period) if spec.rehash else (0, None)
         loads: float | Tensor = load
-        grad, old = _gradient(g, spec), _flat(p, torch.promote_types(p.dtype, torch.float32))
-        if count % load:  # the tail bucket is padded with zeros, which add nothing to its sums
-            grad, old = (torch.nn.functional.pad(t, (0, rows * load - count)) for t in (grad, old))
+        grad, old = _gradient(g_piece, spec), _flat(p, torch.promote_types(p.dtype, torch.float32))
+        if count % v_load:  # what is missing of the last buckets is zeros, which add nothing to their sums
+            grad, old = (torch.nn.functional.pad(t, (0, padded - count)) for t in (grad, old))
             is_tail = bucket == last
             loads = torch.where(is_tail, tail, load).to(grad.dtype)
             if tail == 1 and resets is not None:  # alone, an element keeps its sign: the sketch is exact there
@@ -169,48 +210,70 @@ def _block_(work: UpdateTask, chunk: int | None) -> None:
         masks = sign_masks(words, bucket[:rows], load)
         bitwise = takes_bits(p, load)
         grad = signed(grad, masks, bitwise=bitwise)  # s g from here on
-        mu, q = (in_turn(mean, words) for mean in encode_rows(grad, loads))
+        if load == v_load:
+            mu, q = (in_turn(mean, words) for mean in encode_rows(grad, loads))
+            v_loads = loads
+        else:
+            v_last, v_tail = (task.numel - 1) // v_load, (task.numel - 1) % v_load + 1
+            v_bucket = torch.arange(v_rows, device=p.device) + (task.start + offset) // v_load
+            v_loads = torch.where(v_bucket == v_last, v_tail, v_load).to(grad.dtype)
+            mu, q = encode_rows(grad, loads)[0], encode_rows(grad.view(v_rows, v_load), v_loads)[1]
         finite = _finite(q, spec)
         finite = None if finite is None else once(finite)
-        first_moment = decay(work.m[table], mu, hp.beta1, hp.one_minus_beta1, resets, finite)
-        second_moment = decay(work.v[table], q, hp.beta2, hp.one_minus_beta2, finite=finite)
-        _store(work.m[table], first_moment, first, FIRST, work)
-        _store(work.v[table], second_moment, first, SECOND, work)
-        m_b, v_b = map(once, _scaled(first_moment, second_moment, loads, work))
-        r = grad - once(mu)[:, None] if spec.decode == "residual" else None
-        new = updated(old, signed(direction(m_b[:, None], v_b[:, None], r, hp), masks, bitwise=bitwise), hp)
-        new = _where(None if finite is None else finite[:, None], new, old)
-        _store(p, new.view(-1)[:count], work.start + offset, PARAM, work)
+        m_finite = None if finite is None else _along(finite, rows)
+        m_count, v_count = -(-count // load), v_rows
+        m = m_format.cut(task.m, offset // load, m_count)
+        v = v_format.cut(task.v, offset // v_load, v_count)
+        old_m, old_v = m_format.load(m, mu.dtype), v_format.load(v, q.dtype)
+        if m_count < rows:  # buckets of padding alone
+            old_m = torch.nn.functional.pad(old_m, (0, rows - m_count))
+        first_moment = decay(old_m, mu, hp.beta1, hp.one_minus_beta1, resets, m_finite)
+        second_moment = decay(old_v, q, hp.beta2, hp.one_minus_beta2, finite=finite)
+        _store(m_format, m, first_moment[:m_count], first, FIRST, task, hp)
+        _store(v_format, v, second_moment, (task.start + offset) // v_load, SECOND, task, hp)
+        m_b, v_b = map(once, _scaled(first_moment, second_moment, (loads, v_loads), spec, hp))
+        r = grad - once(mu)[:, None] if DECODES[spec.decode].residual else None
+        change = direction(m_b[:, None], _along(v_b, rows)[:, None], r, hp)
+        new = updated(old, signed(change, masks, bitwise=bitwise), hp)
+        new = _where(None if m_finite is None else m_finite[:, None], new, old)
+        _store(FloatFormat(p.dtype), (p,), new.view(-1)[:count], task.start + offset, PARAM, task, hp)
 
 
-def _universal_(work: UpdateTask, chunk: int | None) -> None:
-    spec, hp = work.spec, work.hp
-    buckets, load = work.m.numel(), spec.load
-    a, b, c, d = work.keys.universal
-    bitwise = takes_bits(work.p, WORD)
+def _along(x: Tensor, rows: int) -> Tensor:
+    """What holds for each bucket of the second moment, for each of the first moment's `rows`."""
+    return x if len(x) == rows else x[:, None].expand(-1, rows // len(x)).reshape(rows)
+
+
+def _universal_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> None:
+    spec = task.spec
+    m_format, v_format = spec.formats
+    buckets, load = m_format.entries(task.m), spec.load
+    a, b, c, d = task.keys.universal
+    bitwise = takes_bits(task.p, WORD)
 
     def hashed(first: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.arange(g.numel(), device=g.device) + first
         masks = universal_sign_masks(index, c, d)
         return signed(_gradient(g, spec), masks, bitwise=bitwise), universal_bucket(index, a, b, buckets), masks
 
-    mu = torch.zeros_like(work.m, dtype=torch.promote_types(work.p.dtype, torch.float32))
-    q = torch.zeros_like(mu)
-    for first, _, g in _pieces(work, chunk):
-        signed_grad, bucket, _ = hashed(first, g)
+    dtype = torch.promote_types(task.p.dtype, torch.float32)
+    mu, q = torch.zeros(2, buckets, dtype=dtype, device=task.p.device)
+    for first, _, grad in _pieces(task, g, chunk):
+        signed_grad, bucket, _ = hashed(first, grad)
         add_scattered(mu, q, bucket, signed_grad, load)
     finite = _finite(q, spec)
-    first_moment = decay(work.m, mu, hp.beta1, hp.one_minus_beta1, finite=finite)
-    second_moment = decay(work.v, q, hp.beta2, hp.one_minus_beta2, finite=finite)
-    m_b, v_b = _scaled(first_moment, second_moment, load, work)
-    for first, p, g in _pieces(work, chunk):
-        signed_grad, bucket, masks = hashed(first, g)
-        r = signed_grad - mu[bucket] if spec.decode == "residual" else None
+    first_moment = decay(m_format.load(task.m, dtype), mu, hp.beta1, hp.one_minus_beta1, finite=finite)
+    second_moment = decay(v_format.load(task.v, dtype), q, hp.beta2, hp.one_minus_beta2, finite=finite)
+    m_b, v_b = _scaled(first_moment, second_moment, (load, load), spec, hp)
+    for first, p, grad in _pieces(task, g, chunk):
+        signed_grad, bucket, masks = hashed(first, grad)
+        r = signed_grad - mu[bucket] if DECODES[spec.decode].residual else None
         old = _flat(p, signed_grad.dtype)
         new = updated(old, signed(direction(m_b[bucket], v_b[bucket], r, hp), masks, bitwise=bitwise), hp)
-        _store(p, _where(None if finite is None else finite[bucket], new, old), first, PARAM, work)
-    _store(work.m, first_moment, 0, FIRST, work)
-    _store(work.v, second_moment, 0, SECOND, work)
+        new = _where(None if finite is None else finite[bucket], new, old)
+        _store(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp)
+    _store(m_format, task.m, first_moment, 0, FIRST, task, hp)
+    _store(v_format, task.v, second_moment, 0, SECOND, task, hp)
 
 
 _UPDATES = {None: _dense_, "block": _block_, "universal": _universal_}
@@ -234,15 +297,26 @@ def _where(finite: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return new if finite is None else torch.where(finite, new, old)
 
 
-def _scaled(M: Tensor, V: Tensor, load: float | Tensor, work: UpdateTask) -> tuple[Tensor, Tensor]:
+def _scaled(
+    M: Tensor, V: Tensor, loads: tuple[float | Tensor, float | Tensor], spec: UpdateSpec, hp: StepScalars
+) -> tuple[Tensor, Tensor]:
     """What each bucket contributes to m_hat, up to the sign, and to v_hat."""
-    m, v = M * work.hp.inv_bias_correction1, V * work.hp.inv_bias_correction2
-    return (m * load, v * load) if work.spec.decode == "sketch" else (m * load**0.5, v)
+    decode = DECODES[spec.decode]
+    m, v = M * hp.inv_bias_correction1, V * hp.inv_bias_correction2
+    return decode.scaled(m, decode.m_scale, loads[0]), decode.scaled(v, decode.v_scale, loads[1])
 
 
-def _store(target: Tensor, value: Tensor, first: int | Tensor, stream: int, work: UpdateTask) -> None:
-    """Writes `value`, flat or in rows, over `target`; the first element, or that of each row, is number `first`."""
-    if work.spec.rounding and target.dtype in ROUNDED:
-        bits = random_bits(first, value.shape[-1], work.hp.step, work.keys.rounding, stream, target.device)
-        value = stochastic_round(value.to(torch.float32), target.dtype, bits)
-    target.copy_(value.view(target.shape))
+def _store(
+    format: TableFormat,
+    parts: tuple[Tensor, ...],
+    values: Tensor,
+    first: int | Tensor,
+    stream: int,
+    task: UpdateTask,
+    hp: StepScalars,
+) -> None:
+    """Writes `values`, flat or in rows, over `parts`; the first value, or that of each row, is number `first`."""
+    bits: Bits | None = None
+    if task.spec.rounding and format.rounds:
+        bits = partial(random_bits, first, values.shape[-1], hp.step, task.keys.rounding, stream, parts[0].device)
+    format.store(parts, values, bits)

@@ -1,4 +1,4 @@
-"""Runs the work of a step: in one launch, through compiled graphs, or eagerly."""
+"""Makes executors of tasks: through kernels, through compiled graphs, or eagerly."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from collins.compile.graphs import SMALL, Graphs, Numbers, split, whole_of
+from collins.compile.graphs import Graphs, ScalarTensors, is_small, split, stack_key, whole_of
+from collins.compile.program import Executor
+from collins.rule import StepScalars
 from collins.update import UpdateSpec, UpdateTask, update_
 
 if TYPE_CHECKING:
-    from collins.compile.multi_tensor import Course, KernelLaunch, KernelLaunches
+    from collins.compile.multi_tensor import KernelLaunch, KernelLaunches
 
 # Elements per piece of an eager step, at most: enough to outweigh the calls, few enough to stay in cache.
 _PIECE_CPU = 1 << 18
@@ -27,18 +29,21 @@ _BUCKET_BYTES = 64
 
 
 class Engine:
-    """Applies `update_` to every parameter of a step.
+    """Applies `update_` to every parameter of a step, in the fastest way there is.
 
     Args:
-        compile: None for the fastest way there is: the kernel on CUDA devices, graphs on other accelerators, eager
-            steps on the CPU. True for graphs on every device, False for eager steps.
+        compile: None for kernels on CUDA devices, graphs on other accelerators, eager steps on the CPU. True for graphs
+            on every device, False for eager steps.
         busy_link: whether tables are copied from and to the host meanwhile.
+        launches: the kernels' launches, in place of those for CUDA devices.
     """
 
-    def __init__(self, compile: bool | None = None, *, busy_link: bool = False) -> None:
+    def __init__(
+        self, compile: bool | None = None, *, busy_link: bool = False, launches: KernelLaunches | None = None
+    ) -> None:
         self._compile = compile
         self._graphs = Graphs()
-        self._launches = _launches(busy_link) if compile is None else None
+        self.launches = launches or (_launches(busy_link) if compile is None else None)
         self._failed: set[str] = set()
         self._largest = 0  # bytes of the largest parameter so far
 
@@ -47,64 +52,77 @@ class Engine:
         """How many graphs have been made: one for each signature seen."""
         return len(self._graphs)
 
-    def run(self, works: Sequence[UpdateTask]) -> None:
-        """Performs all of them; they must be of different parameters."""
-        if self._launches is not None:
-            works = self._launched(works, self._launches)
-            if not works:
-                return
-        self._largest = max(self._largest, *(work.p.nbytes for work in works), 0)
-        small: dict[tuple[Any, ...], list[UpdateTask]] = {}
-        numbers: Numbers = {}
-        for work in works:
-            p = work.p
-            whole = whole_of(work) if self._compiles(p.device) else 0
-            if whole == 0:
-                self._run_eagerly(work)
-            elif work.spec.hash is None and whole == p.numel() <= SMALL:
-                small.setdefault((work.spec, p.shape, p.dtype, work.m.dtype, p.device), []).append(work)
-            else:
-                parts = (work,) if whole == p.numel() else split(work, whole)
-                if not self._attempt("graphs", self._graphs.run, parts[0], numbers):
-                    self._run_eagerly(parts[0])
-                for part in parts[1:]:
-                    self._run_eagerly(part)
-        for batch in small.values():
-            if not self._attempt("graphs", self._graphs.run_stacked, batch, numbers):
-                for work in batch:
-                    self._run_eagerly(work)
-
-    def run_one(self, work: UpdateTask) -> None:
-        """Performs one, which others follow as their gradients arrive in backward."""
-        if work.launch is None or not self._attempt("kernel", work.launch.run_one, work):
-            self.run([work])
-
-    def _launched(self, works: Sequence[UpdateTask], launches: KernelLaunches) -> list[UpdateTask]:
-        """Performs what the kernel can take, and returns the rest."""
-        if "kernel" in self._failed:
-            return list(works)
-        batches, rest = launches.sorted(works)
-        for batch, sent in zip(batches, launches.send(batches), strict=True):
-            if not self._attempt("kernel", batch.columns.launch.run, batch, sent):
-                rest += batch.columns.works
-        return rest
-
-    def course(self, works: Sequence[UpdateTask]) -> Course | None:
-        """What takes the same step again with other gradients and numbers, if kernels take all of it."""
-        if self._launches is None or "kernel" in self._failed or any(work.launch is None for work in works):
-            return None
-        return self._launches.course(works)
-
-    def launch_of(self, spec: UpdateSpec, p: Tensor, moment_dtype: torch.dtype, start: int = 0) -> KernelLaunch | None:
+    def launch_of(self, spec: UpdateSpec, p: Tensor, start: int = 0) -> KernelLaunch | None:
         """What to give as `UpdateTask.launch` for such a parameter."""
-        return None if self._launches is None else self._launches.of(spec, p, moment_dtype, start)
+        return None if self.launches is None else self.launches.of(spec, p, start)
+
+    def executor(self, tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> Executor:
+        """What steps these tasks, of different parameters, with gradients that lie in memory as these do."""
+        self._largest = max(self._largest, *(task.p.nbytes for task in tasks), 0)
+        return EngineExecutor(self, tasks, grads)
+
+    def executor_of_one(self, task: UpdateTask) -> Executor:
+        """What steps one task, which others follow as their gradients arrive in backward."""
+        self._largest = max(self._largest, task.p.nbytes)
+        return OneExecutor(self, task)
+
+    def takes_kernel(self, task: UpdateTask) -> bool:
+        """Whether the kernel is the way for a task."""
+        return task.launch is not None and "kernel" not in self._failed
+
+    def run_kernel(self, way: Callable[[], bool | None]) -> bool:
+        """Whether the kernel has performed this; if not, nothing has changed."""
+        return self._attempt("kernel", way)
+
+    def run_rest(
+        self, tasks: dict[int, UpdateTask], grads: Sequence[Tensor], hps: Sequence[StepScalars], done: list[int]
+    ) -> None:
+        """Performs tasks, by number, through graphs or eagerly.
+
+        Args:
+            tasks: what to perform.
+            grads, hps: of all tasks of the executor, by number.
+            done: takes the numbers of those that have been performed.
+        """
+        small: dict[tuple[Any, ...], list[int]] = {}
+        scalars: ScalarTensors = {}
+        for number, task in tasks.items():
+            if self._compiles(task.p.device) and is_small(task):
+                small.setdefault(stack_key(task), []).append(number)
+                continue
+            self._run_one(task, grads[number], hps[number], scalars)
+            done.append(number)
+        for numbers in small.values():
+            batch = [tasks[number] for number in numbers]
+            own = [grads[number] for number in numbers], [hps[number] for number in numbers]
+            if self._attempt("graphs", lambda: self._graphs.run_stacked(batch, *own, scalars)):  # noqa: B023
+                done += numbers
+                continue
+            for number in numbers:
+                self._run_eagerly(tasks[number], grads[number], hps[number])
+                done.append(number)
+
+    def _run_one(self, task: UpdateTask, g: Tensor, hp: StepScalars, scalars: ScalarTensors) -> None:
+        whole = whole_of(task, g) if self._compiles(task.p.device) else 0
+        if whole == 0:
+            self._run_eagerly(task, g, hp)
+            return
+        if whole == task.p.numel():
+            if not self._attempt("graphs", lambda: self._graphs.run(task, g, hp, scalars)):
+                self._run_eagerly(task, g, hp)
+            return
+        first, rest = split(task, whole)
+        flat = g.detach().view(-1)
+        if not self._attempt("graphs", lambda: self._graphs.run(first, flat[:whole], hp, scalars)):
+            self._run_eagerly(first, flat[:whole], hp)
+        self._run_eagerly(rest, flat[whole:], hp)
 
     def _compiles(self, device: torch.device) -> bool:
         return device.type not in ("cpu", "meta") if self._compile is None else self._compile
 
-    def _run_eagerly(self, work: UpdateTask) -> None:
-        if work.p.numel():
-            update_(work, self._piece(work.p, work.spec.load))
+    def _run_eagerly(self, task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
+        if task.p.numel():
+            update_(task, g, hp, self._piece(task.p, task.spec.load))
 
     def _piece(self, p: Tensor, load: float) -> int:
         """Elements per piece: all its temporaries together take at most twice what the largest parameter does."""
@@ -112,12 +130,12 @@ class Engine:
         cap = _PIECE_CPU if p.device.type == "cpu" else _PIECE_ACCELERATOR
         return min(max(int(2 * self._largest / each), 1), cap)
 
-    def _attempt(self, name: str, way: Callable[..., bool | None], *args: Any) -> bool:
+    def _attempt(self, name: str, way: Callable[[], bool | None]) -> bool:
         """Whether that way works here; if not, nothing has changed. One warning says why, unless the way declines."""
         if name in self._failed:
             return False
         try:
-            return way(*args) is not False
+            return way() is not False
         except Exception as error:
             if not isinstance(error, TorchDynamoException) and not type(error).__module__.startswith("triton"):
                 raise
@@ -126,6 +144,57 @@ class Engine:
             warnings.warn(f"Collins steps {instead}, because {what} failed: {cause}", stacklevel=2)
             self._failed.add(name)
             return False
+
+
+class EngineExecutor:
+    """Steps fixed tasks: through kernels what they can read, the rest through graphs or eagerly."""
+
+    def __init__(self, engine: Engine, tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> None:
+        self._engine = engine
+        self._tasks = dict(enumerate(tasks))
+        launched: dict[int, UpdateTask] = {}
+        for number, task in self._tasks.items():
+            if engine.takes_kernel(task) and task.launch.reads(task, grads[number]):
+                launched[number] = task
+        self._kernel = None
+        if launched:
+            from collins.compile.multi_tensor import KernelExecutor
+
+            assert engine.launches is not None
+            self._kernel = KernelExecutor(engine.launches, launched, engine.run_kernel)
+        self._rest = {number: task for number, task in self._tasks.items() if number not in launched}
+
+    def bind(self, grads: Sequence[Tensor]) -> Any:
+        addresses = None if self._kernel is None else self._kernel.bind(grads)
+        return None if self._kernel is not None and addresses is None else (grads, addresses)
+
+    def run(self, bound: Any, scalars: Sequence[StepScalars], rows: Sequence[int], done: list[int]) -> None:
+        grads, addresses = bound
+        rest = self._rest
+        if self._kernel is not None:
+            left = self._kernel.run(addresses, scalars, rows, done)
+            if left:
+                rest = {**rest, **{number: self._tasks[number] for number in left}}
+        if rest:
+            self._engine.run_rest(rest, grads, [scalars[row] for row in rows], done)
+
+
+class OneExecutor:
+    """Steps one task."""
+
+    def __init__(self, engine: Engine, task: UpdateTask) -> None:
+        self._engine, self._task = engine, task
+
+    def bind(self, grads: Sequence[Tensor]) -> Any:
+        return grads
+
+    def run(self, bound: Any, scalars: Sequence[StepScalars], rows: Sequence[int], done: list[int]) -> None:
+        engine, task = self._engine, self._task
+        (g,), (hp,) = bound, scalars
+        if engine.takes_kernel(task) and engine.run_kernel(lambda: task.launch.run_one(task, g, hp)):
+            done.append(0)
+            return
+        engine.run_rest({0: task}, bound, [hp], done)
 
 
 _INSTEAD = {"graphs": ("eagerly", "torch.compile"), "kernel": ("through torch.compile", "its Triton kernel")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ from torch._inductor import config as inductor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from collins.hashing import WORD, HashKey
-from collins.rounding import ROUNDED
 from collins.rule import StepScalars
 from collins.update import HashKeys, UpdateSpec, UpdateTask, update_, update_rows_
 
@@ -32,8 +32,8 @@ if hasattr(inductor, "deterministic"):  # otherwise the fastest order of a sum i
 
 _Graph = Callable[..., None]
 
-# A step's count, and its other `StepScalars` in one tensor: by identity, the dtype of the update, and the device.
-Numbers = dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]]
+# A step's count, and its other scalars in one tensor: by identity, the dtype of the update, and the device.
+ScalarTensors = dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]]
 
 
 class _Stacked(NamedTuple):
@@ -56,35 +56,49 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, work: UpdateTask, numbers: Numbers) -> None:
-        """Performs `work`, of which `whole_of` says that a graph can take it.
+    def run(self, task: UpdateTask, g: Tensor, hp: StepScalars, scalars: ScalarTensors) -> None:
+        """Performs a task, of which `whole_of` says that a graph can take it.
 
         Args:
-            work: a parameter's step.
-            numbers: those of this step; filled here.
+            task: a parameter's.
+            g: its gradient.
+            hp: its scalars.
+            scalars: those of this step, as tensors; filled here.
         """
-        p, g, m, v, spec, keys, _, _, start, _ = work
-        tensors = [t.detach().view(shape) for t, shape in zip((p, g, m, v), _views(work), strict=True)]
-        signature = (spec, p.device, *((t.dtype, t.shape, t.stride()) for t in tensors))
-        for constant in (keys, start):
+        shape, table = _views(task, g)
+        p, grad = task.p.detach().view(shape[0]), g.detach().view(shape[1])
+        m, v = (tuple(part.detach().view(-1) for part in parts) for parts in (task.m, task.v))
+        tensors = (p, grad, *m, *v)
+        signature = (task.spec, p.device, table, *((t.dtype, t.shape, t.stride()) for t in tensors))
+        for constant in (task.keys, task.start):
             if constant not in self._constants:
-                self._constants[constant] = tree_map(torch.tensor, constant)
+                self._constants[constant] = tree_map(_constant, constant)
         if signature not in self._graphs:
-            self._graphs[signature] = _graph_of_one(spec, len(self))
-        self._graphs[signature](*tensors, self._constants[keys], *_of_step(work, numbers), self._constants[start])
+            self._graphs[signature] = _graph_of_one(task.spec, len(self))
+        keys, start = self._constants[task.keys], self._constants[task.start]
+        self._graphs[signature](p, grad, m, v, keys, *_of_step(task, hp, scalars), start)
 
-    def run_stacked(self, batch: Sequence[UpdateTask], numbers: Numbers) -> None:
+    def run_stacked(
+        self,
+        batch: Sequence[UpdateTask],
+        grads: Sequence[Tensor],
+        hps: Sequence[StepScalars],
+        scalars: ScalarTensors,
+    ) -> None:
         """As `run`, for small dense tensors of one signature, stacked along a first dimension whose size may change
         between steps.
         """
         spec, device = batch[0].spec, batch[0].p.device
-        signature = (spec, device, batch[0].p.shape, batch[0].p.dtype, batch[0].m.dtype)
+        signature = (spec, *_signature(batch[0]))
         if signature not in self._graphs:
             self._graphs[signature] = _graph_of_many(spec, len(self))
-        doubled = [*batch, *batch] if len(batch) == 1 else batch  # a size of 1 would be compiled as a constant
-        stacks = [torch.stack(column) for column in zip(*((w.p, w.g, w.m, w.v) for w in doubled), strict=True)]
+        alone = len(batch) == 1  # a size of 1 would be compiled as a constant
+        doubled, grads, hps = (([*column, *column] if alone else list(column)) for column in (batch, grads, hps))
+        columns = zip(*((task.p, g, *task.m, *task.v) for task, g in zip(doubled, grads, strict=True)), strict=True)
+        stacks = [torch.stack(column) for column in columns]
         tensors = [stack.view(len(doubled), -1) for stack in stacks]
-        whose = [(work.keys, work.start) for work in doubled]
+        cut = 2 + len(batch[0].m)
+        whose = [(task.keys, task.start) for task in doubled]
         if signature not in self._stacked or self._stacked[signature].whose != whose:
             keys, starts = zip(*((tree_flatten(key)[0], [start]) for key, start in whose), strict=True)
             self._stacked[signature] = _Stacked(
@@ -93,29 +107,43 @@ class Graphs:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._captured.append(self._stacked[signature])
         _, keys, starts = self._stacked[signature]
-        steps = _together([work.hp.step for work in doubled], torch.int64, device)[:, None]
-        others = torch.stack([_of_step(work, numbers)[1] for work in doubled])
+        steps = _together([hp.step for hp in hps], torch.int64, device)[:, None]
+        others = torch.stack([_of_step(task, hp, scalars)[1] for task, hp in zip(doubled, hps, strict=True)])
         for stacked in (*tensors, keys, steps, others, starts):
             torch._dynamo.mark_dynamic(stacked, 0)
-        self._graphs[signature](*tensors, keys, steps, others, starts)
-        p, _, m, v = (list(results.unbind(0))[: len(batch)] for results in stacks)
-        torch._foreach_copy_([work.p for work in batch], p)
-        torch._foreach_copy_([work.m for work in batch], m)
-        torch._foreach_copy_([work.v for work in batch], v)
+        p, g, m, v = tensors[0], tensors[1], tuple(tensors[2:cut]), tuple(tensors[cut:])
+        self._graphs[signature](p, g, m, v, keys, steps, others, starts)
+        changed = [stacks[0], *stacks[2:]]
+        for place, stack in enumerate(changed):
+            torch._foreach_copy_([task.tensors[place] for task in batch], list(stack.unbind(0))[: len(batch)])
 
 
-def whole_of(work: UpdateTask) -> int:
+def is_small(task: UpdateTask) -> bool:
+    """Whether a task is stepped in one call with others of its signature."""
+    return task.spec.hash is None and whole_of(task, task.p) == task.p.numel() <= SMALL
+
+
+def _signature(task: UpdateTask) -> tuple[Any, ...]:
+    return task.p.device, task.p.shape, task.p.dtype, *((t.dtype, t.shape) for t in task.tensors[1:])
+
+
+def stack_key(task: UpdateTask) -> tuple[Any, ...]:
+    """What small tasks that are stacked together have in common."""
+    return task.spec, *_signature(task)
+
+
+def whole_of(task: UpdateTask, g: Tensor) -> int:
     """How many leading elements a graph may take: all of the parameter but an odd end, or none of it.
 
     Inductor's CPU backend splits a loop over x where it sees x // 32, and loses the end when 32 does not divide the
     range (seen in torch 2.13). So graphs take whole buckets, and where values are rounded stochastically whole words.
     """
-    p, g, m, _, spec, _, _, _, start, _ = work
-    load = int(spec.load) if spec.hash == "block" else 1
-    unit = load
+    p, spec = task.p, task.spec
+    load = int(max(spec.loads)) if spec.hash == "block" else 1
+    unit = load * math.lcm(*(format.unit for format in spec.formats))
     if spec.rounding:
-        unit = load * WORD if m.dtype in ROUNDED else max(load, WORD)
-    if start % unit:
+        unit = load * WORD if any(format.rounds for format in spec.formats) else max(unit, WORD)
+    if task.start % unit:
         return 0
     if p.numel() % unit == 0:
         return p.numel()
@@ -123,34 +151,40 @@ def whole_of(work: UpdateTask) -> int:
     return p.numel() // unit * unit if divisible else 0
 
 
-def split(work: UpdateTask, whole: int) -> tuple[UpdateTask, UpdateTask]:
+def split(task: UpdateTask, whole: int) -> tuple[UpdateTask, UpdateTask]:
     """The first `whole` elements of a contiguous parameter, and the rest."""
-    p, g, m, v = (t.detach().view(-1) for t in work[:4])
-    entry = whole // int(work.spec.load)
-    return (
-        work._replace(p=p[:whole], g=g[:whole], m=m[:entry], v=v[:entry]),
-        work._replace(p=p[whole:], g=g[whole:], m=m[entry:], v=v[entry:], start=work.start + whole),
-    )
+    p = task.p.detach().view(-1)
+    first, second = {"p": p[:whole]}, {"p": p[whole:]}
+    for name, parts, load, format in zip("mv", (task.m, task.v), task.spec.loads, task.spec.formats, strict=True):
+        flat = tuple(part.detach().view(-1) for part in parts)
+        entry, total = whole // int(load), format.entries(flat)
+        first[name], second[name] = format.cut(flat, 0, entry), format.cut(flat, entry, total - entry)
+    return task._replace(**first), task._replace(**second, start=task.start + whole)
 
 
-def _views(work: UpdateTask) -> tuple[tuple[int, ...], ...]:
-    """Shapes under which p, g, m and v enter a graph: one row a bucket where that is a view, so that the graph's loops
-    agree and parameters of different shapes share it.
+def _views(task: UpdateTask, g: Tensor) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """Shapes under which p and g enter a graph, and the number of the first moment's entries: one row a bucket where
+    that is a view, so that the graph's loops agree and parameters of different shapes share it.
     """
-    p, g, m = work.p, work.g, work.m
-    table = (m.numel(),)
+    p = task.p
+    entries = task.spec.formats[0].entries(task.m)
     if not (p.is_contiguous() and g.is_contiguous()):
-        return p.shape, g.shape, table, table
-    shape = (m.numel(), p.numel() // m.numel()) if work.spec.hash == "block" else (p.numel(),)
-    return shape, shape, table, table
+        return (p.shape, g.shape), entries
+    shape = (entries, p.numel() // entries) if task.spec.hash == "block" else (p.numel(),)
+    return (shape, shape), entries
 
 
-def _of_step(work: UpdateTask, numbers: Numbers) -> tuple[Tensor, Tensor]:
-    """Its entry in `numbers`, in the dtype of its update, so that no loop has to convert them."""
-    here = id(work.hp), torch.promote_types(work.p.dtype, torch.float32), work.p.device
-    if here not in numbers:
-        numbers[here] = torch.as_tensor(work.hp.step), _together(work.hp[1:], *here[1:])
-    return numbers[here]
+def _constant(value: int) -> Tensor:
+    return torch.tensor(value, device="cpu")
+
+
+def _of_step(task: UpdateTask, hp: StepScalars, scalars: ScalarTensors) -> tuple[Tensor, Tensor]:
+    """The entry in `scalars`, in the dtype of the update, so that no loop has to convert them."""
+    here = id(hp), torch.promote_types(task.p.dtype, torch.float32), task.p.device
+    if here not in scalars:
+        step = hp.step if isinstance(hp.step, Tensor) else _constant(hp.step)
+        scalars[here] = step, _together(hp[1:], *here[1:])
+    return scalars[here]
 
 
 def _together(numbers: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -163,9 +197,16 @@ def _together(numbers: Sequence[float | Tensor], dtype: torch.dtype, device: tor
 
 def _graph_of_one(spec: UpdateSpec, number: int) -> _Graph:
     def one(
-        p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: HashKeys, step: Tensor, numbers: Tensor, start: Tensor
+        p: Tensor,
+        g: Tensor,
+        m: tuple[Tensor, ...],
+        v: tuple[Tensor, ...],
+        keys: HashKeys,
+        step: Tensor,
+        scalars: Tensor,
+        start: Tensor,
     ) -> None:
-        update_(UpdateTask(p, g, m, v, spec, keys, StepScalars(step, *numbers), p.numel(), start))
+        update_(UpdateTask(p, m, v, spec, keys, p.numel(), start), g, StepScalars(step, *scalars))
 
     return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=_OPTIONS)
 
@@ -174,10 +215,18 @@ def _graph_of_many(spec: UpdateSpec, number: int) -> _Graph:
     structure = tree_flatten(HashKeys(HashKey(0, 0), HashKey(0, 0), (0, 0, 0, 0), 0))[1]
 
     def stacked(
-        p: Tensor, g: Tensor, m: Tensor, v: Tensor, keys: Tensor, step: Tensor, numbers: Tensor, start: Tensor
+        p: Tensor,
+        g: Tensor,
+        m: tuple[Tensor, ...],
+        v: tuple[Tensor, ...],
+        keys: Tensor,
+        step: Tensor,
+        scalars: Tensor,
+        start: Tensor,
     ) -> None:
-        hp = StepScalars(step, *numbers.split(1, 1))
-        update_rows_(UpdateTask(p, g, m, v, spec, tree_unflatten(keys.split(1, 1), structure), hp, p.shape[1], start))
+        columns = tree_unflatten(keys.split(1, 1), structure)
+        task = UpdateTask(p, m, v, spec, columns, p.shape[1], start)
+        update_rows_(task, g, StepScalars(step, *scalars.split(1, 1)))
 
     return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=_OPTIONS)
 

@@ -33,7 +33,8 @@ from collins.rounding import (
     SECOND,
     SECOND_WORD,
 )
-from collins.rule import StepScalars
+from collins.rule import DECODES, StepScalars
+from collins.update import UpdateSpec
 
 _M1 = tl.constexpr(FIRST_MULTIPLIER)
 _M2 = tl.constexpr(SECOND_MULTIPLIER)
@@ -50,8 +51,8 @@ SPAN = 32768  # bytes of a parameter that a program deals with, in tiles one aft
 # The columns of the table, one row a tensor: addresses, sizes and hash constants, all int64.
 COLUMNS = ("p", "m", "v", "local", "program", "start", "numel", "sign0", "sign1", "round0", "round1", "period", "row")
 _WIDTH = tl.constexpr(len(COLUMNS))
-# The numbers that change with every step: a row for each set of hyperparameters, all float64.
-_NUMBERS = tl.constexpr(len(StepScalars._fields))
+# The scalars of a step: a row for each set of hyperparameters, all float64.
+_SCALARS = tl.constexpr(len(StepScalars._fields))
 
 
 @triton.jit
@@ -129,10 +130,23 @@ def _along(x, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyp
     return x
 
 
-@triton.jit(do_not_specialize_on_alignment=["owners", "table", "grads", "numbers"])
+@triton.jit
+def _scaled(x, load, root, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x * load^SCALE, with the root of the load, as `collins.rule.Decode.scaled`."""
+    if SCALE == 1.0:
+        x = x * load
+    elif SCALE == 0.5:
+        x = x * root
+    elif SCALE != 0.0:
+        x = x * tl.exp2(SCALE * tl.log2(root * root))
+    return x
+
+
+@triton.jit(do_not_specialize_on_alignment=["owners", "table", "grads", "scalars"])
 def _step(  # type: ignore[no-untyped-def]
-    owners, table, grads, numbers,
-    P: tl.constexpr, T: tl.constexpr, DENSE: tl.constexpr, LOAD: tl.constexpr, RESIDUAL: tl.constexpr,
+    owners, table, grads, scalars,
+    P: tl.constexpr, T: tl.constexpr, DENSE: tl.constexpr, LOAD: tl.constexpr, V_LOAD: tl.constexpr,
+    M_SCALE: tl.constexpr, V_SCALE: tl.constexpr, RESIDUAL: tl.constexpr,
     REHASH: tl.constexpr, ROUND_P: tl.constexpr, ROUND_T: tl.constexpr, MAXIMIZE: tl.constexpr,
     SKIP: tl.constexpr, EVEN: tl.constexpr, ONE: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr,
     SPAN: tl.constexpr, STAGES: tl.constexpr,
@@ -152,33 +166,36 @@ def _step(  # type: ignore[no-untyped-def]
     if DENSE:
         m_base, v_base = tl.multiple_of(m_base + offset, 16), tl.multiple_of(v_base + offset, 16)
     else:
-        m_base, v_base = m_base + offset // LOAD, v_base + offset // LOAD
+        m_base, v_base = m_base + offset // LOAD, v_base + offset // V_LOAD
     start = tl.load(entry + 5) + offset
     round0, round1 = tl.load(entry + 9).to(tl.uint32), tl.load(entry + 10).to(tl.uint32)
-    numbers += tl.load(entry + 12) * _NUMBERS
-    step = tl.load(numbers + 0).to(tl.uint32)
-    lr = tl.load(numbers + 1).to(tl.float32)
-    decay_factor = tl.load(numbers + 2).to(tl.float32)
-    beta1 = tl.load(numbers + 3).to(tl.float32)
-    one_minus_beta1 = tl.load(numbers + 4).to(tl.float32)
-    beta2 = tl.load(numbers + 5).to(tl.float32)
-    one_minus_beta2 = tl.load(numbers + 6).to(tl.float32)
-    step1 = tl.load(numbers + 7).to(tl.float32) * lr
-    inv_bias_correction2 = tl.load(numbers + 8).to(tl.float32)
-    eps = tl.load(numbers + 9).to(tl.float32)
-    lr_rho = tl.load(numbers + 10).to(tl.float32) * lr
+    scalars += tl.load(entry + 12) * _SCALARS
+    step = tl.load(scalars + 0).to(tl.uint32)
+    lr = tl.load(scalars + 1).to(tl.float32)
+    decay_factor = tl.load(scalars + 2).to(tl.float32)
+    beta1 = tl.load(scalars + 3).to(tl.float32)
+    one_minus_beta1 = tl.load(scalars + 4).to(tl.float32)
+    beta2 = tl.load(scalars + 5).to(tl.float32)
+    one_minus_beta2 = tl.load(scalars + 6).to(tl.float32)
+    step1 = tl.load(scalars + 7).to(tl.float32) * lr
+    inv_bias_correction2 = tl.load(scalars + 8).to(tl.float32)
+    eps = tl.load(scalars + 9).to(tl.float32)
+    lr_rho = tl.load(scalars + 10).to(tl.float32) * lr
     tick = step * _STRIDE
 
     LANES: tl.constexpr = 32 if DENSE or LOAD > 32 else LOAD
     ROWS: tl.constexpr = TILE // LANES
     BUCKETS: tl.constexpr = TILE // LOAD
     WORDS: tl.constexpr = LOAD // LANES  # rows in a bucket
+    V_BUCKETS: tl.constexpr = TILE // V_LOAD
+    V_WORDS: tl.constexpr = V_LOAD // LANES
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
     place = row[:, None] * LANES + lane[None, :]
     column = lane.to(tl.uint32)[None, :]
     if not DENSE:
         bucket = tl.arange(0, BUCKETS)
+        v_bucket = tl.arange(0, V_BUCKETS)
         first_bucket = (start // LOAD).to(tl.uint32)
         beyond = tl.load(entry + 6) - start
         sign0, sign1 = tl.load(entry + 7).to(tl.uint32), tl.load(entry + 8).to(tl.uint32)
@@ -217,18 +234,23 @@ def _step(  # type: ignore[no-untyped-def]
                 tl.store(v_base + at + place, V.to(T), mask=inside)
             change = _quotient(M * step1, V * inv_bias_correction2, eps, FAST)
         else:
-            held = bucket * LOAD < end - at
-            m_here, v_here = m_base + at // LOAD + bucket, v_base + at // LOAD + bucket
+            held, v_held = bucket * LOAD < end - at, v_bucket * V_LOAD < end - at
+            m_here, v_here = m_base + at // LOAD + bucket, v_base + at // V_LOAD + v_bucket
             old_m = tl.load(m_here, mask=held, other=0.0).to(tl.float32)
-            old_v = tl.load(v_here, mask=held, other=0.0).to(tl.float32)
+            old_v = tl.load(v_here, mask=v_held, other=0.0).to(tl.float32)
             number = first_bucket + (at // LOAD + bucket).to(tl.uint32)
             if EVEN:
                 load: tl.constexpr = LOAD * 1.0
                 root: tl.constexpr = LOAD**0.5
+                v_load: tl.constexpr = V_LOAD * 1.0
+                v_root: tl.constexpr = V_LOAD**0.5
             else:
                 size = (tl.minimum(beyond - at, TILE).to(tl.int32) - bucket * LOAD).to(tl.float32)
                 load = tl.minimum(tl.maximum(size, 1.0), LOAD * 1.0)
                 root = tl.sqrt(load)
+                v_size = (tl.minimum(beyond - at, TILE).to(tl.int32) - v_bucket * V_LOAD).to(tl.float32)
+                v_load = tl.minimum(tl.maximum(v_size, 1.0), V_LOAD * 1.0)
+                v_root = tl.sqrt(v_load)
             if REHASH:
                 past = tl.umulhi((number + sign0) * _GOLDEN, period) + passed
                 ticks = tl.where(past >= period, old_tick + _STRIDE, old_tick)
@@ -247,31 +269,34 @@ def _step(  # type: ignore[no-untyped-def]
             total, squares = tl.sum(signed, axis=1), tl.sum(g * g, axis=1)
             if WORDS > 1:
                 total = tl.sum(tl.reshape(total, (BUCKETS, WORDS)), axis=1)
-                squares = tl.sum(tl.reshape(squares, (BUCKETS, WORDS)), axis=1)
-            mu, q = total * (1 / load), squares * (1 / load)
+            if V_WORDS > 1:
+                squares = tl.sum(tl.reshape(squares, (V_BUCKETS, V_WORDS)), axis=1)
+            mu, q = total * (1 / load), squares * (1 / v_load)
             M = beta1 * old_m + one_minus_beta1 * mu
             V = beta2 * old_v + one_minus_beta2 * q
             if SKIP:
-                finite = q < float("inf")
-                M, V = tl.where(finite, M, old_m), tl.where(finite, V, old_v)
-                finite = tl.broadcast_to(_along(finite, ROWS, WORDS)[:, None], (ROWS, LANES))
+                v_finite = q < float("inf")
+                V = tl.where(v_finite, V, old_v)
+                M = tl.where(_along(v_finite, BUCKETS, V_LOAD // LOAD), M, old_m)
+                finite = tl.broadcast_to(_along(v_finite, ROWS, V_WORDS)[:, None], (ROWS, LANES))
             if ROUND_T:
                 index, spot = number // 32, number & 31
                 tl.store(m_here, _rounded(M, _noise(index, spot, tick, round0, round1, _FIRST), T), mask=held)
-                tl.store(v_here, _rounded(V, _noise(index, spot, tick, round0, round1, _SECOND), T), mask=held)
+                v_number = (start // V_LOAD).to(tl.uint32) + (at // V_LOAD + v_bucket).to(tl.uint32)
+                index, spot = v_number // 32, v_number & 31
+                tl.store(v_here, _rounded(V, _noise(index, spot, tick, round0, round1, _SECOND), T), mask=v_held)
             else:
                 tl.store(m_here, M.to(T), mask=held)
-                tl.store(v_here, V.to(T), mask=held)
+                tl.store(v_here, V.to(T), mask=v_held)
             # All in the frame of the signs: s r = s g - mu.
+            m_b = M * _scaled(step1, load, root, M_SCALE)
+            v_b = V * _scaled(inv_bias_correction2, v_load, v_root, V_SCALE)
             if RESIDUAL:
-                m_b, v_b = (
-                    _along(M * (step1 * root), ROWS, WORDS)[:, None],
-                    _along(V * inv_bias_correction2, ROWS, WORDS)[:, None],
-                )
+                m_b, v_b = _along(m_b, ROWS, WORDS)[:, None], _along(v_b, ROWS, V_WORDS)[:, None]
                 r = signed - _along(mu, ROWS, WORDS)[:, None]
                 change = _quotient(m_b + lr_rho * r, v_b + r * r, eps, FAST)
             else:
-                change = _quotient(M * (step1 * load), V * (inv_bias_correction2 * load), eps, FAST)
+                change = _quotient(m_b, _along(v_b, BUCKETS, V_LOAD // LOAD), eps, FAST)
                 change = tl.broadcast_to(_along(change, ROWS, WORDS)[:, None], (ROWS, LANES))
             change = _flipped(change, flips, FAST)
 
@@ -305,7 +330,7 @@ _DTYPES = {
     torch.float64: tl.float64,
 }
 PARAMETERS = (torch.float32, torch.bfloat16, torch.float16)
-MOMENTS = (torch.float32, torch.bfloat16, torch.float64)
+MOMENTS = ("float32", "bfloat16", "float64")  # formats of both moments
 LARGEST_LOAD = 1024
 
 # PTX for division and square root; other compilers and the interpreter spell them out.
@@ -313,6 +338,17 @@ _FAST = torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") !=
 _THREADS = 128  # of a program
 # Registers for six programs on a multiprocessor.
 OPTIONS = {"num_warps": _THREADS // 32, **({"maxnreg": 80} if _FAST else {})}
+
+
+def takes(spec: UpdateSpec) -> bool:
+    """Whether the kernel steps parameters of such moments."""
+    return spec.m_format == spec.v_format and spec.m_format in MOMENTS
+
+
+def decode_constants(decode: str) -> tuple[float, float, bool]:
+    """A decode as the kernel takes it: the powers of the load in m_hat and v_hat; whether there is a residual."""
+    found = DECODES[decode]
+    return float(found.m_scale), float(found.v_scale), found.residual
 
 
 def tiling(itemsize: int, load: int, even: bool) -> tuple[int, int]:
@@ -334,8 +370,11 @@ def step_(
     owners: Tensor,
     table: Tensor,
     grads: Tensor,
-    numbers: Tensor,
+    scalars: Tensor,
     load: int,
+    v_load: int,
+    m_scale: float,
+    v_scale: float,
     residual: bool,
     rehash: bool,
     rounding: bool,
@@ -352,26 +391,28 @@ def step_(
         owners: which tensor each program belongs to, int32.
         table: a row of `COLUMNS` for each tensor.
         grads: addresses of the gradients, int64; or the gradient itself, of the only tensor.
-        numbers: rows of `collins.rule.StepScalars`, float64.
-        load: c; 1 for dense moments.
-        residual, rehash, rounding, maximize, skip: as in `collins.update.UpdateSpec`.
+        scalars: rows of `collins.rule.StepScalars`, float64.
+        load, v_load: c of both moments' buckets; 1 for dense moments.
+        m_scale, v_scale, residual: as in `collins.rule.Decode`.
+        rehash, rounding, maximize, skip: as in `collins.update.UpdateSpec`.
         even: whether every tensor is made of whole buckets and whole words.
     """
     param, moment, one = p[0].dtype, m[0].dtype, grads.dtype is not torch.int64
-    key = (owners.device, param, moment, load, residual, rehash, rounding, maximize, skip, even, one)
+    decode = m_scale, v_scale, residual
+    key = (owners.device, param, moment, load, v_load, decode, rehash, rounding, maximize, skip, even, one)
     grid = (owners.numel(), 1, 1)
     with _HERE if _is_current(owners.device) else torch.cuda.device_of(owners):
         if key in _COMPILED:
             constants, kernel = _COMPILED[key]
             stream = torch._C._cuda_getCurrentRawStream(owners.device.index)
-            kernel[grid](owners, table, grads, numbers, *constants, stream=stream)
+            kernel[grid](owners, table, grads, scalars, *constants, stream=stream)
             return
         tile, stages = tiling(param.itemsize, load, even)
         constants = (
-            _DTYPES[param], _DTYPES[moment], load == 1, load, residual, rehash, rounding and param in ROUNDED,
+            _DTYPES[param], _DTYPES[moment], load == 1, load, v_load, *decode, rehash, rounding and param in ROUNDED,
             rounding and moment in ROUNDED, maximize, skip, even, one, _FAST, tile, SPAN // param.itemsize, stages,
         )  # fmt: skip
-        kernel = _step[grid](owners, table, grads, numbers, *constants, **OPTIONS)
+        kernel = _step[grid](owners, table, grads, scalars, *constants, **OPTIONS)
         if isinstance(kernel, CompiledKernel):
             _COMPILED[key] = constants, kernel
 
@@ -388,7 +429,8 @@ _COMPILED: dict[tuple[Any, ...], tuple[tuple[Any, ...], CompiledKernel]] = {}
 _LIBRARY = torch.library.Library("collins", "DEF")
 _LIBRARY.define(
     "step_(Tensor(a!)[] p, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
-    "Tensor numbers, int load, bool residual, bool rehash, bool rounding, bool maximize, bool skip, bool even) -> ()"
+    "Tensor scalars, int load, int v_load, float m_scale, float v_scale, bool residual, bool rehash, bool rounding, "
+    "bool maximize, bool skip, bool even) -> ()"
 )
 for _key in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
     _LIBRARY.impl("step_", step_, _key)

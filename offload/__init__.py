@@ -13,6 +13,7 @@ allocator holds in reserve without using it.
 over the slabs stages buckets on the device while others are computed and written back, on the streams of `streams_for`.
 """
 
+from collins.formats import TensorSpec
 from collins.offload.memory import (
     DeviceFigures,
     device_figures,
@@ -23,7 +24,7 @@ from collins.offload.memory import (
 from collins.offload.pipeline import Pipeline
 from collins.offload.plan import PlacementPlan, PlacementRow, Request, place
 from collins.offload.policy import MemoryPolicy
-from collins.offload.slabs import Slab, TensorSpec, grouped, pinned_bytes, set_pin_limit
+from collins.offload.slabs import Slab, grouped, pinned_bytes, set_pin_limit
 from collins.offload.streams import streams_for
 
 __all__ = [

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 
 import torch
 
-from collins.bucketing import bucketing_of, moment_bytes
 from collins.offload.plan import Request
 from collins.offload.shapes import Transformer, numel
+from collins.parameter import state_tensors
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,13 @@ def requests_of(
     table_dtype: torch.dtype,
 ) -> Iterator[Request]:
     """What `place` is asked for when `Collins` optimizes `model` in `dtype` with these options."""
+    options = {
+        "compress_ratio": compress_ratio,
+        "v_compress_ratio": None,
+        "min_K": min_K,
+        "hash": hash,
+        "table_dtype": table_dtype,
+    }
     for name, shape in model.parameters():
-        layout = bucketing_of(math.prod(shape), compress_ratio=compress_ratio, min_K=min_K, hash=hash)
-        yield Request(name, shape, moment_bytes(layout, dtype, table_dtype))
+        p = torch.empty(shape, dtype=dtype, device="meta")
+        yield Request(name, shape, sum(spec.nbytes for spec in state_tensors(p, options)[0].values()))

@@ -168,14 +168,19 @@ class Pipeline:
         if not more:
             self._write_back(slot)
 
-    def discard(self, transfer: int) -> None:
+    def discard(self, transfer: int, keep: Sequence[int] = ()) -> None:
         """Compute on an acquired transfer has failed: its parts keep the values from before `acquire`.
+
+        Args:
+            transfer: which one.
+            keep: parts that have been computed nevertheless, and keep their new values.
 
         Raises:
             RuntimeError: when the transfer is not acquired.
         """
         slot, parts = self._acquired(transfer)
         slot.held = None
+        slot.changed.update(keep)
         if not slot.changed:
             self.streams.record(slot.free, slot.user)
             self._empty(slot)
@@ -184,12 +189,22 @@ class Pipeline:
         self._mark(slot)
         self.streams.wait(StreamKind.H2D, slot.computed, WaitFor.UNDONE)
         for part in parts:
-            self.streams.copy(StreamKind.H2D, slot.tensors[part], self.slabs[transfer].tensors[part])
+            if part not in keep:
+                self.streams.copy(StreamKind.H2D, slot.tensors[part], self.slabs[transfer].tensors[part])
         self.streams.record(slot.computed, StreamKind.H2D)
         slot.user = None
 
+    def drop(self, transfer: int) -> None:
+        """The host has written to a transfer's slab: what was staged of it is not used, unless it has changed there."""
+        self._check(transfer)
+        slot = self._staged.get(transfer)
+        if slot is not None and slot.held is None and not slot.changed:
+            self.streams.wait(StreamKind.CURRENT, slot.staged, WaitFor.STAGED)
+            self.streams.record(slot.free, StreamKind.CURRENT)
+            self._empty(slot)
+
     def using(self, transfer: int, parts: Sequence[int] | None = None, *, more: bool = False) -> _Use:
-        """A context: `acquire`, then `release`, or `discard` when the body raises."""
+        """A context with the staged `tensors`: `acquire`, then `release`, or `discard` when the body raises."""
         return _Use(self, transfer, parts, more)
 
     def run(self, order: Sequence[int], compute: Callable[[int, list[Tensor]], None]) -> None:
@@ -199,8 +214,8 @@ class Pipeline:
         """
         self.expect(order)
         for transfer in order:
-            with self.using(transfer) as tensors:
-                compute(transfer, tensors)
+            with self.using(transfer) as use:
+                compute(transfer, use.tensors)
         self.finish()
 
     def finish(self) -> None:
@@ -347,19 +362,27 @@ class Pipeline:
 class _Use:
     """See `Pipeline.using`."""
 
-    __slots__ = ("_bucket", "_more", "_parts", "_pipeline")
+    __slots__ = ("_kept", "_more", "_parts", "_pipeline", "_transfer", "tensors")
 
     def __init__(self, pipeline: Pipeline, transfer: int, parts: Sequence[int] | None, more: bool) -> None:
-        self._pipeline, self._bucket, self._parts, self._more = pipeline, transfer, parts, more
+        self._pipeline, self._transfer, self._parts, self._more = pipeline, transfer, parts, more
+        self._kept: Sequence[int] = ()
+        self.tensors: list[Tensor] = []  # on the device, within the context
 
-    def __enter__(self) -> list[Tensor]:
-        return self._pipeline.acquire(self._bucket, self._parts)
+    def keep(self, parts: Sequence[int]) -> None:
+        """These parts keep their new values when the body raises."""
+        self._kept = parts
+
+    def __enter__(self) -> _Use:
+        self.tensors = self._pipeline.acquire(self._transfer, self._parts)
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.tensors = []
         if kind is None:
-            self._pipeline.release(self._bucket, more=self._more)
+            self._pipeline.release(self._transfer, more=self._more)
         else:
-            self._pipeline.discard(self._bucket)
+            self._pipeline.discard(self._transfer, self._kept)
 
 
 def _wait_for(streams: Streams, slots: Sequence[_Slot], rule: WaitFor) -> None:

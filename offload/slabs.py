@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import mmap
 import os
 import sys
@@ -16,26 +15,16 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from collins.formats import TensorSpec
 
 ALIGNMENT = 64  # bytes, of every tensor in a slab: a cache line, and a multiple of every dtype's size
 
 _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all devices, not only for the current one
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK, which Python's mmap has no name for
-
-
-class TensorSpec(NamedTuple):
-    """One tensor of a slab."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def offsets(parts: Iterable[TensorSpec]) -> tuple[tuple[int, ...], int]:

@@ -1,0 +1,131 @@
+"""How moments are stored: the formats of tables, and the tensors that each of them keeps.
+
+A format is data: what it keeps for a table of a given shape, how that is read into floating point, and how new values
+are written. Eager and compiled steps call `load` and `store`; state names, checkpoints, host memory, reports and
+sharding ask `parts`. An entry in `FORMATS` is all that eager, compiled and offloaded steps need of a new format; the
+Triton kernel takes those that `collins.compile.kernels.MOMENTS` knows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from collins.rounding import ROUNDED, stochastic_round
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of a tensor that is kept."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Bits = Callable[[], Tensor]  # random bits, int32 in [0, 65536), shaped like the values to be stored
+
+
+class TableFormat(Protocol):
+    """How a table, or a dense moment, is stored.
+
+    Attributes:
+        dtype: the widest floating dtype that entries are computed in before they are stored: float32 or float64.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        """The tensors that are kept for entries of this shape, by the suffix of their name; the first one's is "".
+
+        Dimension 0 of each is that of `shape`, so that all of them are sharded alike.
+        """
+
+    @property
+    def unit(self) -> int:
+        """How many neighbouring entries are stored together: pieces of a table begin at multiples of it."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether `store` needs random bits, unless rounding is to nearest."""
+
+    def entries(self, parts: Sequence[Tensor]) -> int:
+        """How many entries the parts hold."""
+
+    def cut(self, parts: Sequence[Tensor], first: int, count: int) -> tuple[Tensor, ...]:
+        """Of flat parts, what `count` entries from number `first` on, a multiple of `unit`, are stored in."""
+
+    def load(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The entries, flat, in `dtype`, from flat parts."""
+
+    def store(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> None:
+        """Writes `values`, shaped like the first part, over the parts, in place.
+
+        Args:
+            bits: makes random bits for stochastic rounding; None rounds to nearest. They are a hash of seed, step,
+                parameter and element, so that a resumed run stores the same bits.
+        """
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """Each entry as one floating-point number: float64, float32 or, stochastically rounded, bfloat16 and float16."""
+
+    stored: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.stored, torch.float32)
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        return {"": TensorSpec(shape, self.stored)}
+
+    @property
+    def unit(self) -> int:
+        return 1
+
+    @property
+    def rounds(self) -> bool:
+        return self.stored in ROUNDED
+
+    def entries(self, parts: Sequence[Tensor]) -> int:
+        return parts[0].numel()
+
+    def cut(self, parts: Sequence[Tensor], first: int, count: int) -> tuple[Tensor, ...]:
+        return (parts[0][first : first + count],)
+
+    def load(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return parts[0].to(dtype)
+
+    def store(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> None:
+        (target,) = parts
+        if bits is not None and self.rounds:
+            values = stochastic_round(values.to(torch.float32), target.dtype, bits())
+        target.copy_(values.view(target.shape))
+
+
+FORMATS: dict[str, TableFormat] = {
+    "float64": FloatFormat(torch.float64),
+    "float32": FloatFormat(torch.float32),
+    "bfloat16": FloatFormat(torch.bfloat16),
+    "float16": FloatFormat(torch.float16),
+}
+
+
+def format_name(table_dtype: torch.dtype | str) -> str:
+    """The key in `FORMATS` that a group's `table_dtype` means: torch.float32 is "float32"."""
+    return str(table_dtype).removeprefix("torch.")
+
+
+def dense_format(dtype: torch.dtype, table_dtype: torch.dtype | str) -> str:
+    """The format of dense moments of a parameter of `dtype`: never narrower than the parameter."""
+    stored = table_dtype if isinstance(table_dtype, torch.dtype) else FORMATS[table_dtype].dtype
+    return format_name(torch.promote_types(dtype, stored))

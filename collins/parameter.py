@@ -1,0 +1,443 @@
+"""What a parameter is to the optimizer: its hash key, its moments, its slice; and what its gradient and state must be.
+
+A `ParamEntry` stays with a parameter for as long as it is in the optimizer, and its hash key for as long as it lives:
+freezing, appending and reordering parameters leave the keys of all others as they were. A `ParamSpec` is what follows
+from the parameter's shape and its group's options; it is made anew when one of these changes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from collins.bucketing import Bucketing, bucketing_of, moment_shape, within_rows
+from collins.checkpoint import DENSE, TABLES, ExpectedState, check_moments, is_moment
+from collins.fingerprint import LAYOUT, Fingerprint, fingerprint, unpacked
+from collins.formats import FORMATS, TensorSpec, dense_format, format_name
+from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key, name_key
+from collins.options import listed
+from collins.rounding import ROUNDED
+from collins.sharding import Slice, is_flattened, is_placed_like, is_sharded, local, local_gradient, slice_of
+from collins.update import HashKeys, UpdateSpec, UpdateTask
+
+Hash = BlockHash | UniversalHash
+LaunchOf = Callable[[UpdateSpec, Tensor, int], Any]
+
+PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# The group options that a ParamSpec depends on.
+PLANNED = (
+    "compress_ratio",
+    "v_compress_ratio",
+    "min_K",
+    "hash",
+    "decode",
+    "rehash_period",
+    "table_dtype",
+    "maximize",
+    "stochastic_rounding",
+    "nonfinite",
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ParamSpec:
+    """What follows from a parameter's shape and its group's options, kept from step to step."""
+
+    settings: tuple[Any, ...]  # the options in `PLANNED`
+    kind: type  # of the parameter, as the next three
+    size: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    update: UpdateSpec
+    keys: HashKeys
+    hash: Hash | None  # None for dense moments
+    numel: int
+    tensors: dict[str, TensorSpec]  # what its state holds, by name: the first moment's parts, then the second's
+    first_count: int  # how many of them are the first moment's
+    slice: Slice | None  # of a sharded parameter, whose size and tensors above are those of the whole
+    launch: Any  # the engine's
+
+    @property
+    def local_tensors(self) -> tuple[TensorSpec, ...]:
+        """This rank's part of each tensor of the state."""
+        if self.slice is None:
+            return tuple(self.tensors.values())
+        if self.hash is None:
+            return tuple(TensorSpec(self.slice.shape, spec.dtype) for spec in self.tensors.values())
+        rows = self.slice.shape[0]
+        return tuple(TensorSpec((rows, *spec.shape[1:]), spec.dtype) for spec in self.tensors.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of the state, by name."""
+        return {name: spec.shape for name, spec in self.tensors.items()}
+
+    def fits(self, p: Tensor, settings: tuple[Any, ...]) -> bool:
+        """Whether this still is the spec of `p` under these settings."""
+        return (
+            self.settings is settings
+            and self.kind is type(p)
+            and self.size == p.shape
+            and self.dtype is p.dtype
+            and self.device == p.device
+        )
+
+
+class _Store(Protocol):
+    """Where moments live, as far as checking them is concerned; see `collins.offload.tiers.Store`."""
+
+    def serves(self, p: Tensor, moment: Tensor) -> bool:
+        """Whether a step of `p` can go on from this moment."""
+
+
+class ParamEntry:
+    """A parameter of the optimizer, and what is known of it from step to step.
+
+    Attributes:
+        p: the parameter.
+        group: its group.
+        key: what its hashes derive from.
+        name: for errors.
+        spec: as of the last step.
+        step: the counter in its state, and `moments`: the tensors of its state, as they were adopted; None before.
+        counter: the number of `step` among the optimizer's counters, where it is on the host.
+        program: the program that steps it in backward.
+    """
+
+    __slots__ = ("counter", "group", "key", "moments", "name", "p", "program", "spec", "step", "universal")
+
+    def __init__(self, p: Tensor, key: int, universal: UniversalHash | None = None) -> None:
+        self.p = p
+        self.key = key
+        self.universal = universal
+        self.group: dict[str, Any] = {}
+        self.name = ""
+        self.spec: ParamSpec | None = None
+        self.step: Tensor | None = None
+        self.moments: tuple[Tensor, ...] | None = None
+        self.counter: int | None = None
+        self.program: Any = None
+
+    def forget(self) -> None:
+        """The state is to be adopted anew."""
+        self.step = self.moments = self.program = None
+
+    def respec(self, spec: ParamSpec) -> None:
+        """Takes a new spec; the state is to be adopted under it."""
+        self.spec = spec
+        self.forget()
+
+    @property
+    def known_spec(self) -> ParamSpec:
+        """The spec, of an entry that has one."""
+        assert self.spec is not None
+        return self.spec
+
+
+class ParamEntries:
+    """The parameters of an optimizer's groups, whose lists others may change between steps.
+
+    A parameter that is taken out keeps its key for as long as the optimizer keeps its state.
+
+    Args:
+        known: of each parameter, in the order of the groups, the key and the universal hash of a copied optimizer.
+    """
+
+    def __init__(self, known: Sequence[tuple[int, UniversalHash | None]] = ()) -> None:
+        self._copied = list(known)
+        self._absent: list[ParamEntry] = []  # of parameters that have been taken out
+        self._groups: list[tuple[dict[str, Any], list[Tensor]]] = []
+        self._entries: list[list[ParamEntry]] = []
+
+    def by_group(self, groups: Sequence[dict[str, Any]], states: Mapping[Tensor, Any]) -> list[list[ParamEntry]]:
+        """The entries of each group: the same object as at the last call for as long as no parameter changes."""
+        known = self._groups
+        if len(known) != len(groups) or not all(map(_is_same_group, known, groups)):
+            before = [*flattened(self._entries), *self._absent]
+            self._entries = self._made(groups, {id(entry.p): entry for entry in before})
+            present = set(map(id, flattened(self._entries)))
+            self._absent = [entry for entry in before if id(entry) not in present and entry.p in states]
+            self._groups = [(group, list(group["params"])) for group in groups]
+        return self._entries
+
+    def kept(self) -> Iterator[ParamEntry]:
+        """The entries of all parameters whose state the optimizer keeps, also of those that have been taken out."""
+        return flattened([*self._entries, self._absent])
+
+    def _made(self, groups: Sequence[dict[str, Any]], known: Mapping[int, ParamEntry]) -> list[list[ParamEntry]]:
+        params = [p for group in groups for p in group["params"]]
+        found = [known.get(id(p)) for p in params]
+        for number, (key, universal) in enumerate(self._copied[: len(params)]):
+            found[number] = ParamEntry(params[number], key, universal)
+        self._copied = []
+        taken = {entry.key for entry in found if entry is not None}
+        made, number = [], 0
+        for group in groups:
+            names, entries = group.get("param_names"), []
+            for place, p in enumerate(group["params"]):
+                entry = found[number]
+                if entry is None:
+                    entry = ParamEntry(p, name_key(names[place]) if names else _free(number, taken))
+                    taken.add(entry.key)
+                entry.group, entry.name = group, label(names[place] if names else number)
+                entries.append(entry)
+                number += 1
+            made.append(entries)
+        return made
+
+
+def _is_same_group(known: tuple[dict[str, Any], list[Tensor]], group: dict[str, Any]) -> bool:
+    params = group["params"]
+    return known[0] is group and len(known[1]) == len(params) and all(map(operator.is_, known[1], params))
+
+
+def _free(number: int, taken: set[int]) -> int:
+    """A key for a parameter without a name: its number, unless another one has it."""
+    return number if number not in taken else 1 + max(key for key in taken if key < 2**63)
+
+
+def label(name: str | int) -> str:
+    """A parameter's name in errors."""
+    return f"parameter {name!r}"
+
+
+def settings_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the specs of a group's parameters depend on, beside their shapes."""
+    return tuple(group[name] for name in PLANNED)
+
+
+def check_param(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
+    """Raises for a parameter that cannot be stepped under the options of its group.
+
+    What is frozen is never stepped and may be of any dtype.
+
+    Raises:
+        TypeError: for a layout or a dtype that is not accepted, or a parameter of `FullyShardedDataParallel`.
+        ValueError: for a placement that is not accepted.
+    """
+    if p.layout != torch.strided:
+        raise TypeError(f"{name} has layout {p.layout}; Collins accepts torch.strided parameters")
+    if is_flattened(p):
+        raise TypeError(
+            f"{name} was flattened and cut up by FullyShardedDataParallel, whose ranks would take their parts"
+            " for whole parameters; Collins accepts those that torch.distributed.fsdp.fully_shard has sharded"
+        )
+    if p.requires_grad or p.grad is not None:
+        _check_dtype(name, p)
+        if is_sharded(p):
+            slice_under(name, p, group)
+
+
+def _check_dtype(name: str, p: Tensor) -> None:
+    if p.dtype not in PARAM_DTYPES:
+        raise TypeError(f"{name} has dtype {p.dtype}; Collins accepts {listed(PARAM_DTYPES)}")
+
+
+def bucketings_under(p: Tensor, group: Mapping[str, Any]) -> tuple[Bucketing, Bucketing]:
+    """How the elements of `p` are divided into buckets for each of its moments."""
+    first = bucketing_of(p.numel(), compress_ratio=group["compress_ratio"], min_K=group["min_K"], hash=group["hash"])
+    first = within_rows(first, tuple(p.shape)) if is_sharded(p) else first
+    if group["v_compress_ratio"] is None or first.hash != "block":
+        return first, first
+    second = bucketing_of(p.numel(), compress_ratio=group["v_compress_ratio"], min_K=1, hash="block")
+    second = within_rows(second, tuple(p.shape)) if is_sharded(p) else second
+    return first, second if second.hash and second.load >= first.load else first
+
+
+def formats_under(p: Tensor, group: Mapping[str, Any], bucketing: Bucketing) -> tuple[str, str]:
+    """The formats of both moments of `p`."""
+    if bucketing.hash is None:
+        return (dense_format(p.dtype, group["table_dtype"]),) * 2
+    return (format_name(group["table_dtype"]),) * 2
+
+
+def rounds(p: Tensor, formats: Iterable[str], group: Mapping[str, Any]) -> bool:
+    """Whether a step rounds the parameter or its moments stochastically."""
+    rounded = p.dtype in ROUNDED or any(FORMATS[name].rounds for name in formats)
+    return group["stochastic_rounding"] is not False and rounded
+
+
+def slice_under(name: str, p: Tensor, group: Mapping[str, Any]) -> Slice | None:
+    """This rank's part of `p`; None for an ordinary tensor."""
+    bucketing, _ = bucketings_under(p, group)
+    return slice_of(name, p, bucketing, rounding=rounds(p, formats_under(p, group, bucketing), group))
+
+
+def state_tensors(p: Tensor, group: Mapping[str, Any]) -> tuple[dict[str, TensorSpec], int]:
+    """The tensors in which both moments of `p` are kept, by the names of its state; how many are the first one's."""
+    bucketings = bucketings_under(p, group)
+    names = DENSE if bucketings[0].hash is None else TABLES
+    formats = formats_under(p, group, bucketings[0])
+    found: list[dict[str, TensorSpec]] = []
+    for name, bucketing, format in zip(names, bucketings, formats, strict=True):
+        parts = FORMATS[format].parts(moment_shape(bucketing, tuple(p.shape)))
+        found.append({name + suffix: spec for suffix, spec in parts.items()})
+    return {**found[0], **found[1]}, len(found[0])
+
+
+def spec_of(entry: ParamEntry, settings: tuple[Any, ...], seed: int, launch_of: LaunchOf) -> ParamSpec:
+    """The spec of a parameter under its group's settings."""
+    p, group, key = entry.p, entry.group, entry.key
+    if p.requires_grad or p.grad is not None:
+        _check_dtype(entry.name, p)
+    first, second = bucketings_under(p, group)
+    period, hash = group["rehash_period"], _hash_of(entry, first, seed)
+    formats = formats_under(p, group, first)
+    rehash = first.hash == "block" and period is not None
+    update = UpdateSpec(
+        first.hash,
+        first.load,
+        group["decode"],
+        rehash,
+        rounds(p, formats, group),
+        group["maximize"],
+        group["nonfinite"] == "skip",
+        *formats,
+        None if first.load == second.load else second.load,
+    )
+    sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
+    part = slice_under(entry.name, p, group)
+    tensors, first_count = state_tensors(p, group)
+    return ParamSpec(
+        settings=settings,
+        kind=type(p),
+        size=p.shape,
+        dtype=p.dtype,
+        device=p.device,
+        update=update,
+        keys=HashKeys(sign_key, hash_key(seed, key, "round"), (0, 0, 0, 0), period or 0),
+        hash=hash,
+        numel=p.numel(),
+        tensors=tensors,
+        first_count=first_count,
+        slice=part,
+        launch=launch_of(update, local(p), part.start if part else 0),
+    )
+
+
+def _hash_of(entry: ParamEntry, bucketing: Bucketing, seed: int) -> Hash | None:
+    """The hash of a parameter: the same object for as long as nothing that it depends on changes."""
+    numel, key = entry.p.numel(), entry.key
+    if bucketing.hash == "block":
+        period = entry.group["rehash_period"]
+        return BlockHash(numel, int(bucketing.load), seed=seed, key=key, period=period)
+    if bucketing.hash is None:
+        return None
+    hash = entry.universal
+    if hash is None or (hash.numel, hash.buckets, hash.key) != (numel, bucketing.buckets, key):
+        hash = entry.universal = UniversalHash(numel, bucketing.buckets, seed=seed, key=key)
+    return hash
+
+
+def fingerprint_of(entry: ParamEntry, seed: int) -> Fingerprint | None:
+    """What the tables of a parameter are encoded with; None for dense moments."""
+    spec = entry.known_spec
+    return None if spec.hash is None else fingerprint(spec.size[0], spec.hash, seed, entry.key)
+
+
+def expected_state(entry: ParamEntry, seed: int) -> ExpectedState:
+    """What the state of a parameter must be."""
+    spec = entry.known_spec
+    sharded = None if spec.slice is None else entry.p
+    return ExpectedState(
+        entry.name, tuple(spec.size), spec.tensors, spec.update, spec.hash, fingerprint_of(entry, seed), seed, sharded
+    )
+
+
+def task_of(entry: ParamEntry, moments: Sequence[Tensor]) -> UpdateTask:
+    """A parameter's part of every step, over these moments: this rank's parts, or those that are staged for it."""
+    spec = entry.known_spec
+    keys, p, start = spec.keys, entry.p, 0
+    if spec.update.hash == "universal":
+        assert isinstance(spec.hash, UniversalHash)
+        keys = keys._replace(universal=spec.hash.coefficients)
+    if spec.slice is not None:
+        p, start = local(p), spec.slice.start
+    m, v = tuple(moments[: spec.first_count]), tuple(moments[spec.first_count :])
+    return UpdateTask(p, m, v, spec.update, keys, spec.numel, start, spec.launch)
+
+
+def gradient_of(entry: ParamEntry, g: Tensor) -> Tensor:
+    """The gradient of a parameter as it is stepped: this rank's part where the parameter is sharded.
+
+    Raises:
+        TypeError, ValueError: for one that is sparse, or whose shape, dtype, device or kind is not the parameter's.
+    """
+    spec = entry.known_spec
+    if g.layout != torch.strided:
+        raise TypeError(f"the gradient of {entry.name} has layout {g.layout}; Collins accepts torch.strided gradients")
+    for what, got, accepted in (
+        ("shape", g.shape, spec.size),
+        ("dtype", g.dtype, spec.dtype),
+        ("device", g.device, spec.device),
+    ):
+        if got != accepted:
+            raise ValueError(f"the gradient of {entry.name} must have its {what} {accepted}, got {got}")
+    if spec.slice is not None:
+        return local_gradient(entry.name, g, entry.p)
+    if is_sharded(g):
+        raise TypeError(f"the gradient of {entry.name} must be a plain tensor as the parameter is, got a DTensor")
+    return g.resolve_neg()
+
+
+def holds(state: Mapping[str, Any] | None, entry: ParamEntry) -> bool:
+    """Whether a state still has the counter and the moments that were adopted from it, and these are what they were."""
+    moments = entry.moments
+    if not state or moments is None or state.get("step") is not entry.step:
+        return False
+    for (name, spec), moment in zip(entry.known_spec.tensors.items(), moments, strict=True):
+        if state.get(name) is not moment or moment.shape != spec.shape or moment.dtype is not spec.dtype:
+            return False
+    return True
+
+
+def check_state(entry: ParamEntry, state: Mapping[str, Any], seed: int, store: _Store) -> None:
+    """Raises a ValueError, naming the parameter, for a state that its next step could not go on from."""
+    spec = entry.known_spec
+    if not has_moments(state):
+        return
+    if not all(name in state and state[name].shape == due.shape for name, due in spec.tensors.items()):
+        held = {name: value for name, value in state.items() if is_moment(name)}
+        check_moments(entry.name, "the optimizer", held, spec.shapes)
+    for name, due in spec.tensors.items():
+        moment = state[name]
+        if not is_placed_like(moment, entry.p):
+            raise ValueError(
+                f"{entry.name} has been sharded, or made whole, since its moments were made: build Collins after that"
+            )
+        if moment.dtype != due.dtype:
+            raise ValueError(
+                f"{name} of {entry.name} must have the dtype {due.dtype}, which its group's table_dtype"
+                f" means for a parameter of {spec.dtype}, got {moment.dtype}"
+            )
+        if not store.serves(entry.p, moment):
+            raise ValueError(
+                f"{name} of {entry.name} must be where its step needs it, got one on {moment.device} for a"
+                f" parameter on {spec.device}: move both, or load_state_dict(state_dict()) once the parameter is"
+                " where it stays"
+            )
+    own = fingerprint_of(entry, seed)
+    if own is not None and LAYOUT in state:
+        difference = unpacked(state[LAYOUT]).difference(own)
+        if difference:
+            raise ValueError(
+                f"{entry.name} has tables that mean something else now: they were encoded with {difference}. Set it"
+                " back, or convert state_dict() for an optimizer that has it from the start (collins.convert)"
+            )
+
+
+def has_moments(state: Mapping[str, Any]) -> bool:
+    """Whether a state is one that a step left, not only what others keep there."""
+    return "step" in state or any(map(is_moment, state))
+
+
+def flattened(groups: Iterable[Sequence[ParamEntry]]) -> Iterator[ParamEntry]:
+    """The entries of all groups."""
+    for entries in groups:
+        yield from entries

@@ -1,0 +1,108 @@
+"""The state of parameters: counters of steps, and moments as they are made, adopted and let go of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collins.fingerprint import LAYOUT
+from collins.formats import TensorSpec
+from collins.parameter import ParamEntry, fingerprint_of, has_moments
+from collins.sharding import local, placed
+
+
+class StepCounters:
+    """Counters on the host. Each is also a 0-d tensor of its own, which is what an optimizer's state shows."""
+
+    def __init__(self) -> None:
+        self._steps = torch.zeros(0, dtype=torch.float32, device="cpu")
+        self._numbers = self._steps.numpy()  # the same memory
+        self._views: list[Tensor] = []
+        self._every: list[int | None] = []
+
+    def adopt(self, place: int | None, value: int) -> tuple[int, Tensor]:
+        """The place and the tensor of a counter that stands at `value`: the one at `place`, or a new one for None."""
+        if place is None:
+            place = len(self._views)
+            if place == self._steps.numel():
+                grown = torch.zeros(max(2 * place, 64), dtype=torch.float32, device="cpu")
+                grown[:place] = self._steps
+                # The tensors that were handed out stay what they are: only their memory moves.
+                for view, new in zip(self._views, grown.unbind(), strict=False):
+                    view.data = new
+                self._steps, self._numbers = grown, grown.numpy()
+            self._views.append(self._steps[place])
+            self._every.append(place)
+        self._views[place].fill_(value)
+        return place, self._views[place]
+
+    def read(self, places: Sequence[int | None]) -> np.ndarray:
+        """What the counters at these places stand at: float32, shape (len(places),)."""
+        return cast(np.ndarray, self._numbers[self._index(places)].copy())
+
+    def read_one(self, place: int) -> int:
+        """What the counter at this place stands at."""
+        return int(self._numbers[place])
+
+    def count(self, places: Sequence[int | None]) -> None:
+        """Counts one step at each of these different places."""
+        self._numbers[self._index(places)] += 1
+
+    def _index(self, places: Sequence[int | None]) -> Any:
+        return slice(len(places)) if places == self._every else list(places)
+
+
+class Store(Protocol):
+    """Where moments live, as far as adopting them is concerned; see `collins.offload.tiers`."""
+
+    def adopt(self, p: Tensor, specs: Sequence[TensorSpec], given: Sequence[Tensor | None]) -> list[Tensor]:
+        """The tensors that are to be kept as the state of `p`, with the values of `given`, zeros for None."""
+
+
+def adopt(
+    entry: ParamEntry, states: MutableMapping[Tensor, Any], store: Store, counters: StepCounters, seed: int
+) -> bool:
+    """Takes a parameter's state, which has been checked, as its entry's own; makes it if there is none.
+
+    Returns:
+        Whether it was made.
+    """
+    spec, p = entry.known_spec, entry.p
+    state = states.setdefault(p, {})
+    made = not has_moments(state)
+    given = [None if made else local(state[name]) for name in spec.tensors]
+    kept = store.adopt(p, spec.local_tensors, given)
+    step = torch.zeros((), dtype=torch.float32, device=p.device) if made else state["step"]
+    if entry.group["capturable"]:
+        state["step"] = step.to(p.device)
+    else:
+        entry.counter, state["step"] = counters.adopt(entry.counter, 0 if made else int(step))
+    for (name, due), tensor, old in zip(spec.tensors.items(), kept, given, strict=True):
+        if tensor is not old:
+            state[name] = placed(tensor, p, due.shape)
+    if made:
+        mark(entry, state, seed)
+    entry.step, entry.moments, entry.program = state["step"], tuple(state[name] for name in spec.tensors), None
+    return made
+
+
+def drop(entries: Iterable[ParamEntry], states: MutableMapping[Tensor, Any]) -> None:
+    """Takes back what `adopt` made for parameters that were not stepped after all."""
+    for entry in entries:
+        state = states.get(entry.p, {})
+        for name in ("step", LAYOUT, *entry.known_spec.tensors):
+            state.pop(name, None)
+        if not state:
+            states.pop(entry.p, None)
+        entry.forget()
+
+
+def mark(entry: ParamEntry, state: MutableMapping[str, Any], seed: int) -> None:
+    """Writes into a state what its tables are encoded with; nothing for dense moments."""
+    own = fingerprint_of(entry, seed)
+    if own is not None:
+        state[LAYOUT] = own.packed()

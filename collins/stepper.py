@@ -1,0 +1,352 @@
+"""How parameters are stepped: checked, placed, adopted, and run by a program, after backward or in it.
+
+There is one path. A step is checked and becomes a `StepProgram`; as long as nothing but gradients and scalars changes,
+the same program is run again. A step in backward is a program of one parameter, made once its gradient has arrived.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collins.compile import Engine
+from collins.compile.program import ProgramGroup, StepProgram, scalars_under
+from collins.offload import MemoryPolicy
+from collins.offload.backward import refuse_replicas
+from collins.offload.tiers import ResidentStore, StateRequest, Store, TieredStore
+from collins.options import check_options
+from collins.parameter import (
+    Hash,
+    ParamEntries,
+    ParamEntry,
+    ParamSpec,
+    UniversalHash,
+    check_state,
+    flattened,
+    gradient_of,
+    holds,
+    settings_of,
+    spec_of,
+    task_of,
+)
+from collins.rule import StepScalars
+from collins.sharding import local, placed
+from collins.state import StepCounters, adopt, drop, mark
+
+Groups = Sequence[dict[str, Any]]
+States = MutableMapping[Tensor, dict[str, Any]]
+
+
+class Stepper:
+    """Steps the parameters of one optimizer, whose groups and state it is given at each call.
+
+    Args:
+        seed, compile, memory: the optimizer's.
+        known: of each parameter of a copied optimizer, in the order of its groups, the key and the universal hash.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        compile: bool | None,
+        memory: MemoryPolicy | None,
+        known: Sequence[tuple[int, UniversalHash | None]] = (),
+    ) -> None:
+        self.seed = seed
+        self.engine = Engine(compile, busy_link=memory is not None)
+        self.store: Store = ResidentStore() if memory is None else TieredStore(memory)
+        self._entries = ParamEntries(known)
+        self._counters = StepCounters()
+        self._known_roster: list[list[ParamEntry]] = []
+        self._settings: list[tuple[Any, ...]] = []
+        self._program: StepProgram | None = None  # the last step's, where the next one may run it again
+        self._last: list[ParamEntry] = []  # what the last program that was made has stepped
+
+    def entries(self, groups: Groups, states: States) -> Iterator[ParamEntry]:
+        """The parameters of all groups."""
+        return flattened(self._roster(groups, states))
+
+    def _roster(self, groups: Groups, states: States) -> list[list[ParamEntry]]:
+        known = self._known_roster
+        self._known_roster = roster = self._entries.by_group(groups, states)
+        if roster is not known:  # nothing keeps what has been taken out
+            self.store.retain(entry.p for entry in self._entries.kept())
+            self._program, self._last = None, []
+        return roster
+
+    def spec(self, entry: ParamEntry, settings: tuple[Any, ...] | None = None) -> ParamSpec:
+        """The spec of a parameter under the options of now."""
+        settings = self._settings_of(entry.group) if settings is None else settings
+        if entry.spec is None or not entry.spec.fits(entry.p, settings):
+            entry.respec(spec_of(entry, settings, self.seed, self.engine.launch_of))
+        return entry.known_spec
+
+    def hash_of(self, groups: Groups, states: States, param: Tensor) -> Hash | None:
+        """The hash of a parameter, None where its moments are dense.
+
+        Raises:
+            ValueError: when the parameter is in none of the groups.
+        """
+        for entry in self.entries(groups, states):
+            if entry.p is param:
+                return self.spec(entry).hash
+        raise ValueError(f"param must be a parameter of this optimizer, got a {tuple(param.shape)} tensor that is not")
+
+    def update(self, groups: Groups, states: States, *, repeats: bool = True) -> None:
+        """Performs a step of all parameters that have a gradient.
+
+        Args:
+            groups, states: the optimizer's.
+            repeats: whether later steps may run the program of this one.
+        """
+        self.store.refresh()
+        bound = self._matching(groups, states)
+        if bound is not None:
+            assert self._program is not None
+            self._program.run(bound, scalars_under)
+        else:
+            program, bound, made = self._build(groups, states, repeats=repeats)
+            self._run(program, bound, made, states)
+        self.store.finish()
+
+    def _matching(self, groups: Groups, states: States) -> Any:
+        """What the last step's program takes for this step's gradients; None if it cannot be run again."""
+        same = self._roster(groups, states) is (self._program and self._program.roster)
+        program = self._program
+        if program is None or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+            return None
+        for group in program.groups:
+            check_options(group.options)
+            same = same and not group.options["capturable"] and self._settings_of(group.options) is group.settings
+        bound = program.matches(states) if same else None
+        if bound is None:
+            self._program = None
+        return bound
+
+    def _build(self, groups: Groups, states: States, *, repeats: bool) -> tuple[StepProgram, Any, list[ParamEntry]]:
+        """Checks everything, and makes the program of this step.
+
+        Returns:
+            The program, what it takes for this step's gradients, and the entries whose state was made.
+        """
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        roster = self._roster(groups, states)
+        found: list[ProgramGroup] = []
+        grads: list[Tensor] = []
+        for entries in filter(None, roster):
+            group = entries[0].group
+            check_options(group)
+            if capturing and not group["capturable"]:
+                raise RuntimeError("capturable must be True for a step that a CUDA graph captures, got False")
+            settings, own = self._settings_of(group), []
+            for entry in entries:
+                g = entry.p.grad
+                if g is not None:
+                    self._check(entry, states, settings)
+                    grads.append(gradient_of(entry, g))
+                    own.append(entry)
+            found.append(ProgramGroup(group, settings, own))
+        stepping = [entry for group in found for entry in group.entries]
+        made = self._adopt(stepping, states, flattened(roster))
+        executor = self.store.executor(self.engine, [_task(e) for e in stepping], [e.p for e in stepping], grads)
+        program = StepProgram(found, executor, self._counters, roster)
+        # While gradients come and go no step is repeated, and guards would take as long as the step itself.
+        settled, self._last = stepping == self._last, stepping
+        if settled and repeats:
+            stepped = set(stepping)
+            program.guard(grads, [entry.p for entry in flattened(roster) if entry not in stepped], states)
+            self._program = program
+        return program, program.bind(grads), made
+
+    def _check(self, entry: ParamEntry, states: States, settings: tuple[Any, ...]) -> None:
+        """Raises for a parameter or a state that cannot be stepped."""
+        spec = self.spec(entry, settings)
+        state = states.get(entry.p) or {}
+        if holds(state, entry):
+            if isinstance(spec.hash, UniversalHash):  # whose coefficients may have been set
+                check_state(entry, state, self.seed, self.store)
+            return
+        entry.forget()
+        check_state(entry, state, self.seed, self.store)
+
+    def _adopt(self, entries: Sequence[ParamEntry], states: States, every: Iterable[ParamEntry]) -> list[ParamEntry]:
+        """Places and adopts the state of entries that have been checked; returns those that had none."""
+        new = [entry for entry in entries if entry.moments is None]
+        made: list[ParamEntry] = []
+        if new:
+            self.place([entry for entry in every if can_step(entry)])
+            try:
+                made += (entry for entry in new if adopt(entry, states, self.store, self._counters, self.seed))
+            except BaseException:
+                drop(made, states)
+                raise
+        return made
+
+    def _run(self, program: StepProgram, bound: Any, made: Sequence[ParamEntry], states: States) -> None:
+        try:
+            program.run(bound, scalars_under)
+        except BaseException:
+            stepped = {program.entries[number] for number in program.stepped}
+            drop([entry for entry in made if entry not in stepped], states)
+            raise
+
+    def place(self, entries: Iterable[ParamEntry], *, early: bool = False, loading: bool = False) -> None:
+        """Finds memory for the moments of entries that have none; see `collins.offload.tiers.Store`."""
+        requests = [StateRequest(entry.name, entry.p, self.spec(entry).local_tensors) for entry in entries]
+        self.store.place(requests, early=early, loading=loading)
+
+    def room(self, entry: ParamEntry, present: Mapping[str, Any]) -> dict[str, Any]:
+        """A parameter's state, to be filled: in the tensors that are present, as far as they fit."""
+        spec, step = self.spec(entry), present.get("step")
+        device = entry.p.device if entry.group["capturable"] else torch.device("cpu")
+        if not isinstance(step, Tensor) or step.shape or step.device.type != device.type:
+            step = torch.zeros((), dtype=torch.float32, device=device)
+        given = [local(present[name]) if isinstance(present.get(name), Tensor) else None for name in spec.tensors]
+        room = self.store.room(entry.p, spec.local_tensors, given)
+        state: dict[str, Any] = {"step": step}
+        for (name, due), tensor, old in zip(spec.tensors.items(), room, given, strict=True):
+            state[name] = present[name] if tensor is old else placed(tensor, entry.p, due.shape)
+        mark(entry, state, self.seed)
+        return state
+
+    def _settings_of(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What the specs of a group depend on: the same object for as long as nothing changes."""
+        settings = settings_of(group)
+        for known in self._settings:
+            if known == settings:
+                return known
+        self._settings.append(settings)
+        return settings
+
+    # Steps in backward.
+
+    def begin(self, groups: Groups, states: States) -> dict[int, ParamEntry]:
+        """All parameters that backward may step, by identity, checked and placed before the first one is stepped."""
+        self.store.refresh()
+        pending: dict[int, ParamEntry] = {}
+        for entries in filter(None, self._roster(groups, states)):
+            check_options(entries[0].group)
+            settings = self._settings_of(entries[0].group)
+            for entry in filter(can_step, entries):
+                self._check(entry, states, settings)
+                pending[id(entry.p)] = entry
+        if any(entry.moments is None for entry in pending.values()):
+            self.place(pending.values(), early=True)
+        return pending
+
+    def update_one(
+        self, entry: ParamEntry, g: Tensor, states: States, scalars: dict[tuple[int, int], StepScalars]
+    ) -> None:
+        """Steps one of the parameters that `begin` has checked.
+
+        Args:
+            entry: the parameter.
+            g: its gradient.
+            states: the optimizer's.
+            scalars: of this step, by group and count; filled here.
+        """
+
+        def shared(group: dict[str, Any], step: int | Tensor) -> StepScalars:
+            if isinstance(step, Tensor):
+                return scalars_under(group, step)
+            if (id(group), step) not in scalars:
+                scalars[id(group), step] = scalars_under(group, step)
+            return scalars[id(group), step]
+
+        grads = [gradient_of(entry, g)]
+        made = self._adopt([entry], states, [entry])
+        program = entry.program or self._program_of_one(entry)
+        try:
+            program.run(program.bind(grads), shared)
+        except BaseException:
+            drop(made, states)
+            raise
+
+    def _program_of_one(self, entry: ParamEntry) -> StepProgram:
+        executor = self.store.executor_of_one(self.engine, _task(entry), entry.p)
+        group = ProgramGroup(entry.group, entry.known_spec.settings, [entry])
+        program = StepProgram([group], executor, self._counters, [])
+        if entry.known_spec.slice is None:  # a sharded parameter may have another local tensor in the next step
+            entry.program = program
+        return program
+
+
+class BackwardSteps:
+    """The steps in backward of one optimizer, from the first gradient that arrives until `step` ends them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # gradients on several devices arrive in as many threads
+        self._pending: dict[int, ParamEntry] | None = None
+        self._stepped: dict[int, ParamEntry] = {}
+        self._scalars: dict[tuple[int, int], StepScalars] = {}
+        self._alone = False  # whether replicas have been looked for
+
+    def receive(self, p: Tensor, stepper: Stepper, groups: Groups, states: States) -> None:
+        """Steps a parameter whose gradient is complete, and frees the gradient."""
+        with self._lock:
+            g = p.grad
+            if g is None:  # an earlier hook has taken it
+                return
+            if self._pending is None:
+                self._scalars.clear()
+                if not self._alone:
+                    refuse_replicas(entry.p for entry in stepper.entries(groups, states))
+                    self._alone = True
+                self._pending = stepper.begin(groups, states)
+            entry = self._pending.get(id(p))
+            if entry is None:  # taken out of its group since
+                return
+            if id(p) in self._stepped:
+                p.grad = None
+                raise RuntimeError(_twice(entry.name))
+            stepper.update_one(entry, g, states, self._scalars)
+            self._stepped[id(p)] = entry
+            p.grad = None
+
+    def check(self, owner: object, closure: object) -> None:
+        """Raises a RuntimeError for what steps in backward cannot work with, when `step` is called."""
+        if closure is not None:
+            raise RuntimeError(
+                "closure must be None with in_backward=True, where parameters are stepped during backward: evaluate the"
+                " model before step(), or build Collins with in_backward=False"
+            )
+        if hasattr(owner, "found_inf"):
+            owner.__dict__.pop("found_inf", None)
+            owner.__dict__.pop("grad_scale", None)
+            raise RuntimeError(
+                "a GradScaler cannot be used with in_backward=True: parameters have been stepped with gradients that"
+                " were still scaled. Train in bfloat16 without one, or build Collins with in_backward=False"
+            )
+        for entry in self._stepped.values():
+            if entry.p.grad is not None:
+                raise RuntimeError(_twice(entry.name))
+
+    def end(self) -> None:
+        """The step has ended."""
+        self._stepped.clear()
+        self._pending = None
+
+    def look_again(self) -> None:
+        """Groups or state have been replaced: the next gradient has them checked again."""
+        self._pending = None
+
+
+def can_step(entry: ParamEntry) -> bool:
+    """Whether a parameter may be stepped: what is frozen needs no moments."""
+    return entry.p.requires_grad or entry.p.grad is not None
+
+
+def _task(entry: ParamEntry) -> Any:
+    return task_of(entry, [local(moment) for moment in entry.moments or ()])
+
+
+def _twice(name: str) -> str:
+    return (
+        f"the gradient of {name} arrived twice before step(), and the second one is not used: with in_backward=True"
+        " gradients cannot be accumulated over several backward passes, of which a reentrant checkpoint is one. Call"
+        " step() after each, checkpoint with use_reentrant=False, or build Collins with in_backward=False"
+    )

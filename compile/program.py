@@ -1,0 +1,260 @@
+"""One step as a program: which parameters it steps, what must hold for it to be run again, and what runs it.
+
+To look at each of hundreds of parameters in Python costs more than to launch their step. So a step is checked once,
+which makes a program; as long as nothing but gradients and scalars changes, later steps run the same program. Whether
+anything has changed is asked of whole columns, in C. Where something has, a new program is made, and that says what is
+wrong with what cannot be stepped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, is_, itemgetter
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from collins.nonfinite import require_finite
+from collins.parameter import Hash, ParamEntry, UniversalHash
+from collins.rule import StepScalars, step_scalars
+from collins.sharding import agreed
+from collins.state import StepCounters
+
+
+def _guards_of(tensors: Sequence[Tensor]) -> Any:
+    """What guards torch.compile's own code: of type, dtype, device, sizes and strides. They keep no tensor."""
+    from torch._C._dynamo.guards import TensorGuards
+
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+
+def _possible() -> bool:
+    """Whether this torch has such guards, which are private: without them every step makes a program."""
+    sample = [torch.empty(1, device="cpu")]
+    try:
+        return bool(_guards_of(sample).check(*sample))
+    except Exception:
+        return False
+
+
+GUARDS_AVAILABLE = _possible()
+
+_grad, _version = attrgetter("grad"), attrgetter("_version")
+
+ScalarsOf = Callable[[dict[str, Any], int], StepScalars]
+
+
+class Executor(Protocol):
+    """What steps a fixed list of tasks: eagerly, through graphs, through kernels, or several of these in turn."""
+
+    def bind(self, grads: Sequence[Tensor]) -> Any:
+        """What `run` takes for these gradients, one for each task; None if it cannot step with them as they lie."""
+
+    def run(self, bound: Any, scalars: Sequence[StepScalars], rows: Sequence[int], done: list[int]) -> None:
+        """Steps all tasks.
+
+        Args:
+            bound: what `bind` returned.
+            scalars: of the step.
+            rows: which of the scalars each task takes.
+            done: takes the numbers of tasks as they are stepped. When `run` raises, those that it lacks are as they
+                were: parameters and moments.
+        """
+
+
+class ProgramGroup(NamedTuple):
+    """The parameters of one group that a program steps."""
+
+    options: dict[str, Any]  # the group
+    settings: tuple[Any, ...]  # what it was checked under
+    entries: list[ParamEntry]
+
+
+class StepProgram:
+    """One step of fixed parameters.
+
+    Args:
+        groups: the parameters, by group.
+        executor: of their tasks, in order.
+        counters: of steps, on the host.
+        roster: all parameters of the optimizer when the program was made.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ProgramGroup],
+        executor: Executor,
+        counters: StepCounters,
+        roster: Sequence[Sequence[ParamEntry]],
+    ) -> None:
+        self.groups = groups
+        self.roster = roster
+        self.entries = [entry for group in groups for entry in group.entries]
+        self._executor = executor
+        self._counters = counters
+        self._places = [[entry.counter for entry in group.entries] for group in groups]
+        self._guards: _Guards | None = None
+        self.stepped: list[int] = []  # the numbers of the entries that the last run has stepped
+
+    def guard(self, grads: Sequence[Tensor], others: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Has later steps run this program again, for as long as `matches` finds that nothing has changed.
+
+        Args:
+            grads: of this step; none of them is kept.
+            others: the parameters that have no gradient.
+            states: the optimizer's.
+        """
+        plain = all(entry.p.grad is g for entry, g in zip(self.entries, grads, strict=True))
+        on_host = all(not group.options["capturable"] for group in self.groups)
+        if GUARDS_AVAILABLE and self.entries and plain and on_host:
+            self._guards = _Guards(self.entries, others, states)
+
+    def matches(self, states: Mapping[Tensor, dict[str, Any]]) -> Any:
+        """What `run` takes for the gradients of now, if nothing else has changed since the program was made."""
+        if self._guards is None:
+            return None
+        grads = self._guards.gradients(states)
+        return None if grads is None else self.bind(grads)
+
+    def bind(self, grads: Sequence[Tensor]) -> Any:
+        """What `run` takes for these gradients, one for each entry; None if they cannot be read as they lie."""
+        bound = self._executor.bind(grads)
+        return None if bound is None else (grads, bound)
+
+    def run(self, bound: Any, scalars_of: ScalarsOf) -> None:
+        """Performs the step.
+
+        Whatever is raised meanwhile, each parameter is either stepped - its weights, moments and counter - or all of
+        these are as they were.
+
+        Args:
+            bound: what `matches` or `bind` returned.
+            scalars_of: the scalars of a group at a step.
+        """
+        grads, prepared = bound
+        self._require_finite(grads)
+        scalars: list[StepScalars] = []
+        rows: list[int] = []
+        for group, places in zip(self.groups, self._places, strict=True):
+            found, own = self._scalars(group, places, len(scalars), scalars_of)
+            scalars += found
+            rows += own
+        self.stepped = []
+        try:
+            self._executor.run(prepared, scalars, rows, self.stepped)
+        except BaseException:
+            self._count_some(self.stepped)
+            raise
+        for group, places in zip(self.groups, self._places, strict=True):
+            self._count(group, places)
+
+    def _scalars(
+        self, group: ProgramGroup, places: Sequence[int | None], first: int, scalars_of: ScalarsOf
+    ) -> tuple[list[StepScalars], list[int]]:
+        """The scalars that the entries of a group take, in rows from `first` on, and the row of each."""
+        if not places:
+            return [], []
+        if group.options["capturable"]:
+            steps = torch.stack([entry.step for entry in group.entries if entry.step is not None]) + 1
+            together = scalars_under(group.options, steps)
+            columns = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(steps) for x in together]
+            each = [StepScalars(*row) for row in zip(*columns, strict=True)]
+            return each, list(range(first, first + len(each)))
+        if len(places) == 1:
+            return [scalars_of(group.options, self._counters.read_one(places[0]) + 1)], [first]  # type: ignore[arg-type]
+        steps_taken = self._counters.read(places)
+        if (steps_taken == steps_taken[0]).all():
+            return [scalars_of(group.options, int(steps_taken[0]) + 1)], [first] * len(steps_taken)
+        distinct = {t: row for row, t in enumerate(dict.fromkeys(steps_taken.tolist()), first)}
+        return [scalars_of(group.options, int(t) + 1) for t in distinct], list(
+            map(distinct.__getitem__, steps_taken.tolist())
+        )
+
+    def _count(self, group: ProgramGroup, places: Sequence[int | None]) -> None:
+        if group.options["capturable"]:
+            if group.entries:
+                torch._foreach_add_([entry.step for entry in group.entries if entry.step is not None], 1)
+        elif places:
+            self._counters.count(places)
+
+    def _count_some(self, done: Sequence[int]) -> None:
+        for number in done:
+            step = self.entries[number].step
+            if step is not None:
+                step += 1
+
+    def _require_finite(self, grads: Sequence[Tensor]) -> None:
+        if all(group.options["nonfinite"] != "error" for group in self.groups):
+            return
+        guarded = [
+            (entry, g) for entry, g in zip(self.entries, grads, strict=True) if entry.group["nonfinite"] == "error"
+        ]
+        params = [entry.p for entry, _ in guarded]
+        require_finite([(entry.name, g) for entry, g in guarded], lambda finite: agreed(finite, params))
+
+
+def scalars_under(group: Mapping[str, Any], step: int | Tensor) -> StepScalars:
+    """The scalars of a group at a step, counted from 1; a float tensor of steps stays on its device."""
+    lr = group["lr"]
+    return step_scalars(
+        step,
+        lr=lr.reshape(()) if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        residual_weight=group["residual_weight"],
+    )
+
+
+class _Guards:
+    """What must hold for a step to be as the last one was.
+
+    Args:
+        entries: of the parameters that are stepped.
+        others: the parameters that had no gradient.
+        states: the optimizer's.
+    """
+
+    def __init__(
+        self, entries: Sequence[ParamEntry], others: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]
+    ) -> None:
+        self._params, self._others, self._states = [entry.p for entry in entries], others, states
+        self._tensors = _guards_of([*map(_grad, self._params), *self._params])
+        self._kept = list(states.values())
+        self._hashes = [(hash, hash.coefficients) for hash in map(_hash, entries) if isinstance(hash, UniversalHash)]
+        columns: dict[str, tuple[list[dict[str, Any]], list[Tensor]]] = {}
+        for entry in entries:
+            held = zip(("step", *entry.known_spec.tensors), (entry.step, *(entry.moments or ())), strict=True)
+            for name, tensor in held:
+                assert tensor is not None
+                where, tensors = columns.setdefault(name, ([], []))
+                where.append(states[entry.p])
+                tensors.append(tensor)
+        self._columns = [(itemgetter(name), *column) for name, column in columns.items()]
+
+    def gradients(self, states: Mapping[Tensor, dict[str, Any]]) -> list[Tensor] | None:
+        """The gradients of now, or None if anything else has changed."""
+        params = self._params
+        grads: list[Any] = list(map(_grad, params))
+        same = (
+            self._tensors.check(*grads, *params)
+            and all(p.grad is None for p in self._others)
+            and self._same_states(states)
+            and all(hash.coefficients == known for hash, known in self._hashes)
+        )
+        return grads if same else None
+
+    def _same_states(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
+        if states is not self._states or len(states) != len(self._kept):
+            return False
+        try:
+            return all(map(is_, states.values(), self._kept)) and all(
+                all(map(is_, map(getter, where), tensors)) for getter, where, tensors in self._columns
+            )
+        except KeyError:
+            return False
+
+
+def _hash(entry: ParamEntry) -> Hash | None:
+    return entry.known_spec.hash

@@ -1,0 +1,157 @@
+"""Per-step arguments of the kernel - addresses of gradients, scalars - uploaded to a device in one copy."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collins.compile.kernels import fetch
+from collins.rule import StepScalars
+
+_SCALARS = len(StepScalars._fields)
+_SETS = 16  # sets of scalars that tasks which come alone may take in turn
+
+
+class LaunchArgs(NamedTuple):
+    """What a batch's launch reads on the device."""
+
+    gradients: Tensor  # their addresses, int64
+    scalars: Tensor  # float64, rows of `StepScalars`
+
+
+_HostArgs = tuple[Sequence[int] | np.ndarray, Sequence[StepScalars]]  # addresses of gradients, and scalars
+_ArgBuffer = tuple[Tensor, list[LaunchArgs]]  # memory on a device, int64, and what of it is for whom
+
+
+class ArgUploader:
+    """Uploads addresses of gradients and the step's scalars to one device, all of a step in one copy.
+
+    Gradients of one device may arrive on several streams: what one of them still reads no other overwrites. A captured
+    CUDA graph replays its copy from host memory kept for it.
+    """
+
+    def __init__(self, device: torch.device, *, busy_link: bool = False) -> None:
+        self._device = device
+        self._buffers: dict[Any, _ArgBuffer] = {}  # on the device, by what they hold and stream
+        self._alone: dict[int, dict[int, tuple[StepScalars, Tensor]]] = {}  # by stream and identity
+        self._spares: dict[int, Tensor] = {}  # on the host, by size
+        self._pool = PinnedBufferPool() if busy_link else None
+        self._captured: list[Any] = []
+
+    def capturing(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def upload(self, launches: Sequence[_HostArgs]) -> list[LaunchArgs]:
+        """The addresses and the scalars of each launch, on the device; the next upload of these sizes replaces them."""
+        capturing, sizes = self.capturing(), tuple((len(addresses), len(scalars)) for addresses, scalars in launches)
+        buffer = None if capturing else self._buffers.get((sizes, self._stream()))
+        if buffer is None:
+            buffer = self._buffer(sizes)
+            if not capturing:
+                self._buffers[sizes, self._stream()] = buffer
+        self._upload(buffer[0], launches, capturing)
+        return buffer[1]
+
+    def scalars(self, hp: StepScalars) -> Tensor:
+        """The scalars of tasks that come alone, on the device: uploaded for the first of them."""
+        capturing, kept = self.capturing(), self._alone.setdefault(self._stream(), {})
+        found = kept.get(id(hp))
+        if found is not None and found[0] is hp and not capturing:
+            return found[1]
+        buffer = self._buffer(((0, 1),))
+        self._upload(buffer[0], [((), [hp])], capturing)
+        values = buffer[1][0].scalars
+        if not (capturing or any(isinstance(x, Tensor) for x in hp)):
+            if len(kept) == _SETS:
+                del kept[next(iter(kept))]
+            kept[id(hp)] = hp, values
+        return values
+
+    def to_device(self, host: Tensor) -> Tensor:
+        return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
+
+    def _upload(self, memory: Tensor, launches: Sequence[_HostArgs], capturing: bool) -> None:
+        count, fetched = memory.numel(), None
+        if capturing:
+            host = self._spare(count)
+        else:
+            if count not in self._spares:
+                self._spares[count] = self._host(count)
+            host, fetched = (self._host(count), None) if self._pool is None else self._pool.take(count)
+        rows = [hp for _, scalars in launches for hp in scalars]
+        values = list(chain.from_iterable(rows))
+        plain = set(map(type, values)) <= {int, float}
+        written, at = host.numpy(), 0
+        for addresses, _ in launches:
+            end = at + len(addresses)
+            written[at:end] = addresses
+            at = end
+        written[at:].view(np.float64)[:] = values if plain else [0.0 if isinstance(x, Tensor) else x for x in values]
+        if fetched is None:
+            memory.copy_(host, non_blocking=True)
+        else:
+            fetch(host, memory)
+            fetched.record(torch.cuda.current_stream(self._device))
+        if not plain:
+            _fill(memory[at:].view(torch.float64).view(-1, _SCALARS), rows)
+        if capturing:
+            self._captured.append((host, memory))
+
+    def _stream(self) -> int:
+        return 0 if self._device.type == "cpu" else torch._C._cuda_getCurrentRawStream(self._device.index)
+
+    def _buffer(self, sizes: Sequence[tuple[int, int]]) -> _ArgBuffer:
+        total = sum(count + rows * _SCALARS for count, rows in sizes)
+        memory = torch.empty(total, dtype=torch.int64, device=self._device)
+        addresses = memory.split([count for count, _ in sizes] + [rows * _SCALARS for _, rows in sizes])
+        scalars = [piece.view(torch.float64).view(-1, _SCALARS) for piece in addresses[len(sizes) :]]
+        return memory, list(map(LaunchArgs, addresses, scalars))
+
+    def _host(self, count: int) -> Tensor:
+        """Host memory to copy from."""
+        return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=self._device.type == "cuda")
+
+    def _spare(self, count: int) -> Tensor:
+        """Host memory that was made before, since none can be while a graph is captured, and that nobody reuses."""
+        host = self._spares.pop(count, None)
+        if host is None:
+            raise RuntimeError(
+                "Collins.step() is captured in a CUDA graph without a step outside of it before: run one first, also"
+                " between two captures"
+            )
+        return host
+
+
+def _fill(values: Tensor, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Writes what lies on the device already over its place in the scalars, (rows, columns)."""
+    on_device = [(row, i) for row, column in enumerate(rows) for i, x in enumerate(column) if isinstance(x, Tensor)]
+    for i in dict.fromkeys(i for _, i in on_device):
+        places = [row for row, j in on_device if j == i]
+        found = torch.stack([rows[row][i].to(torch.float64) for row in places])
+        if len(places) == len(rows):
+            values[:, i] = found
+        else:
+            for row, scalar in zip(places, found, strict=True):
+                values[row, i].copy_(scalar)
+
+
+class PinnedBufferPool:
+    """Page-locked memory for kernels to read: a piece is used again once its kernel has read it."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, deque[tuple[Tensor, torch.cuda.Event]]] = {}
+
+    def take(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
+        """int64 memory of shape (size,), and the event to record behind the kernel."""
+        pieces = self._pieces.setdefault(size, deque())
+        if pieces and pieces[0][1].query():
+            pieces.rotate(-1)
+        else:
+            pieces.append((torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True), torch.cuda.Event()))
+        return pieces[-1]
