@@ -6,8 +6,8 @@ configuration is read, and only then.
 
 from __future__ import annotations
 
+import copy
 import importlib
-import json
 import math
 import re
 import warnings
@@ -42,8 +42,8 @@ def from_transformers(
 ) -> Transformer:
     """The causal language model that transformers builds from a configuration.
 
-    Where the configuration nests that of a text model and transformers has no causal language model for the whole, it
-    is the text model alone, and a note says so.
+    Where the configuration nests that of a text model, as for images and text, it is the whole model if transformers
+    has a class for it and else the text model alone; a note says which.
 
     Args:
         transformers: the package.
@@ -62,25 +62,28 @@ def from_transformers(
             f"{where}: model_type must be one that transformers {transformers.__version__} knows, such as llama, qwen3,"
             f" gemma2 or mixtral, got {kind!r}; a parameter count works for any"
         )
+    version = transformers.__version__
     try:
         with _quiet(transformers):
             config = known[kind].from_dict(_shaping(values))
-            config, notes = _causal(transformers, where, config)
+            config, build, notes = _buildable(transformers, config)
             text = config.get_text_config()
             _fit_vocabulary(text, vocabulary)
             with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-            shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    except _NoDecoderError as error:
-        raise ValueError(str(error)) from None
+                model = build.from_config(config, attn_implementation="eager")
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+        return _transformer(text, shapes, (*notes, *_defaults(text, values)))
+    except _NoDecoderError:
+        raise ValueError(
+            f"{where}: model_type must be one with a causal language model in transformers {version}, got {kind!r}; a"
+            " parameter count works for any"
+        ) from None
     except Exception as error:  # a model's constructor is foreign code, and raises what it likes
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        version = transformers.__version__
         raise ValueError(f"{where}: transformers {version} builds no {kind} from it: {reason}") from error
-    return _transformer(text, shapes, (*notes, *_defaults(text, values)))
 
 
-class _NoDecoderError(ValueError):
+class _NoDecoderError(Exception):
     """A configuration of something else than a causal language model."""
 
 
@@ -100,25 +103,27 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 
 def _shaping(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `values` without what says nothing about shapes, in nested configurations too."""
-    copied: dict[str, Any] = json.loads(json.dumps(values))
+    copied = copy.deepcopy(dict(values))
     for level in (copied, *(value for value in copied.values() if isinstance(value, dict))):
         for key in _UNREAD:
             level.pop(key, None)
     return copied
 
 
-def _causal(transformers: ModuleType, where: str, config: Any) -> tuple[Any, tuple[str, ...]]:
-    """The configuration to build a causal language model from: the whole, or its text model's."""
-    models = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+def _buildable(transformers: ModuleType, config: Any) -> tuple[Any, Any, tuple[str, ...]]:
+    """The configuration to build a model from, what builds it, and notes. The text model alone comes last."""
     text = config.get_text_config()
-    if type(config) in models:
-        return config, ()
-    if type(text) not in models or getattr(config, "is_encoder_decoder", False):
-        raise _NoDecoderError(
-            f"{where}: model_type must be one with a causal language model in transformers {transformers.__version__},"
-            f" got {config.model_type!r}; a parameter count works for any"
-        )
-    return text, (f"only the text model ({text.model_type}) of this {config.model_type} is planned",)
+    nested = () if text is config else (f"activations are those of the text model, {text.model_type}",)
+    causal, whole = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    if getattr(config, "is_encoder_decoder", False):
+        raise _NoDecoderError
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config, causal, nested
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return config, whole, nested
+    if type(text) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return text, causal, (f"only the text model, {text.model_type}, of this {config.model_type} is planned",)
+    raise _NoDecoderError
 
 
 def _fit_vocabulary(text: Any, vocabulary: int | None) -> None:
