@@ -179,21 +179,25 @@ def of_count(count: int, vocabulary: int = LARGE_VOCABULARY) -> Transformer:
 
     - checkpoints: of the thinnest, whose layers times h is largest
     - one block recomputed: a gated feed-forward network of 6 h (Gemma's is 5.3 h wide) at a = 128
-    - vectors: 13 h in each layer of the thinnest, as GPT-2 has them
+    - vectors: in each layer of the thinnest 13 of h, as GPT-2 has them, and 8 of 1,024 and 8 of 128, for biases of
+      key-value heads and norms within heads: what is small takes more bytes for each element
     - embedding: the vocabulary times h at a = 256, where N allows it
     - the rest: 15 equal blocks in two matrices, so that one has a share of N that sparse mixtures have in theirs
     """
     thin = _hidden(count, 16 if count < 3 * 10**9 else 64)
     middle, wide = _hidden(count, 128), _hidden(count, 256)
     layers = -(-count // (12 * thin * thin))
-    vectors = min(13 * layers, count // thin)
-    left = count - vectors * thin
+    left, vectors = count, []
+    for number, length in ((13 * layers, thin), (8 * layers, 1024), (8 * layers, 128)):
+        number = min(number, left // length)
+        vectors += number * [length]
+        left -= number * length
     rows = min(vocabulary, left // wide)
     left -= rows * wide
     inner = left // (15 * 3 * thin)
     left -= inner * 15 * 3 * thin
     before: list[tuple[str, tuple[int, ...]]] = [("embedding", (rows, wide))] if rows else []
-    before += [(f"vectors.{index}", (thin,)) for index in range(vectors)]
+    before += [(f"vectors.{index}", (length,)) for index, length in enumerate(vectors)]
     before += [("rest", (left,))] if left else []
     return Transformer(
         hidden=middle,
