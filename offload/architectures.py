@@ -37,8 +37,16 @@ def transformers_or_none() -> ModuleType | None:
         return None
 
 
+def levels(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration, and those that it nests."""
+    yield values
+    for value in values.values():
+        if isinstance(value, dict):
+            yield from levels(value)
+
+
 def from_transformers(
-    transformers: ModuleType, where: str, values: Mapping[str, Any], vocabulary: int | None = None
+    transformers: ModuleType, where: str, values: dict[str, Any], vocabulary: int | None = None
 ) -> Transformer:
     """The causal language model that transformers builds from a configuration.
 
@@ -101,10 +109,10 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _shaping(values: Mapping[str, Any]) -> dict[str, Any]:
+def _shaping(values: dict[str, Any]) -> dict[str, Any]:
     """A copy of `values` without what says nothing about shapes, in nested configurations too."""
-    copied = copy.deepcopy(dict(values))
-    for level in (copied, *(value for value in copied.values() if isinstance(value, dict))):
+    copied = copy.deepcopy(values)
+    for level in levels(copied):
         for key in _UNREAD:
             level.pop(key, None)
     return copied
@@ -135,15 +143,15 @@ def _fit_vocabulary(text: Any, vocabulary: int | None) -> None:
         text.pad_token_id = 0
 
 
-def _defaults(text: Any, values: Mapping[str, Any]) -> tuple[str, ...]:
+def _defaults(text: Any, values: dict[str, Any]) -> tuple[str, ...]:
     """A note on sizes that are not in the file, as files of nested configurations often have it."""
-    levels = [values, *(value for value in values.values() if isinstance(value, Mapping))]
+    nested = list(levels(values))
     renamed: Mapping[str, str] = getattr(text, "attribute_map", {})
     absent = [
         f"{key} {getattr(text, key):,}"
         for key in _SIZES
         if isinstance(getattr(text, key, None), int)
-        and not any(name in level for level in levels for name in (key, renamed.get(key, key)))
+        and not any(name in level for level in nested for name in (key, renamed.get(key, key)))
     ]
     if not absent:
         return ()

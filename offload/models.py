@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from collins.offload.architectures import from_transformers, transformers_or_none
+from collins.offload.architectures import from_transformers, levels, transformers_or_none
 from collins.offload.shapes import LARGE_VOCABULARY, Transformer, gpt2, llama, of_count
 
 # The LLaMA shapes have the 32,000 tokens of LLaMA 1 and 2 unless another vocabulary is asked for; llama-1b has the
@@ -29,7 +29,7 @@ _COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMBT]?)", re.IGNORECASE)
 _POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 _LLAMAS = ("llama", "mistral", "qwen2")
 _SIZES = (
-    *("hidden_size", "n_embd", "d_model", "intermediate_size", "head_dim", "vocab_size", "max_position_embeddings"),
+    *("hidden_size", "n_embd", "d_model", "intermediate_size", "head_dim", "vocab_size"),
     *("num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads"),
     *("num_local_experts", "num_experts", "num_experts_per_tok", "n_routed_experts", "moe_intermediate_size"),
 )
@@ -131,16 +131,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _checked(path: Path, config: dict[str, Any]) -> None:
     """Refuses sizes that are no sizes, by file and key, before transformers does in its own words."""
-    for level in (config, *(value for value in config.values() if isinstance(value, dict))):
+    for level in levels(config):
         read = _Config(path, level)
         for key in _SIZES:
-            if level.get(key) is not None and not isinstance(level[key], list):  # a list has one for each layer
+            value = level.get(key)
+            without = value == 0 and "expert" in key  # a dense model of an architecture that has mixtures
+            if value is not None and not isinstance(value, list) and not without:  # a list has one for each layer
                 read.integer(key)
 
 
 def _quantization(config: dict[str, Any]) -> tuple[str, ...]:
     """A note where the checkpoint's weights are quantized: the plan is for weights that can be trained in full."""
-    for level in (config, *(value for value in config.values() if isinstance(value, dict))):
+    for level in levels(config):
         quantization = level.get("quantization_config")
         if quantization is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None

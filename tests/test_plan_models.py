@@ -16,6 +16,7 @@ from public_models import GEMMA_2_2B, LLAMA_3_8B, LLAMA_32_1B, MIXTRAL_8X7B, PUB
 
 from collins import Collins
 from collins.offload import MemoryPolicy
+from collins.offload.architectures import _width
 from collins.offload.budget import Training, budget_of, requests_of
 from collins.offload.cli import main
 from collins.offload.models import model_of
@@ -152,9 +153,7 @@ def test_the_width_of_a_recomputed_block_by_hand(kind, width, write):
     assert model_of(write(ARCHITECTURES[kind])).recomputed == width
 
 
-def test_experts_in_a_list_count_like_experts_in_one_tensor(write, monkeypatch):
-    from collins.offload.architectures import _width
-
+def test_experts_in_a_list_count_like_experts_in_one_tensor(write):
     stacked = model_of(write(ARCHITECTURES["mixtral"])).blocks[0]
     listed = [(name, shape) for name, shape in stacked if "experts" not in name]
     for index in range(4):
@@ -200,6 +199,12 @@ def test_a_text_model_alone_is_planned_where_there_is_no_class_for_the_whole(wri
     model = model_of(write({"model_type": "voxtral", "text_config": {**TINY, "model_type": "llama", "head_dim": 8}}))
     assert model.count == llama(3, 64, 160, 16, 500).count
     assert "only the text model, llama, of this voxtral is planned" in model.notes
+
+
+def test_a_dense_model_of_an_architecture_with_mixtures(write):
+    keys = {**TINY, "model_type": "granitemoehybrid", "num_local_experts": 0, "shared_intermediate_size": 160}
+    keys |= {"mamba_n_heads": 8, "layer_types": ["attention"] * 3}
+    assert model_of(write(keys)).layers == 3
 
 
 def test_sizes_that_the_file_leaves_to_defaults_are_named(write, capsys):
@@ -284,6 +289,7 @@ def test_a_folder_stands_for_its_configuration(write, tmp_path, capsys):
         ({**QWEN_3_8B, "num_hidden_layers": 0}, "num_hidden_layers must be an int of at least 1, got 0"),
         ({**MIXTRAL_8X7B, "num_local_experts": -8}, "num_local_experts must be an int of at least 1, got -8"),
         ({**NESTED, "text_config": {**TINY, "vocab_size": True}}, "vocab_size must be an int of at least 1, got True"),
+        ({**QWEN_3_8B, "head_dim": False}, "head_dim must be an int of at least 1, got False"),
         ({**NESTED, "text_config": [1]}, "builds no gemma3 from it: "),
         ({**ARCHITECTURES["gpt_neox"], "num_attention_heads": 7}, "builds no gpt_neox from it: "),
     ],
