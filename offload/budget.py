@@ -1,7 +1,7 @@
 """What training takes of the device beside the tables: computed from shapes, for a plan made without a device.
 
 All in bytes, with w the bytes of a value in the model's dtype, T = batch size times sequence length, and the widths h
-hidden, q of all query heads, k of all key-value heads, f of the feed-forward network:
+hidden, q of all query heads, k of all key-value heads, f of the feed-forward network (of a token's experts, together):
 
     weights              N w
     gradients            N w when the step comes after backward. In backward, where each is freed as soon as it is used,
@@ -70,16 +70,14 @@ class Budget:
 def budget_of(model: Transformer, training: Training) -> Budget:
     """What `model` takes under `training`."""
     width, tokens = training.dtype.itemsize, training.batch_size * training.seq_len
-    inner = 7 if model.gated else 4
-    saved = 3 * model.hidden + 2 * model.query + 2 * model.key_value + inner * model.feed_forward
     alone = [math.prod(shape) for _, shape in (*model.before, *model.after)]
     return Budget(
         weights=model.count * width,
         gradients=model.count * width,
-        gradients_in_backward=max(*alone, numel(model.block) if model.layers else 0, 0) * width,
-        checkpoints=model.layers * tokens * model.hidden * width,
-        recomputed=tokens * saved * width if model.layers else 0,
-        logits=-(-tokens // training.loss_chunks) * (model.vocabulary or 0) * 8,
+        gradients_in_backward=max(*alone, numel(model.largest_block), 0) * width,
+        checkpoints=tokens * model.checkpointed * width,
+        recomputed=tokens * model.recomputed * width if model.checkpointed else 0,
+        logits=-(-tokens // training.loss_chunks) * model.vocabulary * 8,
     )
 
 

@@ -21,7 +21,7 @@ TIERS = ("auto", "device", "host")
 class MemoryPolicy:
     """How tables are divided between the device and host memory.
 
-    A size is an int of bytes; a string with a unit, "2GiB" or "1.5GB" (powers of 1024 and of 1000, case aside); or,
+    A size is an int of bytes, as digits too; a string with a unit, "2GiB" or "1.5GB" (powers of 1024 and of 1000); or,
     where it says so, a share such as "10%" of the total memory of that device or host.
 
     Args:

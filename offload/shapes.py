@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+LARGE_VOCABULARY = 262_144  # the largest that is in wide use: Gemma 3's
 
 
 @dataclass(frozen=True)
 class Transformer:
-    """A decoder: parameters before, within and after its `layers` equal blocks, and the widths of its activations."""
+    """A decoder: parameters before, within and after its blocks, and how wide its activations are.
 
-    layers: int
+    Widths are values of one token. `budget_of` multiplies them by tokens and by the bytes of a value.
+    """
+
     hidden: int
-    feed_forward: int
-    query: int  # heads times their width
-    key_value: int  # key-value heads times their width
+    vocabulary: int
     gated: bool  # whether the feed-forward network multiplies two projections
-    vocabulary: int | None  # None: not known
+    checkpointed: int  # width of all that activation checkpoints keep: layers times hidden
+    recomputed: int  # width of what recomputing one block holds: `block_width`
     before: Shapes
-    block: Shapes  # of each layer, named as within it
+    blocks: tuple[Shapes, ...]  # one for each layer, named as within it
     after: Shapes
     block_name: str = "model.layers"
+    counted: bool = False  # made from a number of parameters alone: no shape is the model's own
+    positions: int | None = field(default=None, compare=False)  # the longest sequence it is configured for
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what a reader of the plan must know, one line each
 
     def parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of every parameter, in the order in which the model has them."""
         yield from self.before
-        for layer in range(self.layers):
-            for name, shape in self.block:
+        for layer, block in enumerate(self.blocks):
+            for name, shape in block:
                 yield f"{self.block_name}.{layer}.{name}", shape
         yield from self.after
+
+    @property
+    def layers(self) -> int:
+        """The number of blocks."""
+        return len(self.blocks)
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -41,7 +51,30 @@ class Transformer:
     @property
     def count(self) -> int:
         """The number of parameters, N."""
-        return numel(self.before) + self.layers * numel(self.block) + numel(self.after)
+        return sum(numel(shapes) for shapes in (self.before, *self.blocks, self.after))
+
+    @property
+    def largest_block(self) -> Shapes:
+        """The block with the most elements; empty where there is none."""
+        return max(self.blocks, key=numel, default=())
+
+    def with_layers(self, layers: int) -> Transformer:
+        """The same model with so many blocks: its first ones, or all of them and more of the largest."""
+        more = (self.largest_block,) * (layers - self.layers)
+        return replace(self, blocks=self.blocks[:layers] + more, checkpointed=layers * self.hidden)
+
+
+def block_width(hidden: int, attention: int, feed_forward: int, gated: bool) -> int:
+    """Values of one token that a block's backward holds once its forward is recomputed.
+
+    The results of two norms and the residual in between; queries, keys, values and the attention's result; and of the
+    feed-forward network four inner values and the gradients of three, or with no gate two and two.
+
+    Args:
+        attention: 2 q + 2 k, with q and k the widths of all query and of all key-value heads.
+        feed_forward: of the experts of one token together, in a mixture.
+    """
+    return 3 * hidden + attention + (7 if gated else 4) * feed_forward
 
 
 def numel(shapes: Shapes) -> int:
@@ -85,15 +118,13 @@ def llama(
     block += [("input_layernorm.weight", (hidden,)), ("post_attention_layernorm.weight", (hidden,))]
     head = () if tied else (("lm_head.weight", (vocabulary, hidden)),)
     return Transformer(
-        layers=layers,
         hidden=hidden,
-        feed_forward=feed_forward,
-        query=query,
-        key_value=key_value,
-        gated=True,
         vocabulary=vocabulary,
+        gated=True,
+        checkpointed=layers * hidden,
+        recomputed=block_width(hidden, 2 * query + 2 * key_value, feed_forward, gated=True),
         before=(("model.embed_tokens.weight", (vocabulary, hidden)),),
-        block=tuple(block),
+        blocks=(tuple(block),) * layers,
         after=(("model.norm.weight", (hidden,)), *head),
     )
 
@@ -110,56 +141,78 @@ def gpt2(
     """GPT-2: 124M parameters by default. Its head is the embedding, its feed-forward width 4 `hidden` unless given."""
     feed_forward = 4 * hidden if feed_forward is None else feed_forward
     head = () if tied else (("lm_head.weight", (vocabulary, hidden)),)
+    block = (
+        ("ln_1.weight", (hidden,)),
+        ("ln_1.bias", (hidden,)),
+        ("attn.c_attn.weight", (hidden, 3 * hidden)),
+        ("attn.c_attn.bias", (3 * hidden,)),
+        ("attn.c_proj.weight", (hidden, hidden)),
+        ("attn.c_proj.bias", (hidden,)),
+        ("ln_2.weight", (hidden,)),
+        ("ln_2.bias", (hidden,)),
+        ("mlp.c_fc.weight", (hidden, feed_forward)),
+        ("mlp.c_fc.bias", (feed_forward,)),
+        ("mlp.c_proj.weight", (feed_forward, hidden)),
+        ("mlp.c_proj.bias", (hidden,)),
+    )
     return Transformer(
-        layers=layers,
         hidden=hidden,
-        feed_forward=feed_forward,
-        query=hidden,
-        key_value=hidden,
-        gated=False,
         vocabulary=vocabulary,
+        gated=False,
+        checkpointed=layers * hidden,
+        recomputed=block_width(hidden, 4 * hidden, feed_forward, gated=False),
         before=(("transformer.wte.weight", (vocabulary, hidden)), ("transformer.wpe.weight", (context, hidden))),
-        block=(
-            ("ln_1.weight", (hidden,)),
-            ("ln_1.bias", (hidden,)),
-            ("attn.c_attn.weight", (hidden, 3 * hidden)),
-            ("attn.c_attn.bias", (3 * hidden,)),
-            ("attn.c_proj.weight", (hidden, hidden)),
-            ("attn.c_proj.bias", (hidden,)),
-            ("ln_2.weight", (hidden,)),
-            ("ln_2.bias", (hidden,)),
-            ("mlp.c_fc.weight", (hidden, feed_forward)),
-            ("mlp.c_fc.bias", (feed_forward,)),
-            ("mlp.c_proj.weight", (feed_forward, hidden)),
-            ("mlp.c_proj.bias", (hidden,)),
-        ),
+        blocks=(block,) * layers,
         after=(("transformer.ln_f.weight", (hidden,)), ("transformer.ln_f.bias", (hidden,)), *head),
         block_name="transformer.h",
+        positions=context,
     )
 
 
-def of_count(count: int) -> Transformer:
-    """A model of exactly `count` parameters of which nothing else is known: matrices as a transformer has them.
+def of_count(count: int, vocabulary: int = LARGE_VOCABULARY) -> Transformer:
+    """A model of exactly `count` parameters of which nothing else is known but, perhaps, its vocabulary.
 
-    Blocks of 12 h^2 in four (h, h) and two (h, 4 h) matrices, where h is about 128 times the number of layers, so that
-    N is about 12 h^3 / 128 (the shape of GPT-3, Brown et al. 2020, and of LLaMA). What remains is a matrix of h columns
-    and a vector. The vocabulary is unknown, and so are logits.
+    Each figure that memory depends on is at least that of the published decoders of this size, so that a count is never
+    said to fit where the configuration behind it does not. With N parameters in layers of 12 h^2 each, an aspect a =
+    h / layers gives h = (a N / 12)^(1/3) and N / (12 h^2) layers. Published models lie between a = 16 (thin ones of a
+    few hundred million), or 64 from 3 billion on, and 256.
+
+    - checkpoints: of the thinnest, whose layers times h is largest
+    - one block recomputed: a gated feed-forward network of 6 h (Gemma's is 5.3 h wide) at a = 128
+    - vectors: in each layer of the thinnest 13 of h, as GPT-2 has them, and 8 of 1,024 and 8 of 128, for biases of
+      key-value heads and norms within heads: what is small takes more bytes for each element
+    - embedding: the vocabulary times h at a = 256, where N allows it
+    - the rest: 15 equal blocks in two matrices, so that one has a share of N that sparse mixtures have in theirs
     """
-    hidden = 64 * max(round((count * 128 / 12) ** (1 / 3) / 64), 1)
-    layers, remainder = divmod(count, 12 * hidden * hidden)
-    rows, tail = divmod(remainder, hidden)
-    before = ((("embedding", (rows, hidden)),) if rows else ()) + ((("rest", (tail,)),) if tail else ())
-    square = tuple((f"attention.{letter}", (hidden, hidden)) for letter in "qkvo")
+    thin = _hidden(count, 16 if count < 3 * 10**9 else 64)
+    middle, wide = _hidden(count, 128), _hidden(count, 256)
+    layers = -(-count // (12 * thin * thin))
+    left, vectors = count, []
+    for number, length in ((13 * layers, thin), (8 * layers, 1024), (8 * layers, 128)):
+        number = min(number, left // length)
+        vectors += number * [length]
+        left -= number * length
+    rows = min(vocabulary, left // wide)
+    left -= rows * wide
+    inner = left // (15 * 3 * thin)
+    left -= inner * 15 * 3 * thin
+    before: list[tuple[str, tuple[int, ...]]] = [("embedding", (rows, wide))] if rows else []
+    before += [(f"vectors.{index}", (length,)) for index, length in enumerate(vectors)]
+    before += [("rest", (left,))] if left else []
     return Transformer(
-        layers=layers,
-        hidden=hidden,
-        feed_forward=4 * hidden,
-        query=hidden,
-        key_value=hidden,
-        gated=False,
-        vocabulary=None,
-        before=before,
-        block=(*square, ("mlp.up", (4 * hidden, hidden)), ("mlp.down", (hidden, 4 * hidden))),
+        hidden=middle,
+        vocabulary=vocabulary,
+        gated=True,
+        checkpointed=layers * thin,
+        recomputed=block_width(middle, 4 * middle, 6 * middle, gated=True),
+        before=tuple(before),
+        blocks=((("up", (2 * inner, thin)), ("down", (thin, inner))),) * 15 if inner else (),
         after=(),
-        block_name="layers",
+        block_name="blocks",
+        counted=True,
     )
+
+
+def _hidden(count: int, aspect: int) -> int:
+    """h of a model of `count` parameters with h / layers = `aspect`, in multiples of 64 that are not below it."""
+    return 64 * math.ceil(math.cbrt(count * aspect / 12) / 64)

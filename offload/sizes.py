@@ -14,7 +14,9 @@ _UNITS = {"B": 1} | {
 _FACTORS = {unit.lower(): factor for unit, factor in _UNITS.items()}
 _WRITTEN = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+|%)", re.IGNORECASE)
 
-BYTES = "an int of bytes or a string with a unit such as '2GiB', '512 MiB' or '1.5GB'"
+_BARE = re.compile(r"[0-9]{1,30}")
+
+BYTES = "an int of bytes or a string with digits alone or a unit such as '2GiB', '512 MiB' or '1.5GB'"
 ACCEPTED = f"{BYTES}, or a share of the total such as '10%'"
 
 
@@ -30,13 +32,15 @@ class Size(NamedTuple):
 
 
 def parse_size(name: str, value: object, *, relative: bool = True) -> Size:
-    """What `value` says: an int of bytes; or "2GiB", "1.5GB" (units in powers of 1024 and of 1000); or "10%".
+    """What `value` says: an int or digits, of bytes; "2GiB", "1.5GB" (powers of 1024 and of 1000); or "10%".
 
     Raises:
         ValueError: naming `name`, `value` and what is accepted; shares are not where `relative` is False.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return Size(value, Fraction(0))
+    if isinstance(value, str) and _BARE.fullmatch(value.strip()):
+        return Size(int(value), Fraction(0))
     written = _WRITTEN.fullmatch(value.strip()) if isinstance(value, str) else None
     if written:
         amount, unit = Fraction(written[1]), written[2].lower()

@@ -40,6 +40,19 @@ def config(tmp_path, **keys):
     return str(path)
 
 
+@pytest.fixture
+def without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # the import statement raises ImportError then
+
+
+@pytest.fixture(params=["with transformers", "without transformers"])
+def with_and_without(request):
+    if request.param == "without transformers":
+        request.getfixturevalue("without_transformers")
+    else:
+        pytest.importorskip("transformers")
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [
@@ -94,7 +107,7 @@ def test_70b_with_the_larger_vocabulary(capsys):
         ({**GPT2, "n_inner": None}, model_of("gpt2")),
     ],
 )
-def test_models_from_a_config(tmp_path, keys, expected):
+def test_models_from_a_config(tmp_path, keys, expected, with_and_without):
     assert model_of(config(tmp_path, **keys)) == expected
 
 
@@ -127,8 +140,6 @@ def test_published_configs_have_the_published_counts(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({**LLAMA, "model_type": "mixtral"}, "model_type must be one of llama, mistral, qwen2, gpt2, got 'mixtral'"),
-        ({}, "got None"),
         ({key: value for key, value in LLAMA.items() if key != "hidden_size"}, "hidden_size is missing"),
         ({**LLAMA, "model_type": "mistral"}, "num_key_value_heads is missing"),
         ({**LLAMA, "hidden_size": "64"}, "hidden_size must be an int of at least 1, got '64'"),
@@ -138,13 +149,29 @@ def test_published_configs_have_the_published_counts(tmp_path):
         ({**GPT2, "n_inner": True}, "n_inner must be an int of at least 1, got True"),
     ],
 )
-def test_a_config_that_cannot_be_read_names_file_and_key(tmp_path, keys, message, capsys):
+def test_a_config_that_cannot_be_read_names_file_and_key(tmp_path, keys, message, with_and_without, capsys):
     path = config(tmp_path, **keys)
     assert main(["plan", path, *PLENTY]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert f"error: {path}: " in printed.err
     assert message in printed.err
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({**LLAMA, "model_type": "mixtral"}, "model_type must be one of llama, mistral, qwen2, gpt2, got 'mixtral'"),
+        ({}, "got None"),
+    ],
+)
+def test_without_transformers_an_architecture_is_one_of_four(tmp_path, keys, message, without_transformers, capsys):
+    path = config(tmp_path, **keys)
+    assert main(["plan", path, *PLENTY]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"error: {path}: {message}" in printed.err or (not keys and message in printed.err)
+    assert "with transformers installed any that it knows works" in printed.err
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\udc80"], ids=["cut short", "a list", "not text"])
@@ -162,9 +189,9 @@ def test_a_file_that_is_no_config(tmp_path, content, capsys):
         (["0", *PLENTY], "a parameter count must be in [1, 10^15], got '0'"),
         (["-7B", *PLENTY], "required: model"),
         (["7Q", *PLENTY], "got '7Q'"),
-        (["7B", "--vocab", "32000", *PLENTY], "a vocabulary needs a named shape"),
+        (["7B", "--vocab", "0", *PLENTY], "must be an int of at least 1, got '0'"),
         (["no/config.json", *PLENTY], "no/config.json: no such file"),
-        (["gpt2", "--device-memory", "141", "--host-memory", "1GiB"], "--device-memory must be an int of bytes or"),
+        (["gpt2", "--device-memory", "1.5", "--host-memory", "1GiB"], "--device-memory must be an int of bytes or"),
         (["gpt2", "--device-memory", "10%", "--host-memory", "1GiB"], "got '10%'"),
         (
             ["gpt2", "--device-memory", "1GiB", "--host-memory", "1Gi"],

@@ -21,6 +21,9 @@ GIB = 2**30
     [
         (0, 0),
         (12345, 12345),
+        ("2", 2),
+        ("25769803776", 24 * GIB),
+        (" 007 ", 7),
         ("7B", 7),
         ("2GiB", 2 * GIB),
         ("512 MiB", 512 * 2**20),
@@ -47,7 +50,24 @@ def test_a_size_read_back_from_its_text_is_within_what_the_text_shows(count):
 
 @pytest.mark.parametrize(
     "wrong",
-    ["2 gigabytes", "2Gibs", "2", "", "GiB", "-1GiB", "1e9B", "1,5GB", "101%", "nan%", -1, 1.5, True, None, [1], b"1B"],
+    [
+        "2 gigabytes",
+        "2Gibs",
+        "2.5",
+        "",
+        "GiB",
+        "-1GiB",
+        "1e9B",
+        "1,5GB",
+        "101%",
+        "nan%",
+        -1,
+        1.5,
+        True,
+        None,
+        [1],
+        b"1B",
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("name", ["device_reserve", "host_reserve", "device_budget", "pin_limit", "transfer_size"])
