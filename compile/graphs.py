@@ -8,9 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._inductor import config as inductor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from collins._torch_internals import (
+    foreach_copy_,
+    known_options,
+    mark_dynamic,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+)
 from collins.hashing import WORD, HashKey
 from collins.rounding import ROUNDED
 from collins.rule import StepScalars
@@ -26,9 +32,8 @@ _OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 1000,
     "realize_acc_reads_threshold": 1000,
     "cpp.enable_floating_point_contract_flag": "fast",  # x * y + z by one instruction
+    "deterministic": True,  # otherwise the fastest order of a sum is measured anew in every process
 }
-if hasattr(inductor, "deterministic"):  # otherwise the fastest order of a sum is measured anew in every process
-    _OPTIONS["deterministic"] = True
 
 _Graph = Callable[..., None]
 
@@ -96,12 +101,12 @@ class Graphs:
         steps = _together([work.hp.step for work in doubled], torch.int64, device)[:, None]
         others = torch.stack([_of_step(work, numbers)[1] for work in doubled])
         for stacked in (*tensors, keys, steps, others, starts):
-            torch._dynamo.mark_dynamic(stacked, 0)
+            mark_dynamic(stacked, 0)
         self._graphs[signature](*tensors, keys, steps, others, starts)
         p, _, m, v = (list(results.unbind(0))[: len(batch)] for results in stacks)
-        torch._foreach_copy_([work.p for work in batch], p)
-        torch._foreach_copy_([work.m for work in batch], m)
-        torch._foreach_copy_([work.v for work in batch], v)
+        foreach_copy_([work.p for work in batch], p)
+        foreach_copy_([work.m for work in batch], m)
+        foreach_copy_([work.v for work in batch], v)
 
 
 def whole_of(work: UpdateTask) -> int:
@@ -167,7 +172,7 @@ def _graph_of_one(spec: UpdateSpec, number: int) -> _Graph:
     ) -> None:
         update_(UpdateTask(p, g, m, v, spec, keys, StepScalars(step, *numbers), p.numel(), start))
 
-    return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=_OPTIONS)
+    return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=known_options(_OPTIONS))
 
 
 def _graph_of_many(spec: UpdateSpec, number: int) -> _Graph:
@@ -179,7 +184,7 @@ def _graph_of_many(spec: UpdateSpec, number: int) -> _Graph:
         hp = StepScalars(step, *numbers.split(1, 1))
         update_rows_(UpdateTask(p, g, m, v, spec, tree_unflatten(keys.split(1, 1), structure), hp, p.shape[1], start))
 
-    return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=_OPTIONS)
+    return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=known_options(_OPTIONS))
 
 
 def _with_own_code(function: Any, number: int) -> Any:
