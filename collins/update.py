@@ -25,7 +25,7 @@ from collins.hashing import (
     universal_bucket,
     universal_sign_masks,
 )
-from collins.loops import ahead, in_turn, once, spare, takes_bits
+from collins.hints import NO_HINTS, Hints
 from collins.rounding import FIRST, PARAM, ROUNDED, SECOND, random_bits, stochastic_round
 from collins.rule import StepScalars, direction, updated
 from collins.sketch import add_scattered, decay, encode_rows
@@ -41,6 +41,7 @@ class UpdateSpec(NamedTuple):
     rounding: bool  # stochastic, for whatever is stored in 16 bits
     maximize: bool
     skip: bool = False  # whatever shares a moment with a gradient that is not finite
+    hints: Hints = NO_HINTS  # for the compiler
 
 
 class HashKeys(NamedTuple):
@@ -144,14 +145,14 @@ def _store_dense(targets: Sequence[Tensor], values: Sequence[Tensor], first: int
 
 
 def _block_(work: UpdateTask, chunk: int | None) -> None:
-    spec, keys, hp = work.spec, work.keys, work.hp
+    spec, keys, hp, hints = work.spec, work.keys, work.hp, work.spec.hints
     load = int(spec.load)
     last, tail = (work.numel - 1) // load, (work.numel - 1) % load + 1
     for offset, p, g in _pieces(work, chunk, load):
         count = p.numel()
         first, rows = (work.start + offset) // load, -(-count // load)
         table = slice(offset // load, offset // load + rows)
-        bucket = torch.arange(rows + spare(p.device), device=p.device) + first
+        bucket = torch.arange(rows + hints.padding, device=p.device) + first
         epoch, resets = epoch_of(bucket, hp.step, keys.sign, keys.period) if spec.rehash else (0, None)
         loads: float | Tensor = load
         grad, old = _gradient(g, spec), _flat(p, torch.promote_types(p.dtype, torch.float32))
@@ -164,20 +165,20 @@ def _block_(work: UpdateTask, chunk: int | None) -> None:
         elif p.is_contiguous():
             p = p.view(rows, load)  # compiled, reads, sums and writes then share one loop over rows
         grad, old = grad.view(rows, load), old.view(rows, load)
-        resets = None if resets is None else ahead(resets, rows)
-        words = ahead(sign_words(bucket, load, epoch, keys.sign), rows)
+        resets = None if resets is None else hints.separate_loop(resets, rows)
+        words = hints.separate_loop(sign_words(bucket, load, epoch, keys.sign), rows)
         masks = sign_masks(words, bucket[:rows], load)
-        bitwise = takes_bits(p, load)
+        bitwise = hints.bitwise(p, load)
         grad = signed(grad, masks, bitwise=bitwise)  # s g from here on
-        mu, q = (in_turn(mean, words) for mean in encode_rows(grad, loads))
+        mu, q = (hints.scalar_loop(mean, words) for mean in encode_rows(grad, loads))
         finite = _finite(q, spec)
-        finite = None if finite is None else once(finite)
+        finite = None if finite is None else hints.realized(finite)
         first_moment = decay(work.m[table], mu, hp.beta1, hp.one_minus_beta1, resets, finite)
         second_moment = decay(work.v[table], q, hp.beta2, hp.one_minus_beta2, finite=finite)
         _store(work.m[table], first_moment, first, FIRST, work)
         _store(work.v[table], second_moment, first, SECOND, work)
-        m_b, v_b = map(once, _scaled(first_moment, second_moment, loads, work))
-        r = grad - once(mu)[:, None] if spec.decode == "residual" else None
+        m_b, v_b = map(hints.realized, _scaled(first_moment, second_moment, loads, work))
+        r = grad - hints.realized(mu)[:, None] if spec.decode == "residual" else None
         new = updated(old, signed(direction(m_b[:, None], v_b[:, None], r, hp), masks, bitwise=bitwise), hp)
         new = _where(None if finite is None else finite[:, None], new, old)
         _store(p, new.view(-1)[:count], work.start + offset, PARAM, work)
@@ -187,7 +188,7 @@ def _universal_(work: UpdateTask, chunk: int | None) -> None:
     spec, hp = work.spec, work.hp
     buckets, load = work.m.numel(), spec.load
     a, b, c, d = work.keys.universal
-    bitwise = takes_bits(work.p, WORD)
+    bitwise = spec.hints.bitwise(work.p, WORD)
 
     def hashed(first: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.arange(g.numel(), device=g.device) + first
@@ -243,6 +244,7 @@ def _scaled(M: Tensor, V: Tensor, load: float | Tensor, work: UpdateTask) -> tup
 def _store(target: Tensor, value: Tensor, first: int | Tensor, stream: int, work: UpdateTask) -> None:
     """Writes `value`, flat or in rows, over `target`; the first element, or that of each row, is number `first`."""
     if work.spec.rounding and target.dtype in ROUNDED:
-        bits = random_bits(first, value.shape[-1], work.hp.step, work.keys.rounding, stream, target.device)
+        key, hints = work.keys.rounding, work.spec.hints
+        bits = random_bits(first, value.shape[-1], work.hp.step, key, stream, target.device, hints)
         value = stochastic_round(value.to(torch.float32), target.dtype, bits)
     target.copy_(value.view(target.shape))

@@ -17,6 +17,7 @@ from collins._torch_internals import (
     tree_map,
     tree_unflatten,
 )
+from collins.compile.cpu_codegen import hinted
 from collins.hashing import WORD, HashKey
 from collins.rounding import ROUNDED
 from collins.rule import StepScalars
@@ -26,7 +27,7 @@ from collins.update import HashKeys, UpdateSpec, UpdateTask, update_, update_row
 SMALL = 1 << 16
 
 # By default Inductor stores any value of more than 30 operations, here one of the parameter's size. It is to store what
-# `collins.loops.once` keeps and no more.
+# `CpuHints.realized` keeps and no more.
 _OPTIONS: dict[str, Any] = {
     "realize_opcount_threshold": 10_000,
     "realize_reads_threshold": 1000,
@@ -75,7 +76,7 @@ class Graphs:
             if constant not in self._constants:
                 self._constants[constant] = tree_map(torch.tensor, constant)
         if signature not in self._graphs:
-            self._graphs[signature] = _graph_of_one(spec, len(self))
+            self._graphs[signature] = _graph_of_one(hinted(spec, p.device), len(self))
         self._graphs[signature](*tensors, self._constants[keys], *_of_step(work, numbers), self._constants[start])
 
     def run_stacked(self, batch: Sequence[UpdateTask], numbers: Numbers) -> None:
@@ -85,7 +86,7 @@ class Graphs:
         spec, device = batch[0].spec, batch[0].p.device
         signature = (spec, device, batch[0].p.shape, batch[0].p.dtype, batch[0].m.dtype)
         if signature not in self._graphs:
-            self._graphs[signature] = _graph_of_many(spec, len(self))
+            self._graphs[signature] = _graph_of_many(hinted(spec, device), len(self))
         doubled = [*batch, *batch] if len(batch) == 1 else batch  # a size of 1 would be compiled as a constant
         stacks = [torch.stack(column) for column in zip(*((w.p, w.g, w.m, w.v) for w in doubled), strict=True)]
         tensors = [stack.view(len(doubled), -1) for stack in stacks]
