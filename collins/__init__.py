@@ -13,10 +13,9 @@ that many ranks write; `convert` (conversion) makes AdamW's, and those of other 
 
 from pathlib import Path
 
-# In a source tree, `compile/` and `offload/` stand beside this folder; installed, they lie inside it.
-_tree = Path(__file__).resolve().parent.parent
-if (_tree / "pyproject.toml").is_file() and (_tree / "compile" / "engine.py").is_file():
-    __path__.append(str(_tree))
+from collins._source_tree import find_rooms_of
+
+find_rooms_of(Path(__file__).resolve().parent)
 
 from collins.conversion import convert  # noqa: E402
 from collins.files import CheckpointError, load, save  # noqa: E402

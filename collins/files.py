@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_map_only
 
+from collins._torch_internals import tree_flatten, tree_map_only
 from collins.checkpoint import saved_groups
 
 _MAGIC = b"collins\x01"

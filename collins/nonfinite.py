@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from collins._torch_internals import foreach_norm
+
 
 def require_finite(gradients: Sequence[tuple[str, Tensor]], agreed: Callable[[list[bool]], list[bool]]) -> None:
     """Raises a FloatingPointError that names the parameters, given by name, whose gradients are not finite.
@@ -28,7 +30,7 @@ def require_finite(gradients: Sequence[tuple[str, Tensor]], agreed: Callable[[li
         if g.numel():
             by_device.setdefault(g.device, []).append(place)
     for places in by_device.values():
-        largest = torch._foreach_norm([gradients[place][1] for place in places], math.inf)
+        largest = foreach_norm([gradients[place][1] for place in places], math.inf)
         finite = torch.stack([norm.to(torch.float64) for norm in largest]).isfinite().tolist()
         for place, is_fine in zip(places, finite, strict=True):
             fine[place] = is_fine

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from collins.hashing import WORD, HashKey, mixed_word
-from collins.loops import ahead, spare
+from collins.hints import NO_HINTS, Hints
 
 ROUNDED = (torch.bfloat16, torch.float16)
 
@@ -29,7 +29,13 @@ HALF_QUANTUM = 2.0**-24  # spacing of the subnormal ones
 
 
 def random_bits(
-    first: int | Tensor, count: int, step: int | Tensor, key: HashKey, stream: int, device: torch.device
+    first: int | Tensor,
+    count: int,
+    step: int | Tensor,
+    key: HashKey,
+    stream: int,
+    device: torch.device,
+    hints: Hints = NO_HINTS,
 ) -> Tensor:
     """16 random bits, as int32 in [0, 65536), for each of the elements first, ..., first + count - 1: shape (count,).
 
@@ -42,10 +48,10 @@ def random_bits(
     """
     start, skip = divmod(first, WORD) if isinstance(first, int) else (first // WORD, 0)
     needed = -(-(skip + count) // WORD)
-    index = torch.arange(needed + spare(device), device=device) + start
+    index = torch.arange(needed + hints.padding, device=device) + start
     streams = (stream, stream ^ SECOND_WORD)
     words = [mixed_word(index, step, HashKey(key.low, key.high ^ s)) for s in streams]
-    A, B = (ahead((word >> 8).to(torch.int32), needed, dim=-1)[..., None] for word in words)
+    A, B = (hints.separate_loop((word >> 8).to(torch.int32), needed, dim=-1)[..., None] for word in words)
     lane = torch.arange(WORD, dtype=torch.int32, device=device)
     return (((A + B * lane) & 0xFFFFFF) >> 8).flatten(-2)[..., skip : skip + count]
 

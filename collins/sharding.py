@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from collins._torch_internals import dtensor, is_fsdp_flattened, local_extent, split_factor, waited
 from collins.bucketing import Bucketing
 
 _MODULE = "torch.distributed.tensor"
@@ -36,9 +37,7 @@ def is_sharded(t: object) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
-def is_flattened(p: Tensor) -> bool:
-    """Whether `p` is this rank's part of a parameter in `FullyShardedDataParallel`: an ordinary tensor, and no copy."""
-    return bool(getattr(p, "_fsdp_flattened", False))
+is_flattened = is_fsdp_flattened
 
 
 def local(t: Tensor) -> Tensor:
@@ -47,8 +46,7 @@ def local(t: Tensor) -> Tensor:
         return t
     with torch.no_grad():  # where gradients are recorded, what comes back is a view
         part: Tensor = t.to_local()  # type: ignore[attr-defined]
-    wait = getattr(part, "trigger_wait", None)  # of a collective that is still under way
-    return part if wait is None else wait()
+    return waited(part)
 
 
 def slice_of(name: str, p: Tensor, layout: Bucketing, *, rounding: bool) -> Slice | None:
@@ -88,14 +86,10 @@ def placed(part: Tensor, p: Tensor, shape: Sequence[int]) -> Tensor:
     """
     if not is_sharded(p):
         return part
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-
-    size = torch.Size(shape)
-    strides = tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     like: Any = p
-    spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=TensorMeta(size, strides, part.dtype))
-    return DTensor(part, spec, requires_grad=False)
+    whole: Tensor = dtensor(part, like.device_mesh, like.placements, shape, strides)
+    return whole
 
 
 def is_placed_like(t: Tensor, p: Tensor) -> bool:
@@ -181,13 +175,8 @@ def agreed(flags: Sequence[bool], params: Sequence[Tensor]) -> list[bool]:
 
 def _extent(p: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shape of this rank's part of a tensor of global `shape` placed like `p`, and where in it that part begins."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     like: Any = p
-    sizes, offset = compute_local_shape_and_global_offset(shape, like.device_mesh, like.placements)
-    if not offset and shape:  # this rank is not in the mesh
-        return (0, *shape[1:]), (0,) * len(shape)
-    return tuple(map(int, sizes)), tuple(map(int, offset))
+    return local_extent(shape, like.device_mesh, like.placements)
 
 
 def _is_rows(p: Tensor) -> bool:
@@ -202,9 +191,8 @@ def _is_rows(p: Tensor) -> bool:
         return False
     # FSDP2 over tensor parallelism along the same dimension: rows are dealt out in the order of the inner mesh
     # dimension first, which _StridedShard says. They are consecutive where they divide evenly.
-    strided = [
-        (i, placement.split_factor) for i, (placement, _) in enumerate(ways) if hasattr(placement, "split_factor")
-    ]
+    factors = [(i, split_factor(placement)) for i, (placement, _) in enumerate(ways)]
+    strided = [(i, factor) for i, factor in factors if factor is not None]
     inner = [math.prod(size for _, size in ways[i + 1 :]) for i, _ in strided]
     evenly = not strided or p.shape[0] % math.prod(size for _, size in ways) == 0
     return evenly and [factor for _, factor in strided] == inner

@@ -27,7 +27,7 @@ from collins.hashing import (
     universal_bucket,
     universal_sign_masks,
 )
-from collins.loops import ahead, in_turn, once, spare, takes_bits
+from collins.hints import NO_HINTS, Hints
 from collins.rounding import FIRST, PARAM, SECOND, random_bits
 from collins.rule import DECODES, StepScalars, direction, updated
 from collins.sketch import add_scattered, decay, encode_rows
@@ -46,6 +46,7 @@ class UpdateSpec(NamedTuple):
     m_format: str = "float32"  # a key of `collins.formats.FORMATS`, as the next
     v_format: str = "float32"
     v_load: float | None = None  # of the second moment's buckets, where it differs
+    hints: Hints = NO_HINTS  # for the compiler
 
     @property
     def loads(self) -> tuple[float, float]:
@@ -184,7 +185,7 @@ def _store_dense(
 
 
 def _block_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> None:
-    spec, keys = task.spec, task.keys
+    spec, keys, hints = task.spec, task.keys, task.spec.hints
     m_format, v_format = spec.formats
     load, v_load = map(int, spec.loads)
     last, tail = (task.numel - 1) // load, (task.numel - 1) % load + 1
@@ -192,7 +193,7 @@ def _block_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> 
         count = p.numel()
         padded = -(-count // v_load) * v_load
         first, rows, v_rows = (task.start + offset) // load, padded // load, padded // v_load
-        bucket = torch.arange(rows + spare(p.device), device=p.device) + first
+        bucket = torch.arange(rows + hints.padding, device=p.device) + first
         epoch, resets = epoch_of(bucket, hp.step, keys.sign, keys.period) if spec.rehash else (0, None)
         loads: float | Tensor = load
         grad, old = _gradient(g_piece, spec), _flat(p, torch.promote_types(p.dtype, torch.float32))
@@ -205,13 +206,13 @@ def _block_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> 
         elif p.is_contiguous():
             p = p.view(rows, load)  # compiled, reads, sums and writes then share one loop over rows
         grad, old = grad.view(rows, load), old.view(rows, load)
-        resets = None if resets is None else ahead(resets, rows)
-        words = ahead(sign_words(bucket, load, epoch, keys.sign), rows)
+        resets = None if resets is None else hints.separate_loop(resets, rows)
+        words = hints.separate_loop(sign_words(bucket, load, epoch, keys.sign), rows)
         masks = sign_masks(words, bucket[:rows], load)
-        bitwise = takes_bits(p, load)
+        bitwise = hints.bitwise(p, load)
         grad = signed(grad, masks, bitwise=bitwise)  # s g from here on
         if load == v_load:
-            mu, q = (in_turn(mean, words) for mean in encode_rows(grad, loads))
+            mu, q = (hints.scalar_loop(mean, words) for mean in encode_rows(grad, loads))
             v_loads = loads
         else:
             v_last, v_tail = (task.numel - 1) // v_load, (task.numel - 1) % v_load + 1
@@ -219,7 +220,7 @@ def _block_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> 
             v_loads = torch.where(v_bucket == v_last, v_tail, v_load).to(grad.dtype)
             mu, q = encode_rows(grad, loads)[0], encode_rows(grad.view(v_rows, v_load), v_loads)[1]
         finite = _finite(q, spec)
-        finite = None if finite is None else once(finite)
+        finite = None if finite is None else hints.realized(finite)
         m_finite = None if finite is None else _along(finite, rows)
         m_count, v_count = -(-count // load), v_rows
         m = m_format.cut(task.m, offset // load, m_count)
@@ -231,8 +232,8 @@ def _block_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> 
         second_moment = decay(old_v, q, hp.beta2, hp.one_minus_beta2, finite=finite)
         _store(m_format, m, first_moment[:m_count], first, FIRST, task, hp)
         _store(v_format, v, second_moment, (task.start + offset) // v_load, SECOND, task, hp)
-        m_b, v_b = map(once, _scaled(first_moment, second_moment, (loads, v_loads), spec, hp))
-        r = grad - once(mu)[:, None] if DECODES[spec.decode].residual else None
+        m_b, v_b = map(hints.realized, _scaled(first_moment, second_moment, (loads, v_loads), spec, hp))
+        r = grad - hints.realized(mu)[:, None] if DECODES[spec.decode].residual else None
         change = direction(m_b[:, None], _along(v_b, rows)[:, None], r, hp)
         new = updated(old, signed(change, masks, bitwise=bitwise), hp)
         new = _where(None if m_finite is None else m_finite[:, None], new, old)
@@ -249,7 +250,7 @@ def _universal_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None)
     m_format, v_format = spec.formats
     buckets, load = m_format.entries(task.m), spec.load
     a, b, c, d = task.keys.universal
-    bitwise = takes_bits(task.p, WORD)
+    bitwise = spec.hints.bitwise(task.p, WORD)
 
     def hashed(first: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.arange(g.numel(), device=g.device) + first
@@ -318,5 +319,14 @@ def _store(
     """Writes `values`, flat or in rows, over `parts`; the first value, or that of each row, is number `first`."""
     bits: Bits | None = None
     if task.spec.rounding and format.rounds:
-        bits = partial(random_bits, first, values.shape[-1], hp.step, task.keys.rounding, stream, parts[0].device)
+        bits = partial(
+            random_bits,
+            first,
+            values.shape[-1],
+            hp.step,
+            task.keys.rounding,
+            stream,
+            parts[0].device,
+            task.spec.hints,
+        )
     format.store(parts, values, bits)

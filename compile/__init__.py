@@ -9,7 +9,8 @@ Public names: `Engine`.
 - Through a graph (graphs): one for each signature (the static `UpdateSpec`, shapes, strides, dtypes, device), traced
   with fullgraph=True from `collins.update.update_`, the function that eager steps call too. Hyperparameters, the step
   and the hash constants enter as tensors, so that neither a scheduler nor another parameter of the same signature
-  compiles anything new. Small dense tensors of one signature are stacked and stepped in one call.
+  compiles anything new. Small dense tensors of one signature are stacked and stepped in one call. Graphs for the CPU
+  are traced with hints for Inductor's C++ backend (cpu_codegen).
 - Eagerly, piece by piece: on the CPU by default, odd ends of compiled parameters, and whatever failed to compile.
 """
 

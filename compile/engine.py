@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
+from collins._torch_internals import is_compile_error
 from collins.compile.graphs import Graphs, ScalarTensors, is_small, split, stack_key, whole_of
 from collins.compile.program import Executor
 from collins.rule import StepScalars
@@ -137,7 +137,7 @@ class Engine:
         try:
             return way() is not False
         except Exception as error:
-            if not isinstance(error, TorchDynamoException) and not type(error).__module__.startswith("triton"):
+            if not is_compile_error(error) and not type(error).__module__.startswith("triton"):
                 raise
             cause = " ".join(str(error).split("\n\n")[0].split())
             instead, what = _INSTEAD[name]

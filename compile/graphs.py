@@ -9,9 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._inductor import config as inductor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from collins._torch_internals import (
+    foreach_copy_,
+    known_options,
+    mark_dynamic,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+)
+from collins.compile.cpu_codegen import hinted
 from collins.hashing import WORD, HashKey
 from collins.rule import StepScalars
 from collins.update import HashKeys, UpdateSpec, UpdateTask, update_, update_rows_
@@ -20,15 +27,14 @@ from collins.update import HashKeys, UpdateSpec, UpdateTask, update_, update_row
 SMALL = 1 << 16
 
 # By default Inductor stores any value of more than 30 operations, here one of the parameter's size. It is to store what
-# `collins.loops.once` keeps and no more.
+# `CpuHints.realized` keeps and no more.
 _OPTIONS: dict[str, Any] = {
     "realize_opcount_threshold": 10_000,
     "realize_reads_threshold": 1000,
     "realize_acc_reads_threshold": 1000,
     "cpp.enable_floating_point_contract_flag": "fast",  # x * y + z by one instruction
+    "deterministic": True,  # otherwise the fastest order of a sum is measured anew in every process
 }
-if hasattr(inductor, "deterministic"):  # otherwise the fastest order of a sum is measured anew in every process
-    _OPTIONS["deterministic"] = True
 
 _Graph = Callable[..., None]
 
@@ -74,7 +80,7 @@ class Graphs:
             if constant not in self._constants:
                 self._constants[constant] = tree_map(_constant, constant)
         if signature not in self._graphs:
-            self._graphs[signature] = _graph_of_one(task.spec, len(self))
+            self._graphs[signature] = _graph_of_one(hinted(task.spec, p.device), len(self))
         keys, start = self._constants[task.keys], self._constants[task.start]
         self._graphs[signature](p, grad, m, v, keys, *_of_step(task, hp, scalars), start)
 
@@ -91,7 +97,7 @@ class Graphs:
         spec, device = batch[0].spec, batch[0].p.device
         signature = (spec, *_signature(batch[0]))
         if signature not in self._graphs:
-            self._graphs[signature] = _graph_of_many(spec, len(self))
+            self._graphs[signature] = _graph_of_many(hinted(spec, device), len(self))
         alone = len(batch) == 1  # a size of 1 would be compiled as a constant
         doubled, grads, hps = (([*column, *column] if alone else list(column)) for column in (batch, grads, hps))
         columns = zip(*((task.p, g, *task.m, *task.v) for task, g in zip(doubled, grads, strict=True)), strict=True)
@@ -110,12 +116,12 @@ class Graphs:
         steps = _together([hp.step for hp in hps], torch.int64, device)[:, None]
         others = torch.stack([_of_step(task, hp, scalars)[1] for task, hp in zip(doubled, hps, strict=True)])
         for stacked in (*tensors, keys, steps, others, starts):
-            torch._dynamo.mark_dynamic(stacked, 0)
+            mark_dynamic(stacked, 0)
         p, g, m, v = tensors[0], tensors[1], tuple(tensors[2:cut]), tuple(tensors[cut:])
         self._graphs[signature](p, g, m, v, keys, steps, others, starts)
         changed = [stacks[0], *stacks[2:]]
         for place, stack in enumerate(changed):
-            torch._foreach_copy_([task.tensors[place] for task in batch], list(stack.unbind(0))[: len(batch)])
+            foreach_copy_([task.tensors[place] for task in batch], list(stack.unbind(0))[: len(batch)])
 
 
 def is_small(task: UpdateTask) -> bool:
@@ -208,7 +214,7 @@ def _graph_of_one(spec: UpdateSpec, number: int) -> _Graph:
     ) -> None:
         update_(UpdateTask(p, m, v, spec, keys, p.numel(), start), g, StepScalars(step, *scalars))
 
-    return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=_OPTIONS)
+    return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=known_options(_OPTIONS))
 
 
 def _graph_of_many(spec: UpdateSpec, number: int) -> _Graph:
@@ -228,7 +234,7 @@ def _graph_of_many(spec: UpdateSpec, number: int) -> _Graph:
         task = UpdateTask(p, m, v, spec, columns, p.shape[1], start)
         update_rows_(task, g, StepScalars(step, *scalars.split(1, 1)))
 
-    return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=_OPTIONS)
+    return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=known_options(_OPTIONS))
 
 
 def _with_own_code(function: Any, number: int) -> Any:

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from collins._torch_internals import current_raw_stream
 from collins.hashing import FIRST_MULTIPLIER, GOLDEN, SECOND_MULTIPLIER, TICK_STRIDE
 from collins.rounding import (
     FIRST,
@@ -404,7 +405,7 @@ def step_(
     with _HERE if _is_current(owners.device) else torch.cuda.device_of(owners):
         if key in _COMPILED:
             constants, kernel = _COMPILED[key]
-            stream = torch._C._cuda_getCurrentRawStream(owners.device.index)
+            stream = current_raw_stream(owners.device.index)
             kernel[grid](owners, table, grads, scalars, *constants, stream=stream)
             return
         tile, stages = tiling(param.itemsize, load, even)

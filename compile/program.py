@@ -15,32 +15,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from collins._torch_internals import GUARDS_AVAILABLE, foreach_add_, tensor_guards
 from collins.nonfinite import require_finite
 from collins.parameter import Hash, ParamEntry, UniversalHash
 from collins.rule import StepScalars, step_scalars
 from collins.sharding import agreed
 from collins.state import StepCounters
 
-
-def _guards_of(tensors: Sequence[Tensor]) -> Any:
-    """What guards torch.compile's own code: of type, dtype, device, sizes and strides. They keep no tensor."""
-    from torch._C._dynamo.guards import TensorGuards
-
-    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-
-
-def _possible() -> bool:
-    """Whether this torch has such guards, which are private: without them every step makes a program."""
-    sample = [torch.empty(1, device="cpu")]
-    try:
-        return bool(_guards_of(sample).check(*sample))
-    except Exception:
-        return False
-
-
-GUARDS_AVAILABLE = _possible()
-
-_grad, _version = attrgetter("grad"), attrgetter("_version")
+_grad = attrgetter("grad")
 
 ScalarsOf = Callable[[dict[str, Any], int], StepScalars]
 
@@ -174,7 +156,7 @@ class StepProgram:
     def _count(self, group: ProgramGroup, places: Sequence[int | None]) -> None:
         if group.options["capturable"]:
             if group.entries:
-                torch._foreach_add_([entry.step for entry in group.entries if entry.step is not None], 1)
+                foreach_add_([entry.step for entry in group.entries if entry.step is not None], 1)
         elif places:
             self._counters.count(places)
 
@@ -220,7 +202,7 @@ class _Guards:
         self, entries: Sequence[ParamEntry], others: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]
     ) -> None:
         self._params, self._others, self._states = [entry.p for entry in entries], others, states
-        self._tensors = _guards_of([*map(_grad, self._params), *self._params])
+        self._tensors = tensor_guards([*map(_grad, self._params), *self._params])
         self._kept = list(states.values())
         self._hashes = [(hash, hash.coefficients) for hash in map(_hash, entries) if isinstance(hash, UniversalHash)]
         columns: dict[str, tuple[list[dict[str, Any]], list[Tensor]]] = {}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from collins._torch_internals import current_raw_stream
 from collins.compile.kernels import fetch
 from collins.rule import StepScalars
 
@@ -104,7 +105,7 @@ class ArgUploader:
             self._captured.append((host, memory))
 
     def _stream(self) -> int:
-        return 0 if self._device.type == "cpu" else torch._C._cuda_getCurrentRawStream(self._device.index)
+        return 0 if self._device.type == "cpu" else current_raw_stream(self._device.index)
 
     def _buffer(self, sizes: Sequence[tuple[int, int]]) -> _ArgBuffer:
         total = sum(count + rows * _SCALARS for count, rows in sizes)

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from collins._torch_internals import post_accumulate_grad_hooks
+
 Receive = Callable[[Any, Tensor], None]
 
 
@@ -42,7 +44,7 @@ class GradHooks:
         """
         new = []
         for name, p in params:
-            hooks = [hook for hook in (p._post_accumulate_grad_hooks or {}).values() if isinstance(hook, _Hook)]
+            hooks = [hook for hook in post_accumulate_grad_hooks(p) if isinstance(hook, _Hook)]
             if self._hook in hooks:
                 continue
             if any(hook.owner() is not None for hook in hooks):

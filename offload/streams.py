@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from collins._torch_internals import current_raw_stream
+
 Event = Any  # of the backend's own kind; one that was never recorded holds nobody up
 Stream = Any  # likewise
 
@@ -88,7 +90,7 @@ class CudaStreams:
                 "optimizer state in host memory cannot be used while a CUDA graph is captured, since replaying the"
                 " graph would not copy it; step outside the graph, or keep the state on the device"
             )
-        address = torch._C._cuda_getCurrentRawStream(self._index)
+        address = current_raw_stream(self._index)
         if address not in self._current:
             self._current[address] = torch.cuda.current_stream(self.device)
         return self._current[address]

@@ -78,7 +78,7 @@ def test_train_lm_refuses_what_it_cannot_run(train_lm, wrong, capsys):
 
 def test_train_lm_takes_a_policy_file_and_trains_alike(train_lm, tmp_path, capsys):
     policy = tmp_path / "policy.toml"
-    policy.write_text('[collins.memory]\ntier = "host"\nbucket_size = "8KiB"\n')
+    policy.write_text('[collins.memory]\ntier = "host"\ntransfer_size = "8KiB"\n')
     arguments = ["--steps", "5", "--optimizers", "collins", "--out", str(tmp_path / "loss.png"), *TINY]
     (resident,), (housed,) = train_lm.main(arguments), train_lm.main([*arguments, "--memory", str(policy)])
     assert housed.losses == resident.losses
@@ -106,7 +106,7 @@ def test_train_70b_learns_and_reports(train_70b, tier, capsys):
 
 def test_train_70b_follows_its_policy_file(train_70b, tmp_path):
     policy = tmp_path / "policy.toml"
-    policy.write_text('[collins.memory]\ntier = "host"\nstaging_slots = 2\nbucket_size = "32KiB"\n')
+    policy.write_text('[collins.memory]\ntier = "host"\nstaging_slots = 2\ntransfer_size = "32KiB"\n')
     run = train_70b.main([*TINY_70B, "--steps", "1", "--policy", str(policy)])
     assert run.added is None
     assert run.placement[0].policy == train_70b.MemoryPolicy.of(policy)

@@ -1,5 +1,6 @@
 """What a wheel and an editable install put where."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -12,30 +13,41 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From each folder in a process of its own, as Python starts there with -c; torch is imported once for all of them.
 IMPORTS = """
-import os, sys, torch
+import importlib.util, os, sys, torch
+from pathlib import Path
 assert "collins" not in sys.modules
 for folder in sys.argv[1:]:
     if os.fork() == 0:
         os.chdir(folder)
         import collins.compile, collins.offload
+        home = Path(collins.__file__).parent
+        if (home / "compile").is_dir():
+            assert all(type(finder).__name__ != "SourceTreeFinder" for finder in sys.meta_path)
+        else:
+            home = home.parent
+        assert [collins.compile.__file__, collins.offload.__file__] == [
+            str(home / room / "__init__.py") for room in ("compile", "offload")
+        ]
+        for name in ("tests", "examples", "collins", "pyproject"):
+            assert importlib.util.find_spec("collins." + name) is None, name
         print(collins.__file__, flush=True)
         os._exit(0)
     assert os.wait()[1] == 0
 """
 
 
-def run(*command, cwd=None):
-    ran = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+def run(*command, **options):
+    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of what a build reads, so that building leaves nothing in the checkout."""
+    """A copy of the checkout, so that building leaves nothing there."""
     copy = tmp_path_factory.mktemp("tree")
-    run("cp", "-R", *(ROOT / name for name in ("collins", "compile", "offload", "pyproject.toml", "README.md")), copy)
-    run("cp", ROOT / "LICENSE", copy)
+    names = ("collins", "compile", "examples", "offload", "tests", "pyproject.toml", "README.md", "LICENSE")
+    run("cp", "-R", *(ROOT / name for name in names), copy)
     return copy
 
 
@@ -62,9 +74,9 @@ def install(python, *what):
     run(*pip, "--ignore-installed", *what)
 
 
-def found_from(python, *folders):
-    """The file that is imported as `collins` from each folder."""
-    return run(python, "-c", IMPORTS, *folders, cwd=folders[0]).splitlines()
+def found_from(python, *folders, **options):
+    """The file that is imported as `collins` from each folder, with both rooms of its tree and nothing else of it."""
+    return run(python, "-c", IMPORTS, *folders, cwd=folders[0], **options).splitlines()
 
 
 def test_a_wheel_has_one_top_level_name(wheel):
@@ -106,8 +118,17 @@ def test_editable_it_imports_from_any_folder(tree, environment, tmp_path):
     python, site = environment
     install(python, "--editable", tree)
     assert not {"compile", "offload"} & {path.name for path in site.iterdir()}
-    anywhere = found_from(python, tmp_path, Path("/"), tree, tree / "compile")
+    *anywhere, here = found_from(python, tmp_path, Path("/"), tree, tree / "compile", ROOT)
     assert anywhere == [str(tree / "collins" / "__init__.py")] * 4
+    assert here == str(ROOT / "collins" / "__init__.py")  # and not with the rooms of the installed tree
     for name in ("compile", "offload"):
         found = run(python, "-c", f"import importlib.util; print(importlib.util.find_spec({name!r}))", cwd=tmp_path)
         assert found.strip() == "None"
+
+
+def test_a_source_tree_imports_without_an_install(tree, environment, tmp_path):
+    python, _ = environment
+    options = {"env": {**os.environ, "PYTHONPATH": str(tree)}}
+    anywhere = found_from(python, tmp_path, Path("/"), tree, tree / "compile", **options)
+    assert anywhere == [str(tree / "collins" / "__init__.py")] * 4
+    assert "usage: python -m collins plan" in run(python, "-m", "collins", "plan", "--help", cwd=tmp_path, **options)
