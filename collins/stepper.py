@@ -15,16 +15,17 @@ from torch import Tensor
 
 from collins.compile import Engine
 from collins.compile.program import ProgramGroup, StepProgram, scalars_under
+from collins.hashing import UniversalHash
 from collins.offload import MemoryPolicy
 from collins.offload.backward import refuse_replicas
-from collins.offload.tiers import ResidentStore, StateRequest, Store, TieredStore
+from collins.offload.staging import StateRequest
+from collins.offload.tiers import ResidentStore, Store, TieredStore
 from collins.options import check_options
 from collins.parameter import (
     Hash,
     ParamEntries,
     ParamEntry,
     ParamSpec,
-    UniversalHash,
     check_state,
     flattened,
     gradient_of,

@@ -98,8 +98,8 @@ class Graphs:
         signature = (spec, *_signature(batch[0]))
         if signature not in self._graphs:
             self._graphs[signature] = _graph_of_many(hinted(spec, device), len(self))
-        alone = len(batch) == 1  # a size of 1 would be compiled as a constant
-        doubled, grads, hps = (([*column, *column] if alone else list(column)) for column in (batch, grads, hps))
+        times = 2 if len(batch) == 1 else 1  # a size of 1 would be compiled as a constant
+        doubled, grads, hps = [*batch] * times, [*grads] * times, [*hps] * times
         columns = zip(*((task.p, g, *task.m, *task.v) for task, g in zip(doubled, grads, strict=True)), strict=True)
         stacks = [torch.stack(column) for column in columns]
         tensors = [stack.view(len(doubled), -1) for stack in stacks]
@@ -160,7 +160,8 @@ def whole_of(task: UpdateTask, g: Tensor) -> int:
 def split(task: UpdateTask, whole: int) -> tuple[UpdateTask, UpdateTask]:
     """The first `whole` elements of a contiguous parameter, and the rest."""
     p = task.p.detach().view(-1)
-    first, second = {"p": p[:whole]}, {"p": p[whole:]}
+    first: dict[str, Any] = {"p": p[:whole]}
+    second: dict[str, Any] = {"p": p[whole:]}
     for name, parts, load, format in zip("mv", (task.m, task.v), task.spec.loads, task.spec.formats, strict=True):
         flat = tuple(part.detach().view(-1) for part in parts)
         entry, total = whole // int(load), format.entries(flat)

@@ -231,8 +231,9 @@ class KernelLaunch:
         scalars: Tensor,
     ) -> None:
         spec = self._spec
+        load, v_load = spec.loads
         kernels.step_(
-            p, m, v, owners, table, gradients, scalars, *map(int, spec.loads), *kernels.decode_constants(spec.decode),
+            p, m, v, owners, table, gradients, scalars, int(load), int(v_load), *kernels.decode_constants(spec.decode),
             spec.rehash, spec.rounding, spec.maximize, spec.skip, self._even,
         )  # fmt: skip
         torch.autograd.graph.increment_version(p)

@@ -60,6 +60,9 @@ class Backend:
     streams: Callable[[torch.device], Streams] = streams_for
 
 
+MACHINE = Backend()
+
+
 class Placed(NamedTuple):
     """Where the moments of one parameter are."""
 

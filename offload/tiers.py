@@ -27,7 +27,16 @@ from collins.offload.memory import host_memory_total
 from collins.offload.plan import PlacementPlan, Request, place, ring_bytes
 from collins.offload.policy import MemoryPolicy
 from collins.offload.sizes import size_text
-from collins.offload.staging import Backend, HostTier, Placed, StagedOneExecutor, StateRequest, TieredExecutor, zeros
+from collins.offload.staging import (
+    MACHINE,
+    Backend,
+    HostTier,
+    Placed,
+    StagedOneExecutor,
+    StateRequest,
+    TieredExecutor,
+    zeros,
+)
 from collins.update import UpdateTask
 
 _log = logging.getLogger("collins")
@@ -139,7 +148,7 @@ class TieredStore:
         backend: the machine.
     """
 
-    def __init__(self, policy: MemoryPolicy, backend: Backend = Backend()) -> None:
+    def __init__(self, policy: MemoryPolicy, backend: Backend = MACHINE) -> None:
         self._policy = policy
         self._backend = backend
         self._placed: dict[Tensor, Placed] = {}
@@ -167,14 +176,14 @@ class TieredStore:
             plan, leave = planned(self._policy, device, group, host_free, early, self._backend)
             host_free -= plan.host_bytes + (plan.device_bytes if device.type == "cpu" else 0)
             plans.append((device, group, plan, leave))
-        for plan, on_device, host, group in [_built(*each, self._backend) for each in plans]:
+        for plan, on_device, host, placing in [_built(*each, self._backend) for each in plans]:
             self._plans.append(plan)
             _log.info("Where the tables are, and why:\n%s", plan.summary())
-            for request, tensors in zip(group, on_device, strict=False):
+            for request, tensors in zip(placing, on_device, strict=False):
                 self._placed[request.p] = Placed(tensors, None, 0, request.p.device)
             if host is not None:
                 self._hosts.add(host)
-                for region, request in enumerate(group[len(on_device) :]):
+                for region, request in enumerate(placing[len(on_device) :]):
                     self._placed[request.p] = Placed(host.tensors(region), host, region, request.p.device)
 
     def serves(self, p: Tensor, moment: Tensor) -> bool:
