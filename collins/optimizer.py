@@ -379,7 +379,10 @@ class Collins(Optimizer):
     def _update_one(self, p: Tensor) -> None:
         """The step of one parameter whose gradient has arrived."""
         assert self._backward is not None
-        with torch.no_grad():  # for backward(create_graph=True)
+        if torch.is_grad_enabled():  # backward(create_graph=True)
+            with torch.no_grad():
+                self._update_one(p)
+        else:
             self._backward.receive(p, self._stepper, self.param_groups, self.state)
 
     def _members(self) -> Iterator[ParamEntry]:

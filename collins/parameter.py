@@ -42,6 +42,7 @@ PLANNED = (
     "maximize",
     "stochastic_rounding",
     "nonfinite",
+    "capturable",
 )
 
 
@@ -106,11 +107,25 @@ class ParamEntry:
         name: for errors.
         spec: as of the last step.
         step: the counter in its state, and `moments`: the tensors of its state, as they were adopted; None before.
+        task: of the update, over these moments.
         counter: the number of `step` among the optimizer's counters, where it is on the host.
         program: the program that steps it in backward.
     """
 
-    __slots__ = ("counter", "group", "key", "moments", "name", "p", "program", "spec", "step", "universal")
+    __slots__ = (
+        "_held",
+        "counter",
+        "group",
+        "key",
+        "moments",
+        "name",
+        "p",
+        "program",
+        "spec",
+        "step",
+        "task",
+        "universal",
+    )
 
     def __init__(self, p: Tensor, key: int, universal: UniversalHash | None = None) -> None:
         self.p = p
@@ -122,11 +137,29 @@ class ParamEntry:
         self.step: Tensor | None = None
         self.moments: tuple[Tensor, ...] | None = None
         self.counter: int | None = None
+        self.task: UpdateTask | None = None
         self.program: Any = None
+        self._held: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = []
+
+    def adopt(self, state: Mapping[str, Any]) -> None:
+        """Takes the tensors of a state as the entry's own."""
+        tensors = self.known_spec.tensors
+        self.step, self.moments = state["step"], tuple(state[name] for name in tensors)
+        self._held = [(name, state[name], due.shape, due.dtype) for name, due in tensors.items()]
+        self.task = self.program = None
+
+    def holds(self, state: Mapping[str, Any]) -> bool:
+        """Whether a state still has the counter and the moments that were adopted, and these are what they were."""
+        if self.moments is None or state.get("step") is not self.step:
+            return False
+        for name, moment, shape, dtype in self._held:
+            if state.get(name) is not moment or moment.shape != shape or moment.dtype is not dtype:
+                return False
+        return True
 
     def forget(self) -> None:
         """The state is to be adopted anew."""
-        self.step = self.moments = self.program = None
+        self.step = self.moments = self.task = self.program = None
 
     def respec(self, spec: ParamSpec) -> None:
         """Takes a new spec; the state is to be adopted under it."""
@@ -350,17 +383,21 @@ def expected_state(entry: ParamEntry, seed: int) -> ExpectedState:
     )
 
 
-def task_of(entry: ParamEntry, moments: Sequence[Tensor]) -> UpdateTask:
-    """A parameter's part of every step, over these moments: this rank's parts, or those that are staged for it."""
-    spec = entry.known_spec
+def task_of(entry: ParamEntry) -> UpdateTask:
+    """A parameter's part of every step, over this rank's parts of its moments."""
+    if entry.task is not None:
+        return entry.task
+    spec, moments = entry.known_spec, [local(moment) for moment in entry.moments or ()]
     keys, p, start = spec.keys, entry.p, 0
-    if spec.update.hash == "universal":
-        assert isinstance(spec.hash, UniversalHash)
+    if isinstance(spec.hash, UniversalHash):
         keys = keys._replace(universal=spec.hash.coefficients)
     if spec.slice is not None:
         p, start = local(p), spec.slice.start
     m, v = tuple(moments[: spec.first_count]), tuple(moments[spec.first_count :])
-    return UpdateTask(p, m, v, spec.update, keys, spec.numel, start, spec.launch)
+    task = UpdateTask(p, m, v, spec.update, keys, spec.numel, start, spec.launch)
+    if spec.slice is None:  # a sharded parameter may have another local tensor in the next step
+        entry.task = task
+    return task
 
 
 def gradient_of(entry: ParamEntry, g: Tensor) -> Tensor:
@@ -370,6 +407,9 @@ def gradient_of(entry: ParamEntry, g: Tensor) -> Tensor:
         TypeError, ValueError: for one that is sparse, or whose shape, dtype, device or kind is not the parameter's.
     """
     spec = entry.known_spec
+    plain = spec.slice is None and type(g) is Tensor and g.dtype is spec.dtype and g.layout is torch.strided
+    if plain and g.shape == spec.size and g.device == spec.device and not g.is_neg():
+        return g
     if g.layout != torch.strided:
         raise TypeError(f"the gradient of {entry.name} has layout {g.layout}; Collins accepts torch.strided gradients")
     for what, got, accepted in (
@@ -384,17 +424,6 @@ def gradient_of(entry: ParamEntry, g: Tensor) -> Tensor:
     if is_sharded(g):
         raise TypeError(f"the gradient of {entry.name} must be a plain tensor as the parameter is, got a DTensor")
     return g.resolve_neg()
-
-
-def holds(state: Mapping[str, Any] | None, entry: ParamEntry) -> bool:
-    """Whether a state still has the counter and the moments that were adopted from it, and these are what they were."""
-    moments = entry.moments
-    if not state or moments is None or state.get("step") is not entry.step:
-        return False
-    for (name, spec), moment in zip(entry.known_spec.tensors.items(), moments, strict=True):
-        if state.get(name) is not moment or moment.shape != spec.shape or moment.dtype is not spec.dtype:
-            return False
-    return True
 
 
 def check_state(entry: ParamEntry, state: Mapping[str, Any], seed: int, store: _Store) -> None:

@@ -50,7 +50,10 @@ class StepCounters:
 
     def count(self, places: Sequence[int | None]) -> None:
         """Counts one step at each of these different places."""
-        self._numbers[self._index(places)] += 1
+        if len(places) == 1:
+            self._numbers[places[0]] += 1
+        else:
+            self._numbers[self._index(places)] += 1
 
     def _index(self, places: Sequence[int | None]) -> Any:
         return slice(len(places)) if places == self._every else list(places)
@@ -86,7 +89,7 @@ def adopt(
             state[name] = placed(tensor, p, due.shape)
     if made:
         mark(entry, state, seed)
-    entry.step, entry.moments, entry.program = state["step"], tuple(state[name] for name in spec.tensors), None
+    entry.adopt(state)
     return made
 
 

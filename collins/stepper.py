@@ -29,7 +29,6 @@ from collins.parameter import (
     check_state,
     flattened,
     gradient_of,
-    holds,
     settings_of,
     spec_of,
     task_of,
@@ -153,7 +152,7 @@ class Stepper:
             found.append(ProgramGroup(group, settings, own))
         stepping = [entry for group in found for entry in group.entries]
         made = self._adopt(stepping, states, flattened(roster))
-        executor = self.store.executor(self.engine, [_task(e) for e in stepping], [e.p for e in stepping], grads)
+        executor = self.store.executor(self.engine, list(map(task_of, stepping)), [e.p for e in stepping], grads)
         program = StepProgram(found, executor, self._counters, roster)
         # While gradients come and go no step is repeated, and guards would take as long as the step itself.
         settled, self._last = stepping == self._last, stepping
@@ -167,7 +166,7 @@ class Stepper:
         """Raises for a parameter or a state that cannot be stepped."""
         spec = self.spec(entry, settings)
         state = states.get(entry.p) or {}
-        if holds(state, entry):
+        if entry.holds(state):
             if isinstance(spec.hash, UniversalHash):  # whose coefficients may have been set
                 check_state(entry, state, self.seed, self.store)
             return
@@ -259,7 +258,7 @@ class Stepper:
             return scalars[id(group), step]
 
         grads = [gradient_of(entry, g)]
-        made = self._adopt([entry], states, [entry])
+        made = self._adopt([entry], states, [entry]) if entry.moments is None else []
         program = entry.program or self._program_of_one(entry)
         try:
             program.run(program.bind(grads), shared)
@@ -268,7 +267,7 @@ class Stepper:
             raise
 
     def _program_of_one(self, entry: ParamEntry) -> StepProgram:
-        executor = self.store.executor_of_one(self.engine, _task(entry), entry.p)
+        executor = self.store.executor_of_one(self.engine, task_of(entry), entry.p)
         group = ProgramGroup(entry.group, entry.known_spec.settings, [entry])
         program = StepProgram([group], executor, self._counters, [])
         if entry.known_spec.slice is None:  # a sharded parameter may have another local tensor in the next step
@@ -339,10 +338,6 @@ class BackwardSteps:
 def can_step(entry: ParamEntry) -> bool:
     """Whether a parameter may be stepped: what is frozen needs no moments."""
     return entry.p.requires_grad or entry.p.grad is not None
-
-
-def _task(entry: ParamEntry) -> Any:
-    return task_of(entry, [local(moment) for moment in entry.moments or ()])
 
 
 def _twice(name: str) -> str:

@@ -66,9 +66,10 @@ class Engine:
         self._largest = max(self._largest, task.p.nbytes)
         return OneExecutor(self, task)
 
-    def takes_kernel(self, task: UpdateTask) -> bool:
-        """Whether the kernel is the way for a task."""
-        return task.launch is not None and "kernel" not in self._failed
+    @property
+    def has_kernel(self) -> bool:
+        """Whether kernels work here, as far as is known."""
+        return "kernel" not in self._failed
 
     def run_kernel(self, way: Callable[[], bool | None]) -> bool:
         """Whether the kernel has performed this; if not, nothing has changed."""
@@ -150,19 +151,15 @@ class EngineExecutor:
     """Steps fixed tasks: through kernels what they can read, the rest through graphs or eagerly."""
 
     def __init__(self, engine: Engine, tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> None:
-        self._engine = engine
-        self._tasks = dict(enumerate(tasks))
-        launched: dict[int, UpdateTask] = {}
-        for number, task in self._tasks.items():
-            if engine.takes_kernel(task) and task.launch.reads(task, grads[number]):
-                launched[number] = task
-        self._kernel = None
-        if launched:
-            from collins.compile.multi_tensor import KernelExecutor
+        self._engine, self._tasks = engine, tasks
+        self._kernel, rest = None, list(range(len(tasks)))
+        if engine.launches is not None and engine.has_kernel:
+            from collins.compile.multi_tensor import KernelExecutor, batched
 
-            assert engine.launches is not None
-            self._kernel = KernelExecutor(engine.launches, launched, engine.run_kernel)
-        self._rest = {number: task for number, task in self._tasks.items() if number not in launched}
+            batches, rest = batched(tasks, grads)
+            if batches:
+                self._kernel = KernelExecutor(engine.launches, batches, engine.run_kernel)
+        self._rest = {number: tasks[number] for number in rest}
 
     def bind(self, grads: Sequence[Tensor]) -> Any:
         addresses = None if self._kernel is None else self._kernel.bind(grads)
@@ -191,7 +188,11 @@ class OneExecutor:
     def run(self, bound: Any, scalars: Sequence[StepScalars], rows: Sequence[int], done: list[int]) -> None:
         engine, task = self._engine, self._task
         (g,), (hp,) = bound, scalars
-        if engine.takes_kernel(task) and engine.run_kernel(lambda: task.launch.run_one(task, g, hp)):
+        if (
+            task.launch is not None
+            and engine.has_kernel
+            and engine.run_kernel(lambda: task.launch.run_one(task, g, hp))
+        ):
             done.append(0)
             return
         engine.run_rest({0: task}, bound, [hp], done)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,16 @@ class Batch:
         """Where parameters and moments lie."""
         return tuple(list(map(Tensor.data_ptr, column)) for column in (self.p, self.m, self.v))
 
+    def pick(self, grads: Sequence[Tensor]) -> Iterable[Tensor]:
+        """The gradients of the batch among all of the executor."""
+        return map(grads.__getitem__, self.numbers)
+
+    def reads(self, grads: Sequence[Tensor]) -> bool:
+        """Whether the kernel can read all of these tensors as they lie in memory: contiguous and aligned."""
+        columns = (self.p, self.m, self.v) if self.launch.dense else (self.p,)
+        lying = all(map(_aligned, self.addresses[: len(columns)])) and _aligned(list(map(Tensor.data_ptr, grads)))
+        return lying and all(all(map(Tensor.is_contiguous, column)) for column in (grads, *columns))
+
     def take(self, rows: Sequence[int]) -> None:
         """Takes the rows of scalars of all tasks of the executor."""
         own = [rows[number] for number in self.numbers]
@@ -117,25 +127,23 @@ class KernelExecutor:
 
     Args:
         launches: of the optimizer.
-        tasks: by number, those that it steps.
+        batches: what they take.
         attempt: runs a launch, and says whether it worked; see `collins.compile.engine.Engine`.
     """
 
-    def __init__(self, launches: KernelLaunches, tasks: dict[int, UpdateTask], attempt: Fallback) -> None:
-        by_launch: dict[KernelLaunch, list[int]] = {}
-        for number, task in tasks.items():
-            by_launch.setdefault(task.launch, []).append(number)
+    def __init__(self, launches: KernelLaunches, batches: Sequence[Batch], attempt: Fallback) -> None:
         self._launches, self._attempt = launches, attempt
-        self._batches = [
-            Batch(launch, numbers, [tasks[number] for number in numbers]) for launch, numbers in by_launch.items()
-        ]
         # The device begins with what takes it longest, while the host prepares the rest.
-        self._batches.sort(key=lambda batch: -sum(p.nbytes for p in batch.p))
+        self._batches = sorted(batches, key=lambda batch: -sum(p.nbytes for p in batch.p))
         self._rows: Sequence[int] = ()
+        self._is_new = True
 
     def bind(self, grads: Sequence[Tensor]) -> list[np.ndarray] | None:
         """The addresses of the gradients of each launch; None if one cannot be read, or a parameter has moved."""
-        at = [np.array([grads[number].data_ptr() for number in batch.numbers]) for batch in self._batches]
+        at = [np.array(list(map(Tensor.data_ptr, batch.pick(grads)))) for batch in self._batches]
+        if self._is_new:
+            self._is_new = False
+            return at
         if not all(map(_aligned, at)):
             return None
         return at if all(batch.addresses_now() == batch.addresses for batch in self._batches) else None
@@ -159,9 +167,23 @@ class KernelExecutor:
         return left
 
 
-def readable(task: UpdateTask, g: Tensor) -> bool:
-    """Whether the kernel can read a task's tensors as they lie in memory: contiguous and aligned."""
-    return task.launch.reads(task, g)  # type: ignore[no-any-return]
+def batched(tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> tuple[list[Batch], list[int]]:
+    """The tasks that have a launch in batches, and the numbers of the others and of those that it cannot read."""
+    by_launch: dict[KernelLaunch | None, list[int]] = {}
+    for number, task in enumerate(tasks):
+        by_launch.setdefault(task.launch, []).append(number)
+    rest = by_launch.pop(None, [])
+    batches = []
+    for launch, numbers in by_launch.items():
+        assert launch is not None
+        batch = Batch(launch, numbers, [tasks[number] for number in numbers])
+        if not batch.reads([grads[number] for number in numbers]):
+            readable = [number for number in numbers if launch.reads(tasks[number], grads[number])]
+            rest += [number for number in numbers if number not in set(readable)]
+            batch = Batch(launch, readable, [tasks[number] for number in readable])
+        if batch.numbers:
+            batches.append(batch)
+    return batches, rest
 
 
 def _aligned(at: Sequence[int] | np.ndarray) -> bool:
@@ -177,9 +199,12 @@ class KernelLaunch:
 
     def __init__(self, spec: UpdateSpec, *, even: bool, uploader: ArgUploader) -> None:
         self.dense = spec.hash is None
+        load, v_load = map(int, spec.loads)
+        self._constants = (
+            load, v_load, *kernels.decode_constants(spec.decode),
+            spec.rehash, spec.rounding, spec.maximize, spec.skip, even,
+        )  # fmt: skip
         self.uploader = uploader
-        self._spec = spec
-        self._even = even
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
         self._last: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
         self._captured: list[Any] = []
@@ -230,12 +255,7 @@ class KernelLaunch:
         gradients: Tensor,
         scalars: Tensor,
     ) -> None:
-        spec = self._spec
-        load, v_load = spec.loads
-        kernels.step_(
-            p, m, v, owners, table, gradients, scalars, int(load), int(v_load), *kernels.decode_constants(spec.decode),
-            spec.rehash, spec.rounding, spec.maximize, spec.skip, self._even,
-        )  # fmt: skip
+        kernels.step_(p, m, v, owners, table, gradients, scalars, *self._constants)
         torch.autograd.graph.increment_version(p)
         if self.uploader.capturing():
             self._captured.append((owners, table))

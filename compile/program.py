@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter, is_, itemgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -77,6 +77,7 @@ class StepProgram:
         self._executor = executor
         self._counters = counters
         self._places = [[entry.counter for entry in group.entries] for group in groups]
+        self._requires_finite = any(group.options["nonfinite"] == "error" for group in groups)
         self._guards: _Guards | None = None
         self.stepped: list[int] = []  # the numbers of the entries that the last run has stepped
 
@@ -116,13 +117,13 @@ class StepProgram:
             scalars_of: the scalars of a group at a step.
         """
         grads, prepared = bound
-        self._require_finite(grads)
+        if self._requires_finite:
+            self._require_finite(grads)
         scalars: list[StepScalars] = []
         rows: list[int] = []
         for group, places in zip(self.groups, self._places, strict=True):
-            found, own = self._scalars(group, places, len(scalars), scalars_of)
-            scalars += found
-            rows += own
+            if places:
+                self._add_scalars(group, places, scalars, rows, scalars_of)
         self.stepped = []
         try:
             self._executor.run(prepared, scalars, rows, self.stepped)
@@ -132,27 +133,36 @@ class StepProgram:
         for group, places in zip(self.groups, self._places, strict=True):
             self._count(group, places)
 
-    def _scalars(
-        self, group: ProgramGroup, places: Sequence[int | None], first: int, scalars_of: ScalarsOf
-    ) -> tuple[list[StepScalars], list[int]]:
-        """The scalars that the entries of a group take, in rows from `first` on, and the row of each."""
-        if not places:
-            return [], []
-        if group.options["capturable"]:
+    def _add_scalars(
+        self,
+        group: ProgramGroup,
+        places: Sequence[int | None],
+        scalars: list[StepScalars],
+        rows: list[int],
+        scalars_of: ScalarsOf,
+    ) -> None:
+        """Adds the scalars that the entries of a group take, and the row of each."""
+        options, first, count = group.options, len(scalars), len(places)
+        if options["capturable"]:
             steps = torch.stack([entry.step for entry in group.entries if entry.step is not None]) + 1
-            together = scalars_under(group.options, steps)
-            columns = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(steps) for x in together]
-            each = [StepScalars(*row) for row in zip(*columns, strict=True)]
-            return each, list(range(first, first + len(each)))
-        if len(places) == 1:
-            return [scalars_of(group.options, self._counters.read_one(places[0]) + 1)], [first]  # type: ignore[arg-type]
-        steps_taken = self._counters.read(places)
-        if (steps_taken == steps_taken[0]).all():
-            return [scalars_of(group.options, int(steps_taken[0]) + 1)], [first] * len(steps_taken)
-        distinct = {t: row for row, t in enumerate(dict.fromkeys(steps_taken.tolist()), first)}
-        return [scalars_of(group.options, int(t) + 1) for t in distinct], list(
-            map(distinct.__getitem__, steps_taken.tolist())
-        )
+            columns = [
+                x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * count for x in scalars_under(options, steps)
+            ]
+            scalars += (StepScalars(*row) for row in zip(*columns, strict=True))
+            rows += range(first, first + count)
+            return
+        if count == 1:
+            scalars.append(scalars_of(options, self._counters.read_one(cast(int, places[0])) + 1))
+            rows.append(first)
+            return
+        taken = self._counters.read(places)
+        if (taken == taken[0]).all():
+            scalars.append(scalars_of(options, int(taken[0]) + 1))
+            rows += [first] * count
+            return
+        distinct = {t: row for row, t in enumerate(dict.fromkeys(taken.tolist()), first)}
+        scalars += (scalars_of(options, int(t) + 1) for t in distinct)
+        rows += map(distinct.__getitem__, taken.tolist())
 
     def _count(self, group: ProgramGroup, places: Sequence[int | None]) -> None:
         if group.options["capturable"]:
@@ -168,8 +178,6 @@ class StepProgram:
                 step += 1
 
     def _require_finite(self, grads: Sequence[Tensor]) -> None:
-        if all(group.options["nonfinite"] != "error" for group in self.groups):
-            return
         guarded = [
             (entry, g) for entry, g in zip(self.entries, grads, strict=True) if entry.group["nonfinite"] == "error"
         ]
