@@ -24,7 +24,7 @@ from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks, refuse_replicas
 from collins.offload.slabs import TensorSpec
 from collins.offload.tiers import Moments, StateRequest, TieredStore
-from collins.options import check_options, listed, require
+from collins.options import check_options, check_table_dtype, listed, require, seed_of
 from collins.repeat import POSSIBLE, Kept, Repeat
 from collins.report import MemoryReport, ParameterRow
 from collins.rounding import ROUNDED
@@ -117,7 +117,7 @@ class Collins(Optimizer):
         params: tensors, (name, tensor) pairs, or dicts of parameter groups, as for `torch.optim.AdamW`. fp64, fp32,
             bf16 and fp16, any shape and strides.
         lr: learning rate, a float or a one-element tensor. A rate 2 to 4 times AdamW's is the place to start.
-        betas: decay rates of the two moments, each in [0, 1).
+        betas: decay rates of the two moments, each in [0, 1): any sequence of two numbers, kept as a tuple of floats.
         eps: added to the denominator.
         weight_decay: decoupled decay, per unit of lr.
         compress_ratio: elements per bucket, at least 1. 1 keeps exact moments.
@@ -126,8 +126,8 @@ class Collins(Optimizer):
         decode: "residual" (above) or "sketch", the published Collins v0.1 update without residual.
         residual_weight: rho; None for sqrt((1 - beta1) / (1 + beta1)).
         rehash_period: steps T after which a bucket of hash="block" draws new signs and restarts M_b; None for never.
-        table_dtype: dtype of the tables: torch.float32, torch.bfloat16 (half the bytes, stochastically rounded) or
-            torch.float64. Dense moments use the wider of this and the parameter's dtype.
+        table_dtype: dtype of the tables: torch.float32, torch.bfloat16 (half the bytes, stochastically rounded) or, for
+            torch.float64 parameters only, torch.float64. Dense moments use the wider of this and the parameter's dtype.
         seed: what every hash derives from, together with the parameter's place in the optimizer. Replicas must agree.
         maximize: ascend instead of descend.
         stochastic_rounding: whether parameters and tables in 16 bits are rounded stochastically; None for True.
@@ -197,10 +197,9 @@ class Collins(Optimizer):
         memory: MemoryPolicy | str | Mapping[str, Any] | PathLike[str] | None = None,
         in_backward: bool = False,
     ) -> None:
-        require(isinstance(seed, int), "seed", seed, "an int")
         require(compile is None or isinstance(compile, bool), "compile", compile, "True, False or None")
         require(isinstance(in_backward, bool), "in_backward", in_backward, "True or False")
-        self.seed = seed
+        self.seed = seed_of(seed)
         self.compile = compile
         self.in_backward = False  # until all groups have been accepted
         self.memory = None if memory is None else MemoryPolicy.of(memory)
@@ -271,7 +270,9 @@ class Collins(Optimizer):
         """
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"param_group must be a dict with the key 'params', got {param_group!r}")
-        check_options({**self.defaults, **param_group})
+        options = {**self.defaults, **param_group}
+        check_options(options)
+        param_group.update({name: options[name] for name in self.defaults if name in param_group})
         params = param_group["params"]
         if not isinstance(params, (Tensor, set)):  # those two are the base class's to accept or refuse
             param_group["params"] = list(params)
@@ -285,6 +286,7 @@ class Collins(Optimizer):
                 raise TypeError(f"{label} has layout {p.layout}; Collins accepts torch.strided parameters")
             if p.dtype not in _PARAM_DTYPES:
                 raise TypeError(f"{label} has dtype {p.dtype}; Collins accepts {listed(_PARAM_DTYPES)}")
+            check_table_dtype(label, p.dtype, options["table_dtype"])
             if is_sharded(p):
                 _slice(label, p, {**self.defaults, **param_group})
             if is_flattened(p):
@@ -723,6 +725,7 @@ class Collins(Optimizer):
         same = plan is not None and plan.settings is settings and plan.kind is type(p)
         if plan is not None and same and (plan.size, plan.dtype, plan.device) == (p.shape, p.dtype, p.device):
             return plan
+        check_table_dtype(member.name, p.dtype, group["table_dtype"])
         layout, period = _layout(p, group), group["rehash_period"]
         hash: Hash | None = None
         if layout.hash == "block":

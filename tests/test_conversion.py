@@ -141,8 +141,8 @@ def test_encoding_a_decoded_sketch_anew_would_be_sqrt_c_too_loud():
 
 
 def test_tables_that_mean_the_same_keep_every_bit_and_may_change_their_dtype():
-    _, source = stepped(collins(), torch.bfloat16)
-    q = torch.nn.Parameter(torch.ones(SHAPE))
+    _, source = stepped(collins(table_dtype=torch.float32), torch.bfloat16)
+    q = torch.nn.Parameter(torch.ones(SHAPE, dtype=torch.float64))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         opt = collins(table_dtype=dtype)([q])
         converted = convert(source.state_dict(), opt)

@@ -68,7 +68,8 @@ def test_every_bit_comes_back_in_every_tier(device, hash, table_dtype, memory, t
     if device == "cpu" and memory == "device":
         memory = {"tier": "auto"}  # the CPU is the host
     options = {"hash": hash, "table_dtype": table_dtype, "memory": memory, "lr": 0.01, "min_K": 16}
-    net, other = (model(seed, torch.bfloat16, device) for seed in (0, 1))
+    dtype = torch.float64 if table_dtype == torch.float64 else torch.bfloat16
+    net, other = (model(seed, dtype, device) for seed in (0, 1))
     opt, resumed = (Collins(n.parameters(), **options) for n in (net, other))
     train(net, opt, 3)
     saved = TRIPS[trip](opt.state_dict())
