@@ -14,7 +14,18 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from collins.bucketing import Bucketing, bucketing_of, moment_bytes, moment_dtype, moment_shape, within_rows
-from collins.checkpoint import DENSE, MOMENTS, TABLES, CheckedStateDict, ExpectedState, check_moments, loadable
+from collins.checkpoint import (
+    DENSE,
+    MOMENTS,
+    TABLES,
+    CheckedStateDict,
+    ExpectedState,
+    as_dict,
+    check_moments,
+    check_shape,
+    loadable,
+    writable,
+)
 from collins.compile import Engine
 from collins.counters import Counters
 from collins.fingerprint import LAYOUT, fingerprint
@@ -395,7 +406,7 @@ class Collins(Optimizer):
             loaded = [member for member, saved in zip(members, found.states, strict=True) if saved]
             self._settle(loaded, loading=True)
             for member, state, saved in zip(members, before, found.states, strict=True):
-                after.append(self._room(member, state) if saved else {})
+                after.append({**saved.others_on(member.p.device), **self._room(member, state)} if saved else {})
             for member, state, saved in zip(members, after, found.states, strict=True):
                 if saved:
                     state["step"].fill_(saved.step)
@@ -417,7 +428,8 @@ class Collins(Optimizer):
             self.register_load_state_dict_post_hook(put_back, prepend=True),
         )
         try:
-            super().load_state_dict(state_dict)
+            with torch.no_grad():  # state that requires gradients is overwritten as well
+                super().load_state_dict(as_dict(state_dict))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -564,6 +576,7 @@ class Collins(Optimizer):
         if not state:
             return
         if not all(name in state and state[name].shape == plan.shape for name in plan.names):
+            check_shape(member.name, "the optimizer", state, tuple(plan.size))
             held = {name: state[name] for name in MOMENTS if name in state}
             check_moments(member.name, "the optimizer", held, dict.fromkeys(plan.names, plan.shape))
         if not all(is_placed_like(state[name], member.p) for name in plan.names):
@@ -787,8 +800,7 @@ class Collins(Optimizer):
         kept = []
         for name in plan.names:
             moment = present.get(name)
-            due = plan.shape, plan.moment_dtype, device
-            fits = moment is not None and (moment.shape, moment.dtype, moment.device) == due
+            fits = writable(moment, plan.shape, plan.moment_dtype, device)
             if moment is None or not fits or not is_placed_like(moment, member.p):
                 part = torch.zeros(_here(plan), dtype=plan.moment_dtype, device=device)
                 moment = placed(part, member.p, plan.shape)
@@ -799,7 +811,7 @@ class Collins(Optimizer):
         """A parameter's state, to be filled: in the tensors that are present, as far as they fit."""
         step = present.get("step")
         device = member.p.device if member.group["capturable"] else torch.device("cpu")
-        if not isinstance(step, Tensor) or step.shape or step.device.type != device.type:
+        if not writable(step, (), torch.float32, device):
             step = torch.zeros((), device=device)
         moments = zip(self._plan(member).names, self._moments(member, present), strict=True)
         return {"step": step, **dict(moments), **self._mark(member)}

@@ -278,6 +278,24 @@ def test_a_layout_that_no_longer_fits_its_tables():
     assert opt.state[p]["step"].item() == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"hash": "universal"}, {"compress_ratio": 1}], ids=str)
+def test_a_parameter_that_grew_is_told_by_its_shape(options):
+    p = param(64, 64)
+    opt = Collins([("table", p)], min_K=16, **options)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    saved = opt.state_dict()
+    p.data = torch.randn(72, 64)
+    p.grad = torch.ones(72, 64)
+    text = r"parameter 'table' has the shape \(72, 64\); {} holds .*64.* that state"
+    with pytest.raises(ValueError, match=text.format("the optimizer")):
+        opt.step()
+    with pytest.raises(ValueError, match=text.format("state_dict")):
+        Collins([("table", p)], min_K=16, **options).load_state_dict(saved)
+    del opt.state[p]
+    opt.step()
+
+
 MOVES = {
     "size": (lambda p, state: setattr(state["m_table"], "data", torch.zeros(2)), "the optimizer holds .*m_table': .2,"),
     "dtype": (
