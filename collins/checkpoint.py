@@ -56,10 +56,10 @@ class SavedState(NamedTuple):
     def others_on(self, device: torch.device) -> dict[Any, Any]:
         """Copies of the other values: tensors on `device`, in the dtypes in which they were saved."""
 
-        def copied(t: Tensor) -> Tensor:
+        def clone(t: Tensor) -> Tensor:
             return t.detach().clone() if is_sharded(t) else t.detach().to(device, copy=True)
 
-        return {key: tree_map_only(Tensor, copied, value) for key, value in self.others.items()}
+        return {key: tree_map_only(Tensor, clone, value) for key, value in self.others.items()}
 
 
 class CheckedStateDict(NamedTuple):
@@ -91,7 +91,7 @@ def loadable(
         kept = {name: mine[name] for name in options if name not in ADOPTED or name not in theirs}
         # Earlier versions took options of the whole optimizer in a group, and ignored them.
         rest = {name: theirs[name] for name in theirs if name not in OF_THE_WHOLE and name != "params"}
-        group = _copied(f"parameter group {number}", {**rest, **kept})
+        group = copied(f"parameter group {number}", {**rest, **kept})
         check_options(group)
         groups.append({**group, "params": theirs["params"]})
     places = [(place, group.get("table_dtype")) for group in saved for place in group["params"]]
@@ -166,7 +166,7 @@ def _kind(value: object) -> str:
     return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
-def _copied(what: str, value: Any) -> Any:
+def copied(what: str, value: Any) -> Any:
     """A deep copy; a ValueError, before anything has changed, where there can be none."""
     try:
         return copy.deepcopy(value)
@@ -324,7 +324,7 @@ def other_values(name: str, state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _kept(what: str, value: Any) -> Any:
-    return value if isinstance(value, Tensor) else _copied(what, value)
+    return value if isinstance(value, Tensor) else copied(what, value)
 
 
 def _check_table_dtype(expected: ExpectedState, saved: object) -> None:

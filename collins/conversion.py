@@ -35,6 +35,7 @@ from collins.checkpoint import (
     check_moments,
     check_order,
     check_shape,
+    copied,
     fingerprint_in,
     other_values,
     saved_groups,
@@ -105,7 +106,8 @@ def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]
         first = len(new)
         for place, expected in zip(theirs["params"], expected_states, strict=False):
             new[len(new)] = _converted(states[place], expected) if states.get(place) else {}
-        groups.append({**mine, **kept, "params": list(range(first, len(new)))})
+        group = copied(f"parameter group {len(groups)}", {name: kept[name] for name in kept if name != "params"})
+        groups.append({**mine, **group, "params": list(range(first, len(new)))})
         check_options(groups[-1])
     return {"state": {number: state for number, state in new.items() if state}, "param_groups": groups}
 
