@@ -15,7 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten,
+    tree_leaves,
+    tree_leaves_with_path,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
 
 __all__ = [
     "GUARDS_AVAILABLE",
@@ -26,6 +34,7 @@ __all__ = [
     "foreach_norm",
     "is_compile_error",
     "is_fsdp_flattened",
+    "keystr",
     "known_options",
     "local_extent",
     "mark_dynamic",
@@ -33,6 +42,8 @@ __all__ = [
     "split_factor",
     "tensor_guards",
     "tree_flatten",
+    "tree_leaves",
+    "tree_leaves_with_path",
     "tree_map",
     "tree_map_only",
     "tree_unflatten",

@@ -7,24 +7,31 @@ tables could come to be read under options that the optimizer was not built with
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from collins._torch_internals import tree_leaves, tree_map, tree_map_only
 from collins.fingerprint import LAYOUT, Fingerprint, unpacked
 from collins.formats import FORMATS, TensorSpec, format_name
 from collins.hashing import BlockHash, UniversalHash
-from collins.options import TABLE_DTYPES, check_options, listed
-from collins.sharding import saved_part
+from collins.options import OF_THE_WHOLE, TABLE_DTYPES, check_options, listed, shown
+from collins.sharding import is_sharded, local, saved_part
 from collins.update import UpdateSpec
 
 DENSE, TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
 
 # What a state dict sets: the numbers that schedules change. The other options stay as the optimizer was built.
 ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight")
+
+LARGEST_STEP = 2**24  # the next whole number is none of the counter's, which is float32: it would stand still
 
 
 def part_of(name: object) -> str | None:
@@ -58,6 +65,15 @@ class SavedState(NamedTuple):
     step: float
     moments: tuple[Tensor, ...]  # as `ExpectedState.tensors`
     key: int | None  # of the parameter, where its tables were encoded under another than it has here
+    others: dict[Any, Any]  # what a wrapper keeps there (the slow weights of a Lookahead), by its keys
+
+    def others_on(self, device: torch.device) -> dict[Any, Any]:
+        """Copies of the other values: tensors on `device`, in the dtypes in which they were saved."""
+
+        def clone(t: Tensor) -> Tensor:
+            return t.detach().clone() if is_sharded(t) else t.detach().to(device, copy=True)
+
+        return {key: tree_map_only(Tensor, clone, value) for key, value in self.others.items()}
 
 
 class CheckedStateDict(NamedTuple):
@@ -85,10 +101,13 @@ def loadable(
     saved, state = saved_groups(state_dict, own)
     check_order(saved, own)
     groups = []
-    for theirs, mine in zip(saved, own, strict=True):
+    for number, (theirs, mine) in enumerate(zip(saved, own, strict=True)):
         kept = {name: mine[name] for name in options if name not in ADOPTED or name not in theirs}
-        groups.append({**theirs, **kept})
-        check_options(groups[-1])
+        # Earlier versions took options of the whole optimizer in a group, and ignored them.
+        rest = {name: theirs[name] for name in theirs if name not in OF_THE_WHOLE and name != "params"}
+        group = copied(f"parameter group {number}", {**rest, **kept})
+        check_options(group)
+        groups.append({**group, "params": theirs["params"]})
     places = [(place, group.get("table_dtype")) for group in saved for place in group["params"]]
     states = [
         _fitting(state[i], expected, table_dtype) if state.get(i) else None
@@ -101,19 +120,76 @@ def loadable(
 def saved_groups(
     state_dict: Mapping[str, Any], own: Sequence[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
-    """The groups and the state in a state dict, after a check that the groups are as large as `own`.
+    """The groups and the state in a state dict, after a check of its form, and that the groups are as large as `own`.
 
     Raises:
         ValueError: when they are not, or when this is no state dict of an optimizer.
     """
-    keys = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(f"state_dict must be a dict with the keys 'state' and 'param_groups', got {keys}")
-    groups = state_dict["param_groups"]
+    _check_keys("state_dict", state_dict, ("state", "param_groups"))
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    _check_kind("state_dict['state']", state, Mapping, "a mapping")
+    _check_kind("state_dict['param_groups']", groups, list | tuple, "a list")
+    for number, group in enumerate(groups):
+        _check_group(f"state_dict['param_groups'][{number}]", group)
     sizes, mine = [len(group["params"]) for group in groups], [len(group["params"]) for group in own]
     if sizes != mine:
         raise ValueError(f"state_dict has parameter groups of {sizes} parameters; this optimizer has {mine}")
-    return list(groups), state_dict["state"]
+    for number, (group, size) in enumerate(zip(groups, sizes, strict=True)):
+        names = group.get("param_names")
+        if names and len(names) != size:
+            raise ValueError(
+                f"state_dict['param_groups'][{number}] must have as many param_names as params, got {len(names)} names"
+            )
+    places = [place for group in groups for place in group["params"]]
+    if len(set(places)) < len(places):
+        raise ValueError("state_dict must have each parameter in its param_groups once, got one twice")
+    for place in places:
+        _check_kind(f"state_dict['state'][{place!r}]", state.get(place, {}), Mapping, "a mapping")
+    return list(groups), state
+
+
+def as_dict(state_dict: object) -> dict[str, Any]:
+    """A shallow copy of a state dict; a ValueError for what is no mapping."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict must be a dict, got {_kind(state_dict)}")
+    return dict(state_dict)
+
+
+def _check_keys(what: str, value: object, keys: Sequence[str]) -> None:
+    if not isinstance(value, Mapping) or not all(key in value for key in keys):
+        got = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
+        noun = "key" if len(keys) == 1 else "keys"
+        raise ValueError(f"{what} must be a dict with the {noun} {' and '.join(map(repr, keys))}, got {got}")
+
+
+def _check_kind(what: str, value: object, kind: Any, accepted: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{what} must be {accepted}, got {_kind(value)}")
+
+
+def _check_group(what: str, group: object) -> None:
+    _check_keys(what, group, ("params",))
+    found: Any = group
+    _check_kind(f"{what}['params']", found["params"], list | tuple, "a list")
+    for place in found["params"]:
+        _check_kind(f"each of {what}['params']", place, int | str | Tensor, "a parameter's number")
+    names = found.get("param_names")
+    if names is not None:
+        _check_kind(f"{what}['param_names']", names, list | tuple, "a list")
+        for name in names:
+            _check_kind(f"each of {what}['param_names']", name, str | None, "a string")
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def copied(what: str, value: Any) -> Any:
+    """A deep copy; a ValueError, before anything has changed, where there can be none."""
+    try:
+        return copy.deepcopy(value)
+    except Exception as error:
+        raise ValueError(f"{what} in state_dict holds what cannot be copied: {error}") from error
 
 
 def check_order(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -> None:
@@ -128,9 +204,63 @@ def check_order(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) 
             )
 
 
+def without_data(t: Tensor) -> str | None:
+    """How a tensor holds nothing that could be read, or None if it holds what it says."""
+    if is_lazy(t):
+        return "a parameter that has not been initialized"
+    t = local(t)
+    # A fake tensor names the device that it stands for; its storage does not.
+    if t.is_meta or (t.layout == torch.strided and not t.is_nested and t.untyped_storage().device.type == "meta"):
+        return "a tensor on the meta device, which has no data"
+    if t.layout == torch.strided and t.numel() and not t.untyped_storage().nbytes():
+        return "a tensor whose memory has been freed"
+    return None
+
+
+def uncopied(value: object) -> str | None:
+    """What keeps a saved value from being copied into a moment of its shape and dtype, or None if nothing does."""
+    if not isinstance(value, Tensor):
+        return _kind(value)
+    if value.is_nested or value.layout != torch.strided:
+        return "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
+    return without_data(value) or ("a tensor that requires a gradient" if value.requires_grad else None)
+
+
+def writable(value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a value in an optimizer's state is a tensor that can be overwritten in place, and is as it has to be."""
+    return (
+        isinstance(value, Tensor)
+        and uncopied(value) is None
+        and (value.shape, value.dtype, value.device) == (shape, dtype, device)
+        and local(value).is_contiguous()
+        and not value.is_inference()
+    )
+
+
+def check_shape(name: str, where: str, state: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    """Raises a ValueError for the state of a parameter that had another shape."""
+    was = None
+    for key in DENSE:
+        if was is None and uncopied(state.get(key)) is None and tuple(state[key].shape) != shape:
+            was = f"{key} of the shape {tuple(state[key].shape)}"
+    if LAYOUT in state:
+        saved = fingerprint_in(name, state)
+        if (saved.numel, saved.rows) != (math.prod(shape), shape[0] if shape else 1):
+            was = f"the tables of {saved.numel} elements in {saved.rows} rows"
+    if was is not None:
+        raise ValueError(
+            f"{name} has the shape {shape}; {where} holds {was}: a parameter that has changed its shape starts with new"
+            " moments, so remove that state"
+        )
+
+
 def check_moments(name: str, where: str, found: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises a ValueError unless these moments, and no others, are there in these shapes."""
-    got = {key: tuple(value.shape) if isinstance(value, Tensor) else value for key, value in found.items()}
+    """Raises a ValueError unless these moments, and no others, are there in these shapes, to be copied."""
+    for key, value in found.items():
+        problem = uncopied(value)
+        if problem is not None:
+            raise ValueError(f"{name} must have a {key} that is a dense tensor with data; {where} holds {problem}")
+    got = {key: tuple(value.shape) for key, value in found.items()}
     if got != shapes:
         raise ValueError(
             f"{name} has moments {shapes} under its group's compress_ratio, min_K and hash; {where} holds {got}"
@@ -141,12 +271,18 @@ def step_of(name: str, state: Mapping[str, Any]) -> float:
     """The number of steps in a saved state.
 
     Raises:
-        ValueError: unless it is there, finite and at least 0.
+        ValueError: unless it is there, and a whole number from 0 to `LARGEST_STEP`.
     """
     step = state.get("step")
-    number = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
-    if not isinstance(number, int | float) or not 0 <= number < math.inf:
-        raise ValueError(f"{name} must have a step that is a number of at least 0; state_dict holds {step!r}")
+    number: Any = step
+    if isinstance(step, Tensor):
+        number = step.item() if uncopied(step) is None and step.numel() == 1 else None
+    real = isinstance(number, Real) and not isinstance(number, bool)
+    if not real or not 0 <= number <= LARGEST_STEP or number != int(number):
+        raise ValueError(
+            f"{name} must have a step that is a whole number from 0 to {LARGEST_STEP}, as the float32 counter holds"
+            f" them; state_dict holds {shown(step)}"
+        )
     return float(number)
 
 
@@ -158,6 +294,12 @@ def _names(groups: Sequence[dict[str, Any]]) -> Iterator[str | None]:
 def _fitting(state: Mapping[str, Any], expected: ExpectedState, table_dtype: object) -> SavedState:
     name = expected.name
     step, own_key = step_of(name, state), None
+    check_shape(name, "state_dict", state, expected.param_shape)
+    if expected.hash is not None and any(key in state for key in DENSE) and not any(key in state for key in TABLES):
+        raise ValueError(
+            f"{name} keeps its moments in tables; state_dict holds dense ones, as torch.optim.AdamW saves them: load"
+            " what collins.convert(state_dict, optimizer) makes of them"
+        )
     if LAYOUT in state and expected.fingerprint is not None:
         saved = fingerprint_in(name, state)
         difference = saved.difference(expected.fingerprint)
@@ -176,12 +318,33 @@ def _fitting(state: Mapping[str, Any], expected: ExpectedState, table_dtype: obj
         if found[key].dtype != spec.dtype:
             raise ValueError(
                 f"{name} keeps {key} in {spec.dtype}, by its dtype and its group's table_dtype; state_dict holds"
-                f" {found[key].dtype}"
+                f" {found[key].dtype}: load what collins.convert(state_dict, optimizer) makes of it"
             )
     if table_dtype is not None:
         _check_table_dtype(expected, table_dtype)
     here = [saved_part(name, key, found[key], expected.sharded) for key in expected.tensors]
-    return SavedState(step, tuple(here), own_key)
+    return SavedState(step, tuple(here), own_key, other_values(name, state))
+
+
+def other_values(name: str, state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What a saved state holds beside ours: tensors as they are, copies of all else.
+
+    Raises:
+        ValueError: for what cannot be copied.
+    """
+    others = {key: value for key, value in state.items() if key not in ("step", LAYOUT) and not is_moment(key)}
+    for key, value in others.items():
+        what = f"{key} of {name}"
+        for leaf in tree_leaves(value):
+            problem = without_data(leaf) if isinstance(leaf, Tensor) else None
+            if problem is not None:
+                raise ValueError(f"{what} must hold data; state_dict holds {problem}")
+        others[key] = tree_map(partial(_kept, what), value)
+    return others
+
+
+def _kept(what: str, value: Any) -> Any:
+    return value if isinstance(value, Tensor) else copied(what, value)
 
 
 def _check_table_dtype(expected: ExpectedState, saved: object) -> None:

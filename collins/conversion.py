@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -34,13 +35,18 @@ from collins.checkpoint import (
     ExpectedState,
     check_moments,
     check_order,
+    check_shape,
+    copied,
     fingerprint_in,
+    other_values,
     part_of,
     saved_groups,
     step_of,
+    uncopied,
 )
 from collins.fingerprint import LAYOUT, Fingerprint
 from collins.hashing import BlockHash, UniversalHash
+from collins.options import OF_THE_WHOLE, check_options, shown
 from collins.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -63,6 +69,8 @@ def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]
     | tables | tables that mean the same, in any dtype | the same | the same |
     | tables of hash="block" | as coarse or coarser, any seed, place and period | restarts at 0 | exact |
 
+    What else a parameter's state holds (a wrapper's slow weights) comes along as it is.
+
     "Exact" is to the rounding of the tables' dtype, to nearest. Anything else is refused. lr, betas, eps, weight_decay
     and maximize are those saved; a learning rate of AdamW is lower than what Collins trains best at.
 
@@ -74,6 +82,7 @@ def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]
         A state dict for `optimizer.load_state_dict`; its tensors are on the devices of the given ones.
 
     Raises:
+        TypeError: for an optimizer that is not Collins.
         ValueError: for what cannot be converted, naming the parameter and the reason. Sharded tensors are among it.
 
     Example:
@@ -85,6 +94,8 @@ def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]
         >>> opt = Collins(model.parameters())
         >>> opt.load_state_dict(convert(adamw.state_dict(), opt))
     """
+    if not hasattr(optimizer, "expected_states"):
+        raise TypeError(f"optimizer must be a Collins, got {type(optimizer).__name__}")
     saved, states = saved_groups(state_dict, optimizer.param_groups)
     check_order(saved, optimizer.param_groups)
     groups: list[dict[str, Any]] = []
@@ -92,27 +103,40 @@ def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]
     expected_states = iter(optimizer.expected_states())
     for theirs, mine in zip(saved, optimizer.param_groups, strict=True):
         _check_group(theirs, mine)
-        kept = {name: theirs[name] for name in theirs if name in ADOPTED or name not in {*mine, *_ADAMWS}}
+        dropped = {*mine, *_ADAMWS, *OF_THE_WHOLE}
+        kept = {name: theirs[name] for name in theirs if name in ADOPTED or name not in dropped}
         first = len(new)
         for place, expected in zip(theirs["params"], expected_states, strict=False):
             new[len(new)] = _converted(states[place], expected) if states.get(place) else {}
-        groups.append({**mine, **kept, "params": list(range(first, len(new)))})
+        group = copied(f"parameter group {len(groups)}", {name: kept[name] for name in kept if name != "params"})
+        groups.append({**mine, **group, "params": list(range(first, len(new)))})
+        check_options(groups[-1])
     return {"state": {number: state for number, state in new.items() if state}, "param_groups": groups}
 
 
 def _check_group(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    if saved.get("amsgrad"):
+    if _flag(saved, "amsgrad", False):
         raise ValueError("amsgrad is True in state_dict: Collins keeps no maximum of second moments")
-    if saved.get("weight_decay") and not saved.get("decoupled_weight_decay", True):
+    decay, maximize = saved.get("weight_decay", 0), _flag(saved, "maximize", False)
+    if not isinstance(decay, Real):
+        raise ValueError(f"weight_decay must be a number, got {shown(decay)} in state_dict")
+    if decay and not _flag(saved, "decoupled_weight_decay", True):
         raise ValueError(
-            f"weight_decay is {saved['weight_decay']} in state_dict and not decoupled, as in torch.optim.Adam: it is"
-            " part of the saved moments, and Collins would decay weights a second time"
+            f"weight_decay is {decay} in state_dict and not decoupled, as in torch.optim.Adam: it is part of the saved"
+            " moments, and Collins would decay weights a second time"
         )
-    if saved.get("maximize", False) != own["maximize"]:
+    if maximize != own["maximize"]:
         raise ValueError(
-            f"maximize is {saved.get('maximize', False)} in state_dict and {own['maximize']} in this optimizer: the"
-            " first moment would have the wrong sign"
+            f"maximize is {maximize} in state_dict and {own['maximize']} in this optimizer: the first moment would have"
+            " the wrong sign"
         )
+
+
+def _flag(saved: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = saved.get(name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {shown(value)} in state_dict")
+    return value
 
 
 def _converted(state: Mapping[str, Any], expected: ExpectedState) -> dict[str, Any]:
@@ -125,6 +149,7 @@ def _converted(state: Mapping[str, Any], expected: ExpectedState) -> dict[str, A
                 " every rank"
             )
     step = step_of(expected.name, state)
+    check_shape(expected.name, "state_dict", state, expected.param_shape)
     if TABLES[0] in state:
         m, v = _from_tables(state, expected)
     else:
@@ -134,7 +159,8 @@ def _converted(state: Mapping[str, Any], expected: ExpectedState) -> dict[str, A
     for name, format, values in zip(parts, expected.update.formats, (m, v), strict=True):
         format.store(parts[name], values.reshape(-1), None)
     mark = {} if expected.fingerprint is None else {LAYOUT: expected.fingerprint.packed()}
-    return {"step": torch.tensor(step), **moments, **mark}
+    others = other_values(expected.name, state)
+    return {**others, "step": torch.tensor(step, dtype=torch.float32, device="cpu"), **moments, **mark}
 
 
 def _names(expected: ExpectedState) -> tuple[str, str]:
@@ -182,7 +208,8 @@ def _from_tables(state: Mapping[str, Any], expected: ExpectedState) -> tuple[Ten
     if LAYOUT not in state:
         raise ValueError(f"{expected.name} has tables in state_dict without the {LAYOUT!r} that says what they mean")
     saved, own = fingerprint_in(expected.name, state), expected.fingerprint
-    found = {name: state[name].reshape(-1) for name in TABLES if name in state}
+    found = {name: state[name] for name in TABLES if name in state}
+    found = {name: table.reshape(-1) if uncopied(table) is None else table for name, table in found.items()}
     v_buckets, v_load = _second_buckets(saved, found.get(TABLES[1]))
     check_moments(expected.name, "state_dict", found, dict(zip(TABLES, ((saved.buckets,), (v_buckets,)), strict=True)))
     m, v = (found[name].detach() for name in TABLES)

@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from collins._torch_internals import tree_flatten, tree_map_only
-from collins.checkpoint import saved_groups
+from collins._torch_internals import keystr, tree_flatten, tree_leaves_with_path, tree_map_only
+from collins.checkpoint import saved_groups, without_data
 
 _MAGIC = b"collins\x01"
 _DIGEST = 32  # bytes
@@ -47,7 +47,8 @@ def save(path: str | os.PathLike[str], /, **parts: Any) -> None:
             `torch.load(weights_only=True)` can read: tensors, numbers, strings and containers of them.
 
     Raises:
-        TypeError: for a part that could not be read back, or that holds sharded tensors, which are for
+        TypeError: for a part that could not be read back, that holds tensors without data (on the meta device, where
+            weights are that accelerate has offloaded), or sharded tensors, which are for
             `torch.distributed.checkpoint`; before anything is written.
         OSError: where the file cannot be written; `path` is then as it was.
 
@@ -81,9 +82,9 @@ def save(path: str | os.PathLike[str], /, **parts: Any) -> None:
 def load(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
     """Loads what `save` wrote into parts of the same names: all of them, or none.
 
-    The file's digest is verified first. Then names, shapes and dtypes of models, and all that optimizers check, are
-    checked before anything changes. Other parts, such as schedulers, get back what they held if one of them fails.
-    Tensors are read from the file one at a time.
+    The file's digest is verified first. Then names, shapes, dtypes and layouts of models, and all that Collins checks,
+    are checked before anything changes. Other parts, such as schedulers and other optimizers, and models that keep
+    more than tensors, get back what they held if one of them fails. Tensors are read from the file one at a time.
 
     Args:
         path: of the file.
@@ -106,15 +107,16 @@ def load(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
     for name, part in parts.items():
         with _named(path, name):
             _check(part, content[name])
-    before: list[tuple[Any, Any]] = []
-    # Those first that no check can vouch for: they are small, and can be put back.
-    for name in sorted(parts, key=lambda name: isinstance(parts[name], Module | Optimizer)):
-        part, given = parts[name], content[name]
-        with _named(path, name), _put_back(before):
-            if not isinstance(part, Module | Optimizer):
-                before.append((part, copy.deepcopy(part.state_dict())))
-            in_place = isinstance(part, Module) or hasattr(part, "check_state_dict")
-            part.load_state_dict(given if in_place else copy.deepcopy(given))  # others may keep what they are given
+    with contextlib.ExitStack() as undo:
+        # Those first that no check can vouch for: they can be put back.
+        for name in sorted(parts, key=lambda name: _is_checked(parts[name])):
+            part, given = parts[name], content[name]
+            with _named(path, name):
+                if not _is_checked(part):
+                    undo.callback(_to_put_back(part))
+                in_place = isinstance(part, Module) or hasattr(part, "check_state_dict")
+                part.load_state_dict(given if in_place else copy.deepcopy(given))  # others may keep what they are given
+        undo.pop_all()
     rest = {name: value for name, value in content.items() if name not in parts}
     return cast(dict[str, Any], tree_map_only(Tensor, Tensor.clone, rest))
 
@@ -156,8 +158,13 @@ def _verify(path: Path) -> None:
 
 def _check_readable(name: str, part: Any) -> None:
     """Writes and reads the part without its tensors, which are what takes time."""
-    if any(isinstance(leaf, Tensor) and hasattr(leaf, "device_mesh") for leaf in tree_flatten(part)[0]):
+    tensors = [(at, leaf) for at, leaf in tree_leaves_with_path(part) if isinstance(leaf, Tensor)]
+    if any(hasattr(leaf, "device_mesh") for _, leaf in tensors):
         raise TypeError(f"{name} holds sharded tensors (DTensor): save them with torch.distributed.checkpoint")
+    for at, leaf in tensors:
+        problem = without_data(leaf)
+        if problem is not None:
+            raise TypeError(f"{name}{keystr(at)} must be a tensor with data, got {problem}: load its weights first")
     skeleton = tree_map_only(Tensor, lambda _: None, part)
     file = io.BytesIO()
     try:
@@ -174,6 +181,8 @@ def _check_readable(name: str, part: Any) -> None:
 
 def _check(part: Any, given: Any) -> None:
     """Raises for what a model or an optimizer would refuse to load."""
+    if not hasattr(part, "load_state_dict"):
+        raise TypeError(f"it must have a load_state_dict, got {part!r}")
     if isinstance(part, Module):
         _check_model(part, given)
     elif hasattr(part, "check_state_dict"):
@@ -183,34 +192,56 @@ def _check(part: Any, given: Any) -> None:
 
 
 def _check_model(model: Module, given: Mapping[str, Any]) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"the file must hold a dict of tensors, got {type(given).__name__}")
     own = model.state_dict()
     missing, unknown = [k for k in own if k not in given], [k for k in given if k not in own]
     if missing or unknown:
         raise ValueError(f"the file lacks {missing}; the model lacks {unknown}")
     for key, mine in own.items():
         if isinstance(mine, Tensor):
-            for what in ("shape", "dtype"):
+            for what in ("shape", "dtype", "layout"):
                 saved, accepted = getattr(given[key], what, None), getattr(mine, what)
                 if saved != accepted:
                     raise ValueError(f"{key} must have its {what} {accepted}, got {saved}")
+            for where, tensor in (("the file", given[key]), ("the model", mine)):
+                problem = without_data(tensor)
+                if problem is not None:
+                    raise ValueError(f"{key} must be a tensor with data, {where} has {problem}")
+            if mine.is_inference() or _overlaps(mine):
+                raise ValueError(f"{key} cannot be written to: it is an inference tensor, or an expanded one")
+
+
+def _overlaps(t: Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded tensor do."""
+    strided = t.layout == torch.strided
+    return strided and any(size > 1 and step == 0 for size, step in zip(t.shape, t.stride(), strict=True))
+
+
+def _is_checked(part: Any) -> bool:
+    """Whether `_check` has looked at all that loading depends on."""
+    if isinstance(part, Module):
+        return all(isinstance(value, Tensor) for value in part.state_dict().values())
+    return hasattr(part, "check_state_dict")
+
+
+def _to_put_back(part: Any) -> Callable[[], Any]:
+    """What gives a part back the state that it has now."""
+    if type(part).load_state_dict is Optimizer.load_state_dict:  # which replaces its state, and changes none of it
+        held = {name: part.__dict__[name] for name in ("state", "param_groups")}
+        return lambda: part.__dict__.update(held)
+    # On the host: other optimizers, and models, may leave no room for a second copy on their device.
+    state = tree_map_only(Tensor, lambda t: t.detach().to("cpu"), part.state_dict())
+    state = copy.deepcopy(state)
+    return lambda: part.load_state_dict(state)
 
 
 @contextlib.contextmanager
 def _named(path: Path, name: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:
         raise CheckpointError(f"{name} of {path} cannot be loaded: {error}") from error
-
-
-@contextlib.contextmanager
-def _put_back(before: list[tuple[Any, Any]]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        for part, state in before:
-            part.load_state_dict(state)
-        raise
 
 
 def flush_folder(folder: Path) -> None:

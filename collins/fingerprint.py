@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from collins.hashing import BlockHash, UniversalHash, derive
+from collins.options import shown
 
 LAYOUT = "layout"  # the fingerprint's name in a parameter's state
 
@@ -44,6 +45,12 @@ class Fingerprint(NamedTuple):
     def packed(self) -> int:
         """All of it in one integer of 64-bit words; `unpacked` is the inverse."""
         return sum(word << _WORD * i for i, word in enumerate((_VERSION, *self)))
+
+    def _is_consistent(self) -> bool:
+        """Whether there is a parameter and a hash that this can be of."""
+        if self.hash >= len(_KINDS) or 0 in (self.numel, self.rows, self.buckets) or self.numel % self.rows:
+            return False
+        return self.hash > 0 or (self.load > 0 and self.buckets == -(-self.numel // self.load))
 
     def difference(self, own: Fingerprint) -> str | None:
         """How this, of a saved state, differs from the one it is to be loaded under; None if it means the same."""
@@ -93,9 +100,9 @@ def unpacked(value: object) -> Fingerprint:
     if isinstance(value, int) and value >= 0 and value & _MASK == _VERSION:
         words = tuple(value >> _WORD * (i + 1) & _MASK for i in range(len(Fingerprint._fields)))
         found = Fingerprint(*words)
-        if found.packed() == value and found.hash < len(_KINDS) and found.numel:
+        if found.packed() == value and found._is_consistent():
             return found
-    raise ValueError(f"{LAYOUT} must be a fingerprint of version {_VERSION}, got {value!r}")
+    raise ValueError(f"{LAYOUT} must be a fingerprint of version {_VERSION}, got {shown(value)}")
 
 
 _LABELS = {

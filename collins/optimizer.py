@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from collins.checkpoint import CheckedStateDict, ExpectedState, loadable
+from collins.checkpoint import CheckedStateDict, ExpectedState, as_dict, loadable
 from collins.compile.tracing import register, trace_step
 from collins.formats import format_name
 from collins.hashing import UniversalHash
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
-from collins.options import check_options, require
+from collins.options import check_options, require, seed_of
 from collins.parameter import Hash, ParamEntry, check_param, expected_state, label
 from collins.report import MemoryReport, report_row
 from collins.sharding import local
@@ -41,7 +41,7 @@ class Collins(Optimizer):
         params: tensors, (name, tensor) pairs, or dicts of parameter groups, as for `torch.optim.AdamW`. fp64, fp32,
             bf16 and fp16, any shape and strides.
         lr: learning rate, a float or a one-element tensor. A rate 2 to 4 times AdamW's is the place to start.
-        betas: decay rates of the two moments, each in [0, 1).
+        betas: decay rates of the two moments, each in [0, 1): any sequence of two numbers, kept as a tuple of floats.
         eps: added to the denominator.
         weight_decay: decoupled decay, per unit of lr.
         compress_ratio: elements per bucket, at least 1. 1 keeps exact moments.
@@ -52,8 +52,8 @@ class Collins(Optimizer):
         decode: "residual" (above) or "sketch", the published Collins v0.1 update without residual.
         residual_weight: rho; None for sqrt((1 - beta1) / (1 + beta1)).
         rehash_period: steps T after which a bucket of hash="block" draws new signs and restarts M_b; None for never.
-        table_dtype: dtype of the tables: torch.float32, torch.bfloat16 (half the bytes, stochastically rounded) or
-            torch.float64. Dense moments use the wider of this and the parameter's dtype.
+        table_dtype: dtype of the tables: torch.float32, torch.bfloat16 (half the bytes, stochastically rounded) or, for
+            torch.float64 parameters only, torch.float64. Dense moments use the wider of this and the parameter's dtype.
         seed: what every hash derives from, together with the parameter's name, or its number among the parameters where
             it has none. Replicas must agree.
         maximize: ascend instead of descend.
@@ -126,10 +126,9 @@ class Collins(Optimizer):
         memory: MemoryPolicy | str | Mapping[str, Any] | PathLike[str] | None = None,
         in_backward: bool = False,
     ) -> None:
-        require(isinstance(seed, int), "seed", seed, "an int")
         require(compile is None or isinstance(compile, bool), "compile", compile, "True, False or None")
         require(isinstance(in_backward, bool), "in_backward", in_backward, "True or False")
-        self.seed = seed
+        self.seed = seed_of(seed)
         self.compile = compile
         self.in_backward = False  # until all groups have been accepted
         self.memory = None if memory is None else MemoryPolicy.of(memory)
@@ -194,6 +193,7 @@ class Collins(Optimizer):
             raise TypeError(f"param_group must be a dict with the key 'params', got {param_group!r}")
         group = {**self.defaults, **param_group}
         check_options(group)
+        param_group.update({name: group[name] for name in self.defaults if name in param_group})
         params = param_group["params"]
         if not isinstance(params, (Tensor, set)):  # those two are the base class's to accept or refuse
             param_group["params"] = list(params)
@@ -310,7 +310,7 @@ class Collins(Optimizer):
                 [entry for entry, saved in zip(entries, found.states, strict=True) if saved], loading=True
             )
             for entry, state, saved in zip(entries, before, found.states, strict=True):
-                after.append(self._stepper.room(entry, state) if saved else {})
+                after.append({**saved.others_on(entry.p.device), **self._stepper.room(entry, state)} if saved else {})
             for entry, state, saved in zip(entries, after, found.states, strict=True):
                 entry.forget()
                 if saved:
@@ -330,7 +330,8 @@ class Collins(Optimizer):
             self.register_load_state_dict_post_hook(put_back, prepend=True),
         )
         try:
-            super().load_state_dict(state_dict)
+            with torch.no_grad():  # state that requires gradients is overwritten as well
+                super().load_state_dict(as_dict(state_dict))
         finally:
             for hook in hooks:
                 hook.remove()

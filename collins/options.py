@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from collections.abc import Mapping, Set
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,63 +15,145 @@ from collins.formats import FORMATS, FloatFormat
 from collins.rule import DECODES
 
 TABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-_FLOAT = FORMATS["float32"]
+OF_THE_WHOLE = frozenset({"compile", "in_backward", "memory", "seed"})  # options that no group has
+_LIMIT = 2**63  # torch passes an int to its kernels in 64 bits
+_DIGITS = 4096  # bits of an int that Python prints, whatever limit is set
 
 
 def listed(values: tuple[Any, ...]) -> str:
     return ", ".join(map(str, values[:-1])) + f" or {values[-1]}"
 
 
+def shown(value: object) -> str:
+    """`repr`, also of an int with more digits than Python prints."""
+    long = isinstance(value, int) and value.bit_length() > _DIGITS
+    return f"an int of more than {_DIGITS} bits" if long else repr(value)
+
+
 def require(holds: bool, name: str, value: object, accepted: str) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {accepted}, got {value!r}")
+        raise ValueError(f"{name} must be {accepted}, got {shown(value)}")
+
+
+def seed_of(value: object) -> int:
+    """A seed, of any library's integers, as Python's.
+
+    Raises:
+        ValueError: for anything else, and for more digits than Python prints, which hashes are derived from.
+    """
+    require(_whole(value), "seed", value, "an int")
+    seed: int = int(value)  # type: ignore[call-overload]
+    require(seed.bit_length() <= _DIGITS, "seed", value, f"an int of at most {_DIGITS} bits")
+    return seed
+
+
+def check_table_dtype(name: str, dtype: torch.dtype, table_dtype: torch.dtype | str) -> None:
+    """Raises a ValueError for float64 tables of the parameter `name` of another `dtype`.
+
+    Means of its gradients are float32, and the kernel computes all of its step in float32: twice the bytes would hold
+    the same values.
+    """
+    if table_dtype == torch.float64 and dtype != torch.float64:
+        raise ValueError(
+            f"table_dtype must be torch.float32 or torch.bfloat16 for {name} of {dtype}, got torch.float64: steps are"
+            " computed in float64 for parameters of torch.float64 only"
+        )
 
 
 def _number(value: object) -> float:
-    """A real number as it is; anything else as NaN, which no range contains."""
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    """A real number as a float; anything else as NaN, which no range contains."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _two_numbers(value: Any) -> tuple[float, ...]:
+    """A sequence of two as floats, NaN for what is none; () for anything else."""
+    if isinstance(value, str | bytes | Mapping | Set) or not hasattr(value, "__getitem__"):
+        return ()
+    try:
+        return tuple(map(_number, value)) if len(value) == 2 else ()
+    except TypeError:  # an array without dimensions
+        return ()
+
+
+def _check_range(group: dict[str, Any], name: str, accepted: str = "finite and at least 0") -> None:
+    value = group[name]
+    number = _number(value)
+    require(0 <= number < math.inf, name, value, accepted)
+    require(number < _LIMIT, name, value, "below 2**63")
+    if type(value) is not float and type(value) is not int:
+        group[name] = number
+
+
+def _check_whole(group: dict[str, Any], name: str, accepted: str) -> None:
+    value = group[name]
+    require(_whole(value) and value >= 1, name, value, accepted)
+    if type(value) is not int:
+        group[name] = int(value)
 
 
 def check_options(group: dict[str, Any]) -> None:
-    """Raises a ValueError that names the first option of a parameter group that is out of range."""
+    """Raises a ValueError that names the first option of a parameter group that is out of range.
+
+    Numbers of other libraries become Python's in `group`, so that every step computes with the same ones and every way
+    of saving takes them: betas, given as any sequence of two, a tuple of two floats; numpy's scalars floats and ints.
+    """
+    if not OF_THE_WHOLE.isdisjoint(group):
+        name = min(OF_THE_WHOLE & group.keys())
+        raise ValueError(
+            f"{name} is an option of the whole optimizer, got {name}={shown(group[name])} in a parameter group: give it"
+            " to Collins beside params"
+        )
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor):
-        require(lr.numel() == 1, "lr", lr, "a number or a tensor of one element")
-        lr = float(lr) if lr.is_cpu else 0.0  # reading it from an accelerator would stall the device
-    require(0 <= _number(lr) < math.inf, "lr", group["lr"], "finite and at least 0")
-    in_range = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= _number(beta) < 1 for beta in betas)
-    require(in_range, "betas", betas, "two numbers in [0, 1)")
+        one = lr.numel() == 1 and lr.layout == torch.strided and not lr.is_meta and not lr.is_complex()
+        require(one, "lr", lr, "a number or a tensor of one element")
+        # Reading it from an accelerator would stall the device.
+        require(not lr.is_cpu or 0 <= float(lr.detach()) < math.inf, "lr", lr, "finite and at least 0")
+    else:
+        _check_range(group, "lr")
+    if type(betas) is not tuple or not all(type(beta) is float for beta in betas):
+        betas = _two_numbers(betas)
+    require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", group["betas"], "two numbers in [0, 1)")
+    if betas is not group["betas"]:
+        group["betas"] = betas
     for name in ("eps", "weight_decay"):
-        require(0 <= _number(group[name]) < math.inf, name, group[name], "finite and at least 0")
-    require(1 <= _number(group["compress_ratio"]) < math.inf, "compress_ratio", group["compress_ratio"], "at least 1")
-    v_ratio = group["v_compress_ratio"]
-    accepted = "None, or a number of at least compress_ratio"
-    require(
-        v_ratio is None or group["compress_ratio"] <= _number(v_ratio) < math.inf, "v_compress_ratio", v_ratio, accepted
-    )
-    require(_whole(group["min_K"]) and group["min_K"] >= 1, "min_K", group["min_K"], "an int of at least 1")
-    require(group["hash"] in HASHES, "hash", group["hash"], listed(HASHES))
-    require(group["decode"] in DECODES, "decode", group["decode"], listed(tuple(DECODES)))
-    rho, period = group["residual_weight"], group["rehash_period"]
-    require(rho is None or 0 <= _number(rho) < math.inf, "residual_weight", rho, "None, or finite and at least 0")
-    require(
-        period is None or (_whole(period) and 1 <= period < 2**31),
-        "rehash_period",
-        period,
-        "None or an int of at least 1",
-    )
-    table_dtype = group["table_dtype"]
-    known = table_dtype in TABLE_DTYPES or not isinstance(FORMATS.get(table_dtype, _FLOAT), FloatFormat)
-    require(known, "table_dtype", table_dtype, listed(TABLE_DTYPES))
+        _check_range(group, name)
+    ratio = group["compress_ratio"]
+    require(1 <= _number(ratio) < math.inf, "compress_ratio", ratio, "at least 1")
+    if type(ratio) is not float and type(ratio) is not int:
+        group["compress_ratio"] = float(ratio)
+    second = group["v_compress_ratio"]
+    if second is not None:
+        accepted = "None, or finite and at least compress_ratio"
+        require(group["compress_ratio"] <= _number(second) < math.inf, "v_compress_ratio", second, accepted)
+        if type(second) is not float and type(second) is not int:
+            group["v_compress_ratio"] = float(second)
+    _check_whole(group, "min_K", "an int of at least 1")
+    for name, values in _CHOICES:
+        require(isinstance(group[name], str) and group[name] in values, name, group[name], listed(tuple(values)))
+    if group["residual_weight"] is not None:
+        _check_range(group, "residual_weight", "None, or finite and at least 0")
+    if group["rehash_period"] is not None:
+        _check_whole(group, "rehash_period", "None or an int of at least 1")
+        require(group["rehash_period"] < 2**31, "rehash_period", group["rehash_period"], "None or an int below 2**31")
+    dtype = group["table_dtype"]
+    named = isinstance(dtype, str) and dtype in FORMATS and not isinstance(FORMATS[dtype], FloatFormat)
+    known = named or (isinstance(dtype, torch.dtype) and dtype in TABLE_DTYPES)
+    require(known, "table_dtype", dtype, listed(TABLE_DTYPES))
     require(isinstance(group["maximize"], bool), "maximize", group["maximize"], "True or False")
     rounding = group["stochastic_rounding"]
     require(rounding is None or isinstance(rounding, bool), "stochastic_rounding", rounding, "True, False or None")
     capturable = group["capturable"]
     require(isinstance(capturable, bool), "capturable", capturable, "True or False")
-    require(group["nonfinite"] in NONFINITE, "nonfinite", group["nonfinite"], listed(NONFINITE))
     waits = capturable and group["nonfinite"] == "error"
     require(not waits, "nonfinite", group["nonfinite"], "propagate or skip with capturable=True, which cannot wait")
+
+
+_CHOICES = (("hash", HASHES), ("decode", DECODES), ("nonfinite", NONFINITE))

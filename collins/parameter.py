@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from collins.bucketing import Bucketing, bucketing_of, moment_shape, within_rows
-from collins.checkpoint import DENSE, TABLES, ExpectedState, check_moments, is_moment
+from collins.checkpoint import DENSE, TABLES, ExpectedState, check_moments, check_shape, is_moment
 from collins.fingerprint import LAYOUT, Fingerprint, fingerprint, unpacked
 from collins.formats import FORMATS, TensorSpec, dense_format, format_name
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key, name_key
-from collins.options import listed
+from collins.options import check_table_dtype, listed
 from collins.rounding import ROUNDED
 from collins.sharding import Slice, is_flattened, is_placed_like, is_sharded, local, local_gradient, slice_of
 from collins.update import HashKeys, UpdateSpec, UpdateTask
@@ -263,6 +263,7 @@ def check_param(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
         )
     if p.requires_grad or p.grad is not None:
         _check_dtype(name, p)
+        check_table_dtype(name, p.dtype, group["table_dtype"])
         if is_sharded(p):
             slice_under(name, p, group)
 
@@ -319,6 +320,7 @@ def spec_of(entry: ParamEntry, settings: tuple[Any, ...], seed: int, launch_of: 
     p, group, key = entry.p, entry.group, entry.key
     if p.requires_grad or p.grad is not None:
         _check_dtype(entry.name, p)
+        check_table_dtype(entry.name, p.dtype, group["table_dtype"])
     first, second = bucketings_under(p, group)
     period, hash = group["rehash_period"], _hash_of(entry, first, seed)
     formats = formats_under(p, group, first)
@@ -432,6 +434,7 @@ def check_state(entry: ParamEntry, state: Mapping[str, Any], seed: int, store: _
     if not has_moments(state):
         return
     if not all(name in state and state[name].shape == due.shape for name, due in spec.tensors.items()):
+        check_shape(entry.name, "the optimizer", state, tuple(spec.size))
         held = {name: value for name, value in state.items() if is_moment(name)}
         check_moments(entry.name, "the optimizer", held, spec.shapes)
     for name, due in spec.tensors.items():

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collins.checkpoint import writable
 from collins.compile import Engine
 from collins.compile.program import ProgramGroup, StepProgram, scalars_under
+from collins.formats import TensorSpec
 from collins.hashing import UniversalHash
 from collins.offload import MemoryPolicy
 from collins.offload.backward import refuse_replicas
@@ -34,7 +36,7 @@ from collins.parameter import (
     task_of,
 )
 from collins.rule import StepScalars
-from collins.sharding import local, placed
+from collins.sharding import is_placed_like, local, placed
 from collins.state import StepCounters, adopt, drop, mark
 
 Groups = Sequence[dict[str, Any]]
@@ -203,15 +205,20 @@ class Stepper:
         """A parameter's state, to be filled: in the tensors that are present, as far as they fit."""
         spec, step = self.spec(entry), present.get("step")
         device = entry.p.device if entry.group["capturable"] else torch.device("cpu")
-        if not isinstance(step, Tensor) or step.shape or step.device.type != device.type:
+        if not writable(step, (), torch.float32, device):
             step = torch.zeros((), dtype=torch.float32, device=device)
-        given = [local(present[name]) if isinstance(present.get(name), Tensor) else None for name in spec.tensors]
+        given = [self._present(entry, present.get(name), due) for name, due in spec.tensors.items()]
         room = self.store.room(entry.p, spec.local_tensors, given)
         state: dict[str, Any] = {"step": step}
         for (name, due), tensor, old in zip(spec.tensors.items(), room, given, strict=True):
             state[name] = present[name] if tensor is old else placed(tensor, entry.p, due.shape)
         mark(entry, state, self.seed)
         return state
+
+    def _present(self, entry: ParamEntry, moment: Any, due: TensorSpec) -> Tensor | None:
+        """This rank's part of a moment that can be loaded into."""
+        fits = writable(moment, due.shape, due.dtype, getattr(moment, "device", torch.device("cpu")))
+        return local(moment) if fits and is_placed_like(moment, entry.p) else None
 
     def _settings_of(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """What the specs of a group depend on: the same object for as long as nothing changes."""

@@ -1,6 +1,7 @@
 """What cannot be used is refused by name, with its value and what is accepted, before anything changes."""
 
 import re
+from collections import UserList
 
 import numpy as np
 import pytest
@@ -20,8 +21,19 @@ BAD_OPTIONS = [
     ("betas", (0.9, float("nan")), "two numbers in [0, 1)"),
     ("betas", (0.9,), "two numbers in [0, 1)"),
     ("betas", 0.9, "two numbers in [0, 1)"),
+    ("betas", "00", "two numbers in [0, 1)"),
+    ("betas", {0.9: 0, 0.95: 1}, "two numbers in [0, 1)"),
+    ("betas", (0.9, "0.95"), "two numbers in [0, 1)"),
+    ("betas", np.zeros(()), "two numbers in [0, 1)"),
+    ("betas", np.zeros((2, 1)), "two numbers in [0, 1)"),
+    ("betas", np.array([0.9, 1.0]), "two numbers in [0, 1)"),
     ("eps", -1e-8, "finite and at least 0"),
     ("eps", float("inf"), "finite and at least 0"),
+    ("eps", 2**70, "below 2**63"),
+    ("weight_decay", 2**70, "below 2**63"),
+    ("residual_weight", 2**70, "below 2**63"),
+    ("lr", 10**400, "finite and at least 0"),
+    ("lr", torch.zeros((), device="meta"), "a number or a tensor of one element"),
     ("weight_decay", -0.1, "finite and at least 0"),
     ("weight_decay", float("nan"), "finite and at least 0"),
     ("compress_ratio", 0.5, "at least 1"),
@@ -29,19 +41,22 @@ BAD_OPTIONS = [
     ("compress_ratio", float("inf"), "at least 1"),
     ("min_K", 0, "an int of at least 1"),
     ("min_K", 10.0, "an int of at least 1"),
+    ("min_K", np.float64(10), "an int of at least 1"),
     ("hash", "sha256", "block or universal"),
+    ("hash", ["block"], "block or universal"),
     ("decode", "raw", "residual or sketch"),
     ("residual_weight", -1.0, "None, or finite and at least 0"),
     ("residual_weight", float("nan"), "None, or finite and at least 0"),
     ("rehash_period", 0, "None or an int of at least 1"),
     ("rehash_period", 2.5, "None or an int of at least 1"),
+    ("rehash_period", 2**31, "None or an int below 2**31"),
     ("table_dtype", torch.float16, "torch.float64, torch.float32 or torch.bfloat16"),
     ("table_dtype", "float32", "torch.float64, torch.float32 or torch.bfloat16"),
     ("maximize", 1, "True or False"),
     ("stochastic_rounding", "yes", "True, False or None"),
     ("nonfinite", "ignore", "propagate, skip or error"),
 ]
-ids = [f"{name}={value}" for name, value, _ in BAD_OPTIONS]
+ids = [f"{name}={value}"[:40] for name, value, _ in BAD_OPTIONS]
 
 
 def param(*shape):
@@ -78,7 +93,8 @@ def test_an_option_set_out_of_range_later_stops_the_step_before_it_begins(name, 
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "accepted"), [("seed", 0.5, "an int"), ("compile", "yes", "True, False or None")]
+    ("name", "value", "accepted"),
+    [("seed", 0.5, "an int"), ("seed", True, "an int"), ("compile", "yes", "True, False or None")],
 )
 def test_options_of_the_whole_optimizer(name, value, accepted):
     with pytest.raises(ValueError, match=message(name, value, accepted)):
@@ -88,6 +104,89 @@ def test_options_of_the_whole_optimizer(name, value, accepted):
 @pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), 0, 1])
 def test_any_real_number_is_a_number(value):
     Collins([param(10)], lr=value, eps=value, weight_decay=value)
+
+
+class Pair(UserList):
+    """A sequence of two that is neither list nor tuple, as OmegaConf's ListConfig is."""
+
+
+BETAS = [[0.5, 0.75], Pair([0.5, 0.75]), np.array([0.5, 0.75]), (np.float32(0.5), np.float64(0.75))]
+
+
+@pytest.mark.parametrize("betas", BETAS, ids=lambda betas: type(betas).__name__)
+@pytest.mark.parametrize("where", ["argument", "group", "later"])
+def test_betas_are_any_sequence_of_two_and_kept_as_a_tuple_of_floats(betas, where):
+    def stepped(betas):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 4096).view(64, 64))
+        p.grad = p.detach().sin()
+        opt = Collins([{"params": [p], **({"betas": betas} if where == "group" else {})}], min_K=16,
+                      **({"betas": betas} if where == "argument" else {}))  # fmt: skip
+        if where == "later":
+            opt.param_groups[0]["betas"] = betas
+        opt.step()
+        return p.detach(), opt
+
+    (p, opt), (q, _) = stepped(betas), stepped((0.5, 0.75))
+    assert torch.equal(p, q)
+    kept = opt.param_groups[0]["betas"]
+    assert kept == (0.5, 0.75)
+    assert [type(kept), *map(type, kept)] == [tuple, float, float]
+
+
+def test_numbers_of_numpy_are_kept_as_pythons(tmp_path):
+    ints = {"seed": 3, "min_K": 16, "rehash_period": 5}
+    floats = {"lr": 0.5, "eps": 0.25, "weight_decay": 0.0, "compress_ratio": 4.0, "residual_weight": 0.5}
+    opt = Collins(
+        [param(64, 64)],
+        **{name: np.int64(value) for name, value in ints.items()},
+        **{name: np.float32(value) for name, value in floats.items()},
+    )
+    kept = {"seed": opt.seed, **opt.param_groups[0]}
+    assert {name: (type(kept[name]), kept[name]) for name in ints} == {name: (int, ints[name]) for name in ints}
+    assert {name: (type(kept[name]), kept[name]) for name in floats} == {name: (float, floats[name]) for name in floats}
+    torch.save(opt.state_dict(), tmp_path / "state")
+    torch.load(tmp_path / "state", weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["seed", "eps", "rehash_period", "lr", "weight_decay", "compress_ratio"])
+def test_a_number_that_python_does_not_print_is_refused_at_once(name):
+    with pytest.raises(ValueError, match=f"{name} must be .*, got an int of more than 4096 bits"):
+        Collins([param(10)], **{name: 10**5000})
+
+
+@pytest.mark.parametrize(
+    "option", [{"compile": True}, {"in_backward": True}, {"seed": 5}, {"memory": "host"}, {"memory": None}], ids=str
+)
+def test_an_option_of_the_whole_optimizer_does_not_belong_in_a_group(option):
+    (name,) = option
+    text = f"{name} is an option of the whole optimizer, got {name}=.* in a parameter group: give it to Collins"
+    with pytest.raises(ValueError, match=text):
+        Collins([{"params": [param(10)], **option}])
+    opt = Collins([param(10)])
+    with pytest.raises(ValueError, match=text):
+        opt.add_param_group({"params": [param(3)], **option})
+    assert len(opt.param_groups) == 1
+
+
+def test_a_group_may_hold_what_no_option_is_called():
+    opt = Collins([{"params": [param(10)], "initial_lr": 0.5, "tag": "head"}])
+    assert opt.param_groups[0]["tag"] == "head"
+    opt.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tables_of_float64_are_for_parameters_of_float64(dtype):
+    p, q = (torch.nn.Parameter(torch.randn(64, 64, dtype=wide)) for wide in (dtype, torch.float64))
+    text = f"table_dtype must be torch.float32 or torch.bfloat16 for parameter 1 of {dtype}, got torch.float64"
+    with pytest.raises(ValueError, match=text):
+        Collins([q, p], table_dtype=torch.float64)
+    Collins([{"params": [q], "table_dtype": torch.float64}, {"params": [p]}])
+    opt = Collins([q, p])
+    opt.param_groups[0]["table_dtype"] = torch.float64
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    with pytest.raises(ValueError, match=text):
+        opt.step()
+    assert not opt.state
 
 
 BAD_PARAMETERS = [
@@ -177,6 +276,24 @@ def test_a_layout_that_no_longer_fits_its_tables():
     with pytest.raises(ValueError, match=r"parameter 0 has moments .*64, 8.* the optimizer holds .*64, 2"):
         opt.step()
     assert opt.state[p]["step"].item() == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"hash": "universal"}, {"compress_ratio": 1}], ids=str)
+def test_a_parameter_that_grew_is_told_by_its_shape(options):
+    p = param(64, 64)
+    opt = Collins([("table", p)], min_K=16, **options)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    saved = opt.state_dict()
+    p.data = torch.randn(72, 64)
+    p.grad = torch.ones(72, 64)
+    text = r"parameter 'table' has the shape \(72, 64\); {} holds .*64.* that state"
+    with pytest.raises(ValueError, match=text.format("the optimizer")):
+        opt.step()
+    with pytest.raises(ValueError, match=text.format("state_dict")):
+        Collins([("table", p)], min_K=16, **options).load_state_dict(saved)
+    del opt.state[p]
+    opt.step()
 
 
 MOVES = {

@@ -141,8 +141,8 @@ def test_encoding_a_decoded_sketch_anew_would_be_sqrt_c_too_loud():
 
 
 def test_tables_that_mean_the_same_keep_every_bit_and_may_change_their_dtype():
-    _, source = stepped(collins(), torch.bfloat16)
-    q = torch.nn.Parameter(torch.ones(SHAPE))
+    _, source = stepped(collins(table_dtype=torch.float32), torch.bfloat16)
+    q = torch.nn.Parameter(torch.ones(SHAPE, dtype=torch.float64))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         opt = collins(table_dtype=dtype)([q])
         converted = convert(source.state_dict(), opt)
@@ -195,6 +195,48 @@ def changed(change):
     return state
 
 
+WRONG_FORMS = [
+    (lambda s: s["param_groups"][0].update(amsgrad="no"), "amsgrad must be True or False, got 'no'"),
+    (lambda s: s["param_groups"][0].update(maximize=torch.ones(3)), "maximize must be True or False"),
+    (lambda s: s["param_groups"][0].update(weight_decay=[0.1]), r"weight_decay must be a number, got \[0.1\]"),
+    (lambda s: s["param_groups"][0].update(betas=torch.ones(2)), "betas must be two numbers"),
+    (lambda s: s["param_groups"][0].update(lr="1e-3"), "lr must be finite and at least 0, got '1e-3'"),
+    (lambda s: s["state"][0].update(exp_avg=[0.0]), "parameter 0 must have a exp_avg .* type list"),
+    (lambda s: s["state"][0].update(slow=torch.ones(3, device="meta")), "slow of parameter 0 must hold data"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), WRONG_FORMS, ids=[text[:30] for _, text in WRONG_FORMS])
+def test_a_value_of_the_wrong_form_is_refused_by_name(change, text):
+    _, opt = stepped(collins())
+    with pytest.raises(ValueError, match=text):
+        convert(changed(change), opt)
+
+
+def test_only_collins_is_converted_to():
+    _, adamw = stepped(torch.optim.AdamW)
+    with pytest.raises(TypeError, match="optimizer must be a Collins, got AdamW"):
+        convert(adamw.state_dict(), adamw)
+
+
+def test_what_a_wrapper_keeps_beside_the_moments_comes_along():
+    _, opt = stepped(collins())
+    converted = convert(changed(lambda s: s["state"][0].update(slow=torch.arange(3), turn=7)), opt)
+    opt.load_state_dict(converted)
+    state = next(iter(opt.state.values()))
+    assert torch.equal(state["slow"], torch.arange(3))
+    assert state["turn"] == 7
+
+
+def test_a_fingerprint_of_no_hash_is_refused():
+    _, fine = stepped(collins(compress_ratio=2))
+    _, opt = stepped(collins(compress_ratio=32))
+    wrong = copy.deepcopy(fine.state_dict())
+    wrong["state"][0]["layout"] -= 1 << 64 * 5  # the load c, which no longer makes so many buckets
+    with pytest.raises(ValueError, match="parameter 0 in state_dict: layout must be a fingerprint"):
+        convert(wrong, opt)
+
+
 REFUSED = [
     (
         collins(compress_ratio=32),
@@ -242,11 +284,14 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(source, target, tex
 
 def test_another_shape_is_refused():
     _, adamw = stepped(torch.optim.AdamW)
-    opt = collins()([torch.nn.Parameter(torch.ones(37, 33))])
-    with pytest.raises(ValueError, match=re.escape("'exp_avg': (37, 33)")):
+    opt = collins(table_dtype=torch.float32)([torch.nn.Parameter(torch.ones(37, 33))])
+    with pytest.raises(
+        ValueError, match=re.escape("has the shape (37, 33); state_dict holds exp_avg of the shape (33,")
+    ):
         convert(adamw.state_dict(), opt)
-    with pytest.raises(ValueError, match=re.escape("groups of [1] parameters; this optimizer has [2]")):
-        convert(adamw.state_dict(), collins()([torch.nn.Parameter(torch.ones(37, 33)) for _ in range(2)]))
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(37, 33))]})
+    with pytest.raises(ValueError, match=re.escape("groups of [1] parameters; this optimizer has [1, 1]")):
+        convert(adamw.state_dict(), opt)
 
 
 def test_adam_without_decay_converts_as_adamw_does():

@@ -156,6 +156,158 @@ def test_one_part_that_does_not_fit_leaves_all_parts_as_they_were(whole, tmp_pat
     assert same(target.values(), before)
 
 
+class Counting(torch.nn.Linear):
+    """A model that keeps more than tensors."""
+
+    count = 0
+
+    def get_extra_state(self):
+        return {"count": self.count}
+
+    def set_extra_state(self, state):
+        if state["count"] < 0:
+            raise AssertionError("no count")
+        self.count = state["count"]
+
+
+def spoilt(change):
+    """What a training's parts hold, one of them changed."""
+    content = Training().train(3).values()
+    change(content)
+    return content
+
+
+UNFIT = {
+    "sparse weight": lambda c: c["model"].update({"1.weight": c["model"]["1.weight"].to_sparse()}),
+    "no model": lambda c: c.update(model=3),
+    "weight: list": lambda c: c["model"].update({"1.weight": [1.0]}),
+    "sparse moment": lambda c: c["optimizer"]["state"][3].update(
+        v_table=c["optimizer"]["state"][3]["v_table"].to_sparse()
+    ),
+    "state: list": lambda c: c["optimizer"].update(state=[0]),
+    "no optimizer": lambda c: c.update(optimizer=[1]),
+    "scheduler": lambda c: c.update(scheduler=[1]),
+}
+
+
+@pytest.mark.parametrize("unfit", UNFIT)
+def test_a_part_of_the_wrong_form_leaves_all_parts_as_they_were(unfit, tmp_path):
+    path = tmp_path / "last.pt"
+    collins.save(path, **spoilt(UNFIT[unfit]))
+    target = Training(seed=1, lr=0.5).train(1)
+    before = target.values()
+    with pytest.raises(CheckpointError, match=r"^(model|optimizer|scheduler) of .* cannot be loaded"):
+        collins.load(path, **target.parts)
+    assert same(target.values(), before)
+
+
+def without_step(state):
+    del state["state"][1]["step"]
+
+
+OTHERS = {
+    "state: list": lambda state: state.update(state=[0]),
+    "one state: list": lambda state: state["state"].update({0: [1]}),
+    "group: no params": lambda state: state["param_groups"].__setitem__(0, {}),
+    "no step": without_step,  # found by AdamW itself, when it has replaced its state
+    "a hook": lambda state: None,
+}
+
+
+@pytest.mark.parametrize("wrong", OTHERS)
+def test_a_state_that_another_optimizer_does_not_load_leaves_all_parts_as_they_were(wrong, tmp_path):
+    def trained(seed):
+        torch.manual_seed(seed)
+        net = torch.nn.Linear(4, 4)
+        adamw = torch.optim.AdamW(net.parameters())
+        net(torch.ones(2, 4)).sum().backward()
+        adamw.step()
+        return {"model": net, "optimizer": adamw}
+
+    def values(parts):
+        return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+
+    path, source, target = tmp_path / "last.pt", trained(0), trained(1)
+    content = values(source)
+    OTHERS[wrong](content["optimizer"])
+    collins.save(path, **content)
+    if wrong == "a hook":
+        target["optimizer"].register_load_state_dict_post_hook(refuse)
+    before, held = values(target), target["optimizer"].state
+    with pytest.raises(CheckpointError, match=r"^optimizer of .* cannot be loaded"):
+        collins.load(path, **target)
+    assert same(values(target), before)
+    assert target["optimizer"].state is held
+
+
+def refuse(optimizer):
+    raise AssertionError("locked")
+
+
+def test_a_model_that_keeps_more_than_tensors_is_put_back(tmp_path):
+    path, source = tmp_path / "last.pt", Counting(4, 4)
+    source.count = -1
+    collins.save(path, a=torch.nn.Linear(4, 4), b=source)
+    target = {"a": torch.nn.Linear(4, 4), "b": Counting(4, 4)}
+    before = copy.deepcopy({name: part.state_dict() for name, part in target.items()})
+    with pytest.raises(CheckpointError, match=r"b of .* cannot be loaded: no count"):
+        collins.load(path, **target)
+    assert same({name: part.state_dict() for name, part in target.items()}, before)
+
+
+def offloaded():
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, device="meta"))
+
+
+def test_weights_without_data_are_not_written(tmp_path):
+    path = tmp_path / "last.pt"
+    collins.save(path, epoch=1)
+    with pytest.raises(
+        TypeError, match=r"model\['1.weight'\] must be a tensor with data, got a tensor on the meta dev"
+    ):
+        collins.save(path, model=offloaded())
+    assert collins.load(path) == {"epoch": 1}
+
+
+def expanded():
+    net = torch.nn.Linear(4, 4)
+    del net.bias
+    net.register_buffer("bias", torch.zeros(1).expand(4))
+    return net
+
+
+def inferring():
+    with torch.inference_mode():
+        net = torch.nn.Linear(4, 4)
+    return net
+
+
+@pytest.mark.parametrize("made", [lambda: torch.nn.Linear(4, 4, device="meta"), expanded, inferring])
+def test_a_model_that_cannot_be_written_to_is_found_before_another_is_loaded(made, tmp_path):
+    path, first = tmp_path / "last.pt", torch.nn.Linear(4, 4)
+    collins.save(path, a=torch.nn.Linear(4, 4), b=torch.nn.Linear(4, 4))
+    before = copy.deepcopy(first.state_dict())
+    with pytest.raises(
+        CheckpointError, match=r"b of .* (bias|weight) (must be a tensor with data|cannot be written to)"
+    ):
+        collins.load(path, a=first, b=made())
+    assert same(dict(first.state_dict()), dict(before))
+
+
+def test_weights_that_require_gradients_are_loaded(tmp_path):
+    path, source, target = tmp_path / "last.pt", torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    collins.save(path, model=source.state_dict(keep_vars=True))
+    collins.load(path, model=target)
+    assert torch.equal(target.weight, source.weight)
+    assert target.weight.is_leaf
+
+
+def test_what_has_no_load_state_dict_is_no_part(tmp_path):
+    collins.save(tmp_path / "last.pt", epoch=3)
+    with pytest.raises(CheckpointError, match=r"epoch of .* must have a load_state_dict, got 3"):
+        collins.load(tmp_path / "last.pt", epoch=3)
+
+
 def test_what_could_not_be_read_back_is_not_written(tmp_path):
     path = tmp_path / "last.pt"
     collins.save(path, epoch=1)

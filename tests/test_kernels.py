@@ -37,7 +37,7 @@ CASES = [
         marks=pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter truncates where a GPU rounds"),
     ),
     (torch.float32, {"table_dtype": torch.bfloat16, "compress_ratio": 64}),
-    (torch.float32, {"table_dtype": torch.float64, "maximize": True}),
+    (torch.float64, {"table_dtype": torch.float64, "maximize": True}),
     (torch.float16, {}),
     (torch.float32, {"hash": "universal"}),
     (torch.float64, {}),

@@ -23,7 +23,7 @@ CASES = [
     (torch.float32, {"decode": "sketch", "rehash_period": None}),
     (torch.float32, {"hash": "universal"}),
     (torch.float32, {"table_dtype": torch.bfloat16, "compress_ratio": 4}),
-    (torch.float32, {"table_dtype": torch.float64, "maximize": True}),
+    (torch.float64, {"table_dtype": torch.float64, "maximize": True}),
     (torch.float64, {"hash": "universal", "decode": "sketch"}),
     (torch.bfloat16, {}),
     (torch.bfloat16, {"table_dtype": torch.bfloat16}),
