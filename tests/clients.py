@@ -4,8 +4,6 @@ import torch
 
 from collins import Collins
 
-OPTIONS = {"lr": 1e-2, "min_K": 16, "rehash_period": 3}  # weights of 32x32 have tables; signs change within a run
-
 
 def network():
     torch.manual_seed(0)

@@ -4,7 +4,8 @@ import pickle
 
 import pytest
 import torch
-from clients import OPTIONS, Twin, inputs, network, same, steps_taken
+from clients import Twin, inputs, network, same, steps_taken
+from helpers import OPTIONS
 
 from collins import Collins
 

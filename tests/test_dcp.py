@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from helpers import OPTIONS, moments
 from ranks import run
-from test_fsdp import batch, mine, moments, network, values, whole
+from test_fsdp import batch, mine, network, values, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mes
 from collins import Collins, convert
 
 FLAT = {"flatten_optimizer_state_dict": True}
-OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "min_K": 16, "rehash_period": 3}
+DECAYING = {**OPTIONS, "weight_decay": 0.1}
 
 
 def plain(dtype):
@@ -38,7 +39,7 @@ def build(dtype=torch.float32, *, sizes=None, **options):
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, Collins(model.named_parameters(), **{**OPTIONS, **options})
+    return model, Collins(model.named_parameters(), **{**DECAYING, **options})
 
 
 def steps(model, opt, first, last):
@@ -183,7 +184,7 @@ def test_no_rows_of_a_table_are_taken_for_a_copy_of_others(tmp_path):
 
 def save_replicas(rank, folder):
     replica = nn.parallel.DistributedDataParallel(plain(torch.bfloat16))
-    opt = Collins(replica.named_parameters(), **OPTIONS)
+    opt = Collins(replica.named_parameters(), **DECAYING)
     for step in range(4):
         replica(batch(step)[mine(rank)].bfloat16()).square().mean().backward()
         opt.step()
@@ -194,7 +195,7 @@ def save_replicas(rank, folder):
 
 def load_single(rank, folder):
     model = plain(torch.bfloat16)
-    opt = Collins(model.named_parameters(), **OPTIONS)
+    opt = Collins(model.named_parameters(), **DECAYING)
     restore(model, opt, folder)
     return everything(model, opt)
 
@@ -298,7 +299,7 @@ def refuse(rank, folder):
     refused(opt, parts, r"parameter '0.weight' has moments .* state_dict holds")
     # Sharded tables for parameters that are whole, and the other way round after a change of mind.
     alone = plain(torch.float32)
-    single = Collins(alone.named_parameters(), **OPTIONS)
+    single = Collins(alone.named_parameters(), **DECAYING)
     refused(single, {**single.state_dict(), "state": opt.state_dict()["state"]}, "is no DTensor here")
     # Placed over other ranks than the parameter.
     _, target = build(sizes=(1, 2))

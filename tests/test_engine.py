@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers import OPTIONS
 from torch._inductor.utils import run_and_get_code
 
 from collins import Collins
@@ -40,7 +41,7 @@ def test_compiled_equals_eager(dtype, options, device):
     sides = []
     for compile in (False, True):
         ps = [torch.nn.Parameter(value.clone()) for value in values]
-        opt = Collins(ps, **{"lr": 1e-2, "min_K": 16, "rehash_period": 3, "compile": compile, **options})
+        opt = Collins(ps, **{**OPTIONS, "compile": compile, **options})
         for step in range(6):
             for i, p in enumerate(ps):
                 g = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))

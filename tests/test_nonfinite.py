@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import give_gradients, moments, parameters
 
 from collins import Collins
 
@@ -18,21 +19,6 @@ CASES = [
 ]
 WRONG = [float("nan"), float("inf"), -float("inf"), 1e30]
 SHAPES = ((64, 64), (5,), (47, 61), (96, 33))
-
-
-def params(dtype, device="cpu", shapes=SHAPES):
-    torch.manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape).to(device, dtype)) for shape in shapes]
-
-
-def give_gradients(ps, step):
-    generator = torch.Generator().manual_seed(step)
-    for p in ps:
-        p.grad = torch.randn(p.shape, generator=generator).to(p)
-
-
-def moments(opt, p):
-    return [opt.state[p][name] for name in ("m_table", "v_table", "exp_avg", "exp_avg_sq") if name in opt.state[p]]
 
 
 def same_state(ours, theirs):
@@ -62,15 +48,14 @@ def one_thread():
 def test_skip_leaves_out_just_the_buckets_of_a_wrong_gradient(options, dtype, compile, device):
     """They stay to the bit, and everything else becomes what it would have become without the wrong gradient."""
     shapes = SHAPES[:3] if compile else SHAPES  # whole buckets twice would be compiled twice
-    clean, hit = params(dtype, device, shapes), params(dtype, device, shapes)
+    clean, hit = parameters(dtype, shapes, device), parameters(dtype, shapes, device)
     good, opt = (Collins(ps, lr=0.1, min_K=16, compile=compile, nonfinite="skip", **options) for ps in (clean, hit))
     for step in range(3):
-        for ps, o in ((clean, good), (hit, opt)):
-            give_gradients(ps, step)
+        give_gradients(step, clean, hit)
+        for o in (good, opt):
             o.step()
     before = [(bits(p), [bits(t) for t in moments(opt, p)]) for p in hit]
-    give_gradients(clean, 3)
-    give_gradients(hit, 3)
+    give_gradients(3, clean, hit)
     places = []
     for i, p in enumerate(hit):
         at = [(7 * i + 2) % p.numel(), p.numel() - 1]
@@ -104,10 +89,10 @@ def test_skip_leaves_out_just_the_buckets_of_a_wrong_gradient(options, dtype, co
 def test_skip_and_propagate_are_the_same_for_finite_gradients(options):
     results = []
     for nonfinite in ("skip", "propagate"):
-        ps = params(torch.bfloat16)
+        ps = parameters(torch.bfloat16, SHAPES, "cpu")
         opt = Collins(ps, lr=0.1, min_K=16, nonfinite=nonfinite, **options)
         for step in range(5):
-            give_gradients(ps, step)
+            give_gradients(step, ps)
             opt.step()
         results.append([bits(t) for p in ps for t in (p, *moments(opt, p))])
     assert all(map(torch.equal, *results))

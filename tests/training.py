@@ -1,6 +1,7 @@
 """A small model with all that makes steps in backward hard, and training that can be compared bit by bit."""
 
 import torch
+from helpers import OPTIONS
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +14,6 @@ TIERS = {
     "host": {"tier": "host", "transfer_size": 900, "staging_slots": 2},
     "mixed": {"device_budget": "6KiB", "transfer_size": 900, "staging_slots": 2},
 }
-OPTIONS = {"lr": 1e-2, "min_K": 16, "rehash_period": 3}
 
 
 class Block(nn.Module):
