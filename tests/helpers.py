@@ -31,3 +31,30 @@ def give_gradients(step, *lists):
 def moments(opt, p):
     """The first and the second moment of `p`, in tables or dense."""
     return [value for name, value in opt.state[p].items() if name not in ("step", "layout")]
+
+
+def same(ours, theirs):
+    """Whether two nested values are equal in all their tensors, dtypes and numbers, and of the same structure."""
+    if isinstance(ours, torch.Tensor):
+        return isinstance(theirs, torch.Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, (list, tuple)):
+        return type(ours) is type(theirs) and len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs
+
+
+def small_model(seed=0, dtype=torch.float32, device="cpu"):
+    torch.manual_seed(seed)
+    layers = [torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)]
+    return torch.nn.Sequential(*layers).to(device, dtype)
+
+
+def train(model, opt, steps, first=0):
+    """Trains a small model on data that depends on the number of the step alone; returns copies of its parameters."""
+    for step in range(first, first + steps):
+        x = torch.randn(16, 64, generator=torch.Generator().manual_seed(step)).to(model[0].weight)
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        opt.step()
+    return [p.detach().clone() for p in model.parameters()]

@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 import torch
-from clients import Twin, inputs, network, same, steps_taken
-from helpers import OPTIONS
+from clients import Twin, inputs, network, steps_taken
+from helpers import OPTIONS, same
 
 from collins import Collins
 

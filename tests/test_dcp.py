@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import OPTIONS, moments
+from helpers import OPTIONS, moments, same
 from ranks import run
 from test_fsdp import batch, mine, network, values, whole
 from torch import nn
@@ -53,19 +53,12 @@ def steps(model, opt, first, last):
 
 
 def everything(model, opt):
-    return [
+    kept = [
         {"p": whole(p.detach()), **{name: whole(t) if torch.is_tensor(t) else t for name, t in opt.state[p].items()}}
         for p in model.parameters()
     ]
-
-
-def same(ours, theirs):
-    assert len(ours) == len(theirs) == 8
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            assert torch.equal(value, b[name]) if torch.is_tensor(value) else value == b[name]
-            assert not torch.is_tensor(value) or value.dtype == b[name].dtype
+    assert len(kept) == 8
+    return kept
 
 
 def content(model, opt, **options):
@@ -132,7 +125,7 @@ def test_what_two_ranks_saved_is_loaded_on_others_bit_for_bit(tmp_path):
     saved, again = run(2, save, str(tmp_path), folder=tmp_path / "2")
     for ours, theirs, (dtype, _, _, options) in zip(saved, again, CASES, strict=True):
         for a, b in zip(ours, theirs, strict=True):
-            same(a, b)
+            assert same(a, b)
         (first, *_), _ = ours
         assert first["m_table"].dtype == options.get("table_dtype", torch.float32)
         assert first["p"].dtype == dtype
@@ -142,7 +135,7 @@ def test_what_two_ranks_saved_is_loaded_on_others_bit_for_bit(tmp_path):
         for found in run(torch.Size(sizes).numel(), load, str(tmp_path), sizes, folder=tmp_path / str(sizes)):
             for ours, theirs in zip(found, saved, strict=True):
                 for a, b in zip(ours, theirs, strict=True):
-                    same(a, b)
+                    assert same(a, b)
 
 
 def keep_each_rows(rank, folder):
@@ -203,8 +196,8 @@ def load_single(rank, folder):
 def test_replicas_are_saved_once_and_loaded_in_one_process(tmp_path):
     first, second = run(2, save_replicas, str(tmp_path / "checkpoint"), folder=tmp_path / "2")
     (loaded,) = run(1, load_single, str(tmp_path / "checkpoint"), folder=tmp_path / "1")
-    same(first, second)
-    same(loaded, first)
+    assert same(first, second)
+    assert same(loaded, first)
 
 
 def initialise(rank):
@@ -241,12 +234,12 @@ def gather_and_scatter(rank):
         other, fresh = build(torch.bfloat16)
         set_model_state_dict(other, dict(weights) if given else {}, options=options)
         set_optimizer_state_dict(other, fresh, state if given else {}, options=options)
-        same(everything(other, fresh), saved)
+        assert same(everything(other, fresh), saved)
     # Whole tensors are also taken as they are: each rank takes its rows.
     other, fresh = build(torch.bfloat16)
     set_model_state_dict(other, dict(weights), options=full)
     fresh.load_state_dict(state_by_place(opt))
-    same(everything(other, fresh), saved)
+    assert same(everything(other, fresh), saved)
     # On the host, as they are gathered to be saved in one file: there they are only on the first rank.
     gathered = get_optimizer_state_dict(model, opt, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     assert bool(gathered) == (rank == 0)
@@ -279,11 +272,7 @@ def refused(target, state, match):
     before = state_by_place(target)["state"]
     with pytest.raises(ValueError, match=match):
         target.load_state_dict(state)
-    after = state_by_place(target)["state"]
-    assert before.keys() == after.keys()
-    for i, entry in before.items():
-        for name, t in entry.items():
-            assert torch.equal(t, after[i][name]) if torch.is_tensor(t) else t == after[i][name]
+    assert same(state_by_place(target)["state"], before)
 
 
 def refuse(rank, folder):
@@ -346,7 +335,7 @@ def train_with_a_checkpoint_between(rank, folder):
     model, opt = build(in_backward=True)
     restore(model, opt, folder)
     go(model, opt, 3, 6)
-    same(everything(model, opt), expected)
+    assert same(everything(model, opt), expected)
 
 
 def test_training_goes_on_to_the_same_bits_on_as_many_ranks(tmp_path):

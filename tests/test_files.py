@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,14 +47,6 @@ class Training:
 
     def values(self):
         return copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()})
-
-
-def same(ours, theirs):
-    if isinstance(ours, torch.Tensor):
-        return torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    return ours == theirs
 
 
 @pytest.mark.parametrize("memory", [None, "host"])

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from clients import Twin, network, same, steps_taken
-from helpers import OPTIONS
+from clients import Twin, network, steps_taken
+from helpers import OPTIONS, same
 
 from collins import Collins
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import give_gradients, moments, parameters
+from helpers import give_gradients, moments, parameters, same
 
 from collins import Collins
 
@@ -19,12 +19,6 @@ CASES = [
 ]
 WRONG = [float("nan"), float("inf"), -float("inf"), 1e30]
 SHAPES = ((64, 64), (5,), (47, 61), (96, 33))
-
-
-def same_state(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    pairs = [(state[name], theirs[place][name]) for place, state in ours.items() for name in state]
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
 def bits(t):
@@ -132,7 +126,7 @@ def test_error_names_the_parameters_and_changes_nothing(in_backward):
         loss.backward()
         opt.step()
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
-    assert same_state(opt.state_dict()["state"], state)
+    assert same(opt.state_dict()["state"], state)
 
 
 def test_error_says_how_many():
@@ -174,7 +168,7 @@ def test_a_grad_scaler_skips_the_step_that_overflows(memory):
     step(torch.full((8, 64), float("inf")))
     assert scaler.get_scale() == 2.0**15
     assert all(map(torch.equal, weights, (p.detach() for p in net.parameters())))
-    assert same_state(opt.state_dict()["state"], before)
+    assert same(opt.state_dict()["state"], before)
     step(torch.randn(8, 64))
     assert scaler.get_scale() == 2.0**15
     assert not torch.equal(weights[0], net.weight.detach())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import same
 from resuming import CASES, HALF, STEPS, Run, checkpoint, result
 
 import collins
@@ -33,13 +34,3 @@ def test_a_resumed_run_ends_in_the_bits_of_one_that_was_never_stopped(resumed, n
     assert same(ended, expected)
     assert not same(begun["optimizer"], expected["optimizer"])
     assert any("layout" in state for state in ended["optimizer"]["state"].values())
-
-
-def same(ours, theirs):
-    if isinstance(ours, torch.Tensor):
-        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, list):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs

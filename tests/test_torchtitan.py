@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from clients import Twin, inputs, network, same, steps_taken
-from helpers import OPTIONS
+from clients import Twin, inputs, network, steps_taken
+from helpers import OPTIONS, same
 
 from collins import Collins
 

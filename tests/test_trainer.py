@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from clients import Twin, same, steps_taken
-from helpers import OPTIONS
+from clients import Twin, steps_taken
+from helpers import OPTIONS, same
 
 from collins import Collins
 
