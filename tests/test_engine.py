@@ -2,12 +2,11 @@
 
 import math
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import OPTIONS
+from helpers import OPTIONS, environment, output_of, threads
 from torch._inductor.utils import run_and_get_code
 
 from collins import Collins
@@ -25,10 +24,8 @@ CASES = [
 @pytest.fixture
 def two_threads():
     """Also where tests run in one thread each: what is compiled for several is other code."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+    with threads(2):
+        yield
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -79,16 +76,10 @@ other.step()
 assert all(torch.equal(p, q) for p, q in zip(ps, eager))
 assert all(state["step"] == 2 for state in opt.state.values())
 """
-    environment = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    ran = subprocess.run(
-        ["env", *(f"{k}={v}" for k, v in environment.items()), sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "Collins steps eagerly, because torch.compile failed" in ran.stdout
-    assert "compiler" in ran.stdout
+    without_compiler = environment(CXX="/no/such/compiler", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+    told = output_of(sys.executable, "-c", code, env=without_compiler)
+    assert "Collins steps eagerly, because torch.compile failed" in told
+    assert "compiler" in told
 
 
 def parameters(*shapes, device=None):

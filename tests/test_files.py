@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import same
+from helpers import environment, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -212,10 +212,8 @@ collins.save(path, epoch=2, t=torch.full((100_000,), 2.0))
 @pytest.mark.parametrize(("where", "epoch"), [("in the middle", 1), ("before the rename", 1), ("after the rename", 2)])
 def test_a_process_killed_while_saving_leaves_a_whole_file(tmp_path, where, epoch):
     path = tmp_path / "last.pt"
-    root = os.path.dirname(os.path.dirname(collins.__file__))
-    environment = {**os.environ, "PYTHONPATH": root}
     with subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path), where], stdout=subprocess.PIPE, env=environment, text=True
+        [sys.executable, "-c", WRITER, str(path), where], stdout=subprocess.PIPE, env=environment(), text=True
     ) as writer:
         assert writer.stdout.readline() == "there\n"
         writer.send_signal(signal.SIGKILL)

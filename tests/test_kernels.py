@@ -3,14 +3,12 @@
 Without a GPU it runs under Triton's interpreter, on CPU tensors, and is compiled for one all the same.
 """
 
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import DEVICE, OPTIONS, give_gradients, moments, parameters, with_kernel
+from helpers import DEVICE, OPTIONS, environment, give_gradients, moments, output_of, parameters, with_kernel
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -286,14 +284,12 @@ def test_compiled_for_a_gpu_each_tensor_is_read_and_written_once_in_wide_words()
 
     What is read is copied to shared memory: of the first two tiles before the loop, of one to come within.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    ran = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False, env=environment)
-    assert ran.returncode == 0, ran.stderr
-    for line in ran.stdout.splitlines():
+    lines = output_of(sys.executable, "-c", COMPILED, env=environment(TRITON_INTERPRET=None)).splitlines()
+    for line in lines:
         each, stages, copies, reads, writes, load = map(int, re.findall(r"\d+", line))
         places, written = (4, 3) if load == 1 else (2, 1)  # dense moments are as large as the parameter
         assert (copies, reads, writes) == (stages * places * each, 0, written * each)
-    assert len(ran.stdout.splitlines()) == 5
+    assert len(lines) == 5
 
 
 def test_the_operator_is_the_kernel_that_a_step_calls(monkeypatch):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import give_gradients, moments, parameters, same
+from helpers import give_gradients, moments, parameters, same, threads
 
 from collins import Collins
 
@@ -28,10 +28,8 @@ def bits(t):
 @pytest.fixture
 def one_thread():
     """Compiled scattering adds atomically, in any order of the threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.mark.usefixtures("one_thread", "reproducible")

@@ -1,6 +1,5 @@
 """What a wheel and an editable install put where."""
 
-import subprocess
 import sys
 import sysconfig
 import venv
@@ -8,8 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, output_of
 
-ROOT = Path(__file__).resolve().parent.parent
 # From each folder in a process of its own, as Python starts there with -c; torch is imported once for all of them.
 IMPORTS = """
 import os, sys, torch
@@ -24,25 +23,21 @@ for folder in sys.argv[1:]:
 """
 
 
-def run(*command, cwd=None):
-    ran = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
-
-
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """A copy of what a build reads, so that building leaves nothing in the checkout."""
     copy = tmp_path_factory.mktemp("tree")
-    run("cp", "-R", *(ROOT / name for name in ("collins", "compile", "offload", "pyproject.toml", "README.md")), copy)
-    run("cp", ROOT / "LICENSE", copy)
+    output_of(
+        "cp", "-R", *(ROOT / name for name in ("collins", "compile", "offload", "pyproject.toml", "README.md")), copy
+    )
+    output_of("cp", ROOT / "LICENSE", copy)
     return copy
 
 
 @pytest.fixture(scope="module")
 def wheel(tree, tmp_path_factory):
     target = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", target, tree)
+    output_of(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", target, tree)
     (path,) = target.glob("collins_optim-*.whl")
     return path
 
@@ -59,12 +54,12 @@ def environment(tmp_path):
 
 def install(python, *what):
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-build-isolation")
-    run(*pip, "--ignore-installed", *what)
+    output_of(*pip, "--ignore-installed", *what)
 
 
 def found_from(python, *folders):
     """The file that is imported as `collins` from each folder."""
-    return run(python, "-c", IMPORTS, *folders, cwd=folders[0]).splitlines()
+    return output_of(python, "-c", IMPORTS, *folders, cwd=folders[0]).splitlines()
 
 
 def test_a_wheel_has_one_top_level_name(wheel):
@@ -109,5 +104,7 @@ def test_editable_it_imports_from_any_folder(tree, environment, tmp_path):
     anywhere = found_from(python, tmp_path, Path("/"), tree, tree / "compile")
     assert anywhere == [str(tree / "collins" / "__init__.py")] * 4
     for name in ("compile", "offload"):
-        found = run(python, "-c", f"import importlib.util; print(importlib.util.find_spec({name!r}))", cwd=tmp_path)
+        found = output_of(
+            python, "-c", f"import importlib.util; print(importlib.util.find_spec({name!r}))", cwd=tmp_path
+        )
         assert found.strip() == "None"

@@ -1,13 +1,11 @@
 """Twenty steps are ten steps, a checkpoint, a new process and ten steps more: to the bit."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import same
+from helpers import environment, output_of, same
 from resuming import CASES, HALF, STEPS, Run, checkpoint, result
 
 import collins
@@ -19,10 +17,7 @@ def resumed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for number, case in enumerate(CASES):
         collins.save(checkpoint(folder, number), **Run(**case).train(0, HALF).parts)
-    environment = {**os.environ, "PYTHONPATH": str(Path(collins.__file__).parent.parent)}
-    subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("resuming.py")), str(folder)], check=True, env=environment
-    )
+    output_of(sys.executable, Path(__file__).with_name("resuming.py"), folder, env=environment())
     return folder
 
 

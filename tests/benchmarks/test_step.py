@@ -11,14 +11,12 @@ portable path through torch.compile. `-k host` measures what a step costs the ho
 
 import gc
 import importlib.util
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import DEVICE, with_kernel
+from helpers import DEVICE, environment, output_of, with_kernel
 from turns import Turns
 
 from collins import Collins
@@ -168,10 +166,10 @@ def test_process_of_a_first_step(benchmark, cache, tmp_path):
     """A process that imports torch, builds 32 layers of tiny width and takes one compiled step: less than 90 s, also
     without anything in PyTorch's compile cache.
     """
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
 
     def process():
-        subprocess.run([sys.executable, "-c", FIRST_STEP, DEVICE], env=environment, check=True)
+        cached = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+        output_of(sys.executable, "-c", FIRST_STEP, DEVICE, env=cached)
 
     def emptied():
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
