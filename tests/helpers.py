@@ -56,6 +56,12 @@ def same(ours, theirs):
     return ours == theirs
 
 
+def bits(t):
+    if isinstance(t, int):  # a fingerprint
+        return torch.tensor(list(str(t).encode()))
+    return t.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
 def small_model(seed=0, dtype=torch.float32, device="cpu"):
     torch.manual_seed(seed)
     layers = [torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)]

@@ -21,7 +21,8 @@ WRONG = [float("nan"), float("inf"), -float("inf"), 1e30]
 SHAPES = ((64, 64), (5,), (47, 61), (96, 33))
 
 
-def bits(t):
+def bits_of_each(t):
+    """Those of each element, as an integer; a copy."""
     return t.detach().clone().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
@@ -46,7 +47,7 @@ def test_skip_leaves_out_just_the_buckets_of_a_wrong_gradient(options, dtype, co
         give_gradients(step, clean, hit)
         for o in (good, opt):
             o.step()
-    before = [(bits(p), [bits(t) for t in moments(opt, p)]) for p in hit]
+    before = [(bits_of_each(p), [bits_of_each(t) for t in moments(opt, p)]) for p in hit]
     give_gradients(3, clean, hit)
     places = []
     for i, p in enumerate(hit):
@@ -62,8 +63,8 @@ def test_skip_leaves_out_just_the_buckets_of_a_wrong_gradient(options, dtype, co
         bucket = every if hash is None else hash.bucket(every)
         left_out = torch.isin(bucket, bucket[at])
         assert left_out.any()
-        assert torch.equal(bits(p).view(-1)[left_out], old.view(-1)[left_out])
-        assert torch.equal(bits(p).view(-1)[~left_out], bits(q).view(-1)[~left_out])
+        assert torch.equal(bits_of_each(p).view(-1)[left_out], old.view(-1)[left_out])
+        assert torch.equal(bits_of_each(p).view(-1)[~left_out], bits_of_each(q).view(-1)[~left_out])
         entries = moments(opt, p)[0].numel()
         table = torch.zeros(entries, dtype=torch.bool, device=device)
         table[bucket[at]] = True
@@ -73,8 +74,8 @@ def test_skip_leaves_out_just_the_buckets_of_a_wrong_gradient(options, dtype, co
         for name, now, then, other in zip("mv", moments(opt, p), old_moments, moments(good, q), strict=True):
             # Signs are drawn anew in a step that is left out, too.
             kept = torch.where(fresh, 0, then.view(-1)) if name == "m" else then.view(-1)
-            assert torch.equal(bits(now).view(-1)[table], kept[table])
-            assert torch.equal(bits(now).view(-1)[~table], bits(other).view(-1)[~table])
+            assert torch.equal(bits_of_each(now).view(-1)[table], kept[table])
+            assert torch.equal(bits_of_each(now).view(-1)[~table], bits_of_each(other).view(-1)[~table])
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
@@ -86,7 +87,7 @@ def test_skip_and_propagate_are_the_same_for_finite_gradients(options):
         for step in range(5):
             give_gradients(step, ps)
             opt.step()
-        results.append([bits(t) for p in ps for t in (p, *moments(opt, p))])
+        results.append([bits_of_each(t) for p in ps for t in (p, *moments(opt, p))])
     assert all(map(torch.equal, *results))
 
 

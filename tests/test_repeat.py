@@ -6,8 +6,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import DEVICE, give_gradients, parameters, with_kernel
-from training import bits
+from helpers import DEVICE, bits, give_gradients, parameters, with_kernel
 
 pytest.importorskip("triton")
 
