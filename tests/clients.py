@@ -1,10 +1,9 @@
 """What the tests of training frameworks share: a tiny language model, and a twin that shows what a framework did."""
 
 import torch
+from helpers import same
 
 from collins import Collins
-
-OPTIONS = {"lr": 1e-2, "min_K": 16, "rehash_period": 3}  # weights of 32x32 have tables; signs change within a run
 
 
 def network():
@@ -55,17 +54,6 @@ class Twin:
         ]
         alike = all(torch.equal(p, q) and same(self.first.state[p], self.second.state[q]) for p, q in pairs)
         return alike and len(self.norms) > 0
-
-
-def same(ours, theirs):
-    """Whether two nested state dicts are the same to the bit, dtypes included."""
-    if isinstance(ours, torch.Tensor):
-        return isinstance(theirs, torch.Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, (list, tuple)):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs
 
 
 def steps_taken(optimizer):

@@ -4,7 +4,8 @@ import pickle
 
 import pytest
 import torch
-from clients import OPTIONS, Twin, inputs, network, same, steps_taken
+from clients import Twin, inputs, network, steps_taken
+from helpers import OPTIONS, same
 
 from collins import Collins
 

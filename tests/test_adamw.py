@@ -4,22 +4,17 @@ import copy
 
 import pytest
 import torch
+from helpers import give_gradients, parameters
 from torch.optim import lr_scheduler
 
 from collins import Collins
 
-
-def parameters(dtype, device, shapes=((33, 37), (5,), (), (2, 3, 4, 5))):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
+SHAPES = ((33, 37), (5,), (), (2, 3, 4, 5))
 
 
-def set_gradients(step, *lists):
-    generator = torch.Generator().manual_seed(step)
-    for ps in zip(*lists, strict=True):
-        g = torch.randn(ps[0].shape, generator=generator)
-        for p in ps:
-            p.grad = g.to(p.device, p.dtype)
+def both(dtype, device="cpu"):
+    """The same parameters twice."""
+    return parameters(dtype, SHAPES, device), parameters(dtype, SHAPES, device)
 
 
 def close(ours, theirs, dtype):
@@ -37,10 +32,10 @@ def close(ours, theirs, dtype):
     ids=str,
 )
 def test_ratio_one_equals_adamw_over_100_steps(options, dtype, compile, device):
-    ours, theirs = parameters(dtype, device), parameters(dtype, device)
+    ours, theirs = both(dtype, device)
     opts = Collins(ours, **options, compress_ratio=1, compile=compile), torch.optim.AdamW(theirs, **options)
     for step in range(100):
-        set_gradients(step, ours, theirs)
+        give_gradients(step, ours, theirs)
         for opt in opts:
             opt.step()
     close(ours, theirs, dtype)
@@ -80,12 +75,12 @@ def test_every_scheduler_is_tried():
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler(name, tensor_lr):
-    ours, theirs = parameters(torch.float64, "cpu"), parameters(torch.float64, "cpu")
+    ours, theirs = both(torch.float64)
     rates = [torch.tensor(1e-2, dtype=torch.float64) if tensor_lr else 1e-2 for _ in range(2)]
     opts = Collins(ours, lr=rates[0], compress_ratio=1), torch.optim.AdamW(theirs, lr=rates[1])
     schedules = [SCHEDULERS[name](opt) for opt in opts]
     for step in range(10):
-        set_gradients(step, ours, theirs)
+        give_gradients(step, ours, theirs)
         for opt, schedule in zip(opts, schedules, strict=True):
             opt.step()
             schedule.step(1.0) if name == "ReduceLROnPlateau" else schedule.step()
@@ -96,27 +91,27 @@ def test_every_scheduler(name, tensor_lr):
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("hash", ["block", "universal"])
 def test_no_scheduler_recompiles(hash, tensor_lr):
-    ps = parameters(torch.float32, "cpu")
+    ps = parameters(torch.float32, SHAPES, "cpu")
     opt = Collins(ps, lr=torch.tensor(1e-2) if tensor_lr else 1e-2, min_K=16, hash=hash, compile=True)
-    set_gradients(0, ps)
+    give_gradients(0, ps)
     opt.step()
-    graphs = opt._engine.graphs
+    graphs = opt._stepper.engine.graphs
     with torch.compiler.set_stance("fail_on_recompile"):
         for name, made in {**SCHEDULERS, "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.05)}.items():
             schedule = made(opt)
             for step in range(8):
-                set_gradients(step, ps)
+                give_gradients(step, ps)
                 opt.step()
                 schedule.step(1.0) if name == "ReduceLROnPlateau" else schedule.step()
-    assert opt._engine.graphs == graphs
+    assert opt._stepper.engine.graphs == graphs
 
 
 def test_swa_utils_and_swalr():
-    ours, theirs = parameters(torch.float64, "cpu"), parameters(torch.float64, "cpu")
+    ours, theirs = both(torch.float64)
     opts = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
     schedules = [torch.optim.swa_utils.SWALR(opt, swa_lr=0.05, anneal_epochs=3) for opt in opts]
     for step in range(6):
-        set_gradients(step, ours, theirs)
+        give_gradients(step, ours, theirs)
         for opt, schedule in zip(opts, schedules, strict=True):
             opt.step()
             schedule.step()
@@ -125,7 +120,7 @@ def test_swa_utils_and_swalr():
 
 def test_groups_names_and_late_groups():
     def build(make, **exact):
-        ps = parameters(torch.float64, "cpu")
+        ps = parameters(torch.float64, SHAPES, "cpu")
         opt = make([{"params": [("a", ps[0])], "lr": 1e-2}, {"params": [("b", ps[1])], "weight_decay": 0.5}], **exact)
         return ps, opt
 
@@ -135,7 +130,7 @@ def test_groups_names_and_late_groups():
         if step == 5:
             for ps, o in ((ours, opt), (theirs, adamw)):
                 o.add_param_group({"params": [("c", ps[2]), ("d", ps[3])], "betas": (0.5, 0.6)})
-        set_gradients(step, ours, theirs)
+        give_gradients(step, ours, theirs)
         opt.step()
         adamw.step()
     close(ours, theirs, torch.float64)
@@ -143,10 +138,10 @@ def test_groups_names_and_late_groups():
 
 
 def test_gradients_that_come_and_go():
-    ours, theirs = parameters(torch.float64, "cpu"), parameters(torch.float64, "cpu")
+    ours, theirs = both(torch.float64)
     opts = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
     for step in range(12):
-        set_gradients(step, ours, theirs)
+        give_gradients(step, ours, theirs)
         absent = step % len(ours)
         ours[absent].grad = theirs[absent].grad = None
         for opt in opts:
@@ -155,7 +150,7 @@ def test_gradients_that_come_and_go():
 
 
 def test_closure_and_its_loss():
-    ours, theirs = parameters(torch.float64, "cpu"), parameters(torch.float64, "cpu")
+    ours, theirs = both(torch.float64)
     opts = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
     losses = []
     for ps, opt in zip((ours, theirs), opts, strict=True):
@@ -172,9 +167,9 @@ def test_closure_and_its_loss():
 
 
 def test_adamw_state_loads_into_exact_moments_and_back():
-    ours, theirs = parameters(torch.float64, "cpu"), parameters(torch.float64, "cpu")
+    ours, theirs = both(torch.float64)
     opt, adamw = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
-    set_gradients(0, ours, theirs)
+    give_gradients(0, ours, theirs)
     adamw.step()
     for p, q in zip(ours, theirs, strict=True):
         p.data.copy_(q.data)
@@ -182,7 +177,7 @@ def test_adamw_state_loads_into_exact_moments_and_back():
     for group in loaded["param_groups"]:
         group["compress_ratio"] = 1
     opt.load_state_dict(loaded)
-    set_gradients(1, ours, theirs)
+    give_gradients(1, ours, theirs)
     opt.step()
     adamw.step()
     close(ours, theirs, torch.float64)

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from helpers import OPTIONS, moments, same
 from ranks import run
-from test_fsdp import batch, mine, moments, network, values, whole
+from test_fsdp import batch, mine, network, values, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mes
 from collins import Collins, convert
 
 FLAT = {"flatten_optimizer_state_dict": True}
-OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "min_K": 16, "rehash_period": 3}
+DECAYING = {**OPTIONS, "weight_decay": 0.1}
 
 
 def plain(dtype):
@@ -38,7 +39,7 @@ def build(dtype=torch.float32, *, sizes=None, **options):
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, Collins(model.named_parameters(), **{**OPTIONS, **options})
+    return model, Collins(model.named_parameters(), **{**DECAYING, **options})
 
 
 def steps(model, opt, first, last):
@@ -52,19 +53,12 @@ def steps(model, opt, first, last):
 
 
 def everything(model, opt):
-    return [
+    kept = [
         {"p": whole(p.detach()), **{name: whole(t) if torch.is_tensor(t) else t for name, t in opt.state[p].items()}}
         for p in model.parameters()
     ]
-
-
-def same(ours, theirs):
-    assert len(ours) == len(theirs) == 8
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            assert torch.equal(value, b[name]) if torch.is_tensor(value) else value == b[name]
-            assert not torch.is_tensor(value) or value.dtype == b[name].dtype
+    assert len(kept) == 8
+    return kept
 
 
 def content(model, opt, **options):
@@ -131,7 +125,7 @@ def test_what_two_ranks_saved_is_loaded_on_others_bit_for_bit(tmp_path):
     saved, again = run(2, save, str(tmp_path), folder=tmp_path / "2")
     for ours, theirs, (dtype, _, _, options) in zip(saved, again, CASES, strict=True):
         for a, b in zip(ours, theirs, strict=True):
-            same(a, b)
+            assert same(a, b)
         (first, *_), _ = ours
         assert first["m_table"].dtype == options.get("table_dtype", torch.float32)
         assert first["p"].dtype == dtype
@@ -141,7 +135,7 @@ def test_what_two_ranks_saved_is_loaded_on_others_bit_for_bit(tmp_path):
         for found in run(torch.Size(sizes).numel(), load, str(tmp_path), sizes, folder=tmp_path / str(sizes)):
             for ours, theirs in zip(found, saved, strict=True):
                 for a, b in zip(ours, theirs, strict=True):
-                    same(a, b)
+                    assert same(a, b)
 
 
 def keep_each_rows(rank, folder):
@@ -183,7 +177,7 @@ def test_no_rows_of_a_table_are_taken_for_a_copy_of_others(tmp_path):
 
 def save_replicas(rank, folder):
     replica = nn.parallel.DistributedDataParallel(plain(torch.bfloat16))
-    opt = Collins(replica.named_parameters(), **OPTIONS)
+    opt = Collins(replica.named_parameters(), **DECAYING)
     for step in range(4):
         replica(batch(step)[mine(rank)].bfloat16()).square().mean().backward()
         opt.step()
@@ -194,7 +188,7 @@ def save_replicas(rank, folder):
 
 def load_single(rank, folder):
     model = plain(torch.bfloat16)
-    opt = Collins(model.named_parameters(), **OPTIONS)
+    opt = Collins(model.named_parameters(), **DECAYING)
     restore(model, opt, folder)
     return everything(model, opt)
 
@@ -202,8 +196,8 @@ def load_single(rank, folder):
 def test_replicas_are_saved_once_and_loaded_in_one_process(tmp_path):
     first, second = run(2, save_replicas, str(tmp_path / "checkpoint"), folder=tmp_path / "2")
     (loaded,) = run(1, load_single, str(tmp_path / "checkpoint"), folder=tmp_path / "1")
-    same(first, second)
-    same(loaded, first)
+    assert same(first, second)
+    assert same(loaded, first)
 
 
 def initialise(rank):
@@ -240,12 +234,12 @@ def gather_and_scatter(rank):
         other, fresh = build(torch.bfloat16)
         set_model_state_dict(other, dict(weights) if given else {}, options=options)
         set_optimizer_state_dict(other, fresh, state if given else {}, options=options)
-        same(everything(other, fresh), saved)
+        assert same(everything(other, fresh), saved)
     # Whole tensors are also taken as they are: each rank takes its rows.
     other, fresh = build(torch.bfloat16)
     set_model_state_dict(other, dict(weights), options=full)
     fresh.load_state_dict(state_by_place(opt))
-    same(everything(other, fresh), saved)
+    assert same(everything(other, fresh), saved)
     # On the host, as they are gathered to be saved in one file: there they are only on the first rank.
     gathered = get_optimizer_state_dict(model, opt, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     assert bool(gathered) == (rank == 0)
@@ -278,11 +272,7 @@ def refused(target, state, match):
     before = state_by_place(target)["state"]
     with pytest.raises(ValueError, match=match):
         target.load_state_dict(state)
-    after = state_by_place(target)["state"]
-    assert before.keys() == after.keys()
-    for i, entry in before.items():
-        for name, t in entry.items():
-            assert torch.equal(t, after[i][name]) if torch.is_tensor(t) else t == after[i][name]
+    assert same(state_by_place(target)["state"], before)
 
 
 def refuse(rank, folder):
@@ -298,7 +288,7 @@ def refuse(rank, folder):
     refused(opt, parts, r"parameter '0.weight' has moments .* state_dict holds")
     # Sharded tables for parameters that are whole, and the other way round after a change of mind.
     alone = plain(torch.float32)
-    single = Collins(alone.named_parameters(), **OPTIONS)
+    single = Collins(alone.named_parameters(), **DECAYING)
     refused(single, {**single.state_dict(), "state": opt.state_dict()["state"]}, "is no DTensor here")
     # Placed over other ranks than the parameter.
     _, target = build(sizes=(1, 2))
@@ -345,7 +335,7 @@ def train_with_a_checkpoint_between(rank, folder):
     model, opt = build(in_backward=True)
     restore(model, opt, folder)
     go(model, opt, 3, 6)
-    same(everything(model, opt), expected)
+    assert same(everything(model, opt), expected)
 
 
 def test_training_goes_on_to_the_same_bits_on_as_many_ranks(tmp_path):

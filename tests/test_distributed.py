@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import OPTIONS, moments
 from ranks import run
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -18,7 +19,7 @@ def replica(rank, options, dtype):
     torch.manual_seed(rank)  # hashes must not come from here
     net = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 64)).to(dtype)
     ddp = torch.nn.parallel.DistributedDataParallel(net)  # takes rank 0's weights
-    opt = Collins(ddp.parameters(), lr=1e-2, min_K=16, rehash_period=3, **options)
+    opt = Collins(ddp.parameters(), **OPTIONS, **options)
     talked = 0
     for step in range(6):
         x = torch.randn(8, 64, generator=torch.Generator().manual_seed(10 * step + rank)).to(dtype)
@@ -27,7 +28,7 @@ def replica(rank, options, dtype):
             opt.step()
         talked += talk.get_total_counts()
         opt.zero_grad()
-    kept = [opt.state[p][name] for p in net.parameters() for name in opt.state[p] if name not in ("step", "layout")]
+    kept = [moment for p in net.parameters() for moment in moments(opt, p)]
     return [*(p.detach() for p in net.parameters()), *kept], talked
 
 

@@ -2,11 +2,11 @@
 
 import math
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
+from helpers import OPTIONS, environment, output_of, threads
 from torch._inductor.utils import run_and_get_code
 
 from collins import Collins
@@ -24,10 +24,8 @@ CASES = [
 @pytest.fixture
 def two_threads():
     """Also where tests run in one thread each: what is compiled for several is other code."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+    with threads(2):
+        yield
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -40,7 +38,7 @@ def test_compiled_equals_eager(dtype, options, device):
     sides = []
     for compile in (False, True):
         ps = [torch.nn.Parameter(value.clone()) for value in values]
-        opt = Collins(ps, **{"lr": 1e-2, "min_K": 16, "rehash_period": 3, "compile": compile, **options})
+        opt = Collins(ps, **{**OPTIONS, "compile": compile, **options})
         for step in range(6):
             for i, p in enumerate(ps):
                 g = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
@@ -78,16 +76,10 @@ other.step()
 assert all(torch.equal(p, q) for p, q in zip(ps, eager))
 assert all(state["step"] == 2 for state in opt.state.values())
 """
-    environment = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    ran = subprocess.run(
-        ["env", *(f"{k}={v}" for k, v in environment.items()), sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "Collins steps eagerly, because torch.compile failed" in ran.stdout
-    assert "compiler" in ran.stdout
+    without_compiler = environment(CXX="/no/such/compiler", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+    told = output_of(sys.executable, "-c", code, env=without_compiler)
+    assert "Collins steps eagerly, because torch.compile failed" in told
+    assert "compiler" in told
 
 
 def parameters(*shapes, device=None):
@@ -103,7 +95,7 @@ def test_one_graph_for_each_signature_and_not_for_each_parameter(device):
     opt = Collins(ps, min_K=128, compile=True)
     opt.step()
     # Dense norms; 64x64; 16x64; 192x64 and 64x192 as the same rows; 512x64.
-    assert opt._engine.graphs == 5
+    assert opt._stepper.engine.graphs == 5
 
 
 def test_dense_moments_of_different_dtypes_are_not_stacked_together():
@@ -144,14 +136,14 @@ def test_nothing_recompiles_after_the_first_step(device):
         for group in opt.param_groups:
             group["lr"] = torch.tensor(1e-3)
         opt.step()
-        before = opt._engine.graphs
+        before = opt._stepper.engine.graphs
         opt.add_param_group({"params": parameters((64, 96), (40,), device=device), "lr": 1e-3})
         opt.step()
-        assert opt._engine.graphs == before
+        assert opt._stepper.engine.graphs == before
     late = parameters((48, 64), device=device)
     opt.add_param_group({"params": late})
     opt.step()
-    assert opt._engine.graphs == before + 1
+    assert opt._stepper.engine.graphs == before + 1
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own, of loss

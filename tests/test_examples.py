@@ -3,15 +3,14 @@
 import importlib
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import EXAMPLES, Allocations
 from torch.nn import functional
 
 from collins.offload.shapes import llama
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = ["--layers", "1", "--width", "64", "--context", "16", "--batch", "4"]
 
 
@@ -159,26 +158,6 @@ def test_the_chunked_loss_never_has_a_second_gradient_of_the_head(load):
         loss.backward()
     assert seen.shapes.count((1000, 4)) == 1
     assert max(torch.Size(shape).numel() for shape in seen.shapes) == 8 * 1000
-
-
-class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the shape of each new tensor that is no view of another."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_tensor(t)}
-        for t in torch.utils._pytree.tree_leaves(result):
-            if _is_tensor(t) and t.untyped_storage()._cdata not in inputs:
-                self.shapes.append(tuple(t.shape))
-        return result
-
-
-def _is_tensor(value):
-    return isinstance(value, torch.Tensor)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers import environment, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,14 +47,6 @@ class Training:
 
     def values(self):
         return copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()})
-
-
-def same(ours, theirs):
-    if isinstance(ours, torch.Tensor):
-        return torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    return ours == theirs
 
 
 @pytest.mark.parametrize("memory", [None, "host"])
@@ -371,10 +364,8 @@ collins.save(path, epoch=2, t=torch.full((100_000,), 2.0))
 @pytest.mark.parametrize(("where", "epoch"), [("in the middle", 1), ("before the rename", 1), ("after the rename", 2)])
 def test_a_process_killed_while_saving_leaves_a_whole_file(tmp_path, where, epoch):
     path = tmp_path / "last.pt"
-    root = os.path.dirname(os.path.dirname(collins.__file__))
-    environment = {**os.environ, "PYTHONPATH": root}
     with subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path), where], stdout=subprocess.PIPE, env=environment, text=True
+        [sys.executable, "-c", WRITER, str(path), where], stdout=subprocess.PIPE, env=environment(), text=True
     ) as writer:
         assert writer.stdout.readline() == "there\n"
         writer.send_signal(signal.SIGKILL)

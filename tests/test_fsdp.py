@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import moments
 from ranks import run
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -28,11 +29,6 @@ def values(shape, number):
 def whole(t):
     t = t.full_tensor() if isinstance(t, DTensor) else t
     return t.clone()
-
-
-def moments(opt, p):
-    state = opt.state[p]
-    return [state[name] for name in state if name not in ("step", "layout")]
 
 
 def stepped(mesh, placements, dtype, options, steps=5):

@@ -8,8 +8,9 @@ import weakref
 
 import pytest
 import torch
+from helpers import OPTIONS, bits
 from torch import nn
-from training import OPTIONS, TIERS, backward, bits, made, same_bits, stepped, trained
+from training import TIERS, backward, made, same_bits, stepped, trained
 
 from collins import Collins
 from collins.compile import Engine

@@ -3,13 +3,12 @@
 Without a GPU it runs under Triton's interpreter, on CPU tensors, and is compiled for one all the same.
 """
 
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
+from helpers import DEVICE, OPTIONS, environment, give_gradients, moments, output_of, parameters, with_kernel
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -22,7 +21,6 @@ from collins.rounding import ROUNDED
 from collins.rule import step_scalars
 from collins.update import HashKeys, UpdateSpec, UpdateTask, update_
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(96, 64), (33, 37), (5000,), (64, 1024), (40,), (), (130, 32), (2, 0)]
 CASES = [
     (torch.float32, {}),
@@ -44,28 +42,6 @@ CASES = [
 ]
 
 
-def launching(opt):
-    """The optimizer, stepping through the kernel wherever it runs."""
-    if DEVICE == "cpu":
-        opt._engine._launches = KernelLaunches("cpu")
-    return opt
-
-
-def parameters(dtype, shapes=SHAPES):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE, dtype)) for shape in shapes]
-
-
-def moments(opt, p):
-    return [opt.state[p][name] for name in ("exp_avg", "exp_avg_sq", "m_table", "v_table") if name in opt.state[p]]
-
-
-def give_gradients(ps, step):
-    for i, p in enumerate(ps):
-        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
-        p.grad = g.to(DEVICE, p.dtype)
-
-
 def count_launches(monkeypatch):
     """How many tensors each launch has taken, filled as they come."""
     taken = []
@@ -83,12 +59,12 @@ def count_launches(monkeypatch):
 def test_the_kernel_steps_as_eager_code_does(dtype, options):
     sides = []
     for through_kernel in (False, True):
-        ps = parameters(dtype)
-        opt = Collins(ps, lr=1e-2, **{"min_K": 16, "rehash_period": 3, "compile": False, **options})
+        ps = parameters(dtype, SHAPES)
+        opt = Collins(ps, **{**OPTIONS, "compile": False, **options})
         if through_kernel:
-            opt = launching(Collins(ps, lr=1e-2, **{"min_K": 16, "rehash_period": 3, **options}))
+            opt = with_kernel(Collins(ps, **{**OPTIONS, **options}))
         for step in range(4):
-            give_gradients(ps, step)
+            give_gradients(step, ps)
             opt.step()
         sides.append([t for p in ps for t in (p.detach(), *moments(opt, p))])
     for eager, launched in zip(*sides, strict=True):
@@ -103,11 +79,11 @@ def test_the_kernel_steps_as_eager_code_does(dtype, options):
 def test_the_kernel_leaves_out_what_a_wrong_gradient_reaches(options):
     sides = []
     for through_kernel in (False, True):
-        ps = parameters(torch.float32)
+        ps = parameters(torch.float32, SHAPES)
         opt = Collins(ps, **{"min_K": 16, "compile": None if through_kernel else False, "nonfinite": "skip", **options})
-        opt = launching(opt) if through_kernel else opt
+        opt = with_kernel(opt) if through_kernel else opt
         for step in range(3):
-            give_gradients(ps, step)
+            give_gradients(step, ps)
             for p in ps:
                 if p.numel() > 7:
                     p.grad.view(-1)[::1000] = (float("inf"), float("nan"), 1e30)[step]
@@ -120,8 +96,8 @@ def test_the_kernel_leaves_out_what_a_wrong_gradient_reaches(options):
 
 def test_tensors_of_one_kind_share_a_launch_whatever_their_shapes(monkeypatch):
     ps = parameters(torch.float32, [(96, 64), (64, 128), (4096,), (40,), (24,), (8,), (33, 37)])
-    opt = launching(Collins(ps, min_K=64))
-    give_gradients(ps, 0)
+    opt = with_kernel(Collins(ps, min_K=64))
+    give_gradients(0, ps)
     taken = count_launches(monkeypatch)
     opt.step()
     # Tables; dense; each apart where rows of 32 do not come out even.
@@ -134,11 +110,10 @@ def test_what_the_kernel_cannot_read_is_stepped_otherwise(monkeypatch):
     even = torch.nn.Parameter(torch.randn(64, 96, device=DEVICE))
     ps = [transposed, shifted, even]
     copies = [torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in ps]
-    opt, other = launching(Collins(ps, min_K=16)), Collins(copies, min_K=16, compile=False)
+    opt, other = with_kernel(Collins(ps, min_K=16)), Collins(copies, min_K=16, compile=False)
     taken = count_launches(monkeypatch)
     for step in range(3):
-        give_gradients(ps, step)
-        give_gradients(copies, step)
+        give_gradients(step, ps, copies)
         opt.step()
         other.step()
     assert taken == [1, 1, 1]
@@ -148,7 +123,7 @@ def test_what_the_kernel_cannot_read_is_stepped_otherwise(monkeypatch):
 
 def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
     ps = parameters(torch.float32, [(96, 64), (64, 96)])
-    opt = launching(Collins(ps, min_K=16))
+    opt = with_kernel(Collins(ps, min_K=16))
     copies = parameters(torch.float32, [(96, 64), (64, 96)])
     other = Collins(copies, min_K=16, compile=False)
     made = []
@@ -162,8 +137,7 @@ def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
             opt.load_state_dict(opt.state_dict())
         for group in (*opt.param_groups, *other.param_groups):
             group["lr"] = 1e-3 * (step + 1)
-        give_gradients(ps, step)
-        give_gradients(copies, step)
+        give_gradients(step, ps, copies)
         if step == 6:
             ps[0].grad = copies[0].grad = None
         opt.step()
@@ -204,7 +178,7 @@ def test_a_smaller_parameter_in_the_same_memory_has_a_table_of_its_own(alone):
 def test_each_parameter_alone_keeps_its_own_table(monkeypatch):
     """As in steps during backward: no table is made twice."""
     ps = parameters(torch.float32, [(96, 64), (64, 96), (32, 64)])
-    opt = launching(Collins(ps, min_K=16, in_backward=True))
+    opt = with_kernel(Collins(ps, min_K=16, in_backward=True))
     made = []
     upload = ArgUploader.uploaded
     monkeypatch.setattr(ArgUploader, "uploaded", lambda self, host: made.append(1) or upload(self, host))
@@ -224,11 +198,11 @@ def test_gradients_that_arrive_alone_are_stepped_to_the_same_bits(memory, monkey
         shifted = torch.randn(64 * 96 + 1, generator=generator).to(DEVICE)[1:].view(64, 96)
         ps = [*parameters(torch.float32, [(96, 64), (40,), (33, 37), (64, 96)]), torch.nn.Parameter(shifted)]
         groups = [{"params": ps[::2]}, {"params": ps[1::2], "lr": 3e-2, "weight_decay": 0.1}]
-        opt = launching(Collins(groups, min_K=16, rehash_period=3, memory=memory, in_backward=in_backward))
+        opt = with_kernel(Collins(groups, min_K=16, rehash_period=3, memory=memory, in_backward=in_backward))
         with monkeypatch.context() as patched:
             taken = count_launches(patched)
             for step in range(4):
-                give_gradients(ps, step)
+                give_gradients(step, ps)
                 gradients = [p.grad for p in ps]
                 opt.zero_grad()
                 used = [(p, g) for p, g in zip(ps, gradients, strict=True) if (p is not ps[3] or step != 1)]
@@ -243,9 +217,9 @@ def test_gradients_that_arrive_alone_are_stepped_to_the_same_bits(memory, monkey
 def test_a_parameter_that_was_stepped_cannot_serve_an_older_backward():
     """Writing through addresses is a change in place, of which autograd is told."""
     ps = parameters(torch.float32, [(96, 64)])
-    opt = launching(Collins(ps, min_K=16))
+    opt = with_kernel(Collins(ps, min_K=16))
     loss = ps[0].square().sum()
-    give_gradients(ps, 0)
+    give_gradients(0, ps)
     opt.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -259,9 +233,8 @@ def test_a_kernel_that_does_not_compile_is_one_warning_and_another_way(monkeypat
 
     monkeypatch.setattr(kernels, "step_", broken)
     ps, copies = parameters(torch.float32, [(96, 64)] * 2), parameters(torch.float32, [(96, 64)] * 2)
-    opt, other = launching(Collins(ps, min_K=16)), Collins(copies, min_K=16, compile=False)
-    give_gradients(ps, 0)
-    give_gradients(copies, 0)
+    opt, other = with_kernel(Collins(ps, min_K=16)), Collins(copies, min_K=16, compile=False)
+    give_gradients(0, ps, copies)
     with pytest.warns(UserWarning, match="because its Triton kernel failed: out of resource: shared memory"):
         opt.step()
     opt.step()  # a second warning would be an error
@@ -311,14 +284,12 @@ def test_compiled_for_a_gpu_each_tensor_is_read_and_written_once_in_wide_words()
 
     What is read is copied to shared memory: of the first two tiles before the loop, of one to come within.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    ran = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False, env=environment)
-    assert ran.returncode == 0, ran.stderr
-    for line in ran.stdout.splitlines():
+    lines = output_of(sys.executable, "-c", COMPILED, env=environment(TRITON_INTERPRET=None)).splitlines()
+    for line in lines:
         each, stages, copies, reads, writes, load = map(int, re.findall(r"\d+", line))
         places, written = (4, 3) if load == 1 else (2, 1)  # dense moments are as large as the parameter
         assert (copies, reads, writes) == (stages * places * each, 0, written * each)
-    assert len(ran.stdout.splitlines()) == 5
+    assert len(lines) == 5
 
 
 def test_the_operator_is_the_kernel_that_a_step_calls(monkeypatch):
@@ -327,8 +298,8 @@ def test_the_operator_is_the_kernel_that_a_step_calls(monkeypatch):
     for function in (original, torch.ops.collins.step_):
         monkeypatch.setattr(kernels, "step_", function)
         ps = parameters(torch.float32, [(96, 64), (40,)])
-        opt = launching(Collins(ps, min_K=16))
-        give_gradients(ps, 0)
+        opt = with_kernel(Collins(ps, min_K=16))
+        give_gradients(0, ps)
         opt.step()
         sides.append([t for p in ps for t in (p.detach(), *moments(opt, p))])
     assert all(torch.equal(a, b) for a, b in zip(*sides, strict=True))
@@ -338,8 +309,8 @@ def test_the_operator_says_what_it_changes(monkeypatch):
     given, original = [], kernels.step_
     monkeypatch.setattr(kernels, "step_", lambda *args: (given.append(args), original(*args)))
     ps = parameters(torch.float32, [(96, 64), (64, 64)])
-    opt = launching(Collins(ps, min_K=16))
-    give_gradients(ps, 0)
+    opt = with_kernel(Collins(ps, min_K=16))
+    give_gradients(0, ps)
     opt.step()
     ((p, m, v, *rest),) = given
     args = [p.detach() for p in p], list(m), list(v), *rest
@@ -378,7 +349,7 @@ def plainly(net, opt, inputs):
 
 def test_a_capturable_step_keeps_its_counters_on_the_device_and_changes_nothing_else():
     plain, steps = train(plainly, 6)
-    capturable, counted = train(lambda net, opt, x: plainly(net, launching(opt), x), 6, capturable=True)
+    capturable, counted = train(lambda net, opt, x: plainly(net, with_kernel(opt), x), 6, capturable=True)
     assert steps == counted == [6.0] * 4
     for p, q in zip(plain, capturable, strict=True):
         torch.testing.assert_close(p, q)
@@ -388,12 +359,11 @@ def test_groups_with_numbers_on_the_device_and_on_the_host_share_a_launch(monkey
     ps, copies = parameters(torch.float32, [(96, 64)] * 3), parameters(torch.float32, [(96, 64)] * 3)
     rates = [1e-2, torch.tensor(3e-2, device=DEVICE), 2e-2]
     groups = [{"params": [p], "lr": rate, "capturable": True} for p, rate in zip(ps, rates, strict=True)]
-    opt = launching(Collins(groups, min_K=16))
+    opt = with_kernel(Collins(groups, min_K=16))
     monkeypatch.setattr(Tensor, "is_cpu", False)  # a rate that is not to be read on the host
     other = Collins([{"params": [p], "lr": float(rate)} for p, rate in zip(copies, rates, strict=True)], min_K=16)
     for step in range(3):
-        give_gradients(ps, step)
-        give_gradients(copies, step)
+        give_gradients(step, ps, copies)
         opt.step()
         other.step()
     for p, q in zip(ps, copies, strict=True):
@@ -470,7 +440,7 @@ def test_a_cuda_graph_of_a_training_step_replays_it(compile, memory):
 def test_capture_is_refused_unless_capturable():
     ps = parameters(torch.float32, [(96, 64)])
     opt = Collins(ps, min_K=16)
-    give_gradients(ps, 0)
+    give_gradients(0, ps)
     opt.step()
     before = ps[0].detach().clone()
     with pytest.raises(RuntimeError, match="capturable must be True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -486,7 +456,7 @@ def test_reduce_overhead_around_the_step():
         opt = Collins(ps, min_K=16, capturable=True)
         step = wrap(opt.step)
         for i in range(6):
-            give_gradients(ps, i)
+            give_gradients(i, ps)
             step()
         sides.append(ps)
     for p, q in zip(*sides, strict=True):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from helpers import EXAMPLES
 from ranks import run
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -16,7 +17,6 @@ from torch.distributed.tensor import init_device_mesh
 
 from collins import Collins, whole_folder
 
-EXAMPLES = str(Path(__file__).resolve().parent.parent / "examples")
 STEPS, EVERY, BATCH, CONTEXT = 12, 4, 8, 16
 
 
@@ -49,7 +49,7 @@ def train(rank, root, kill=None, forget=False):
     Returns:
         The step it went on from, the validation loss at the end, in nats per byte, and what it took for checkpoints.
     """
-    sys.path.insert(0, EXAMPLES)
+    sys.path.insert(0, str(EXAMPLES))
     from corpus import batches, standard_library
     from train_lm import GPT
 

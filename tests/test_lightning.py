@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from clients import OPTIONS, Twin, network, same, steps_taken
+from clients import Twin, network, steps_taken
+from helpers import OPTIONS, same
 
 from collins import Collins
 

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers import Allocations
 
 from collins import Collins
 from collins.offload.shapes import llama
@@ -27,28 +25,6 @@ def test_a_quarter_of_a_byte_per_parameter(name, hash):
     # "7B" and "70B" are round names: 6.74 and 70.55 billion parameters.
     assert report.state_bytes * float(name[:-1]) * 1e9 / count == pytest.approx(named_bytes, rel=0.01)
     assert report.adamw_bytes / count == pytest.approx(8, rel=0.01)
-
-
-class Meter(TorchDispatchMode):
-    """Watches every tensor that operations create: the bytes alive at once, and the largest int64 tensor."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known = {t.untyped_storage()._cdata for t in known}
-        self.alive, self.peak, self.widest_index = {}, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                if tensor.dtype == torch.int64:
-                    self.widest_index = max(self.widest_index, tensor.numel())
-        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -75,10 +51,9 @@ def test_peak_extra_memory_of_an_eager_step(hash, transposed, shape, dtype):
     for p in ps:
         p.grad = torch.ones_like(p)
     opt.step()  # makes the state
-    held = [t for p in ps for t in (p, p.grad, *opt.state[p].values()) if isinstance(t, torch.Tensor)]
-    with Meter(held) as meter:
+    with Allocations() as seen:
         opt.step()
-    assert meter.peak > 0
+    assert seen.peak > 0
     if hash == "block":
-        assert meter.peak <= 2.2 * ps[0].nbytes
-    assert meter.widest_index < ps[0].numel()
+        assert seen.peak <= 2.2 * ps[0].nbytes
+    assert seen.widest_index < ps[0].numel()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import give_gradients, moments, parameters, same, threads
 
 from collins import Collins
 
@@ -20,38 +21,16 @@ WRONG = [float("nan"), float("inf"), -float("inf"), 1e30]
 SHAPES = ((64, 64), (5,), (47, 61), (96, 33))
 
 
-def params(dtype, device="cpu", shapes=SHAPES):
-    torch.manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape).to(device, dtype)) for shape in shapes]
-
-
-def give_gradients(ps, step):
-    generator = torch.Generator().manual_seed(step)
-    for p in ps:
-        p.grad = torch.randn(p.shape, generator=generator).to(p)
-
-
-def moments(opt, p):
-    return [opt.state[p][name] for name in ("m_table", "v_table", "exp_avg", "exp_avg_sq") if name in opt.state[p]]
-
-
-def same_state(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    pairs = [(state[name], theirs[place][name]) for place, state in ours.items() for name in state]
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
-
-
-def bits(t):
+def bits_of_each(t):
+    """Those of each element, as an integer; a copy."""
     return t.detach().clone().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
 @pytest.fixture
 def one_thread():
     """Compiled scattering adds atomically, in any order of the threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.mark.usefixtures("one_thread", "reproducible")
@@ -62,15 +41,14 @@ def one_thread():
 def test_skip_leaves_out_just_the_buckets_of_a_wrong_gradient(options, dtype, compile, device):
     """They stay to the bit, and everything else becomes what it would have become without the wrong gradient."""
     shapes = SHAPES[:3] if compile else SHAPES  # whole buckets twice would be compiled twice
-    clean, hit = params(dtype, device, shapes), params(dtype, device, shapes)
+    clean, hit = parameters(dtype, shapes, device), parameters(dtype, shapes, device)
     good, opt = (Collins(ps, lr=0.1, min_K=16, compile=compile, nonfinite="skip", **options) for ps in (clean, hit))
     for step in range(3):
-        for ps, o in ((clean, good), (hit, opt)):
-            give_gradients(ps, step)
+        give_gradients(step, clean, hit)
+        for o in (good, opt):
             o.step()
-    before = [(bits(p), [bits(t) for t in moments(opt, p)]) for p in hit]
-    give_gradients(clean, 3)
-    give_gradients(hit, 3)
+    before = [(bits_of_each(p), [bits_of_each(t) for t in moments(opt, p)]) for p in hit]
+    give_gradients(3, clean, hit)
     places = []
     for i, p in enumerate(hit):
         at = [(7 * i + 2) % p.numel(), p.numel() - 1]
@@ -85,8 +63,8 @@ def test_skip_leaves_out_just_the_buckets_of_a_wrong_gradient(options, dtype, co
         bucket = every if hash is None else hash.bucket(every)
         left_out = torch.isin(bucket, bucket[at])
         assert left_out.any()
-        assert torch.equal(bits(p).view(-1)[left_out], old.view(-1)[left_out])
-        assert torch.equal(bits(p).view(-1)[~left_out], bits(q).view(-1)[~left_out])
+        assert torch.equal(bits_of_each(p).view(-1)[left_out], old.view(-1)[left_out])
+        assert torch.equal(bits_of_each(p).view(-1)[~left_out], bits_of_each(q).view(-1)[~left_out])
         entries = moments(opt, p)[0].numel()
         table = torch.zeros(entries, dtype=torch.bool, device=device)
         table[bucket[at]] = True
@@ -96,20 +74,20 @@ def test_skip_leaves_out_just_the_buckets_of_a_wrong_gradient(options, dtype, co
         for name, now, then, other in zip("mv", moments(opt, p), old_moments, moments(good, q), strict=True):
             # Signs are drawn anew in a step that is left out, too.
             kept = torch.where(fresh, 0, then.view(-1)) if name == "m" else then.view(-1)
-            assert torch.equal(bits(now).view(-1)[table], kept[table])
-            assert torch.equal(bits(now).view(-1)[~table], bits(other).view(-1)[~table])
+            assert torch.equal(bits_of_each(now).view(-1)[table], kept[table])
+            assert torch.equal(bits_of_each(now).view(-1)[~table], bits_of_each(other).view(-1)[~table])
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_skip_and_propagate_are_the_same_for_finite_gradients(options):
     results = []
     for nonfinite in ("skip", "propagate"):
-        ps = params(torch.bfloat16)
+        ps = parameters(torch.bfloat16, SHAPES, "cpu")
         opt = Collins(ps, lr=0.1, min_K=16, nonfinite=nonfinite, **options)
         for step in range(5):
-            give_gradients(ps, step)
+            give_gradients(step, ps)
             opt.step()
-        results.append([bits(t) for p in ps for t in (p, *moments(opt, p))])
+        results.append([bits_of_each(t) for p in ps for t in (p, *moments(opt, p))])
     assert all(map(torch.equal, *results))
 
 
@@ -147,7 +125,7 @@ def test_error_names_the_parameters_and_changes_nothing(in_backward):
         loss.backward()
         opt.step()
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
-    assert same_state(opt.state_dict()["state"], state)
+    assert same(opt.state_dict()["state"], state)
 
 
 def test_error_says_how_many():
@@ -189,7 +167,7 @@ def test_a_grad_scaler_skips_the_step_that_overflows(memory):
     step(torch.full((8, 64), float("inf")))
     assert scaler.get_scale() == 2.0**15
     assert all(map(torch.equal, weights, (p.detach() for p in net.parameters())))
-    assert same_state(opt.state_dict()["state"], before)
+    assert same(opt.state_dict()["state"], before)
     step(torch.randn(8, 64))
     assert scaler.get_scale() == 2.0**15
     assert not torch.equal(weights[0], net.weight.detach())

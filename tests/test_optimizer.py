@@ -6,28 +6,9 @@ import pickle
 
 import pytest
 import torch
+from helpers import same, small_model, train
 
 from collins import BlockHash, Collins, MemoryReport, UniversalHash
-
-
-def model(seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-    layers = [torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)]
-    return torch.nn.Sequential(*layers).to(dtype)
-
-
-def train(net, opt, steps, first=0):
-    for step in range(first, first + steps):
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(16, 64, generator=generator).to(net[0].weight)
-        opt.zero_grad()
-        net(x).square().mean().backward()
-        opt.step()
-    return [p.detach().clone() for p in net.parameters()]
-
-
-def same(ours, theirs):
-    return all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
 def tensors(state):
@@ -44,7 +25,7 @@ OPTIONS = [
 
 
 def test_is_an_optimizer_with_adamws_leading_arguments():
-    net = model()
+    net = small_model()
     opt = Collins(net.parameters(), 1e-2, (0.8, 0.9), 1e-6, 0.1)
     assert isinstance(opt, torch.optim.Optimizer)
     group = opt.param_groups[0]
@@ -56,7 +37,7 @@ def test_is_an_optimizer_with_adamws_leading_arguments():
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_training_lowers_the_loss(options):
-    net = model()
+    net = small_model()
     opt = Collins(net.parameters(), lr=1e-2, min_K=16, **options)
     x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
     losses = []
@@ -71,7 +52,7 @@ def test_training_lowers_the_loss(options):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_state_has_the_promised_names_shapes_and_dtypes(options):
-    net = model()
+    net = small_model()
     opt = Collins(net.parameters(), min_K=16, **options)
     train(net, opt, 2)
     for p in net.parameters():
@@ -115,7 +96,7 @@ def test_every_option_but_compile_and_seed_may_be_set_per_group():
 
 def test_optimizers_built_alike_step_alike_and_other_seeds_do_not():
     def trained(noise, **options):
-        net = model()
+        net = small_model()
         torch.manual_seed(noise)  # the global generator must not matter
         opt = Collins(net.parameters(), lr=1e-2, min_K=16, **options)
         return train(net, opt, 5)
@@ -146,7 +127,7 @@ def test_hash_of_is_one_object_until_settings_change():
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_goes_on_like_the_original(how, options):
-    net = model()
+    net = small_model()
     opt = Collins(net.parameters(), lr=1e-2, min_K=16, seed=5, **options)
     if options.get("hash") == "universal":
         opt.hash_of(net[0].weight).a = 12345
@@ -157,7 +138,7 @@ def test_a_copy_goes_on_like_the_original(how, options):
 
 
 def test_step_hooks_and_state_dict_hooks_run():
-    net = model()
+    net = small_model()
     opt = Collins(net.parameters(), min_K=16)
     seen = []
     opt.register_step_pre_hook(lambda *_: seen.append("before step"))
@@ -175,7 +156,7 @@ def test_step_hooks_and_state_dict_hooks_run():
 
 
 def test_a_load_hook_may_replace_the_state_dict():
-    net, other = model(), model()
+    net, other = small_model(), small_model()
     opt, source = Collins(net.parameters(), min_K=16), Collins(other.parameters(), min_K=16)
     train(other, source, 3)
     opt.register_load_state_dict_pre_hook(lambda _, given: source.state_dict())
@@ -184,7 +165,7 @@ def test_a_load_hook_may_replace_the_state_dict():
 
 
 def test_repr_shows_the_options():
-    text = repr(Collins(model().parameters(), lr=0.123, decode="sketch"))
+    text = repr(Collins(small_model().parameters(), lr=0.123, decode="sketch"))
     for part in ("Collins", "lr: 0.123", "decode: sketch", "compress_ratio: 32", "min_K: 1024", "rehash_period: 100"):
         assert part in text
 
@@ -203,7 +184,7 @@ def test_empty_and_scalar_parameters():
 
 def test_a_model_can_be_replaced_under_the_optimizer_before_its_first_step():
     """Sharding wrappers swap parameters after the optimizer was built: nothing may be cached in the constructor."""
-    net = model()
+    net = small_model()
     opt = Collins(net.parameters(), lr=1e-2, min_K=16)
     swapped = [torch.nn.Parameter(p.detach().clone()) for p in net.parameters()]
     opt.param_groups[0]["params"] = swapped
@@ -216,7 +197,7 @@ def test_a_model_can_be_replaced_under_the_optimizer_before_its_first_step():
 def test_memory_report_is_what_is_held():
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for options in OPTIONS:
-            net = model(dtype=dtype)
+            net = small_model(dtype=dtype)
             named = Collins(net.named_parameters(), min_K=16, **options)
             before = named.memory_report()
             assert isinstance(before, MemoryReport)
@@ -231,7 +212,7 @@ def test_memory_report_is_what_is_held():
 
 
 def test_memory_report_reads_as_a_table():
-    lines = str(Collins(model().named_parameters(), min_K=16).memory_report()).splitlines()
+    lines = str(Collins(small_model().named_parameters(), min_K=16).memory_report()).splitlines()
     assert lines[0].split() == ["parameter", "shape", "state", "load", "bytes", "AdamW", "bytes"]
     assert lines[2].split() == ["parameter", "'0.weight'", "128x64", "block", "32", "2,052", "65,540"]
     assert lines[-1].startswith("total")
@@ -248,14 +229,14 @@ def test_memory_report_of_meta_parameters_and_of_none():
 
 
 def test_state_dict_survives_a_weights_only_file():
-    net = model(dtype=torch.bfloat16)
+    net = small_model(dtype=torch.bfloat16)
     opt = Collins(net.parameters(), lr=1e-2, min_K=16)
     train(net, opt, 3)
     file = io.BytesIO()
     torch.save({"model": net.state_dict(), "optimizer": opt.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    other = model(seed=1, dtype=torch.bfloat16)
+    other = small_model(seed=1, dtype=torch.bfloat16)
     resumed = Collins(other.parameters(), min_K=16)
     other.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
@@ -265,7 +246,7 @@ def test_state_dict_survives_a_weights_only_file():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_loading_is_bit_exact(options, dtype):
-    net, other = model(dtype=dtype), model(seed=1, dtype=dtype)
+    net, other = small_model(dtype=dtype), small_model(seed=1, dtype=dtype)
     opt, resumed = (Collins(n.parameters(), lr=1e-2, min_K=16, **options) for n in (net, other))
     train(net, opt, 3)
     other.load_state_dict(net.state_dict())
@@ -279,7 +260,7 @@ def test_loading_is_bit_exact(options, dtype):
 
 
 def test_loading_overwrites_moments_in_place_and_shares_none_with_the_source():
-    net, other = model(), model()
+    net, other = small_model(), small_model()
     opt, resumed = Collins(net.parameters(), min_K=16), Collins(other.parameters(), min_K=16)
     train(net, opt, 3)
     train(other, resumed, 1)
@@ -293,7 +274,7 @@ def test_loading_overwrites_moments_in_place_and_shares_none_with_the_source():
 
 
 def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_changes():
-    net = model()
+    net = small_model()
     opt = Collins(net.named_parameters(), min_K=16)
     train(net, opt, 2)
     before = copy.deepcopy(opt.state_dict())
@@ -326,7 +307,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_changes():
 
 def test_zero_gradients_and_zero_lr_create_state_and_change_nothing():
     """torch.distributed.checkpoint makes an optimizer's state this way."""
-    net = model()
+    net = small_model()
     opt = Collins(net.parameters(), lr=torch.tensor(0.0), min_K=16)
     before = [p.detach().clone() for p in net.parameters()]
     for p in net.parameters():

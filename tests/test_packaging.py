@@ -1,7 +1,6 @@
 """What a wheel and an editable install put where."""
 
 import os
-import subprocess
 import sys
 import sysconfig
 import venv
@@ -9,8 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, output_of
 
-ROOT = Path(__file__).resolve().parent.parent
 # From each folder in a process of its own, as Python starts there with -c; torch is imported once for all of them.
 IMPORTS = """
 import importlib.util, os, sys, torch
@@ -36,25 +35,19 @@ for folder in sys.argv[1:]:
 """
 
 
-def run(*command, **options):
-    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
-
-
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """A copy of the checkout, so that building leaves nothing there."""
     copy = tmp_path_factory.mktemp("tree")
     names = ("collins", "compile", "examples", "offload", "tests", "pyproject.toml", "README.md", "LICENSE")
-    run("cp", "-R", *(ROOT / name for name in names), copy)
+    output_of("cp", "-R", *(ROOT / name for name in names), copy)
     return copy
 
 
 @pytest.fixture(scope="module")
 def wheel(tree, tmp_path_factory):
     target = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", target, tree)
+    output_of(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", target, tree)
     (path,) = target.glob("collins_optim-*.whl")
     return path
 
@@ -71,12 +64,12 @@ def environment(tmp_path):
 
 def install(python, *what):
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-build-isolation")
-    run(*pip, "--ignore-installed", *what)
+    output_of(*pip, "--ignore-installed", *what)
 
 
 def found_from(python, *folders, **options):
     """The file that is imported as `collins` from each folder, with both rooms of its tree and nothing else of it."""
-    return run(python, "-c", IMPORTS, *folders, cwd=folders[0], **options).splitlines()
+    return output_of(python, "-c", IMPORTS, *folders, cwd=folders[0], **options).splitlines()
 
 
 def test_a_wheel_has_one_top_level_name(wheel):
@@ -122,7 +115,9 @@ def test_editable_it_imports_from_any_folder(tree, environment, tmp_path):
     assert anywhere == [str(tree / "collins" / "__init__.py")] * 4
     assert here == str(ROOT / "collins" / "__init__.py")  # and not with the rooms of the installed tree
     for name in ("compile", "offload"):
-        found = run(python, "-c", f"import importlib.util; print(importlib.util.find_spec({name!r}))", cwd=tmp_path)
+        found = output_of(
+            python, "-c", f"import importlib.util; print(importlib.util.find_spec({name!r}))", cwd=tmp_path
+        )
         assert found.strip() == "None"
 
 
@@ -131,4 +126,4 @@ def test_a_source_tree_imports_without_an_install(tree, environment, tmp_path):
     options = {"env": {**os.environ, "PYTHONPATH": str(tree)}}
     anywhere = found_from(python, tmp_path, Path("/"), tree, tree / "compile", **options)
     assert anywhere == [str(tree / "collins" / "__init__.py")] * 4
-    assert "usage: python -m collins plan" in run(python, "-m", "collins", "plan", "--help", cwd=tmp_path, **options)
+    assert "usage: python -m collins plan" in output_of(python, "-m", "collins", "plan", "--help", cwd=tmp_path, **options)

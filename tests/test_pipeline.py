@@ -10,6 +10,7 @@ from itertools import chain, product
 import pytest
 import torch
 from fake_streams import MODES, FakeStreams, FreedMemoryError
+from helpers import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,10 +125,6 @@ class Staged(Model):
                 except ComputeError:
                     pass
         self.pipeline.finish()
-
-
-def bits(t):
-    return t.cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def equal_bits(some, others):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import moments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Block, Reference, Universal
@@ -27,10 +28,6 @@ def pair(p, options):
 
 def flat(tensor):
     return tensor.detach().cpu().double().numpy().reshape(-1).copy()
-
-
-def moments(opt, p):
-    return [opt.state[p][name] for name in ("exp_avg", "exp_avg_sq", "m_table", "v_table") if name in opt.state[p]]
 
 
 def follow(opt, p, twin, steps, seed=0):

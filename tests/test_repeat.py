@@ -6,35 +6,18 @@ import weakref
 
 import pytest
 import torch
-from training import bits
+from helpers import DEVICE, bits, give_gradients, parameters, with_kernel
 
 pytest.importorskip("triton")
 
 from collins import Collins
-from collins.compile.multi_tensor import KernelLaunches
 from collins.repeat import Repeat
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def made():
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((64, 64), (40,), (33, 37), (96, 64))
-    ps = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for shape in shapes]
+    ps = parameters(torch.float32, [(64, 64), (40,), (33, 37), (96, 64)])
     groups = [{"params": ps[:2]}, {"params": ps[2:], "lr": 2e-2, "weight_decay": 0.1}]
-    return ps, launching(Collins(groups, min_K=16, rehash_period=3))
-
-
-def launching(opt):
-    if DEVICE == "cpu":
-        opt._engine._launches = KernelLaunches("cpu")
-    return opt
-
-
-def give_gradients(ps, step):
-    for i, p in enumerate(ps):
-        generator = torch.Generator().manual_seed(100 * step + i)
-        p.grad = torch.randn(p.shape, generator=generator).to(p)
+    return ps, with_kernel(Collins(groups, min_K=16, rehash_period=3))
 
 
 def nothing(ps, opt):
@@ -145,7 +128,7 @@ def test_a_repeated_step_is_an_ordinary_step(change, monkeypatch):
                 patched.setattr(Collins, "_repeated", lambda self: False)
             ps, opt = made()
             for step in range(8):
-                give_gradients(ps, step)
+                give_gradients(step, ps)
                 if step == 4:
                     opt = change(ps, opt)
                 opt.step()
@@ -173,9 +156,9 @@ def test_a_repeated_step_is_an_ordinary_step(change, monkeypatch):
 def test_what_is_wrong_is_said_and_changes_nothing(spoil, message):
     ps, opt = made()
     for step in range(3):
-        give_gradients(ps, step)
+        give_gradients(step, ps)
         opt.step()
-    give_gradients(ps, 3)
+    give_gradients(3, ps)
     spoil(ps, opt)
     before = [p.detach().clone() for p in ps]
     with pytest.raises((ValueError, TypeError), match=message):
@@ -188,7 +171,7 @@ def test_no_repetition_is_prepared_while_gradients_come_and_go(monkeypatch):
     monkeypatch.setattr(Repeat, "__init__", None)
     ps, opt = made()
     for step in range(4):
-        give_gradients(ps, step)
+        give_gradients(step, ps)
         ps[step].grad = None
         opt.step()
     assert [opt.state[p]["step"] for p in ps] == [3, 3, 3, 3]
@@ -199,7 +182,7 @@ def test_without_the_guards_of_torch_each_step_looks_at_everything(monkeypatch):
     monkeypatch.setattr(Repeat, "__init__", None)
     ps, opt = made()
     for step in range(3):
-        give_gradients(ps, step)
+        give_gradients(step, ps)
         opt.step()
     assert opt.state[ps[1]]["step"] == 3
 
@@ -207,7 +190,7 @@ def test_without_the_guards_of_torch_each_step_looks_at_everything(monkeypatch):
 def test_no_gradient_outlives_its_step():
     ps, opt = made()
     for step in range(3):
-        give_gradients(ps, step)
+        give_gradients(step, ps)
         opt.step()
     held = [weakref.ref(p.grad) for p in ps]
     opt.zero_grad()

@@ -1,12 +1,11 @@
 """Twenty steps are ten steps, a checkpoint, a new process and ten steps more: to the bit."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import environment, output_of, same
 from resuming import CASES, HALF, STEPS, Run, checkpoint, result
 
 import collins
@@ -18,10 +17,7 @@ def resumed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for number, case in enumerate(CASES):
         collins.save(checkpoint(folder, number), **Run(**case).train(0, HALF).parts)
-    environment = {**os.environ, "PYTHONPATH": str(Path(collins.__file__).parent.parent)}
-    subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("resuming.py")), str(folder)], check=True, env=environment
-    )
+    output_of(sys.executable, Path(__file__).with_name("resuming.py"), folder, env=environment())
     return folder
 
 
@@ -33,13 +29,3 @@ def test_a_resumed_run_ends_in_the_bits_of_one_that_was_never_stopped(resumed, n
     assert same(ended, expected)
     assert not same(begun["optimizer"], expected["optimizer"])
     assert any("layout" in state for state in ended["optimizer"]["state"].values())
-
-
-def same(ours, theirs):
-    if isinstance(ours, torch.Tensor):
-        return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, list):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs

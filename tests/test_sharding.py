@@ -139,7 +139,7 @@ def test_graphs_step_a_part_as_eager_code_does():
             for _ in range(3):
                 p.grad = numbered((64, 64), mesh, (Shard(0),)).cos()
                 opt.step()
-            assert opt._engine.graphs == compile
+            assert opt._stepper.engine.graphs == compile
             found.append((local(p.detach()), local(opt.state[p]["m_table"])))
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers import same, small_model, train
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -20,32 +21,6 @@ from collins import Collins, convert
 from collins.fingerprint import Fingerprint, unpacked
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
-
-
-def model(seed=0, dtype=torch.float32, device="cpu"):
-    torch.manual_seed(seed)
-    layers = [torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)]
-    return torch.nn.Sequential(*layers).to(device, dtype)
-
-
-def train(net, opt, steps, first=0):
-    for step in range(first, first + steps):
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(16, 64, generator=generator).to(net[0].weight)
-        net(x).square().mean().backward()
-        opt.step()
-        opt.zero_grad()
-
-
-def same(ours, theirs):
-    """Equal to the bit, through any containers."""
-    if isinstance(ours, torch.Tensor):
-        return ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(ours.device))
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, (list, tuple)):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs
 
 
 def through_file(state):
@@ -73,7 +48,7 @@ def test_every_bit_comes_back_in_every_tier(device, hash, table_dtype, memory, t
         memory = {"tier": "auto"}  # the CPU is the host
     options = {"hash": hash, "table_dtype": table_dtype, "memory": memory, "lr": 0.01, "min_K": 16}
     dtype = torch.float64 if table_dtype == torch.float64 else torch.bfloat16
-    net, other = (model(seed, dtype, device) for seed in (0, 1))
+    net, other = (small_model(seed, dtype, device) for seed in (0, 1))
     opt, resumed = (Collins(n.parameters(), **options) for n in (net, other))
     train(net, opt, 3)
     saved = TRIPS[trip](opt.state_dict())
@@ -89,7 +64,7 @@ def test_every_bit_comes_back_in_every_tier(device, hash, table_dtype, memory, t
 @pytest.mark.parametrize("memory", [None, "host"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_tensors_keep_identity_address_and_tier(device, memory):
-    net, other = model(device=device), model(1, device=device)
+    net, other = small_model(device=device), small_model(1, device=device)
     opt, target = (Collins(n.parameters(), min_K=16, memory=memory, lr=torch.tensor(0.01)) for n in (net, other))
     train(net, opt, 3)
     train(other, target, 1)
@@ -130,7 +105,7 @@ def test_loading_makes_no_second_copy_on_the_device(memory):
 
 def test_loading_compiles_nothing_anew():
     torch._dynamo.reset()
-    net, other = model(), model(1)
+    net, other = small_model(), small_model(1)
     opt, source = (Collins(n.parameters(), lr=0.01, min_K=16, compile=True) for n in (net, other))
     train(net, opt, 2)
     train(other, source, 2)
@@ -144,7 +119,7 @@ def test_loading_compiles_nothing_anew():
 
 def test_a_parameter_that_the_state_dict_does_not_know_starts_anew():
     for memory in (None, "host"):
-        net = model()
+        net = small_model()
         opt = Collins(net.parameters(), min_K=16, memory=memory)
         train(net, opt, 2)
         partial = copy.deepcopy(opt.state_dict())
@@ -176,7 +151,7 @@ OTHERS = [
 @pytest.mark.parametrize(("options", "text"), OTHERS, ids=str)
 @pytest.mark.parametrize("memory", [None, "host"])
 def test_other_settings_are_refused_by_name_and_nothing_changes(memory, options, text):
-    net, other = model(), model(1)
+    net, other = small_model(), small_model(1)
     source = Collins(net.named_parameters(), lr=0.5, min_K=16)
     opt = Collins(other.named_parameters(), **{"min_K": 16, "memory": memory, **options})
     train(net, source, 2)
@@ -190,7 +165,7 @@ def test_other_settings_are_refused_by_name_and_nothing_changes(memory, options,
 
 
 def test_coefficients_set_by_hand_are_part_of_what_tables_mean():
-    net, other = model(), model(1)
+    net, other = small_model(), small_model(1)
     source, opt = (Collins(n.parameters(), hash="universal", min_K=16) for n in (net, other))
     train(net, source, 1)
     source.hash_of(net[0].weight).a = 12345
@@ -226,7 +201,7 @@ def test_another_order_of_parameters_is_refused():
 
 
 def test_dense_moments_are_those_of_adamw_and_need_no_fingerprint():
-    net, other = model(), model()
+    net, other = small_model(), small_model()
     adamw, opt = torch.optim.AdamW(net.parameters()), Collins(other.parameters(), compress_ratio=1)
     train(net, adamw, 3)
     opt.load_state_dict(adamw.state_dict())
@@ -234,7 +209,7 @@ def test_dense_moments_are_those_of_adamw_and_need_no_fingerprint():
 
 
 def test_schedules_come_from_the_state_dict_and_everything_else_stays_as_built():
-    net, other = model(), model()
+    net, other = small_model(), small_model()
     source = Collins(net.parameters(), lr=0.5, betas=(0.8, 0.9), min_K=16, decode="sketch", eps=1e-3, weight_decay=0.3)
     torch.optim.lr_scheduler.StepLR(source, 3)
     opt = Collins(other.parameters(), min_K=16, stochastic_rounding=False, nonfinite="skip")
@@ -265,7 +240,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("change", "text"), BROKEN, ids=[text[:40] for _, text in BROKEN])
 def test_a_broken_state_dict_is_refused_and_nothing_changes(change, text):
-    net = model()
+    net = small_model()
     opt = Collins(net.parameters(), min_K=16)
     train(net, opt, 1)
     wrong = copy.deepcopy(opt.state_dict())
@@ -343,7 +318,7 @@ def unchanged_by(opt, what, given, text):
 
 def saved_and_target(**options):
     (net, source), (other, target) = (
-        (n, Collins(n.parameters(), **{"min_K": 16, **options})) for n in (model(), model(1))
+        (n, Collins(n.parameters(), **{"min_K": 16, **options})) for n in (small_model(), small_model(1))
     )
     train(net, source, 2)
     train(other, target, 1)
@@ -421,7 +396,7 @@ def test_options_that_earlier_versions_ignored_in_a_group_are_left_out():
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_a_wrapper_keeps_in_a_state_comes_back_to_the_bit(device, memory, trip):
     (net, source), (other, target) = (
-        (n, Collins(n.parameters(), min_K=16, memory=memory)) for n in (model(device=device), model(1, device=device))
+        (n, Collins(n.parameters(), min_K=16, memory=memory)) for n in (model(device=device), small_model(1, device=device))
     )
     train(net, source, 2)
     train(other, target, 1)
@@ -445,7 +420,7 @@ def test_what_a_wrapper_keeps_in_a_state_comes_back_to_the_bit(device, memory, t
 
 @pytest.mark.parametrize("options", [{}, {"hash": "universal"}], ids=str)
 def test_the_refusal_of_moments_of_adamw_names_convert(options):
-    net, other = model(), model(1)
+    net, other = small_model(), small_model(1)
     adamw, opt = torch.optim.AdamW(net.parameters()), Collins(other.parameters(), min_K=16, **options)
     train(net, adamw, 2)
     with pytest.raises(ValueError, match=r"parameter 0 keeps its moments in tables.* collins\.convert\(state_dict"):
@@ -467,13 +442,13 @@ def test_a_fingerprint_packs_and_unpacks():
 @pytest.mark.parametrize("flat", [False, True])
 def test_distributed_checkpoints_keep_the_fingerprint(flat, tmp_path):
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    net = model()
+    net = small_model()
     source = Collins(net.parameters(), min_K=16, lr=0.01)
     train(net, source, 3)
     dcp.save(get_optimizer_state_dict(net, source, options=options), checkpoint_id=tmp_path, no_dist=True)
 
     def loaded(**settings):
-        other = model(1)
+        other = small_model(1)
         opt = Collins(other.parameters(), **{"min_K": 16, "lr": 0.01, **settings})
         state = get_optimizer_state_dict(other, opt, options=options)
         dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
@@ -484,7 +459,7 @@ def test_distributed_checkpoints_keep_the_fingerprint(flat, tmp_path):
     with pytest.raises(ValueError, match="seed 0 where this optimizer has 3"):
         loaded(seed=3)
     set_optimizer_state_dict(
-        other := model(1),
+        other := small_model(1),
         fresh := Collins(other.parameters(), min_K=16),
         get_optimizer_state_dict(net, source, options=options),
         options=options,

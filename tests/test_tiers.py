@@ -7,8 +7,9 @@ import weakref
 import pytest
 import torch
 from fake_streams import MODES, FakeStreams, FreedMemoryError
+from helpers import OPTIONS
 from torch import nn
-from training import OPTIONS, TIERS, backward, made, same_bits, stepped, trained
+from training import TIERS, backward, made, same_bits, stepped, trained
 
 from collins import Collins
 from collins.compile import Engine

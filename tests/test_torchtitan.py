@@ -3,14 +3,15 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from clients import Twin, inputs, network, same, steps_taken
+from clients import Twin, inputs, network, steps_taken
+from helpers import OPTIONS, same
 
 from collins import Collins
 
 titan = pytest.importorskip("torchtitan.components.optimizer")
 
 STEPS = 8
-TABLES = {"lr": 1e-2, "weight_decay": 0.1, "min_K": 16, "rehash_period": 3}
+TABLES = {**OPTIONS, "weight_decay": 0.1}
 IMPLEMENTATIONS = ("for-loop", "foreach", "fused")  # put into every group, whatever the optimizer
 
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from clients import OPTIONS, Twin, same, steps_taken
+from clients import Twin, steps_taken
+from helpers import OPTIONS, same
 
 from collins import Collins
 

@@ -1,6 +1,7 @@
 """A small model with all that makes steps in backward hard, and training that can be compared bit by bit."""
 
 import torch
+from helpers import OPTIONS, bits
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +14,6 @@ TIERS = {
     "host": {"tier": "host", "transfer_size": 900, "staging_slots": 2},
     "mixed": {"device_budget": "6KiB", "transfer_size": 900, "staging_slots": 2},
 }
-OPTIONS = {"lr": 1e-2, "min_K": 16, "rehash_period": 3}
 
 
 class Block(nn.Module):
@@ -79,12 +79,6 @@ def trained(steps=7, params=lambda model: model.parameters(), schedule=None, mod
     opt = Collins(params(model), **{**OPTIONS, **options})
     stepped(model, opt, range(steps), None if schedule is None else schedule(opt))
     return model, opt
-
-
-def bits(t):
-    if isinstance(t, int):  # a fingerprint
-        return torch.tensor(list(str(t).encode()))
-    return t.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def same_bits(some, others):

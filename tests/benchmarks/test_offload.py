@@ -15,10 +15,10 @@ than on the device tier, whose steps are timed in turns with it: what slows a ma
 
 import gc
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import EXAMPLES
 from turns import Turns
 
 from collins import Collins
@@ -38,7 +38,6 @@ TRANSFER_SIZE = 64 * 2**20
 SLOTS = 3
 ROUNDS = 15
 DEVICE = torch.device("cuda")
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LENGTH, CHUNKS = 2048, 8
 IN_A_ROW = 4  # training steps
 MEDIANS = {}  # seconds, by name

@@ -11,20 +11,18 @@ portable path through torch.compile. `-k host` measures what a step costs the ho
 
 import gc
 import importlib.util
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
+from helpers import DEVICE, environment, output_of, with_kernel
 from turns import Turns
 
 from collins import Collins
 from collins.offload.shapes import gpt2, llama
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ON_CPU = DEVICE.type == "cpu"
+ON_CPU = DEVICE == "cpu"
 MODELS = {  # and how many layers there are
     "gpt2-124m": (lambda layers: gpt2(), 12),
     "llama-1b": (lambda layers: llama(layers, 2048, 8192, 512, 32000), 16),
@@ -89,7 +87,7 @@ def model_of(name, dtype):
 
 
 def group_of(model, dtype, built):
-    return f"{model} {str(dtype).removeprefix('torch.')} {DEVICE.type}, {built.layers} layers"
+    return f"{model} {str(dtype).removeprefix('torch.')} {DEVICE}, {built.layers} layers"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -140,15 +138,14 @@ def test_host(benchmark, name, monkeypatch):
     if ON_CPU and name == "Collins":
         pytest.importorskip("triton")
         from collins.compile import kernels
-        from collins.compile.multi_tensor import KernelLaunches
 
         class Unlaunched:
             def __getitem__(self, grid):
                 return lambda *args, **options: None
 
         monkeypatch.setattr(kernels, "_step", Unlaunched())
-        opt._engine._launches = KernelLaunches("cpu")
-    benchmark.group = f"host, {len(ps)} tensors, {DEVICE.type}"
+        with_kernel(opt)
+    benchmark.group = f"host, {len(ps)} tensors, {DEVICE}"
     benchmark.extra_info.update(name=name, bytes=0, peak=None)
     benchmark.pedantic(opt.step, setup=settle, rounds=200, warmup_rounds=10)
 
@@ -169,17 +166,17 @@ def test_process_of_a_first_step(benchmark, cache, tmp_path):
     """A process that imports torch, builds 32 layers of tiny width and takes one compiled step: less than 90 s, also
     without anything in PyTorch's compile cache.
     """
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
 
     def process():
-        subprocess.run([sys.executable, "-c", FIRST_STEP, DEVICE.type], env=environment, check=True)
+        cached = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+        output_of(sys.executable, "-c", FIRST_STEP, DEVICE, env=cached)
 
     def emptied():
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
 
     if cache == "filled":
         process()
-    benchmark.group = f"process with a first compiled step, 32 layers, {DEVICE.type}"
+    benchmark.group = f"process with a first compiled step, 32 layers, {DEVICE}"
     benchmark.extra_info.update(name=f"compile cache {cache}", bytes=0, peak=None)
     benchmark.pedantic(process, setup=emptied if cache == "empty" else None, rounds=2)
     assert benchmark.stats.stats.max < 90

@@ -1,0 +1,131 @@
+"""What several files of tests use: models, gradients, comparisons, processes, and the kernel without a GPU."""
+
+import contextlib
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import collins
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPTIONS = {"lr": 1e-2, "min_K": 16, "rehash_period": 3}  # small weights have tables; signs change within a short run
+
+
+def with_kernel(opt):
+    """The optimizer, stepping through the Triton kernel: under its interpreter where there is no GPU."""
+    if DEVICE == "cpu":
+        from collins.compile.multi_tensor import KernelLaunches
+
+        opt._stepper.engine.launches = KernelLaunches("cpu")
+    return opt
+
+
+def parameters(dtype, shapes, device=DEVICE):
+    """The same values in every call, and for every dtype and device."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
+
+
+def give_gradients(step, *lists):
+    """Gradients of step number `step`: what a parameter gets depends on its place in its list, not on the list."""
+    for ps in lists:
+        for i, p in enumerate(ps):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(p)
+
+
+def moments(opt, p):
+    """The first and the second moment of `p`, in tables or dense."""
+    return [value for name, value in opt.state[p].items() if name not in ("step", "layout")]
+
+
+def same(ours, theirs):
+    """Whether two nested values are equal in all their tensors, dtypes and numbers, and of the same structure."""
+    if isinstance(ours, torch.Tensor):
+        return isinstance(theirs, torch.Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, (list, tuple)):
+        return type(ours) is type(theirs) and len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs
+
+
+def bits(t):
+    if isinstance(t, int):  # a fingerprint
+        return torch.tensor(list(str(t).encode()))
+    return t.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def small_model(seed=0, dtype=torch.float32, device="cpu"):
+    torch.manual_seed(seed)
+    layers = [torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)]
+    return torch.nn.Sequential(*layers).to(device, dtype)
+
+
+def train(model, opt, steps, first=0):
+    """Trains a small model on data that depends on the number of the step alone; returns copies of its parameters."""
+    for step in range(first, first + steps):
+        x = torch.randn(16, 64, generator=torch.Generator().manual_seed(step)).to(model[0].weight)
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        opt.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+class Allocations(TorchDispatchMode):
+    """Watches what operations return: `shapes` of the tensors that are no views of their arguments, the most bytes of
+    such tensors that were alive at once (`peak`), and the elements of the largest int64 tensor (`widest_index`).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.peak, self.widest_index = [], 0, 0
+        self._alive = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for t in _tensors(result):
+            storage = t.untyped_storage()
+            if storage._cdata not in given:
+                self.shapes.append(tuple(t.shape))
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            if t.dtype == torch.int64:
+                self.widest_index = max(self.widest_index, t.numel())
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
+
+
+def _tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def threads(count):
+    """PyTorch computes in as many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def environment(**changes):
+    """That of a process which imports the same Collins as this one; a variable that is to be None is absent."""
+    changed = {**os.environ, "PYTHONPATH": str(Path(collins.__file__).parent.parent), **changes}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def output_of(*command, cwd=None, env=None):
+    """What a command prints; if it fails, so does the test, with all it said."""
+    ran = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
