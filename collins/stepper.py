@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collins._torch_internals import call_after_backward
 from collins.checkpoint import writable
 from collins.compile import Engine
 from collins.compile.program import ProgramGroup, StepProgram, scalars_under
@@ -106,7 +107,7 @@ class Stepper:
             repeats: whether later steps may run the program of this one.
         """
         self.store.refresh()
-        bound = self._matching(groups, states)
+        bound = self.matching(groups, states)
         if bound is not None:
             assert self._program is not None
             self._program.run(bound, scalars_under)
@@ -115,7 +116,7 @@ class Stepper:
             self._run(program, bound, made, states)
         self.store.finish()
 
-    def _matching(self, groups: Groups, states: States) -> Any:
+    def matching(self, groups: Groups, states: States) -> Any:
         """What the last step's program takes for this step's gradients; None if it cannot be run again."""
         same = self._roster(groups, states) is (self._program and self._program.roster)
         program = self._program
@@ -291,6 +292,7 @@ class BackwardSteps:
         self._stepped: dict[int, ParamEntry] = {}
         self._scalars: dict[tuple[int, int], StepScalars] = {}
         self._alone = False  # whether replicas have been looked for
+        self._under_way = False  # whether a backward pass has begun, and has not ended
 
     def receive(self, p: Tensor, stepper: Stepper, groups: Groups, states: States) -> None:
         """Steps a parameter whose gradient is complete, and frees the gradient."""
@@ -309,10 +311,15 @@ class BackwardSteps:
                 return
             if id(p) in self._stepped:
                 p.grad = None
-                raise RuntimeError(_twice(entry.name))
+                raise RuntimeError(_interrupted(entry.name) if self._under_way else _twice(entry.name))
+            if not self._under_way:
+                self._under_way = call_after_backward(self._passed)
             stepper.update_one(entry, g, states, self._scalars)
             self._stepped[id(p)] = entry
             p.grad = None
+
+    def _passed(self) -> None:
+        self._under_way = False
 
     def check(self, owner: object, closure: object) -> None:
         """Raises a RuntimeError for what steps in backward cannot work with, when `step` is called."""
@@ -334,6 +341,7 @@ class BackwardSteps:
 
     def end(self) -> None:
         """The step has ended."""
+        self._under_way = False
         self._stepped.clear()
         self._pending = None
 
@@ -345,6 +353,13 @@ class BackwardSteps:
 def can_step(entry: ParamEntry) -> bool:
     """Whether a parameter may be stepped: what is frozen needs no moments."""
     return entry.p.requires_grad or entry.p.grad is not None
+
+
+def _interrupted(name: str) -> str:
+    return (
+        f"{name} has been stepped already, by a backward pass that failed before it ended: parameters whose gradients"
+        " had arrived have been stepped, the others have not. Call step() to end that step before the next backward"
+    )
 
 
 def _twice(name: str) -> str:

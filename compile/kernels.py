@@ -331,7 +331,7 @@ _DTYPES = {
     torch.float64: tl.float64,
 }
 PARAMETERS = (torch.float32, torch.bfloat16, torch.float16)
-MOMENTS = ("float32", "bfloat16", "float64")  # formats of both moments
+MOMENTS = ("float32", "bfloat16")  # formats of both moments
 LARGEST_LOAD = 1024
 
 # PTX for division and square root; other compilers and the interpreter spell them out.

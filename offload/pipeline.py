@@ -204,7 +204,7 @@ class Pipeline:
             self._empty(slot)
 
     def using(self, transfer: int, parts: Sequence[int] | None = None, *, more: bool = False) -> _Use:
-        """A context with the staged `tensors`: `acquire`, then `release`, or `discard` when the body raises."""
+        """A context: `acquire`, then `release`, or `discard` when the body raises, but for parts to keep."""
         return _Use(self, transfer, parts, more)
 
     def run(self, order: Sequence[int], compute: Callable[[int, list[Tensor]], None]) -> None:
@@ -214,8 +214,8 @@ class Pipeline:
         """
         self.expect(order)
         for transfer in order:
-            with self.using(transfer) as use:
-                compute(transfer, use.tensors)
+            with self.using(transfer) as tensors:
+                compute(transfer, tensors)
         self.finish()
 
     def finish(self) -> None:
@@ -362,23 +362,20 @@ class Pipeline:
 class _Use:
     """See `Pipeline.using`."""
 
-    __slots__ = ("_kept", "_more", "_parts", "_pipeline", "_transfer", "tensors")
+    __slots__ = ("_kept", "_more", "_parts", "_pipeline", "_transfer")
 
     def __init__(self, pipeline: Pipeline, transfer: int, parts: Sequence[int] | None, more: bool) -> None:
         self._pipeline, self._transfer, self._parts, self._more = pipeline, transfer, parts, more
         self._kept: Sequence[int] = ()
-        self.tensors: list[Tensor] = []  # on the device, within the context
 
     def keep(self, parts: Sequence[int]) -> None:
         """These parts keep their new values when the body raises."""
         self._kept = parts
 
-    def __enter__(self) -> _Use:
-        self.tensors = self._pipeline.acquire(self._transfer, self._parts)
-        return self
+    def __enter__(self) -> list[Tensor]:
+        return self._pipeline.acquire(self._transfer, self._parts)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.tensors = []
         if kind is None:
             self._pipeline.release(self._transfer, more=self._more)
         else:

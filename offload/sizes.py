@@ -6,6 +6,8 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from collins.options import shown
+
 _UNITS = {"B": 1} | {
     prefix + unit: base**power
     for unit, base in (("B", 1000), ("iB", 1024))
@@ -14,6 +16,7 @@ _UNITS = {"B": 1} | {
 _FACTORS = {unit.lower(): factor for unit, factor in _UNITS.items()}
 _WRITTEN = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+|%)", re.IGNORECASE)
 
+_LIMIT = 2**63  # bytes: more than any memory has, and than any arithmetic here overflows at
 _BARE = re.compile(r"[0-9]{1,30}")
 
 BYTES = "an int of bytes or a string with digits alone or a unit such as '2GiB', '512 MiB' or '1.5GB'"
@@ -37,20 +40,21 @@ def parse_size(name: str, value: object, *, relative: bool = True) -> Size:
     Raises:
         ValueError: naming `name`, `value` and what is accepted; shares are not where `relative` is False.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LIMIT:
         return Size(value, Fraction(0))
     if isinstance(value, str) and _BARE.fullmatch(value.strip()):
-        return Size(int(value), Fraction(0))
+        value = int(value)
+        return parse_size(name, value, relative=relative)
     written = _WRITTEN.fullmatch(value.strip()) if isinstance(value, str) else None
     if written:
         amount, unit = Fraction(written[1]), written[2].lower()
-        if unit in _FACTORS:
+        if unit in _FACTORS and amount * _FACTORS[unit] < _LIMIT:
             return Size(int(amount * _FACTORS[unit]), Fraction(0))
         if unit == "%" and relative and amount <= 100:
             return Size(0, amount / 100)
-        if unit != "%":
+        if unit not in (*_FACTORS, "%"):
             raise ValueError(f"{name} must be in one of the units {', '.join(_UNITS)}, got {value!r}")
-    raise ValueError(f"{name} must be {ACCEPTED if relative else BYTES}, got {value!r}")
+    raise ValueError(f"{name} must be {ACCEPTED if relative else BYTES}, below 2**63, got {shown(value)}")
 
 
 def size_text(count: int) -> str:

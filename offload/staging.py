@@ -145,13 +145,14 @@ class HostTier:
             transfers.setdefault(transfer, []).append((number, parts))
         self.pipeline.expect(list(transfers))
         for transfer, members in transfers.items():
-            with self.pipeline.using(transfer) as use:
+            use = self.pipeline.using(transfer)
+            with use as staged:
                 done: list[int] = []
                 try:
                     step(
                         self,
                         [number for number, _ in members],
-                        [tuple(use.tensors[part] for part in parts) for _, parts in members],
+                        [tuple(staged[part] for part in parts) for _, parts in members],
                         done,
                     )
                 except BaseException:
@@ -164,8 +165,8 @@ class HostTier:
         """Steps one region while others are still to come; `finish` ends the step."""
         transfer, parts = self._where[region]
         arrived = self._arrived[transfer] = self._arrived.get(transfer, 0) + 1
-        with self.pipeline.using(transfer, parts, more=arrived < self._sizes[transfer]) as use:
-            step(tuple(use.tensors))
+        with self.pipeline.using(transfer, parts, more=arrived < self._sizes[transfer]) as staged:
+            step(tuple(staged))
 
     def finish(self) -> None:
         self._arrived.clear()

@@ -1,6 +1,7 @@
 """What several files of tests use: models, gradients, comparisons, processes, and the kernel without a GPU."""
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import collins
+from collins.offload.staging import MACHINE
+from collins.offload.tiers import TieredStore
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -24,6 +27,12 @@ def with_kernel(opt):
         from collins.compile.multi_tensor import KernelLaunches
 
         opt._stepper.engine.launches = KernelLaunches("cpu")
+    return opt
+
+
+def on_machine(opt, **machine):
+    """The optimizer, whose memory policy takes the machine to be so; see `collins.offload.staging.Backend`."""
+    opt._stepper.store = TieredStore(opt.memory, dataclasses.replace(MACHINE, **machine))
     return opt
 
 

@@ -190,8 +190,16 @@ def test_tables_of_float64_are_for_parameters_of_float64(dtype):
 
 
 BAD_PARAMETERS = [
-    (torch.randn(3, dtype=torch.complex64), TypeError, "parameter 1 has dtype torch.complex64; Collins accepts torch"),
-    (torch.zeros(3, dtype=torch.int64), TypeError, "parameter 1 has dtype torch.int64"),
+    (
+        torch.randn(3, dtype=torch.complex64, requires_grad=True),
+        TypeError,
+        "parameter 1 has dtype torch.complex64; Collins accepts torch",
+    ),
+    (
+        torch.randn(3).to(torch.float8_e4m3fn).requires_grad_(),
+        TypeError,
+        "parameter 1 has dtype torch.float8_e4m3fn; Collins accepts torch",
+    ),
     (torch.eye(3).to_sparse(), TypeError, "parameter 1 has layout torch.sparse_coo; Collins accepts torch.strided"),
     ("weights", TypeError, "optimizer can only optimize Tensors"),
 ]

@@ -14,6 +14,7 @@ from training import TIERS, backward, made, same_bits, stepped, trained
 
 from collins import Collins
 from collins.compile import Engine
+from collins.stepper import Stepper
 
 tiers = pytest.mark.parametrize("memory", TIERS.values(), ids=TIERS)
 
@@ -205,9 +206,9 @@ def test_a_backward_in_two_halves_is_one_step():
 
 def test_an_optimizer_looks_its_parameters_up_once_a_backward(monkeypatch):
     calls = []
-    for name in ("_roster", "_settle"):
-        method = getattr(Collins, name)
-        monkeypatch.setattr(Collins, name, lambda *args, m=method, **kw: (calls.append(m.__name__), m(*args, **kw))[1])
+    for name in ("begin", "place"):
+        method = getattr(Stepper, name)
+        monkeypatch.setattr(Stepper, name, lambda *args, m=method, **kw: (calls.append(m.__name__), m(*args, **kw))[1])
     for count in (2, 40):
         layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(count)))
         opt = Collins(layers.parameters(), in_backward=True, memory="host")
@@ -215,7 +216,7 @@ def test_an_optimizer_looks_its_parameters_up_once_a_backward(monkeypatch):
         opt.step()
         calls.clear()
         layers(torch.ones(1, 8)).sum().backward()
-        assert calls == ["_roster"]  # and all of them have their home already
+        assert calls == ["begin"]  # and all of them have been placed already
         opt.step()
 
 
@@ -348,13 +349,13 @@ def test_a_step_that_fails_is_not_counted(memory, first, monkeypatch):
     model, opt = trained(steps=0 if first else 3, memory=memory, in_backward=True)
     before = snapshot(model, opt)
 
-    def fail(self, works):
-        for work in works:
-            work.m.fill_(3) if memory == TIERS["host"] else None
+    def fail(self, tasks, *_):
+        for task in tasks.values():
+            task.m[0].fill_(3) if memory == TIERS["host"] else None
         raise torch.OutOfMemoryError("no room")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Engine, "run", fail)
+        patched.setattr(Engine, "run_rest", fail)
         with pytest.raises(torch.OutOfMemoryError, match="no room"):
             backward(model, 3)
     unchanged(model, opt, before)

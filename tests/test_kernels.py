@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 
 from collins import Collins
 from collins.compile import kernels
-from collins.compile.multi_tensor import ArgUploader, KernelLaunches
+from collins.compile.multi_tensor import KernelExecutor, KernelLaunches, batched
+from collins.compile.transfer import ArgUploader
 from collins.hashing import hash_key
 from collins.rounding import ROUNDED
 from collins.rule import step_scalars
@@ -127,8 +128,8 @@ def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
     copies = parameters(torch.float32, [(96, 64), (64, 96)])
     other = Collins(copies, min_K=16, compile=False)
     made = []
-    upload = ArgUploader.uploaded
-    monkeypatch.setattr(ArgUploader, "uploaded", lambda self, host: made.append(1) or upload(self, host))
+    upload = ArgUploader.to_device
+    monkeypatch.setattr(ArgUploader, "to_device", lambda self, host: made.append(1) or upload(self, host))
     for step in range(8):
         if step == 3:
             for p in (*ps, *copies):
@@ -152,24 +153,26 @@ def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
 def test_a_smaller_parameter_in_the_same_memory_has_a_table_of_its_own(alone):
     spec = UpdateSpec("block", 32, "residual", True, False, False)
     keys = HashKeys(hash_key(0, 0, "sign"), hash_key(0, 0, "round"), (0, 0, 0, 0), 3)
-    h = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None)
+    hp = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None)
     launches, sides = KernelLaunches(DEVICE), []
     for through_kernel in (True, False):
         p, g = torch.ones(2, 64 * 96, device=DEVICE).cumsum(1)
         m, v = torch.zeros(2, 64 * 3, device=DEVICE)
         for size in (64 * 96, 32 * 96):
             part, table = slice(size), slice(size // 32)
-            work = UpdateTask(p[part], g[part], m[table], v[table], spec, keys, h, size)
+            task = UpdateTask(p[part], (m[table],), (v[table],), spec, keys, size)
             if not through_kernel:
-                update_(work)
+                update_(task, g[part], hp)
                 continue
-            work = work._replace(launch=launches.of(spec, work.p, m.dtype, 0))
+            task = task._replace(launch=launches.of(spec, task.p, 0))
             if alone:
-                assert work.launch.run_one(work)
-            else:
-                (batch,), rest = launches.sorted([work])
-                assert not rest
-                work.launch.run(batch, *launches.send([batch]))
+                assert task.launch.run_one(task, g[part], hp)
+                continue
+            batches, rest = batched([task], [g[part]])
+            assert not rest
+            executor, done = KernelExecutor(launches, batches, lambda launch: launch() is not False), []
+            assert executor.run(executor.bind([g[part]]), [hp], [0], done) == []
+            assert done == [0]
         sides.append((p, m, v))
     for launched, eager in zip(*sides, strict=True):
         torch.testing.assert_close(launched, eager)
@@ -180,8 +183,8 @@ def test_each_parameter_alone_keeps_its_own_table(monkeypatch):
     ps = parameters(torch.float32, [(96, 64), (64, 96), (32, 64)])
     opt = with_kernel(Collins(ps, min_K=16, in_backward=True))
     made = []
-    upload = ArgUploader.uploaded
-    monkeypatch.setattr(ArgUploader, "uploaded", lambda self, host: made.append(1) or upload(self, host))
+    upload = ArgUploader.to_device
+    monkeypatch.setattr(ArgUploader, "to_device", lambda self, host: made.append(1) or upload(self, host))
     for step in range(3):
         for p in ps:
             (p * (step + 1)).sum().backward()
@@ -254,12 +257,12 @@ from collins.compile import kernels
 
 def ptx(param, moment, load, rounding, one, size, tile, stages):
     fixed = dict(
-        P=param, T=moment, DENSE=load == 1, LOAD=load, RESIDUAL=True, REHASH=load > 1, ROUND_P=rounding, ROUND_T=False,
-        MAXIMIZE=False, SKIP=True, EVEN=True, ONE=one, FAST=True,
+        P=param, T=moment, DENSE=load == 1, LOAD=load, V_LOAD=load, M_SCALE=0.5, V_SCALE=0.0, RESIDUAL=True,
+        REHASH=load > 1, ROUND_P=rounding, ROUND_T=False, MAXIMIZE=False, SKIP=True, EVEN=True, ONE=one, FAST=True,
         TILE=tile, SPAN=kernels.SPAN // size, STAGES=stages,
     )
     names = kernels._step.arg_names
-    addresses = {"owners": "*i32", "table": "*i64", "grads": f"*{param}" if one else "*i64", "numbers": "*fp64"}
+    addresses = {"owners": "*i32", "table": "*i64", "grads": f"*{param}" if one else "*i64", "scalars": "*fp64"}
     signature = {**addresses, **dict.fromkeys(fixed, "constexpr")}
     constants = {(names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(kernels._step, signature=signature, constexprs=constants)
@@ -380,21 +383,21 @@ def test_memory_for_a_capture_is_ready_after_a_step_outside_of_it(busy_link, mon
         def record(self, stream):
             pass
 
-    monkeypatch.setattr("collins.compile.multi_tensor.PinnedBufferPool", PinnedBufferPool)
-    monkeypatch.setattr("collins.compile.multi_tensor.fetch", lambda source, target: target.copy_(source))
+    monkeypatch.setattr("collins.compile.transfer.PinnedBufferPool", PinnedBufferPool)
+    monkeypatch.setattr("collins.compile.transfer.fetch", lambda source, target: target.copy_(source))
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
     uploader = ArgUploader(torch.device("cpu"), busy_link=busy_link)
-    h = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=0, weight_decay=0, residual_weight=None)
-    letters = [([16, 32], [h])]
+    hp = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=0, weight_decay=0, residual_weight=None)
+    args = [([16, 32], [hp])]
     for step in range(2):
         with monkeypatch.context() as patched:
             patched.setattr(ArgUploader, "capturing", lambda self: True)
             with pytest.raises(RuntimeError, match="without a step outside of it before"):
-                uploader.send(letters)
-        ((outside, _),) = uploader.send(letters)
+                uploader.upload(args)
+        ((outside, _),) = uploader.upload(args)
         with monkeypatch.context() as patched:
             patched.setattr(ArgUploader, "capturing", lambda self: True)
-            ((captured, _),) = uploader.send(letters)
+            ((captured, _),) = uploader.upload(args)
         assert captured.tolist() == outside.tolist() == [16, 32]
         assert captured.data_ptr() != outside.data_ptr(), step
 

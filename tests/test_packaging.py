@@ -126,4 +126,6 @@ def test_a_source_tree_imports_without_an_install(tree, environment, tmp_path):
     options = {"env": {**os.environ, "PYTHONPATH": str(tree)}}
     anywhere = found_from(python, tmp_path, Path("/"), tree, tree / "compile", **options)
     assert anywhere == [str(tree / "collins" / "__init__.py")] * 4
-    assert "usage: python -m collins plan" in output_of(python, "-m", "collins", "plan", "--help", cwd=tmp_path, **options)
+    assert "usage: python -m collins plan" in output_of(
+        python, "-m", "collins", "plan", "--help", cwd=tmp_path, **options
+    )

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collins.bucketing import bucketing_of
+from collins.formats import format_name
 from collins.hashing import hash_key
 from collins.offload import Pipeline, Slab, TensorSpec, grouped, streams_for
 from collins.offload.streams import CudaStreams, HostStreams, StreamKind, WaitFor
@@ -55,10 +56,11 @@ class Model:
 
     def update(self, i, step, g, m, v):
         layout = self.layouts[i]
-        spec = UpdateSpec(layout.hash, layout.load, "residual", True, True, False)
+        formats = (format_name(self.dtype),) * 2
+        spec = UpdateSpec(layout.hash, layout.load, "residual", True, True, False, False, *formats)
         keys = HashKeys(hash_key(0, i, "sign"), hash_key(0, i, "round"), (0, 0, 0, 0), 3)
-        h = step_scalars(step, lr=0.02, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None)
-        update_(UpdateTask(self.p[i], g, m, v, spec, keys, h, layout.numel))
+        hp = step_scalars(step, lr=0.02, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None)
+        update_(UpdateTask(self.p[i], (m,), (v,), spec, keys, layout.numel), g, hp)
 
 
 class Resident(Model):

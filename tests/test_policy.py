@@ -175,6 +175,16 @@ def test_the_docstring_example():
     assert doctest.testmod(collins.offload.policy).failed == 0
 
 
+@pytest.mark.parametrize(
+    "size",
+    [2**63, 10**400, 10**5000, "9" * 30, "99999999999 TiB"],
+    ids=["2**63", "10**400", "10**5000", "digits", "unit"],
+)
+def test_a_size_that_no_memory_has_is_refused_at_once(size):
+    with pytest.raises(ValueError, match=r"device_budget must be an int of bytes or .*, below 2\*\*63, got "):
+        MemoryPolicy(device_budget=size)
+
+
 @pytest.mark.parametrize("build", [lambda keys: MemoryPolicy(**keys), MemoryPolicy.of], ids=["arguments", "mapping"])
 def test_the_former_name_of_transfer_size_is_accepted_with_a_warning(build):
     with pytest.warns(DeprecationWarning, match="bucket_size is deprecated: it is called transfer_size now"):

@@ -11,7 +11,9 @@ from helpers import DEVICE, bits, give_gradients, parameters, with_kernel
 pytest.importorskip("triton")
 
 from collins import Collins
-from collins.repeat import Repeat
+from collins.compile import program
+from collins.compile.program import StepProgram
+from collins.stepper import Stepper
 
 
 def made():
@@ -116,16 +118,16 @@ def test_a_repeated_step_is_an_ordinary_step(change, monkeypatch):
     for repeats_are_allowed in (True, False):
         with monkeypatch.context() as patched:
             if repeats_are_allowed:
-                original = Repeat.ready
+                original = Stepper.matching
 
-                def counted(self, state, original=original):
-                    run = original(self, state)
-                    repeats.append(run is not None)
-                    return run
+                def counted(self, groups, states, original=original):
+                    bound = original(self, groups, states)
+                    repeats.append(bound is not None)
+                    return bound
 
-                patched.setattr(Repeat, "ready", counted)
+                patched.setattr(Stepper, "matching", counted)
             else:
-                patched.setattr(Collins, "_repeated", lambda self: False)
+                patched.setattr(Stepper, "matching", lambda self, groups, states: None)
             ps, opt = made()
             for step in range(8):
                 give_gradients(step, ps)
@@ -134,8 +136,8 @@ def test_a_repeated_step_is_an_ordinary_step(change, monkeypatch):
                 opt.step()
             sides.append((ps, opt))
     (ps, opt), (others, other) = sides
-    assert repeats[:2] == [True, True]
-    assert repeats[-1] == (change is not turned)  # which no kernel reads
+    assert repeats[:4] == [False, False, True, True]  # the program of the second step has guards
+    assert repeats[-1]
     for p, q in zip(ps, others, strict=True):
         assert torch.equal(p.detach(), q.detach())
         assert opt.state[p].keys() == other.state[q].keys()
@@ -148,7 +150,7 @@ def test_a_repeated_step_is_an_ordinary_step(change, monkeypatch):
         (lambda ps, opt: setattr(ps[0], "grad", ps[0].grad.to_sparse()), "sparse"),
         (lambda ps, opt: opt.param_groups[1].update(betas=(0.9, 1.5)), "betas must be"),
         (lambda ps, opt: opt.state[ps[0]].update(m_table=torch.zeros(3, device=DEVICE)), "m_table"),
-        (lambda ps, opt: setattr(ps[0], "data", ps[0].data[:32]), "grad"),
+        (lambda ps, opt: setattr(ps[0], "data", ps[0].data[:32]), "parameter 0 has the shape"),
         (lambda ps, opt: setattr(ps[0], "data", ps[0].data.bfloat16()), "grad"),
     ],
     ids=["gradient", "option", "state", "size", "dtype"],
@@ -168,7 +170,7 @@ def test_what_is_wrong_is_said_and_changes_nothing(spoil, message):
 
 
 def test_no_repetition_is_prepared_while_gradients_come_and_go(monkeypatch):
-    monkeypatch.setattr(Repeat, "__init__", None)
+    monkeypatch.setattr(StepProgram, "guard", None)
     ps, opt = made()
     for step in range(4):
         give_gradients(step, ps)
@@ -178,8 +180,8 @@ def test_no_repetition_is_prepared_while_gradients_come_and_go(monkeypatch):
 
 
 def test_without_the_guards_of_torch_each_step_looks_at_everything(monkeypatch):
-    monkeypatch.setattr("collins.optimizer.POSSIBLE", False)
-    monkeypatch.setattr(Repeat, "__init__", None)
+    monkeypatch.setattr(program, "GUARDS_AVAILABLE", False)
+    monkeypatch.setattr(program, "tensor_guards", None)
     ps, opt = made()
     for step in range(3):
         give_gradients(step, ps)

@@ -7,14 +7,16 @@ import weakref
 import pytest
 import torch
 from fake_streams import MODES, FakeStreams, FreedMemoryError
-from helpers import OPTIONS
+from helpers import OPTIONS, on_machine
 from torch import nn
 from training import TIERS, backward, made, same_bits, stepped, trained
 
 from collins import Collins
 from collins.compile import Engine
-from collins.offload import MemoryPolicy, Request, pinned_bytes, set_pin_limit, slabs, tiers
+from collins.formats import TensorSpec
+from collins.offload import MemoryPolicy, Request, pinned_bytes, set_pin_limit, slabs, staging, tiers
 from collins.offload.memory import DeviceFigures
+from collins.offload.staging import Backend, StateRequest, zeros
 from collins.offload.streams import HostStreams, StreamKind, WaitFor
 from collins.offload.tiers import device_room
 from collins.update import update_
@@ -80,34 +82,57 @@ def test_compiled_steps_have_the_same_bits_on_the_host(compile, device):
     assert same_bits(sides[0], sides[2])
 
 
-def on_fake_device(monkeypatch, fake):
+class FakeEngine(Engine):
+    """Launches each task on the current stream of a fake device."""
+
+    def __init__(self, fake):
+        super().__init__(False)
+        self.fake = fake
+
+    def executor(self, tasks, grads):
+        return FakeExecutor(self.fake, tasks)
+
+    def executor_of_one(self, task):
+        return FakeExecutor(self.fake, [task])
+
+
+class FakeExecutor:
+    def __init__(self, fake, tasks):
+        self.fake, self.tasks = fake, tasks
+
+    def bind(self, grads):
+        return grads
+
+    def run(self, grads, scalars, rows, done):
+        for number, (task, g) in enumerate(zip(self.tasks, grads, strict=True)):
+            other = task._replace(p=None, m=None, v=None)  # which keeps no tensor alive
+
+            def kernel(p, g, m, v, task=other, hp=scalars[rows[number]]):
+                update_(task._replace(p=p, m=(m,), v=(v,)), g, hp)
+
+            self.fake.launch(kernel, *(t.detach() for t in (task.p, g, *task.m, *task.v)))
+            done.append(number)
+
+
+def on_fake_device(opt, fake):
     """Collins copies and computes on these streams from here on."""
-
-    def launched(self, works):
-        for work in works:
-            tensors = [t.detach() for t in work[:4]]
-            other = work._replace(**dict.fromkeys("pgmv"))  # which keeps no tensor alive
-            fake.launch(lambda p, g, m, v, w=other: update_(w._replace(p=p, g=g, m=m, v=v)), *tensors)
-
-    monkeypatch.setattr(tiers, "streams_for", lambda device: fake)
-    monkeypatch.setattr(Engine, "run", launched)
+    opt._stepper.engine = FakeEngine(fake)
+    return on_machine(opt, streams=lambda device: fake)
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 @pytest.mark.parametrize("mode", MODES)
-def test_no_copy_is_taken_for_granted(mode, in_backward, monkeypatch):
+def test_no_copy_is_taken_for_granted(mode, in_backward):
     """The whole optimizer over a device that runs everything as late or as oddly as it may."""
     fake, resident = FakeStreams(mode), trained()
-    with monkeypatch.context() as patched:
-        on_fake_device(patched, fake)
-        model = made()
-        opt = Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=in_backward)
-        for step in range(7):
-            backward(model, step)
-            opt.step()
-            opt.zero_grad()
-            fake.current.run_to(len(fake.current.operations))  # the next forward is behind it on the same stream
-        assert same_bits(resident, (model, opt))
+    model = made()
+    opt = on_fake_device(Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=in_backward), fake)
+    for step in range(7):
+        backward(model, step)
+        opt.step()
+        opt.zero_grad()
+        fake.current.run_to(len(fake.current.operations))  # the next forward is behind it on the same stream
+    assert same_bits(resident, (model, opt))
 
 
 # How a step in backward might go about a gradient that the device is still computing, and whether that is right.
@@ -149,12 +174,11 @@ def test_gradients_in_flight_are_read_when_they_are_there_and_freed_when_they_we
                 return original(opt, p)
 
         with monkeypatch.context() as patched:
-            on_fake_device(patched, fake)
             patched.setattr(Collins, "_update_one", received)
             model = made()
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(arrive)
-            opt = Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=True)
+            opt = on_fake_device(Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=True), fake)
             for step in range(3):
                 with fake.on(backwards):
                     backward(model, step)
@@ -225,7 +249,7 @@ def test_host_memory_goes_with_the_optimizer(in_backward, monkeypatch):
             super().__init__(*args, **kwargs)
             made_slabs.add(self)
 
-    monkeypatch.setattr(tiers, "Slab", Slab)
+    monkeypatch.setattr(staging, "Slab", Slab)
     model, opt = trained(memory=TIERS["host"], in_backward=in_backward)
     assert len(made_slabs) > 5
     del opt
@@ -238,8 +262,8 @@ def test_what_backward_leaves_to_the_step_does_not_spoil_the_prediction(monkeypa
     """A gradient that passed no hook is stepped at the end, and the others are fetched ahead in their own order."""
     model = made()
     opt = Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=True)
-    stage, fetched = tiers.Pipeline._stage, []
-    monkeypatch.setattr(tiers.Pipeline, "_stage", lambda self, b, slot: (fetched.append(b), stage(self, b, slot)))
+    stage, fetched = staging.Pipeline._stage, []
+    monkeypatch.setattr(staging.Pipeline, "_stage", lambda self, b, slot: (fetched.append(b), stage(self, b, slot)))
     late = model.blocks[1].norm.weight
     for handle in list(late._post_accumulate_grad_hooks):
         del late._post_accumulate_grad_hooks[handle]
@@ -274,27 +298,29 @@ def first_step_refused(model, opt, match):
     opt.zero_grad()
 
 
-def failing_zeros(monkeypatch, after):
+def failing_allocator(after):
     """The device's allocator gives `after` moments, then nothing more."""
-    zeros, given = tiers._zeros, []
+    given = []
 
-    def allocate(part, device):
+    def allocate(spec, device):
         if len(given) >= after:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        given.append(weakref.ref(zeros(part, device)))
-        return zeros(part, device)
+        given.append(weakref.ref(zeros(spec, device)))
+        return zeros(spec, device)
 
-    monkeypatch.setattr(tiers, "_zeros", allocate)
+    return allocate
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 @pytest.mark.parametrize("after", [0, 1, 6, 41])
-def test_tables_spill_to_the_host(after, in_backward, monkeypatch):
-    failing_zeros(monkeypatch, after)
+def test_tables_spill_to_the_host(after, in_backward):
+    machine = {"allocate": failing_allocator(after)}
     with pytest.warns(
         UserWarning, match=r"(?s)Collins moves tables to the host: the device ran out of memory.*\nhost: "
     ):
-        model, opt = trained(memory={"transfer_size": 900, "staging_slots": 2}, in_backward=in_backward)
+        model, opt = trained(
+            memory={"transfer_size": 900, "staging_slots": 2}, in_backward=in_backward, machine=machine
+        )
     assert same_bits((model, opt), trained())
     tiers = tiers_of(opt)
     assert tiers == sorted(tiers)
@@ -303,22 +329,22 @@ def test_tables_spill_to_the_host(after, in_backward, monkeypatch):
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
-def test_a_forced_device_that_runs_out_changes_nothing(in_backward, monkeypatch):
+def test_a_forced_device_that_runs_out_changes_nothing(in_backward):
     model = made()
     opt = Collins(model.parameters(), **OPTIONS, memory="device", in_backward=in_backward)
-    with monkeypatch.context() as patched:
-        failing_zeros(patched, 5)
-        first_step_refused(model, opt, r"ran out of memory while placing parameter 2 of .*KiB.*tier='auto'")
+    on_machine(opt, allocate=failing_allocator(5))
+    first_step_refused(model, opt, r"ran out of memory while placing parameter 2 of .*KiB.*tier='auto'")
+    on_machine(opt)
     stepped(model, opt, range(7))
     assert same_bits((model, opt), trained())
 
 
 def failing_ring(monkeypatch):
     """No ring finds room on the device before all moments are off it, and the first does not even then."""
-    empty, zeros, tries, given = HostStreams.empty, tiers._zeros, [], []
+    empty, tries, given = HostStreams.empty, [], []
 
-    def place(part, device):
-        moment = zeros(part, device)
+    def place(spec, device):
+        moment = zeros(spec, device)
         given.append(weakref.ref(moment))
         return moment
 
@@ -328,23 +354,23 @@ def failing_ring(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return empty(self, nbytes)
 
-    monkeypatch.setattr(tiers, "_zeros", place)
     monkeypatch.setattr(HostStreams, "empty", allocate)
+    return place
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 def test_tables_on_the_device_make_room_for_the_ring(in_backward, monkeypatch):
-    failing_ring(monkeypatch)
+    machine = {"allocate": failing_ring(monkeypatch)}
     with pytest.warns(UserWarning, match="Collins moves tables to the host"):
-        pair = trained(memory=TIERS["mixed"], in_backward=in_backward)
+        pair = trained(memory=TIERS["mixed"], in_backward=in_backward, machine=machine)
     assert set(tiers_of(pair[1])) == {"host"}
     assert same_bits(pair, trained())
 
 
 def test_nobody_moves_in_when_there_is_no_room_for_the_ring(monkeypatch):
-    failing_ring(monkeypatch)
+    allocate = failing_ring(monkeypatch)
     model = made()
-    opt = Collins(model.parameters(), **OPTIONS, memory=TIERS["host"])
+    opt = on_machine(Collins(model.parameters(), **OPTIONS, memory=TIERS["host"]), allocate=allocate)
     first_step_refused(model, opt, r"cpu has no room for the staging ring of .*2 slots of .*staging_slots")
     stepped(model, opt, range(7))
     assert same_bits((model, opt), trained())
@@ -352,24 +378,23 @@ def test_nobody_moves_in_when_there_is_no_room_for_the_ring(monkeypatch):
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 @pytest.mark.parametrize("tier", ["auto", "host", "device"])
-def test_neither_tier_can_hold_the_tables(tier, in_backward, monkeypatch):
+def test_neither_tier_can_hold_the_tables(tier, in_backward):
     model = made()
     opt = Collins(model.parameters(), **OPTIONS, memory=tier, in_backward=in_backward)
-    with monkeypatch.context() as patched:
-        patched.setattr(tiers, "host_memory_free", lambda: 3000)
-        first_step_refused(model, opt, rf"tier='{tier}'\. The device may give 2\.9 KiB.*The host may give")
+    on_machine(opt, host_free=lambda: 3000)
+    first_step_refused(model, opt, rf"tier='{tier}'\. The device may give 2\.9 KiB.*The host may give")
+    on_machine(opt)
     stepped(model, opt, range(7))
     assert same_bits((model, opt), trained())
 
 
-def test_nobody_moves_in_when_one_device_cannot_be_served(monkeypatch):
+def test_nobody_moves_in_when_one_device_cannot_be_served():
     """What the first device's tables take of the host is gone for the second's."""
     opt = Collins([nn.Parameter(torch.ones(64, 64, device=device)) for device in ("cpu", "meta")], memory="auto")
     for p in opt.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
-    monkeypatch.setattr(tiers, "host_memory_free", lambda: 40_000)  # each takes 2 * 4 * 64 * 64 / 4 bytes
     assert [row.state_bytes - 4 for row in opt.memory_report().rows] == [8192, 8192]
-    monkeypatch.setattr(tiers, "host_memory_free", lambda: 10_000)
+    on_machine(opt, host_free=lambda: 10_000)
     with pytest.raises(MemoryError, match=r"The device may give 1\.8 KiB"):
         opt.step()
     assert opt.placement == ()
@@ -410,14 +435,14 @@ def test_the_device_tier_keeps_within_what_is_free():
 def shrinking(monkeypatch):
     """A function that leaves so many bytes of the device to this process once a plan has been made with more."""
 
-    def shrink(room, planned=tiers._planned):
+    def shrink(room, planned=tiers.planned):
         def made(*args):
             given = planned(*args)
             held = torch.cuda.memory_reserved() + room
             torch.cuda.set_per_process_memory_fraction(held / torch.cuda.mem_get_info()[1])
             return given
 
-        monkeypatch.setattr(tiers, "_planned", made)
+        monkeypatch.setattr(tiers, "planned", made)
 
     gc.collect()
     torch.cuda.empty_cache()
@@ -462,8 +487,8 @@ def test_tables_spill_when_a_real_device_is_full(in_backward, room, shrinking):
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 def test_a_plan_made_within_backward_knows_it(in_backward, monkeypatch):
-    planned, early = tiers._planned, []
-    monkeypatch.setattr(tiers, "_planned", lambda *args: (early.append(args[-1]), planned(*args))[1])
+    planned, early = tiers.planned, []
+    monkeypatch.setattr(tiers, "planned", lambda *args: (early.append(args[-2]), planned(*args))[1])
     trained(memory="auto", in_backward=in_backward)
     assert early == [in_backward]
 
@@ -480,15 +505,14 @@ def test_room_is_left_for_the_gradients_to_come():
 
 
 @pytest.mark.parametrize(("early", "tier"), [(True, "host"), (False, "device")])
-def test_a_card_that_holds_the_ring_but_no_margin_is_used_from_the_host(early, tier, monkeypatch):
+def test_a_card_that_holds_the_ring_but_no_margin_is_used_from_the_host(early, tier):
     spare = DeviceFigures(100 * GIB, 4 * GIB, fraction=1.0, reserved=96 * GIB, allocated=96 * GIB, peak=97 * GIB)
     assert spare.spare == 3 * GIB
-    monkeypatch.setattr(tiers, "device_figures", lambda device: spare)
+    machine = Backend(measure=lambda device: spare)
     p = torch.empty(GIB // 2, device="meta", dtype=torch.bfloat16)  # 1 GiB
-    state_requests = [
-        tiers.StateRequest(str(i), p, tiers.TensorSpec((2**24,), torch.float32)) for i in range(8)
-    ]  # of 1 GiB in all
-    plan, leave = tiers._planned(MemoryPolicy(), torch.device("cuda"), state_requests, 64 * GIB, early)
+    moments = (TensorSpec((2**24,), torch.float32),) * 2
+    requests = [StateRequest(str(i), p, moments) for i in range(8)]  # of 1 GiB in all
+    plan, leave = tiers.planned(MemoryPolicy(), torch.device("cuda"), requests, 64 * GIB, early, machine)
     assert [row.tier for row in plan.rows] == 8 * [tier]
     assert leave == 4 * GIB - plan.limits.device  # of what is free: for activations, the gradients to come, a reserve
 

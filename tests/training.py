@@ -1,7 +1,7 @@
 """A small model with all that makes steps in backward hard, and training that can be compared bit by bit."""
 
 import torch
-from helpers import OPTIONS, bits
+from helpers import OPTIONS, bits, on_machine
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -73,10 +73,12 @@ def stepped(model, opt, steps, schedule=None):
             schedule.step()
 
 
-def trained(steps=7, params=lambda model: model.parameters(), schedule=None, model=None, **options):
-    """A model after some steps, and its optimizer."""
+def trained(steps=7, params=lambda model: model.parameters(), schedule=None, model=None, machine=None, **options):
+    """A model after some steps, and its optimizer, on a machine with these parts replaced (see `on_machine`)."""
     model = made(**(model or {}))
     opt = Collins(params(model), **{**OPTIONS, **options})
+    if machine is not None:
+        on_machine(opt, **machine)
     stepped(model, opt, range(steps), None if schedule is None else schedule(opt))
     return model, opt
 

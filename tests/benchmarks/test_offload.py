@@ -65,27 +65,36 @@ class Tables:
         ps = [torch.randn(shape, device=self.device, dtype=torch.bfloat16) for shape in self.shapes]
         gs = [torch.randn_like(p) for p in ps]
         engine = Engine(busy_link=True)
-        h = step_scalars(9, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, residual_weight=None)
+        hp = step_scalars(9, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, residual_weight=None)
         specs = [
             UpdateSpec(layout.hash, layout.load, "residual", layout.hash is not None, True, False)
             for layout in self.layouts
         ]
-        launches = [engine.launch_of(spec, p, torch.float32) for spec, p in zip(specs, ps, strict=True)]
+        launches = [engine.launch_of(spec, p) for spec, p in zip(specs, ps, strict=True)]
+        executors = {}
 
-        def compute(transfer, tensors):
-            engine.run(
+        def executor_over(transfer, tensors):
+            members = self.members[transfer]
+            tasks = [
                 UpdateTask(
                     ps[i],
-                    gs[i],
-                    *tensors[2 * j : 2 * j + 2],
+                    (tensors[2 * j],),
+                    (tensors[2 * j + 1],),
                     specs[i],
                     HashKeys(hash_key(0, i, "sign"), hash_key(0, i, "round"), (0, 0, 0, 0), 100),
-                    h,
-                    layout.numel,
+                    self.layouts[i].numel,
                     launch=launches[i],
                 )
-                for j, (i, layout) in enumerate((i, self.layouts[i]) for i in self.members[transfer])
-            )
+                for j, i in enumerate(members)
+            ]
+            return engine.executor(tasks, [gs[i] for i in members])
+
+        def compute(transfer, tensors):
+            key = transfer, tensors[0].data_ptr()
+            if key not in executors:
+                executors[key] = executor_over(transfer, tensors)
+            grads = [gs[i] for i in self.members[transfer]]
+            executors[key].run(executors[key].bind(grads), [hp], [0] * len(grads), [])
 
         return compute
 
