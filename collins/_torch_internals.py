@@ -27,7 +27,6 @@ from torch.utils._pytree import (
 
 __all__ = [
     "GUARDS_AVAILABLE",
-    "call_after_backward",
     "current_raw_stream",
     "dtensor",
     "foreach_add_",
@@ -143,20 +142,6 @@ def version_of(t: Tensor) -> int:
     It is `Tensor._version`, seen in 2.9 to 2.14. Absent, the step is an AttributeError.
     """
     return t._version
-
-
-def call_after_backward(function: Callable[[], None]) -> bool:
-    """Has the backward pass that is under way call `function` at its end, unless it fails; False outside of one.
-
-    It is `torch.autograd.Variable._execution_engine.queue_callback`, seen in 2.9 to 2.14. Absent, a backward pass that
-    failed is taken for one that has ended.
-    """
-    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
-    try:
-        engine.queue_callback(function)  # type: ignore[union-attr]
-    except (AttributeError, RuntimeError):
-        return False
-    return True
 
 
 def is_fsdp_flattened(p: Tensor) -> bool:

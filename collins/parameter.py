@@ -430,11 +430,21 @@ def gradient_of(entry: ParamEntry, g: Tensor) -> Tensor:
 
 def check_state(entry: ParamEntry, state: Mapping[str, Any], seed: int, store: _Store) -> None:
     """Raises a ValueError, naming the parameter, for a state that its next step could not go on from."""
-    spec = entry.known_spec
+    spec, own = entry.known_spec, fingerprint_of(entry, seed)
     if not has_moments(state):
         return
-    if not all(name in state and state[name].shape == due.shape for name, due in spec.tensors.items()):
+    difference = unpacked(state[LAYOUT]).difference(own) if own is not None and LAYOUT in state else None
+    fits = all(
+        isinstance(state.get(name), Tensor) and state[name].shape == due.shape for name, due in spec.tensors.items()
+    )
+    if difference or not fits:
         check_shape(entry.name, "the optimizer", state, tuple(spec.size))
+    if difference:
+        raise ValueError(
+            f"{entry.name} has tables that mean something else now: they were encoded with {difference}. Set it back,"
+            " remove the parameter's state to start anew, or see collins.convert"
+        )
+    if not fits:
         held = {name: value for name, value in state.items() if is_moment(name)}
         check_moments(entry.name, "the optimizer", held, spec.shapes)
     for name, due in spec.tensors.items():
@@ -453,14 +463,6 @@ def check_state(entry: ParamEntry, state: Mapping[str, Any], seed: int, store: _
                 f"{name} of {entry.name} must be where its step needs it, got one on {moment.device} for a"
                 f" parameter on {spec.device}: move both, or load_state_dict(state_dict()) once the parameter is"
                 " where it stays"
-            )
-    own = fingerprint_of(entry, seed)
-    if own is not None and LAYOUT in state:
-        difference = unpacked(state[LAYOUT]).difference(own)
-        if difference:
-            raise ValueError(
-                f"{entry.name} has tables that mean something else now: they were encoded with {difference}. Set it"
-                " back, or convert state_dict() for an optimizer that has it from the start (collins.convert)"
             )
 
 

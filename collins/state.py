@@ -75,21 +75,24 @@ def adopt(
         Whether it was made.
     """
     spec, p = entry.known_spec, entry.p
-    state = states.setdefault(p, {})
+    state = states.get(p) or {}
     made = not has_moments(state)
     given = [None if made else local(state[name]) for name in spec.tensors]
     kept = store.adopt(p, spec.local_tensors, given)
     step = torch.zeros((), dtype=torch.float32, device=p.device) if made else state["step"]
     if entry.group["capturable"]:
-        state["step"] = step.to(p.device)
+        own = {"step": step.to(p.device)}
     else:
-        entry.counter, state["step"] = counters.adopt(entry.counter, 0 if made else int(step))
+        entry.counter, counter = counters.adopt(entry.counter, 0 if made else int(step))
+        own = {"step": counter}
     for (name, due), tensor, old in zip(spec.tensors.items(), kept, given, strict=True):
-        if tensor is not old:
-            state[name] = placed(tensor, p, due.shape)
+        own[name] = state[name] if tensor is old else placed(tensor, p, due.shape)
+    if p not in states:
+        states[p] = {}
+    states[p].update(own)
     if made:
-        mark(entry, state, seed)
-    entry.adopt(state)
+        mark(entry, states[p], seed)
+    entry.adopt(states[p])
     return made
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collins._torch_internals import call_after_backward
 from collins.checkpoint import writable
 from collins.compile import Engine
 from collins.compile.program import ProgramGroup, StepProgram, scalars_under
@@ -292,7 +291,6 @@ class BackwardSteps:
         self._stepped: dict[int, ParamEntry] = {}
         self._scalars: dict[tuple[int, int], StepScalars] = {}
         self._alone = False  # whether replicas have been looked for
-        self._under_way = False  # whether a backward pass has begun, and has not ended
 
     def receive(self, p: Tensor, stepper: Stepper, groups: Groups, states: States) -> None:
         """Steps a parameter whose gradient is complete, and frees the gradient."""
@@ -311,15 +309,10 @@ class BackwardSteps:
                 return
             if id(p) in self._stepped:
                 p.grad = None
-                raise RuntimeError(_interrupted(entry.name) if self._under_way else _twice(entry.name))
-            if not self._under_way:
-                self._under_way = call_after_backward(self._passed)
+                raise RuntimeError(_twice(entry.name))
             stepper.update_one(entry, g, states, self._scalars)
             self._stepped[id(p)] = entry
             p.grad = None
-
-    def _passed(self) -> None:
-        self._under_way = False
 
     def check(self, owner: object, closure: object) -> None:
         """Raises a RuntimeError for what steps in backward cannot work with, when `step` is called."""
@@ -341,7 +334,6 @@ class BackwardSteps:
 
     def end(self) -> None:
         """The step has ended."""
-        self._under_way = False
         self._stepped.clear()
         self._pending = None
 
@@ -355,16 +347,10 @@ def can_step(entry: ParamEntry) -> bool:
     return entry.p.requires_grad or entry.p.grad is not None
 
 
-def _interrupted(name: str) -> str:
-    return (
-        f"{name} has been stepped already, by a backward pass that failed before it ended: parameters whose gradients"
-        " had arrived have been stepped, the others have not. Call step() to end that step before the next backward"
-    )
-
-
 def _twice(name: str) -> str:
     return (
         f"the gradient of {name} arrived twice before step(), and the second one is not used: with in_backward=True"
         " gradients cannot be accumulated over several backward passes, of which a reentrant checkpoint is one. Call"
-        " step() after each, checkpoint with use_reentrant=False, or build Collins with in_backward=False"
+        " step() after each, also after one that failed; checkpoint with use_reentrant=False, or build Collins with"
+        " in_backward=False"
     )

@@ -24,11 +24,11 @@ class Twin:
 
     def __init__(self, optimizer):
         self.first = optimizer
-        groups = [
-            {**group, "params": [p.detach().clone() for p in group["params"]]} for group in optimizer.param_groups
-        ]
-        for group in groups:
-            group.pop("param_names", None)
+        groups = []
+        for group in optimizer.param_groups:
+            copies, names = [p.detach().clone() for p in group["params"]], group.get("param_names")
+            groups.append({**group, "params": list(zip(names, copies, strict=True)) if names else copies})
+            groups[-1].pop("param_names", None)
         self.second = Collins(groups)
         self.norms = []  # of all gradients together, in each step
         self.gradients = None  # those of the first step

@@ -85,19 +85,29 @@ class Universal:
         return self.N / self.K
 
 
+# The powers of the load c in m_hat and in v_hat, and whether there is a residual.
+DECODES = {"residual": (0.5, 0, True), "sketch": (1, 1, False)}
+
+
 class Reference:
-    """One parameter. `hash=None` is AdamW."""
+    """One parameter. `hash=None` is AdamW. `v_hash` divides elements into the second moment's buckets, if not `hash`.
+
+    `decode` is a key of `DECODES`, or a value of its kind.
+    """
 
     def __init__(self, p, hash=None, decode="residual", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
-                 residual_weight=None):  # fmt: skip
+                 residual_weight=None, v_hash=None):  # fmt: skip
         self.p = np.array(p, dtype=np.float64).reshape(-1)
-        self.hash, self.decode, self.lr, self.betas, self.eps, self.wd = hash, decode, lr, betas, eps, weight_decay
+        self.decode = DECODES.get(decode, decode)
+        self.hash, self.lr, self.betas, self.eps, self.wd = hash, lr, betas, eps, weight_decay
         self.rho = math.sqrt((1 - betas[0]) / (1 + betas[0])) if residual_weight is None else residual_weight
-        buckets = self.p.size if hash is None else hash.K
-        self.M, self.V, self.t = np.zeros(buckets), np.zeros(buckets), 0
-        if hash is not None:
-            self.h = np.array([hash.h(i) for i in range(self.p.size)], dtype=int)
-            self.c = np.array([hash.load(b) for b in range(hash.K)])
+        if hash is None:
+            self.M, self.V, self.t = np.zeros(self.p.size), np.zeros(self.p.size), 0
+            return
+        v_hash = hash if v_hash is None else v_hash
+        self.M, self.V, self.t = np.zeros(hash.K), np.zeros(v_hash.K), 0
+        self.h, self.h_v = (np.array([f.h(i) for i in range(self.p.size)], dtype=int) for f in (hash, v_hash))
+        self.c, self.c_v = (np.array([f.load(b) for b in range(f.K)]) for f in (hash, v_hash))
 
     def step(self, g):
         g = np.array(g, dtype=np.float64).reshape(-1)
@@ -109,18 +119,18 @@ class Reference:
             self.V = beta2 * self.V + (1 - beta2) * g**2
             m, v, r = self.M / correct1, self.V / correct2, 0
         else:
-            h, c = self.h, self.c
+            h, c, h_v, c_v = self.h, self.c, self.h_v, self.c_v
             s = np.array([hash.s(i, t) for i in range(g.size)])
-            mu, q = np.zeros(hash.K), np.zeros(hash.K)
+            mu, q = np.zeros(self.M.size), np.zeros(self.V.size)
             np.add.at(mu, h, s * g / c[h])
-            np.add.at(q, h, g**2 / c[h])
+            np.add.at(q, h_v, g**2 / c_v[h_v])
             for b in range(hash.K):
                 if hash.fresh(b, t):
                     self.M[b] = 0
             self.M = beta1 * self.M + (1 - beta1) * mu
             self.V = beta2 * self.V + (1 - beta2) * q
-            if self.decode == "sketch":
-                m, v, r = s * (c * self.M)[h] / correct1, (c * self.V)[h] / correct2, 0
-            else:
-                m, v, r = s * (np.sqrt(c) * self.M)[h] / correct1, self.V[h] / correct2, g - s * mu[h]
+            m_scale, v_scale, residual = self.decode
+            m = s * (c**m_scale * self.M)[h] / correct1
+            v = (c_v**v_scale * self.V)[h_v] / correct2
+            r = g - s * mu[h] if residual else 0
         self.p = (1 - self.lr * self.wd) * self.p - self.lr * (m + self.rho * r) / (np.sqrt(v + r**2) + self.eps)

@@ -236,7 +236,9 @@ def test_requests_are_what_the_optimizer_reports(options, dtype):
     if dtype == torch.float64:
         options = {**options, "table_dtype": dtype}
     model = llama(2, 256, 688, 64, 1000)
-    parameters = [(name, torch.empty(shape, device="meta", dtype=dtype)) for name, shape in model.parameters()]
+    parameters = [
+        (name, torch.nn.Parameter(torch.empty(shape, device="meta", dtype=dtype))) for name, shape in model.parameters()
+    ]
     report = Collins(parameters, **options).memory_report()
     step = torch.float32.itemsize
     asked = list(requests_of(model, dtype, **options))

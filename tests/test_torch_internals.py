@@ -268,29 +268,11 @@ def test_local_extent_is_that_of_each_rank():
     assert extents == [((2, 4), (0, 0)), ((2, 4), (2, 0)), ((1, 4), (4, 0)), ((0, 4), (0, 0))]  # the last is outside
 
 
-def test_call_after_backward_is_called_at_the_end_and_not_after_a_failure():
-    called = []
-    assert not internals.call_after_backward(lambda: called.append("never"))
-
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            raise ValueError("failed")
-
-    x = torch.ones(3, requires_grad=True)
-    y = x.clone()
-    y.register_hook(lambda g: called.append(internals.call_after_backward(lambda: called.append("end"))))
-    y.sum().backward()
-    assert called == [True, "end"]
-    z = Fails.apply(x.clone()) * 2
-    z.register_hook(lambda g: called.append(internals.call_after_backward(lambda: called.append("end"))))
-    with pytest.raises(ValueError, match="failed"):
-        z.sum().backward()
-    assert called == [True, "end", True]
+def test_tree_leaves_with_path_and_keystr_name_each_of_the_tree_leaves():
+    tree = {"a": [1, (2, None)], "b": torch.ones(1)}
+    named = {internals.keystr(path): leaf for path, leaf in internals.tree_leaves_with_path(tree)}
+    assert list(named) == ["['a'][0]", "['a'][1][0]", "['a'][1][1]", "['b']"]
+    assert all(one is other for one, other in zip(named.values(), internals.tree_leaves(tree), strict=True))
 
 
 def test_version_of_counts_writes_in_place():

@@ -1,0 +1,416 @@
+"""A parameter's hash key stays with it, and what an optimizer's state holds is the truth, in every tier."""
+
+import copy
+import gc
+import pickle
+import weakref
+from collections import defaultdict
+
+import pytest
+import torch
+from helpers import bits
+
+from collins import Collins
+
+TIERS = {
+    "none": None,
+    "device": "device",
+    "host": {"tier": "host", "transfer_size": 1500},
+    "auto": "auto",
+}
+in_every_tier = pytest.mark.parametrize("memory", TIERS.values(), ids=TIERS)
+
+
+def parameter(*shape, seed=0):
+    return torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def give(p, step):
+    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 + step))
+
+
+# Keys.
+
+
+def frozen(opt, a, c):
+    opt.param_groups[0]["params"].remove(a)
+
+
+def removed_with_its_state(opt, a, c):
+    opt.state.pop(a)
+    opt.param_groups[0]["params"] = []
+
+
+def group_gone(opt, a, c):
+    del opt.param_groups[0]
+
+
+def appended(opt, a, c):
+    opt.param_groups[0]["params"].append(c)
+
+
+def inserted(opt, a, c):
+    opt.param_groups[0]["params"].insert(0, c)
+
+
+def reordered(opt, a, c):
+    opt.param_groups.reverse()
+
+
+def moved(opt, a, c):
+    opt.param_groups[1]["params"].insert(0, opt.param_groups[0]["params"].pop())
+
+
+def copied(opt, a, c):
+    opt.param_groups.reverse()
+    state = copy.copy(opt).__getstate__()
+    assert [key for key, _ in state["_known"]] == [1, 0]
+
+
+@in_every_tier
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+@pytest.mark.parametrize(
+    "change", [frozen, removed_with_its_state, group_gone, appended, inserted, reordered, moved, copied]
+)
+def test_the_others_are_stepped_as_if_nothing_had_changed(change, in_backward, memory):
+    if in_backward and change is copied:
+        pytest.skip("a second optimizer over one parameter is refused")
+    sides = []
+    for changed in (False, True):
+        a, b, c = (parameter(64, 64, seed=seed) for seed in range(3))
+        groups = [{"params": [a]}, {"params": [b]}]
+        opt = Collins(groups, lr=1e-2, rehash_period=3, memory=memory, in_backward=in_backward)
+        for step in range(9):
+            if step == 5 and changed:
+                change(opt, a, c)
+            give(b, step)
+            g, b.grad = b.grad, None
+            loss = (b * g).sum()
+            if step < 5:
+                loss = loss + a.sum()
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+        opt._stepper.store.drain()  # torch's own state_dict does not take the state of what is in no group
+        sides.append((b.detach(), *(opt.state[b][name] for name in ("m_table", "v_table", "layout", "step"))))
+    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(*sides, strict=True))
+
+
+def test_a_parameter_that_comes_back_goes_on_where_it_was():
+    sides = []
+    for away in (False, True):
+        a, b = parameter(64, 64), parameter(64, 64, seed=1)
+        opt = Collins([a, b], lr=1e-2, rehash_period=3)
+        for step in range(9):
+            if away and step == 3:
+                opt.param_groups[0]["params"].remove(a)
+            if away and step == 6:
+                opt.param_groups[0]["params"].append(a)
+            for p in (a, b):
+                give(p, step)
+            if 3 <= step < 6:
+                a.grad = None
+            opt.step()
+        sides.append([a.detach(), *(opt.state[a][name] for name in ("m_table", "v_table", "step"))])
+    assert all(map(torch.equal, *sides))
+
+
+def test_one_optimizer_for_each_named_parameter_hashes_each_its_own_way():
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(3)))
+    named = [Collins([pair]) for pair in model.named_parameters()]
+    together = Collins(model.named_parameters())
+    index = torch.arange(64 * 64)
+    signs = [opt.hash_of(p).sign(index) for opt, p in zip(named, model.parameters(), strict=True)]
+    assert not any(torch.equal(signs[i], signs[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    for p, sign in zip(model.parameters(), signs, strict=True):
+        assert torch.equal(together.hash_of(p).sign(index), sign)  # the name decides, not the company
+
+
+def test_keys_travel_with_copies_and_are_taken_from_what_is_loaded():
+    a, b = parameter(64, 64), parameter(64, 64, seed=1)
+    opt = Collins([("a", a), ("b", b)], lr=1e-2)
+    for step in range(3):
+        for p in (a, b):
+            give(p, step)
+        opt.step()
+    (c, d), other = copy.deepcopy((opt.param_groups[0]["params"], opt))
+    loaded = pickle.loads(pickle.dumps(opt))
+    unnamed = Collins([parameter(64, 64), parameter(64, 64)], lr=1e-2)
+    unnamed.load_state_dict(opt.state_dict())  # names and no names: the keys come with the tables
+    for p, q in ((a, c), (b, d)):
+        keys = [hash.key for hash in (opt.hash_of(p), other.hash_of(q))]
+        assert keys[0] == keys[1] > 2**62
+    for one in (loaded, unnamed):
+        saved, theirs = opt.state_dict()["state"], one.state_dict()["state"]
+        assert all(torch.equal(bits(saved[i][name]), bits(theirs[i][name])) for i in saved for name in saved[i])
+        assert [one.hash_of(p).key for p in one.param_groups[0]["params"]] == [opt.hash_of(p).key for p in (a, b)]
+
+
+@in_every_tier
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("hash", "universal", "hash 'block' where this optimizer has 'universal'"),
+        ("rehash_period", 2, "rehash_period 100 where this optimizer has 2"),
+        ("rehash_period", None, "rehash_period 100 where this optimizer has None"),
+    ],
+)
+def test_an_option_under_which_live_tables_mean_something_else_is_refused(option, value, text, memory):
+    p = parameter(64, 64)
+    opt = Collins([p], compress_ratio=8, min_K=1, memory=memory)
+    for step in range(3):
+        give(p, step)
+        opt.step()
+    opt.param_groups[0][option] = value
+    before, saved = p.detach().clone(), copy.deepcopy(opt.state_dict()["state"])
+    give(p, 3)
+    with pytest.raises(ValueError, match=f"parameter 0 has tables that mean something else now: .*{text}"):
+        opt.step()
+    assert torch.equal(p.detach(), before)
+    now = opt.state_dict()["state"]
+    assert all(torch.equal(bits(now[0][name]), bits(saved[0][name])) for name in saved[0])
+    opt.state.clear()  # a restart is said, not guessed
+    opt.step()
+    assert opt.state[p]["step"] == 1
+
+
+def test_coefficients_that_are_set_under_live_tables_are_refused():
+    p = parameter(64, 64)
+    opt = Collins([p], hash="universal")
+    for step in range(4):
+        give(p, step)
+        if step < 3:
+            opt.step()
+    opt.hash_of(p).a += 1
+    with pytest.raises(ValueError, match=r"encoded with a \d+ where this optimizer has"):
+        opt.step()
+
+
+# State.
+
+
+def reset_by_clear(opt, p):
+    opt.state.clear()
+
+
+def reset_by_del(opt, p):
+    del opt.state[p]
+
+
+def reset_by_replacement(opt, p):
+    opt.state = defaultdict(dict)
+
+
+def emptied(opt, p):
+    opt.state[p].clear()
+
+
+def zeroed(opt, p):
+    for name in ("m_table", "v_table"):
+        opt.state[p][name].zero_()
+
+
+def halved(opt, p):
+    for name in ("m_table", "v_table"):
+        opt.state[p][name].mul_(0.5)
+
+
+def replaced(opt, p):
+    for name in ("m_table", "v_table"):
+        opt.state[p][name] = torch.full_like(opt.state[p][name], 0.25)
+
+
+def one_replaced(opt, p):
+    opt.state[p]["m_table"] = torch.full_like(opt.state[p]["m_table"], 0.25)
+
+
+def counter_set(opt, p):
+    opt.state[p]["step"] = torch.tensor(20.0)
+
+
+def counter_filled(opt, p):
+    opt.state[p]["step"].fill_(20)
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        reset_by_clear, reset_by_del, reset_by_replacement, emptied, zeroed, halved, replaced, one_replaced,
+        counter_set, counter_filled,
+    ],
+)  # fmt: skip
+def test_what_is_done_to_the_state_is_done_in_every_tier(edit, in_backward):
+    sides = []
+    for memory in TIERS.values():
+        p, q = parameter(64, 64), parameter(32, 64, seed=1)
+        opt = Collins([p, q], lr=1e-2, memory=memory, in_backward=in_backward)
+        for step in range(7):
+            if step == 4:
+                opt.state_dict()  # what is on its way to the host has arrived
+                edit(opt, p)
+            give(p, step), give(q, 50 + step)
+            grads, p.grad, q.grad = (p.grad, q.grad), None, None
+            ((p * grads[0]).sum() + (q * grads[1]).sum()).backward()
+            opt.step()
+            opt.zero_grad()
+        state = opt.state_dict()["state"]
+        sides.append(
+            [p.detach(), q.detach(), *(state[i][name] for i in state for name in ("step", "m_table", "v_table"))]
+        )
+    assert all(torch.equal(bits(a), bits(b)) for other in sides[1:] for a, b in zip(sides[0], other, strict=True))
+
+
+@in_every_tier
+@pytest.mark.parametrize("options", [{}, {"hash": "universal"}], ids=str)
+def test_parameters_that_were_replaced_are_let_go_of(options, memory):
+    other, p = parameter(64, 64), parameter(64, 64)
+    opt, old = Collins([other, p], memory=memory, **options), []
+    for step in range(4):
+        give(other, step), give(p, step)
+        opt.step()
+        opt.state.pop(p)
+        old.append(weakref.ref(p))
+        p = torch.nn.Parameter(p.detach().clone())
+        opt.param_groups[0]["params"][1] = p
+    give(p, 5)
+    opt.step()
+    gc.collect()
+    assert not any(ref() is not None for ref in old)
+    if memory == TIERS["host"]:
+        assert len(opt.placement) == 1  # memory that a parameter has left is used again
+
+
+@in_every_tier
+def test_a_parameter_that_grew_starts_anew_once_its_state_is_removed(memory):
+    p, other = parameter(64, 64), parameter(32, 64)
+    opt = Collins([p, other], lr=1e-2, memory=memory)
+    for step in range(5):
+        if step == 3:
+            p.data = torch.cat([p.data, torch.ones(16, 64)])
+            give(p, step), give(other, step)
+            with pytest.raises(
+                ValueError, match=r"parameter 0 has the shape \(80, 64\); the optimizer holds the tables"
+            ):
+                opt.step()
+            del opt.state[p]
+        give(p, step), give(other, step)
+        opt.step()
+    assert opt.state[p]["m_table"].shape == (80, 16)
+    assert [int(opt.state[q]["step"]) for q in (p, other)] == [2, 5]
+
+
+# What is frozen.
+
+
+@in_every_tier
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+def test_what_is_frozen_takes_no_memory_until_it_is_trained(memory, in_backward):
+    base, adapter = parameter(256, 256), parameter(64, 64)
+    base.requires_grad_(False)
+    opt = Collins([("base", base), ("adapter", adapter)], memory=memory, in_backward=in_backward)
+    for _ in range(2):
+        adapter.sum().backward()
+        opt.step()
+        opt.zero_grad()
+    assert base not in opt.state
+    held = sum(t.nbytes for t in opt.state[adapter].values() if isinstance(t, torch.Tensor))
+    assert opt.memory_report().state_bytes == held
+    assert sum(plan.bytes for plan in opt.placement) in (0, held - 4)
+    base.requires_grad_(True)
+    opt.step()  # which sees that it takes gradients now
+    (adapter.sum() + base.sum()).backward()
+    opt.step()
+    assert opt.state[base]["step"] == 1
+    assert opt.memory_report().state_bytes > held
+
+
+@in_every_tier
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn, torch.complex64, torch.int64], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_frozen_may_be_of_any_dtype_and_anywhere(memory, dtype, device):
+    base = torch.nn.Parameter(torch.zeros(2048, dtype=torch.float32).to(dtype).to(device), requires_grad=False)
+    adapter = parameter(64, 64)
+    opt = Collins([base, adapter], memory=memory)
+    for step in range(2):
+        give(adapter, step)
+        opt.step()
+    opt.load_state_dict(opt.state_dict())
+    assert list(opt.state) == [adapter]
+    assert opt.memory_report().rows[0].state_bytes == 0
+
+
+# Defaults of the process.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"memory": "host"}, {"in_backward": True}], ids=str)
+def test_the_default_dtype_of_the_process_is_not_the_optimizers(dtype, options):
+    def run(default):
+        p = parameter(64, 64)
+        torch.set_default_dtype(default)
+        try:
+            opt = Collins([p], lr=1e-3, **options)
+            opt.load_state_dict(opt.state_dict())
+            g = torch.randn(64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+            for _ in range(2100 if not options else 300):
+                if "in_backward" in options:
+                    (p * g).sum().backward()
+                else:
+                    p.grad = g
+                opt.step()
+            opt.load_state_dict(opt.state_dict())
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return [p.detach(), *(t for name, t in opt.state[p].items() if name != "layout")]
+
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(run(torch.float32), run(dtype), strict=True))
+
+
+@pytest.mark.parametrize("built_inside", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"memory": "host"}, {"capturable": True}, {"in_backward": True}, {"compile": True}, {"nonfinite": "error"}],
+    ids=str,
+)
+def test_the_default_device_of_the_process_is_not_the_optimizers(options, built_inside):
+    """On "meta", where what goes there by mistake is lost."""
+
+    def run(device):
+        p, small = parameter(64, 64), parameter(12)
+        g = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+        opt = None if built_inside else Collins([p, small], lr=1e-3, **options)
+        with torch.device(device):
+            opt = opt or Collins([p, small], lr=1e-3, **options)
+            for _ in range(3):
+                ((p * g).sum() + small.sum()).backward()
+                opt.step()
+                opt.zero_grad()
+            opt.load_state_dict(opt.state_dict())
+        return [p.detach(), small.detach(), *(t for name, t in opt.state[p].items() if name != "layout")]
+
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(run("cpu"), run("meta"), strict=True))
+
+
+def test_a_backward_that_failed_is_named_as_what_it_is():
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise torch.OutOfMemoryError("as on a device that is full")
+
+    first, last = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+    opt = Collins([*first.parameters(), *last.parameters()], in_backward=True)
+    x = torch.ones(4, 64)
+    with pytest.raises(torch.OutOfMemoryError):
+        last(Fails.apply(first(x))).sum().backward()
+    opt.zero_grad()
+    with pytest.raises(RuntimeError, match=r"Call step\(\) after each, also after one that failed"):
+        last(first(x)).sum().backward()
+    opt.step()
+    last(first(x)).sum().backward()
+    opt.step()
+    assert [int(opt.state[p]["step"]) for p in last.parameters()] == [2, 2]

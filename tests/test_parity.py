@@ -1,0 +1,188 @@
+"""Every decode and table format steps alike in eager code, graphs, the kernel, on both tiers and in backward.
+
+The cases are read off the registries. What a test registers is stepped like the library's own.
+"""
+
+from dataclasses import astuple, dataclass
+
+import pytest
+import torch
+from helpers import DEVICE, give_gradients, moments, parameters, same, with_kernel
+from reference import Block, Reference
+
+from collins import Collins, convert
+from collins.compile import kernels
+from collins.formats import FORMATS, FloatFormat, TensorSpec
+from collins.rule import DECODES, Decode
+
+SHAPES = [(32, 64), (33, 37), (12,)]
+LOADS = {"one load": {}, "V coarser": {"compress_ratio": 4, "v_compress_ratio": 128}}
+TOY_DECODE, TOY_FORMAT = Decode(m_scale=0.25, v_scale=0.5, residual=True), "split"
+
+
+@dataclass(frozen=True)
+class SplitFormat:
+    """Each entry as the sum of two bf16 numbers, in two tensors: not one tensor, and not one dtype, per moment."""
+
+    dtype = torch.float32
+    unit = 1
+    rounds = False
+
+    def parts(self, shape):
+        return {"": TensorSpec(shape, torch.bfloat16), "_low": TensorSpec(shape, torch.bfloat16)}
+
+    def entries(self, parts):
+        return parts[0].numel()
+
+    def cut(self, parts, first, count):
+        return tuple(part[first : first + count] for part in parts)
+
+    def load(self, parts, dtype):
+        return parts[0].to(dtype) + parts[1].to(dtype)
+
+    def store(self, parts, values, bits):
+        high = values.to(torch.bfloat16)
+        parts[0].copy_(high.view(parts[0].shape))
+        parts[1].copy_((values - high.to(values.dtype)).to(torch.bfloat16).view(parts[1].shape))
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setitem(DECODES, "toy", TOY_DECODE)
+    monkeypatch.setitem(FORMATS, TOY_FORMAT, SplitFormat())
+
+
+# float64 tables are for float64 parameters, and float16 is no format of tables.
+TABLES = [torch.float32, torch.bfloat16, TOY_FORMAT]
+CASES = [
+    pytest.param(decode, table_dtype, loads, id=f"{decode}-{table_dtype}-{name}")
+    for decode in (*DECODES, "toy")
+    for table_dtype in TABLES
+    for name, loads in LOADS.items()
+]
+
+
+def stepped(decode, table_dtype, loads, steps=3, kernel=False, **options):
+    """Parameters after some steps, and their moments."""
+    ps = parameters(torch.float32, SHAPES)
+    options = {
+        "decode": decode,
+        "table_dtype": table_dtype,
+        "min_K": 16,
+        "rehash_period": 3,
+        "lr": 1e-2,
+        **loads,
+        **options,
+    }
+    opt = Collins(ps, **options)
+    opt = with_kernel(opt) if kernel else opt
+    for step in range(steps):
+        give_gradients(step, ps)
+        if options.get("in_backward"):
+            grads = [p.grad for p in ps]
+            opt.zero_grad()
+            sum((p * g).sum() for p, g in zip(ps, grads, strict=True)).backward()
+        opt.step()
+    opt.state_dict()  # waits for moments on their way to the host
+    return [t for p in ps for t in (p.detach(), *moments(opt, p))], opt
+
+
+def close(some, others, table_dtype):
+    """A few ulp, and where tables are rounded to 16 bits other roundings of what lies between two numbers."""
+    ulp = 2.0**-7 if table_dtype != torch.float32 else 2e-6
+    return all(torch.allclose(a, b, rtol=2 * ulp, atol=2 * ulp) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(("decode", "table_dtype", "loads"), CASES)
+def test_eager_steps_are_those_of_the_float64_reference(decode, table_dtype, loads):
+    ps = parameters(torch.float32, SHAPES, "cpu")
+    options = {"decode": decode, "table_dtype": table_dtype, "min_K": 16, "rehash_period": 3, "lr": 1e-2, **loads}
+    opt = Collins(ps, **options, compile=False)
+    twins = []
+    for key, p in enumerate(ps):
+        hash, load = opt.hash_of(p), opt.param_groups[0]["v_compress_ratio"]
+        twin = None if hash is None else Block(p.numel(), hash.block, 0, key, 3)
+        v_twin = None if hash is None or load is None else Block(p.numel(), load)
+        rule = astuple(DECODES[decode])
+        twins.append(Reference(p.detach().numpy(), twin, rule, lr=1e-2, v_hash=v_twin))
+    assert sum(twin.hash is not None for twin in twins) == 2
+    for step in range(4):
+        give_gradients(step, ps)
+        opt.step()
+        for p, twin in zip(ps, twins, strict=True):
+            twin.step(p.grad.numpy())
+    rough = 2e-2 if table_dtype == torch.bfloat16 else 1e-4 if table_dtype == TOY_FORMAT else 2e-5
+    for p, twin in zip(ps, twins, strict=True):
+        difference = torch.from_numpy(twin.p).float().view_as(p) - p.detach()
+        assert difference.norm() <= rough * 0.05 * p.numel() ** 0.5
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(("decode", "table_dtype", "loads"), CASES)
+def test_compiled_steps_are_eager_ones(decode, table_dtype, loads):
+    eager, _ = stepped(decode, table_dtype, loads, compile=False)
+    compiled, opt = stepped(decode, table_dtype, loads, compile=True)
+    assert opt._stepper.engine.graphs
+    assert close(eager, compiled, table_dtype)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(("decode", "table_dtype", "loads"), [case for case in CASES if TOY_FORMAT not in case.values])
+def test_the_kernels_steps_are_eager_ones(decode, table_dtype, loads, monkeypatch):
+    pytest.importorskip("triton")
+    launched, original = [], kernels.step_
+    monkeypatch.setattr(kernels, "step_", lambda p, *rest: (launched.extend(p), original(p, *rest)))
+    eager, _ = stepped(decode, table_dtype, loads, compile=False)
+    through_kernel, _ = stepped(decode, table_dtype, loads, kernel=True)
+    assert len(launched) == 3 * len(SHAPES)
+    assert close(eager, through_kernel, table_dtype)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+@pytest.mark.parametrize(("decode", "table_dtype", "loads"), CASES)
+def test_the_host_tiers_steps_are_the_devices_to_the_bit(decode, table_dtype, loads, in_backward):
+    resident, opt = stepped(decode, table_dtype, loads, compile=False)
+    on_host, other = stepped(decode, table_dtype, loads, compile=False, memory="host", in_backward=in_backward)
+    assert same(resident, on_host)
+    assert sum(plan.host_bytes for plan in other.placement) == opt.memory_report().state_bytes - 4 * len(SHAPES)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("memory", [None, "host"])
+@pytest.mark.parametrize(("decode", "table_dtype", "loads"), CASES)
+def test_a_state_dict_brings_back_every_bit(decode, table_dtype, loads, memory):
+    options = {"decode": decode, "table_dtype": table_dtype, "min_K": 16, **loads}
+    _, source = stepped(decode, table_dtype, loads, compile=False)
+    opt = Collins(parameters(torch.float32, SHAPES), **options, rehash_period=3, memory=memory)
+    opt.load_state_dict(source.state_dict())
+    assert same(source.state_dict()["state"], opt.state_dict()["state"])
+    names = {name for state in opt.state.values() for name in state}
+    assert ("m_table_low" in names) == (table_dtype == TOY_FORMAT)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(("decode", "table_dtype", "loads"), CASES)
+def test_moments_of_adamw_are_converted(decode, table_dtype, loads):
+    ps = parameters(torch.float32, SHAPES)
+    adamw = torch.optim.AdamW(ps)
+    for step in range(2):
+        give_gradients(step, ps)
+        adamw.step()
+    opt = Collins(ps, decode=decode, table_dtype=table_dtype, min_K=16, **loads)
+    opt.load_state_dict(convert(adamw.state_dict(), opt))
+    for p in ps:
+        dense, spec = adamw.state[p], opt._stepper.spec(next(e for e in opt._members() if e.p is p))
+        load, count = int(spec.update.loads[1]), spec.first_count
+        kept = [opt.state[p][name] for name in list(spec.tensors)[count:]]
+        V = spec.update.formats[1].load([t.view(-1) for t in kept], torch.float32)
+        padded = torch.nn.functional.pad(dense["exp_avg_sq"].view(-1), (0, -p.numel() % load)).view(-1, load)
+        counts = torch.full((len(padded),), float(load), device=p.device)
+        counts[-1] -= -p.numel() % load
+        torch.testing.assert_close(V, padded.sum(1) / counts, rtol=1e-2, atol=1e-9)
+
+
+def test_the_kernel_takes_only_formats_that_there_are():
+    assert {format for format in kernels.MOMENTS if isinstance(FORMATS[format], FloatFormat)} == set(kernels.MOMENTS)
+    assert DEVICE in ("cpu", "cuda")
