@@ -13,12 +13,13 @@ from torch.optim.optimizer import ParamsT
 
 from collins.checkpoint import CheckedStateDict, ExpectedState, as_dict, loadable
 from collins.compile.tracing import register, trace_step
+from collins.entries import Hash, ParamEntry, label
 from collins.formats import format_name
 from collins.hashing import UniversalHash
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
 from collins.options import check_options, require, seed_of
-from collins.parameter import Hash, ParamEntry, check_param, expected_state, label
+from collins.parameter import check_param, expected_state
 from collins.report import MemoryReport, report_row
 from collins.sharding import local
 from collins.stepper import BackwardSteps, Stepper

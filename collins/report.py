@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from collins.parameter import ParamEntry, bucketings_under, state_tensors
+from collins.entries import ParamEntry
+from collins.parameter import bucketings_under, state_tensors
 from collins.table import as_table, shape_text
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from collins.entries import ParamEntry
 from collins.fingerprint import LAYOUT
 from collins.formats import TensorSpec
-from collins.parameter import ParamEntry, fingerprint_of, has_moments
+from collins.parameter import fingerprint_of, has_moments
 from collins.sharding import local, placed
 
 

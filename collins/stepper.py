@@ -16,6 +16,7 @@ from torch import Tensor
 from collins.checkpoint import writable
 from collins.compile import Engine
 from collins.compile.program import ProgramGroup, StepProgram, scalars_under
+from collins.entries import Hash, ParamEntries, ParamEntry, ParamSpec, flattened
 from collins.formats import TensorSpec
 from collins.hashing import UniversalHash
 from collins.offload import MemoryPolicy
@@ -23,18 +24,7 @@ from collins.offload.backward import refuse_replicas
 from collins.offload.staging import StateRequest
 from collins.offload.tiers import ResidentStore, Store, TieredStore
 from collins.options import check_options
-from collins.parameter import (
-    Hash,
-    ParamEntries,
-    ParamEntry,
-    ParamSpec,
-    check_state,
-    flattened,
-    gradient_of,
-    settings_of,
-    spec_of,
-    task_of,
-)
+from collins.parameter import check_state, gradient_of, settings_of, spec_of, task_of
 from collins.rule import StepScalars
 from collins.sharding import is_placed_like, local, placed
 from collins.state import StepCounters, adopt, drop, mark

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from collins._torch_internals import GUARDS_AVAILABLE, foreach_add_, tensor_guards
+from collins.entries import Hash, ParamEntry
 from collins.hashing import UniversalHash
 from collins.nonfinite import require_finite
-from collins.parameter import Hash, ParamEntry
 from collins.rule import StepScalars, step_scalars
 from collins.sharding import agreed
 from collins.state import StepCounters
