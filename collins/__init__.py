@@ -1,10 +1,12 @@
 """Collins: AdamW whose moment buffers live in Count-Sketch tables, 0.25 byte of state per parameter.
 
-How data flows: `Collins.step` (optimizer) checks every gradient, looks up how each parameter is divided into buckets
-(bucketing) and hashed (hashing), and hands a list of `UpdateTask` to the engine in `collins.compile`. The engine calls
-`update_` (update), eagerly or compiled, which encodes a gradient into bucket means and decays the tables (sketch),
-applies the update rule (rule) and writes the results (rounding). `Collins.memory_report` (report) counts bytes from the
-bucketing alone.
+How data flows: `Collins.step` (optimizer) asks the `Stepper` (stepper) for a step. It finds the entry of each parameter
+(entries), with how it is divided into buckets (bucketing), hashed (hashing) and stored (formats), checks gradients and
+state (parameter), makes or adopts the state (state), and builds a program of `UpdateTask`s (`collins.compile.program`),
+which later steps run again. Its executors call `update_` (update), eagerly or compiled: that encodes a gradient into
+bucket means and decays the tables (sketch), applies the update rule (rule) and writes the results (rounding). Where
+moments live is a store's to say (`collins.offload.tiers`). `Collins.memory_report` (report) counts bytes from shapes
+alone.
 
 State dicts are checked against the optimizer before anything changes (checkpoint), by what each parameter's tables mean
 (fingerprint). `save` and `load` (files) keep them in files that are whole or refused, `whole_folder` (folders) those
