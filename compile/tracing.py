@@ -74,7 +74,11 @@ def _perform(params: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence
 
 
 _LIBRARY = torch.library.Library("collins", "FRAGMENT")
-_LIBRARY.define("optimizer_step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int optimizer) -> ()")
+# A captured CUDA graph would replay one step's kernels, and not what the host does for the next one.
+_LIBRARY.define(
+    "optimizer_step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int optimizer) -> ()",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("optimizer_step_", torch.no_grad()(_perform), _key)
 _fake: Callable[..., None] = lambda *_: None  # noqa: E731

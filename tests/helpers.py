@@ -57,7 +57,8 @@ def moments(opt, p):
 def same(ours, theirs):
     """Whether two nested values are equal in all their tensors, dtypes and numbers, and of the same structure."""
     if isinstance(ours, torch.Tensor):
-        return isinstance(theirs, torch.Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        alike = isinstance(theirs, torch.Tensor) and ours.dtype == theirs.dtype
+        return alike and torch.equal(ours, theirs.to(ours.device))
     if isinstance(ours, dict):
         return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
     if isinstance(ours, (list, tuple)):

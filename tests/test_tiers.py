@@ -412,6 +412,7 @@ def test_the_policys_pin_limit_is_set():
 
 @pytest.mark.cuda
 def test_pins_no_more_than_the_policy_allows():
+    gc.collect()
     before = pinned_bytes()
     with pytest.warns(UserWarning, match="pageable host memory"):
         pair = trained(memory={**TIERS["host"], "pin_limit": before + 3000}, model={"device": "cuda"})
