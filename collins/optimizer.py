@@ -14,7 +14,6 @@ from torch.optim.optimizer import ParamsT
 from collins.checkpoint import CheckedStateDict, ExpectedState, as_dict, loadable
 from collins.compile.tracing import register, trace_step
 from collins.entries import Hash, ParamEntry, label
-from collins.formats import format_name
 from collins.hashing import UniversalHash
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
@@ -54,7 +53,9 @@ class Collins(Optimizer):
         residual_weight: rho; None for sqrt((1 - beta1) / (1 + beta1)).
         rehash_period: steps T after which a bucket of hash="block" draws new signs and restarts M_b; None for never.
         table_dtype: dtype of the tables: torch.float32, torch.bfloat16 (half the bytes, stochastically rounded) or, for
-            torch.float64 parameters only, torch.float64. Dense moments use the wider of this and the parameter's dtype.
+            torch.float64 parameters only, torch.float64; "int8" or "int4" for tables of M in integers with a scale for
+            each 64 (`collins.formats.IntFormat`), beside which V stays in float32. Dense moments use the wider of this,
+            or float32, and the parameter's dtype.
         seed: what every hash derives from, together with the parameter's name, or its number among the parameters where
             it has none. Replicas must agree.
         maximize: ascend instead of descend.
@@ -277,7 +278,7 @@ class Collins(Optimizer):
         self._stepper.store.drain()
         result = super().state_dict()
         for group in result["param_groups"]:
-            group["table_dtype"] = f"torch.{format_name(group['table_dtype'])}"
+            group["table_dtype"] = str(group["table_dtype"])
         return result
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:

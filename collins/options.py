@@ -145,6 +145,7 @@ def check_options(group: dict[str, Any]) -> None:
         require(group["rehash_period"] < 2**31, "rehash_period", group["rehash_period"], "None or an int below 2**31")
     dtype = group["table_dtype"]
     named = isinstance(dtype, str) and dtype in FORMATS and not isinstance(FORMATS[dtype], FloatFormat)
+    require(not named or group["hash"] == "block", "hash", group["hash"], f"'block' for tables in {dtype}")
     known = named or (isinstance(dtype, torch.dtype) and dtype in TABLE_DTYPES)
     require(known, "table_dtype", dtype, listed(TABLE_DTYPES))
     require(isinstance(group["maximize"], bool), "maximize", group["maximize"], "True or False")

@@ -97,7 +97,8 @@ def formats_under(p: Tensor, group: Mapping[str, Any], bucketing: Bucketing) -> 
     """The formats of both moments of `p`."""
     if bucketing.hash is None:
         return (dense_format(p.dtype, group["table_dtype"]),) * 2
-    return (format_name(group["table_dtype"]),) * 2
+    first = format_name(group["table_dtype"])
+    return first, FORMATS[first].second or first
 
 
 def rounds(p: Tensor, formats: Iterable[str], group: Mapping[str, Any]) -> bool:

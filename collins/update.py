@@ -138,7 +138,7 @@ def _dense_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> 
         first, count = task.start + offset, p.numel()
         m, v = (format.cut(parts, offset, count) for format, parts in zip(formats, (task.m, task.v), strict=True))
         dtype = torch.promote_types(p.dtype, torch.float32)
-        values = _dense(p, grad, formats[0].load(m, dtype), formats[1].load(v, dtype), hp, task.spec)
+        values = _dense(p, grad, formats[0].load(m, count, dtype), formats[1].load(v, count, dtype), hp, task.spec)
         _store_dense(p, m, v, values, first, task, hp)
 
 
@@ -149,7 +149,7 @@ def update_rows_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
     """
     scalars = StepScalars(*(cast(Tensor, column)[:, 0] for column in hp))
     dtype = torch.promote_types(task.p.dtype, torch.float32)
-    m, v = (format.load(parts, dtype) for format, parts in zip(task.spec.formats, (task.m, task.v), strict=True))
+    m, v = (parts[0].to(dtype) for parts in (task.m, task.v))  # dense moments have one part
     dense = torch.vmap(lambda p, g, m, v, hp: _dense(p, g, m, v, hp, task.spec))
     _store_dense(task.p, task.m, task.v, dense(task.p, g, m, v, scalars), task.start, task, hp)
 
@@ -225,7 +225,7 @@ def _block_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> 
         m_count, v_count = -(-count // load), v_rows
         m = m_format.cut(task.m, offset // load, m_count)
         v = v_format.cut(task.v, offset // v_load, v_count)
-        old_m, old_v = m_format.load(m, mu.dtype), v_format.load(v, q.dtype)
+        old_m, old_v = m_format.load(m, m_count, mu.dtype), v_format.load(v, v_count, q.dtype)
         if m_count < rows:  # buckets of padding alone
             old_m = torch.nn.functional.pad(old_m, (0, rows - m_count))
         first_moment = decay(old_m, mu, hp.beta1, hp.one_minus_beta1, resets, m_finite)
@@ -248,7 +248,7 @@ def _along(x: Tensor, rows: int) -> Tensor:
 def _universal_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> None:
     spec = task.spec
     m_format, v_format = spec.formats
-    buckets, load = m_format.entries(task.m), spec.load
+    buckets, load = task.m[0].numel(), spec.load
     a, b, c, d = task.keys.universal
     bitwise = spec.hints.bitwise(task.p, WORD)
 
@@ -263,8 +263,8 @@ def _universal_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None)
         signed_grad, bucket, _ = hashed(first, grad)
         add_scattered(mu, q, bucket, signed_grad, load)
     finite = _finite(q, spec)
-    first_moment = decay(m_format.load(task.m, dtype), mu, hp.beta1, hp.one_minus_beta1, finite=finite)
-    second_moment = decay(v_format.load(task.v, dtype), q, hp.beta2, hp.one_minus_beta2, finite=finite)
+    first_moment = decay(m_format.load(task.m, buckets, dtype), mu, hp.beta1, hp.one_minus_beta1, finite=finite)
+    second_moment = decay(v_format.load(task.v, buckets, dtype), q, hp.beta2, hp.one_minus_beta2, finite=finite)
     m_b, v_b = _scaled(first_moment, second_moment, (load, load), spec, hp)
     for first, p, grad in _pieces(task, g, chunk):
         signed_grad, bucket, masks = hashed(first, grad)

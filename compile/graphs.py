@@ -145,10 +145,10 @@ def whole_of(task: UpdateTask, g: Tensor) -> int:
     range (seen in torch 2.13). So graphs take whole buckets, and where values are rounded stochastically whole words.
     """
     p, spec = task.p, task.spec
-    load = int(max(spec.loads)) if spec.hash == "block" else 1
-    unit = load * math.lcm(*(format.unit for format in spec.formats))
+    loads = [int(load) if spec.hash == "block" else 1 for load in spec.loads]
+    unit = math.lcm(*(load * format.unit for load, format in zip(loads, spec.formats, strict=True)))
     if spec.rounding:
-        unit = load * WORD if any(format.rounds for format in spec.formats) else max(unit, WORD)
+        unit = max(loads) * WORD if any(format.rounds for format in spec.formats) else max(unit, WORD)
     if task.start % unit:
         return 0
     if p.numel() % unit == 0:
@@ -164,7 +164,7 @@ def split(task: UpdateTask, whole: int) -> tuple[UpdateTask, UpdateTask]:
     second: dict[str, Any] = {"p": p[whole:]}
     for name, parts, load, format in zip("mv", (task.m, task.v), task.spec.loads, task.spec.formats, strict=True):
         flat = tuple(part.detach().view(-1) for part in parts)
-        entry, total = whole // int(load), format.entries(flat)
+        entry, total = whole // int(load), -(-task.p.numel() // int(load))
         first[name], second[name] = format.cut(flat, 0, entry), format.cut(flat, entry, total - entry)
     return task._replace(**first), task._replace(**second, start=task.start + whole)
 
@@ -174,7 +174,7 @@ def _views(task: UpdateTask, g: Tensor) -> tuple[tuple[tuple[int, ...], ...], in
     that is a view, so that the graph's loops agree and parameters of different shapes share it.
     """
     p = task.p
-    entries = task.spec.formats[0].entries(task.m)
+    entries = -(-p.numel() // int(task.spec.load)) if task.spec.hash == "block" else task.m[0].numel()
     if not (p.is_contiguous() and g.is_contiguous()):
         return (p.shape, g.shape), entries
     shape = (entries, p.numel() // entries) if task.spec.hash == "block" else (p.numel(),)

@@ -22,131 +22,52 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from collins._torch_internals import current_raw_stream
-from collins.hashing import FIRST_MULTIPLIER, GOLDEN, SECOND_MULTIPLIER, TICK_STRIDE
+from collins.compile.device_functions import (
+    along,
+    flipped,
+    integers,
+    mix,
+    noise,
+    quotient,
+    rounded,
+    scaled,
+    store_integers,
+    widened,
+)
+from collins.formats import BLOCK, FORMATS, IntFormat
+from collins.hashing import GOLDEN, TICK_STRIDE
 from collins.rounding import (
     FIRST,
-    HALF_MAX,
-    HALF_NORMAL,
-    HALF_OVERFLOW,
-    HALF_QUANTUM,
     PARAM,
     ROUNDED,
     SECOND,
-    SECOND_WORD,
 )
 from collins.rule import DECODES, StepScalars
 from collins.update import UpdateSpec
 
-_M1 = tl.constexpr(FIRST_MULTIPLIER)
-_M2 = tl.constexpr(SECOND_MULTIPLIER)
 _STRIDE = tl.constexpr(TICK_STRIDE)
 _GOLDEN = tl.constexpr(GOLDEN)
 _PARAM, _FIRST, _SECOND = tl.constexpr(PARAM), tl.constexpr(FIRST), tl.constexpr(SECOND)
-_WORD_B = tl.constexpr(SECOND_WORD)
-_HALF_MAX, _HALF_OVERFLOW = tl.constexpr(HALF_MAX), tl.constexpr(HALF_OVERFLOW)
-_HALF_NORMAL, _HALF_QUANTUM = tl.constexpr(HALF_NORMAL), tl.constexpr(HALF_QUANTUM)
+
+INT_BLOCK = tl.constexpr(BLOCK)
 
 WIDE = 16  # bytes: what a thread reads or copies at once
 SPAN = 32768  # bytes of a parameter that a program deals with, in tiles one after the other
 
 # The columns of the table, one row a tensor: addresses, sizes and hash constants, all int64.
-COLUMNS = ("p", "m", "v", "local", "program", "start", "numel", "sign0", "sign1", "round0", "round1", "period", "row")
+COLUMNS = (
+    "p", "m", "v", "local", "program", "start", "numel", "sign0", "sign1", "round0", "round1", "period", "row",
+    "scales",
+)  # fmt: skip
 _WIDTH = tl.constexpr(len(COLUMNS))
 # The scalars of a step: a row for each set of hyperparameters, all float64.
 _SCALARS = tl.constexpr(len(StepScalars._fields))
 
 
-@triton.jit
-def _mix(x):  # type: ignore[no-untyped-def]
-    x = x ^ (x >> 16)
-    x = x * _M1
-    x = x ^ (x >> 15)
-    x = x * _M2
-    return x ^ (x >> 15)
-
-
-@triton.jit
-def _widened(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x in float32. Two neighbours in bfloat16 share a register and take one instruction each."""
-    if FAST and x.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
-        )
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _quotient(x, y, eps, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x / (sqrt(y) + eps) to about 3 ulp, where the plain operations spend instructions on denormal numbers."""
-    if FAST:
-        x, y = tl.broadcast(x, y)
-        x, eps = tl.broadcast(x, eps)
-        return tl.inline_asm_elementwise(
-            "{ .reg .f32 t; sqrt.approx.ftz.f32 t, $2; add.f32 t, t, $3; div.approx.ftz.f32 $0, $1, t; }",
-            "=f,f,f,f", [x, y, eps], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return x / (tl.sqrt(y) + eps)
-
-
-@triton.jit
-def _flipped(x, flips, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x with its sign changed where the top bit of `flips` is set: one instruction, x ^ (flips & top bit)."""
-    if FAST:
-        x, flips = tl.broadcast(x, flips)
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, 0x80000000, 0x78;", "=r,r,r", [x, flips], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return (x.to(tl.uint32, bitcast=True) ^ (flips & 0x80000000)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _noise(index, spot, tick, low, high, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Random bits in the upper half of a word; the lower half is to be ignored. `tick` is the step's."""
-    a = _mix((index + low) ^ (tick + (high ^ STREAM))) & 0xFFFFFF00
-    b = _mix((index + low) ^ (tick + (high ^ (STREAM ^ _WORD_B)))) & 0xFFFFFF00
-    return a + b * spot
-
-
-@triton.jit
-def _rounded(x, noise, TO: tl.constexpr):  # type: ignore[no-untyped-def]
-    bits = x.to(tl.int32, bitcast=True)
-    if tl.bfloat16 == TO:  # only a NaN wraps around, to a negative integer
-        raised = tl.maximum(bits, bits + (noise >> 16).to(tl.int32))
-        result = (raised >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        part = (noise >> 19).to(tl.int32)
-        normal = ((bits + part) & -8192).to(tl.float32, bitcast=True)
-        tiny = tl.floor(x / _HALF_QUANTUM + part.to(tl.float32) / 8192) * _HALF_QUANTUM
-        near = tl.where(tl.abs(x) < _HALF_NORMAL, tiny, normal)
-        near = tl.minimum(tl.maximum(near, -_HALF_MAX), _HALF_MAX)
-        result = tl.where(tl.abs(x) < _HALF_OVERFLOW, near, x).to(tl.float16)
-    return result
-
-
-@triton.jit
-def _along(x, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What holds for each bucket, for each of its rows."""
-    if WORDS > 1:
-        x = tl.reshape(tl.broadcast_to(x[:, None], (ROWS // WORDS, WORDS)), (ROWS,))
-    return x
-
-
-@triton.jit
-def _scaled(x, load, root, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x * load^SCALE, with the root of the load, as `collins.rule.Decode.scaled`."""
-    if SCALE == 1.0:
-        x = x * load
-    elif SCALE == 0.5:
-        x = x * root
-    elif SCALE != 0.0:
-        x = x * tl.exp2(SCALE * tl.log2(root * root))
-    return x
-
-
 @triton.jit(do_not_specialize_on_alignment=["owners", "table", "grads", "scalars"])
 def _step(  # type: ignore[no-untyped-def]
     owners, table, grads, scalars,
-    P: tl.constexpr, T: tl.constexpr, DENSE: tl.constexpr, LOAD: tl.constexpr, V_LOAD: tl.constexpr,
+    P: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, DENSE: tl.constexpr, LOAD: tl.constexpr, V_LOAD: tl.constexpr,
     M_SCALE: tl.constexpr, V_SCALE: tl.constexpr, RESIDUAL: tl.constexpr,
     REHASH: tl.constexpr, ROUND_P: tl.constexpr, ROUND_T: tl.constexpr, MAXIMIZE: tl.constexpr,
     SKIP: tl.constexpr, EVEN: tl.constexpr, ONE: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr,
@@ -162,12 +83,16 @@ def _step(  # type: ignore[no-untyped-def]
         g_base = tl.multiple_of(grads + offset, 16)
     else:
         g_base = tl.multiple_of(tl.load(grads + tensor).to(tl.pointer_type(P)) + offset, 16)
-    m_base = tl.load(entry + 1).to(tl.pointer_type(T))
+    if BITS == 0:
+        m_base = tl.load(entry + 1).to(tl.pointer_type(T))
+    else:
+        m_base = tl.load(entry + 1).to(tl.pointer_type(tl.int8 if BITS == 8 else tl.uint8))
+        scales = tl.load(entry + 13).to(tl.pointer_type(tl.float32)) + offset // LOAD // INT_BLOCK
     v_base = tl.load(entry + 2).to(tl.pointer_type(T))
     if DENSE:
         m_base, v_base = tl.multiple_of(m_base + offset, 16), tl.multiple_of(v_base + offset, 16)
     else:
-        m_base, v_base = m_base + offset // LOAD, v_base + offset // V_LOAD
+        m_base, v_base = m_base + offset // LOAD * (BITS if BITS else 8) // 8, v_base + offset // V_LOAD
     start = tl.load(entry + 5) + offset
     round0, round1 = tl.load(entry + 9).to(tl.uint32), tl.load(entry + 10).to(tl.uint32)
     scalars += tl.load(entry + 12) * _SCALARS
@@ -210,8 +135,8 @@ def _step(  # type: ignore[no-untyped-def]
     for at in tl.range(0, end if FAST else SPAN, TILE, num_stages=STAGES):
         # Where rows are whole, a mask that is the same along a row lets it be read in wide words.
         inside = tl.broadcast_to((row * LANES < end - at)[:, None], (ROWS, LANES)) if EVEN else place < end - at
-        g = _widened(tl.load(g_base + at + place, mask=inside, other=0.0), FAST)
-        p = _widened(tl.load(p_base + at + place, mask=inside, other=0.0), FAST)
+        g = widened(tl.load(g_base + at + place, mask=inside, other=0.0), FAST)
+        p = widened(tl.load(p_base + at + place, mask=inside, other=0.0), FAST)
         if MAXIMIZE:
             g = -g
         if DENSE:
@@ -224,20 +149,22 @@ def _step(  # type: ignore[no-untyped-def]
                 M, V = tl.where(finite, M, old_m), tl.where(finite, V, old_v)
             if ROUND_T:
                 index = (start // 32).to(tl.uint32) + (at // 32 + row).to(tl.uint32)[:, None]
+                tl.store(m_base + at + place, rounded(M, noise(index, column, tick, round0, round1, _FIRST), T), inside)
                 tl.store(
-                    m_base + at + place, _rounded(M, _noise(index, column, tick, round0, round1, _FIRST), T), inside
-                )
-                tl.store(
-                    v_base + at + place, _rounded(V, _noise(index, column, tick, round0, round1, _SECOND), T), inside
+                    v_base + at + place, rounded(V, noise(index, column, tick, round0, round1, _SECOND), T), inside
                 )
             else:
                 tl.store(m_base + at + place, M.to(T), mask=inside)
                 tl.store(v_base + at + place, V.to(T), mask=inside)
-            change = _quotient(M * step1, V * inv_bias_correction2, eps, FAST)
+            change = quotient(M * step1, V * inv_bias_correction2, eps, FAST)
         else:
             held, v_held = bucket * LOAD < end - at, v_bucket * V_LOAD < end - at
             m_here, v_here = m_base + at // LOAD + bucket, v_base + at // V_LOAD + v_bucket
-            old_m = tl.load(m_here, mask=held, other=0.0).to(tl.float32)
+            if BITS == 0:
+                old_m = tl.load(m_here, mask=held, other=0.0).to(tl.float32)
+            else:
+                scale = tl.load(scales + (at // LOAD + bucket) // INT_BLOCK, mask=held, other=0.0)
+                old_m = integers(m_base, at // LOAD + bucket, held, BITS) * scale
             old_v = tl.load(v_here, mask=v_held, other=0.0).to(tl.float32)
             number = first_bucket + (at // LOAD + bucket).to(tl.uint32)
             if EVEN:
@@ -259,14 +186,14 @@ def _step(  # type: ignore[no-untyped-def]
                 if not EVEN:  # alone, an element keeps its sign
                     ticks, resets = tl.where(size > 1.0, ticks, sign1), resets & (size > 1.0)
                 old_m = tl.where(resets, 0.0, old_m)
-                ticks = _along(ticks, ROWS, WORDS)
+                ticks = along(ticks, ROWS, WORDS)
             else:
                 ticks = sign1
             of_row = (start // LANES).to(tl.uint32) + (at // LANES + row).to(tl.uint32) if WORDS > 1 else number
-            word = _mix((of_row + sign0) ^ ticks)
+            word = mix((of_row + sign0) ^ ticks)
             shift = (number * LOAD & 31)[:, None] + column if LANES < 32 else column
             flips = word[:, None] << (31 - shift)
-            signed = _flipped(g, flips, FAST)
+            signed = flipped(g, flips, FAST)
             total, squares = tl.sum(signed, axis=1), tl.sum(g * g, axis=1)
             if WORDS > 1:
                 total = tl.sum(tl.reshape(total, (BUCKETS, WORDS)), axis=1)
@@ -278,28 +205,33 @@ def _step(  # type: ignore[no-untyped-def]
             if SKIP:
                 v_finite = q < float("inf")
                 V = tl.where(v_finite, V, old_v)
-                M = tl.where(_along(v_finite, BUCKETS, V_LOAD // LOAD), M, old_m)
-                finite = tl.broadcast_to(_along(v_finite, ROWS, V_WORDS)[:, None], (ROWS, LANES))
+                M = tl.where(along(v_finite, BUCKETS, V_LOAD // LOAD), M, old_m)
+                finite = tl.broadcast_to(along(v_finite, ROWS, V_WORDS)[:, None], (ROWS, LANES))
             if ROUND_T:
                 index, spot = number // 32, number & 31
-                tl.store(m_here, _rounded(M, _noise(index, spot, tick, round0, round1, _FIRST), T), mask=held)
+                tl.store(m_here, rounded(M, noise(index, spot, tick, round0, round1, _FIRST), T), mask=held)
                 v_number = (start // V_LOAD).to(tl.uint32) + (at // V_LOAD + v_bucket).to(tl.uint32)
                 index, spot = v_number // 32, v_number & 31
-                tl.store(v_here, _rounded(V, _noise(index, spot, tick, round0, round1, _SECOND), T), mask=v_held)
+                tl.store(v_here, rounded(V, noise(index, spot, tick, round0, round1, _SECOND), T), mask=v_held)
             else:
-                tl.store(m_here, M.to(T), mask=held)
+                if BITS == 0:
+                    tl.store(m_here, M.to(T), mask=held)
+                else:
+                    # Buckets past the end hold no elements: their mean is 0, and no block's largest.
+                    count = tl.cdiv(end - at, LOAD)
+                    store_integers(m_base, scales, at // LOAD, M, count, BITS, BUCKETS, INT_BLOCK)
                 tl.store(v_here, V.to(T), mask=v_held)
             # All in the frame of the signs: s r = s g - mu.
-            m_b = M * _scaled(step1, load, root, M_SCALE)
-            v_b = V * _scaled(inv_bias_correction2, v_load, v_root, V_SCALE)
+            m_b = M * scaled(step1, load, root, M_SCALE)
+            v_b = V * scaled(inv_bias_correction2, v_load, v_root, V_SCALE)
             if RESIDUAL:
-                m_b, v_b = _along(m_b, ROWS, WORDS)[:, None], _along(v_b, ROWS, V_WORDS)[:, None]
-                r = signed - _along(mu, ROWS, WORDS)[:, None]
-                change = _quotient(m_b + lr_rho * r, v_b + r * r, eps, FAST)
+                m_b, v_b = along(m_b, ROWS, WORDS)[:, None], along(v_b, ROWS, V_WORDS)[:, None]
+                r = signed - along(mu, ROWS, WORDS)[:, None]
+                change = quotient(m_b + lr_rho * r, v_b + r * r, eps, FAST)
             else:
-                change = _quotient(m_b, _along(v_b, BUCKETS, V_LOAD // LOAD), eps, FAST)
-                change = tl.broadcast_to(_along(change, ROWS, WORDS)[:, None], (ROWS, LANES))
-            change = _flipped(change, flips, FAST)
+                change = quotient(m_b, along(v_b, BUCKETS, V_LOAD // LOAD), eps, FAST)
+                change = tl.broadcast_to(along(change, ROWS, WORDS)[:, None], (ROWS, LANES))
+            change = flipped(change, flips, FAST)
 
         new = p * decay_factor - change
         if SKIP:
@@ -307,21 +239,9 @@ def _step(  # type: ignore[no-untyped-def]
         if ROUND_P:
             index = (start // 32).to(tl.uint32) + ((at + row * LANES) // 32).to(tl.uint32)[:, None]
             spot = column if LANES == 32 else (row * LANES & 31).to(tl.uint32)[:, None] + column
-            tl.store(p_base + at + place, _rounded(new, _noise(index, spot, tick, round0, round1, _PARAM), P), inside)
+            tl.store(p_base + at + place, rounded(new, noise(index, spot, tick, round0, round1, _PARAM), P), inside)
         else:
             tl.store(p_base + at + place, new.to(P), mask=inside)
-
-
-@triton.jit(do_not_specialize=["count"])
-def _fetch(source, target, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(target + place, tl.load(source + place, mask=place < count, cache_modifier=".cv"), mask=place < count)
-
-
-def fetch(source: Tensor, target: Tensor) -> None:
-    """Copies from page-locked host memory by a kernel: a copy would wait in line behind those of whole slabs."""
-    with torch.cuda.device_of(target):
-        _fetch[(triton.cdiv(source.numel(), 1024),)](source, target, source.numel(), BLOCK=1024)
 
 
 _DTYPES = {
@@ -331,7 +251,7 @@ _DTYPES = {
     torch.float64: tl.float64,
 }
 PARAMETERS = (torch.float32, torch.bfloat16, torch.float16)
-MOMENTS = ("float32", "bfloat16")  # formats of both moments
+MOMENTS = ("float32", "bfloat16", "int8", "int4")  # formats of the first moment
 LARGEST_LOAD = 1024
 
 # PTX for division and square root; other compilers and the interpreter spell them out.
@@ -341,9 +261,17 @@ _THREADS = 128  # of a program
 OPTIONS = {"num_warps": _THREADS // 32, **({"maxnreg": 80} if _FAST else {})}
 
 
+def int_bits(format: str) -> int:
+    """The bits of a format of integers; 0 for one of floating-point numbers."""
+    found = FORMATS[format]
+    return found.bits if isinstance(found, IntFormat) else 0
+
+
 def takes(spec: UpdateSpec) -> bool:
-    """Whether the kernel steps parameters of such moments."""
-    return spec.m_format == spec.v_format and spec.m_format in MOMENTS
+    """Whether the kernel steps parameters of such moments. A tile has to hold whole blocks of integers."""
+    m_format, _ = spec.formats
+    known = spec.m_format in MOMENTS and spec.v_format == (m_format.second or spec.m_format)
+    return known and (not int_bits(spec.m_format) or int(spec.load) * m_format.unit <= LARGEST_LOAD)
 
 
 def decode_constants(decode: str) -> tuple[float, float, bool]:
@@ -372,6 +300,7 @@ def step_(
     table: Tensor,
     grads: Tensor,
     scalars: Tensor,
+    bits: int,
     load: int,
     v_load: int,
     m_scale: float,
@@ -393,14 +322,15 @@ def step_(
         table: a row of `COLUMNS` for each tensor.
         grads: addresses of the gradients, int64; or the gradient itself, of the only tensor.
         scalars: rows of `collins.rule.StepScalars`, float64.
+        bits: of the integers in which the first moment is stored; 0 for floating-point numbers, of the second's dtype.
         load, v_load: c of both moments' buckets; 1 for dense moments.
         m_scale, v_scale, residual: as in `collins.rule.Decode`.
         rehash, rounding, maximize, skip: as in `collins.update.UpdateSpec`.
         even: whether every tensor is made of whole buckets and whole words.
     """
-    param, moment, one = p[0].dtype, m[0].dtype, grads.dtype is not torch.int64
+    param, moment, one = p[0].dtype, v[0].dtype, grads.dtype is not torch.int64
     decode = m_scale, v_scale, residual
-    key = (owners.device, param, moment, load, v_load, decode, rehash, rounding, maximize, skip, even, one)
+    key = (owners.device, param, bits, moment, load, v_load, decode, rehash, rounding, maximize, skip, even, one)
     grid = (owners.numel(), 1, 1)
     with _HERE if _is_current(owners.device) else torch.cuda.device_of(owners):
         if key in _COMPILED:
@@ -410,8 +340,9 @@ def step_(
             return
         tile, stages = tiling(param.itemsize, load, even)
         constants = (
-            _DTYPES[param], _DTYPES[moment], load == 1, load, v_load, *decode, rehash, rounding and param in ROUNDED,
-            rounding and moment in ROUNDED, maximize, skip, even, one, _FAST, tile, SPAN // param.itemsize, stages,
+            _DTYPES[param], _DTYPES[moment], bits, load == 1, load, v_load, *decode, rehash,
+            rounding and param in ROUNDED, rounding and moment in ROUNDED, maximize, skip, even, one, _FAST, tile,
+            SPAN // param.itemsize, stages,
         )  # fmt: skip
         kernel = _step[grid](owners, table, grads, scalars, *constants, **OPTIONS)
         if isinstance(kernel, CompiledKernel):
@@ -430,8 +361,8 @@ _COMPILED: dict[tuple[Any, ...], tuple[tuple[Any, ...], CompiledKernel]] = {}
 _LIBRARY = torch.library.Library("collins", "DEF")
 _LIBRARY.define(
     "step_(Tensor(a!)[] p, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
-    "Tensor scalars, int load, int v_load, float m_scale, float v_scale, bool residual, bool rehash, bool rounding, "
-    "bool maximize, bool skip, bool even) -> ()"
+    "Tensor scalars, int bits, int load, int v_load, float m_scale, float v_scale, bool residual, bool rehash, "
+    "bool rounding, bool maximize, bool skip, bool even) -> ()"
 )
 for _key in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
     _LIBRARY.impl("step_", step_, _key)

@@ -39,11 +39,12 @@ class KernelLaunches:
     def of(self, spec: UpdateSpec, p: Tensor, start: int) -> KernelLaunch | None:
         """The launch that takes such a parameter, or None where the kernel cannot."""
         load, count = max(map(int, spec.loads)), p.numel()
+        unit = max(WORD, load, int(spec.load) * spec.formats[0].unit)
         if (
             p.device.type != self._device_type
             or spec.hash == "universal"
             or load > LARGEST_LOAD
-            or start % max(WORD, load)
+            or start % unit
             or p.dtype not in PARAMETERS
             or not kernels.takes(spec)
             or not count
@@ -81,7 +82,7 @@ class Batch:
     v: tuple[Tensor, ...] = ()
     keys: tuple[HashKeys, ...] = ()
     sizes: tuple[int, ...] = ()
-    addresses: tuple[list[int], ...] = ()  # of p, m and v
+    addresses: tuple[list[int], ...] = ()  # of p, m, v and the scales of m
     gradients: Sequence[int] | np.ndarray = ()  # addresses of this step's
     distinct: list[int] = field(default_factory=list)  # which scalars of this step its tasks take
     rows: list[int] = field(default_factory=list)  # which of the distinct ones each task takes
@@ -97,7 +98,8 @@ class Batch:
 
     def addresses_now(self) -> tuple[list[int], ...]:
         """Where parameters and moments lie."""
-        return tuple(list(map(Tensor.data_ptr, column)) for column in (self.p, self.m, self.v))
+        addresses = [list(map(Tensor.data_ptr, column)) for column in (self.p, self.m, self.v)]
+        return (*addresses, [scale_address(task) for task in self.tasks])
 
     def pick(self, grads: Sequence[Tensor]) -> Iterable[Tensor]:
         """The gradients of the batch among all of the executor."""
@@ -167,6 +169,11 @@ class KernelExecutor:
         return left
 
 
+def scale_address(task: UpdateTask) -> int:
+    """Where the scales of a first moment in integers lie, 0 for one without."""
+    return task.m[1].data_ptr() if len(task.m) == 2 else 0
+
+
 def batched(tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> tuple[list[Batch], list[int]]:
     """The tasks that have a launch in batches, and the numbers of the others and of those that it cannot read."""
     by_launch: dict[KernelLaunch | None, list[int]] = {}
@@ -201,7 +208,7 @@ class KernelLaunch:
         self.dense = spec.hash is None
         load, v_load = map(int, spec.loads)
         self._constants = (
-            load, v_load, *kernels.decode_constants(spec.decode),
+            kernels.int_bits(spec.m_format), load, v_load, *kernels.decode_constants(spec.decode),
             spec.rehash, spec.rounding, spec.maximize, spec.skip, even,
         )  # fmt: skip
         self.uploader = uploader
@@ -237,7 +244,7 @@ class KernelLaunch:
         if not self.reads(task, g):
             return False
         p, m, v = task.p, task.m[0], task.v[0]
-        at = p.data_ptr(), m.data_ptr(), v.data_ptr()
+        at = p.data_ptr(), m.data_ptr(), v.data_ptr(), scale_address(task)
         key = task.keys, p.numel(), at
         described = self._tables.get(key)
         if described is None:
@@ -275,10 +282,23 @@ class KernelLaunch:
             owners: list[int] = []
             table: list[Any] = []
             span = SPAN // tasks[0].p.element_size()
-            for i, (task, at_p, at_m, at_v, row) in enumerate(zip(tasks, *fixed, strict=True)):
+            for i, (task, at_p, at_m, at_v, at_scale, row) in enumerate(zip(tasks, *fixed, strict=True)):
                 local = task.p.numel()
                 sign, rounding, _, period = task.keys
-                table += (at_p, at_m, at_v, local, len(owners), task.start, task.numel, *sign, *rounding, period, row)
+                table += (
+                    at_p,
+                    at_m,
+                    at_v,
+                    local,
+                    len(owners),
+                    task.start,
+                    task.numel,
+                    *sign,
+                    *rounding,
+                    period,
+                    row,
+                    at_scale,
+                )
                 owners += [i] * -(-local // span)
             upload = self.uploader.to_device
             owners_of_programs = torch.tensor(owners, dtype=torch.int32, device="cpu")

@@ -77,7 +77,7 @@ _LIBRARY = torch.library.Library("collins", "FRAGMENT")
 # A captured CUDA graph would replay one step's kernels, and not what the host does for the next one.
 _LIBRARY.define(
     "optimizer_step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int optimizer) -> ()",
-    tags=(torch.Tag.cudagraph_unsafe,),
+    tags=tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)),
 )
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("optimizer_step_", torch.no_grad()(_perform), _key)

@@ -9,14 +9,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from collins._torch_internals import current_raw_stream
-from collins.compile.kernels import fetch
 from collins.rule import StepScalars
 
 _SCALARS = len(StepScalars._fields)
 _SETS = 16  # sets of scalars that tasks which come alone may take in turn
+
+
+@triton.jit(do_not_specialize=["count"])
+def _fetch(source, target, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + place, tl.load(source + place, mask=place < count, cache_modifier=".cv"), mask=place < count)
+
+
+def fetch(source: Tensor, target: Tensor) -> None:
+    """Copies from page-locked host memory by a kernel: a copy would wait in line behind those of whole slabs."""
+    with torch.cuda.device_of(target):
+        _fetch[(triton.cdiv(source.numel(), 1024),)](source, target, source.numel(), BLOCK=1024)
 
 
 class LaunchArgs(NamedTuple):

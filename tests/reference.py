@@ -85,6 +85,22 @@ class Universal:
         return self.N / self.K
 
 
+def quantised(bits, block=64):
+    """What a table in integers of so many bits, with a scale for each block, keeps of M."""
+    limit = 2 ** (bits - 1) - 1
+
+    def kept(M):
+        result = np.zeros_like(M)
+        for first in range(0, M.size, block):
+            entries = M[first : first + block]
+            scale = np.abs(entries).max() / limit
+            if scale:
+                result[first : first + block] = np.rint(entries / scale) * scale
+        return result
+
+    return kept
+
+
 # The powers of the load c in m_hat and in v_hat, and whether there is a residual.
 DECODES = {"residual": (0.5, 0, True), "sketch": (1, 1, False)}
 
@@ -92,13 +108,13 @@ DECODES = {"residual": (0.5, 0, True), "sketch": (1, 1, False)}
 class Reference:
     """One parameter. `hash=None` is AdamW. `v_hash` divides elements into the second moment's buckets, if not `hash`.
 
-    `decode` is a key of `DECODES`, or a value of its kind.
+    `decode` is a key of `DECODES`, or a value of its kind. `kept` is what a table stores of M.
     """
 
     def __init__(self, p, hash=None, decode="residual", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
-                 residual_weight=None, v_hash=None):  # fmt: skip
+                 residual_weight=None, v_hash=None, kept=None):  # fmt: skip
         self.p = np.array(p, dtype=np.float64).reshape(-1)
-        self.decode = DECODES.get(decode, decode)
+        self.decode, self.kept = DECODES.get(decode, decode), kept
         self.hash, self.lr, self.betas, self.eps, self.wd = hash, lr, betas, eps, weight_decay
         self.rho = math.sqrt((1 - betas[0]) / (1 + betas[0])) if residual_weight is None else residual_weight
         if hash is None:
@@ -134,3 +150,5 @@ class Reference:
             v = (c_v**v_scale * self.V)[h_v] / correct2
             r = g - s * mu[h] if residual else 0
         self.p = (1 - self.lr * self.wd) * self.p - self.lr * (m + self.rho * r) / (np.sqrt(v + r**2) + self.eps)
+        if self.kept is not None and hash is not None:
+            self.M = self.kept(self.M)

@@ -257,7 +257,7 @@ from collins.compile import kernels
 
 def ptx(param, moment, load, rounding, one, size, tile, stages):
     fixed = dict(
-        P=param, T=moment, DENSE=load == 1, LOAD=load, V_LOAD=load, M_SCALE=0.5, V_SCALE=0.0, RESIDUAL=True,
+        P=param, T=moment, BITS=0, DENSE=load == 1, LOAD=load, V_LOAD=load, M_SCALE=0.5, V_SCALE=0.0, RESIDUAL=True,
         REHASH=load > 1, ROUND_P=rounding, ROUND_T=False, MAXIMIZE=False, SKIP=True, EVEN=True, ONE=one, FAST=True,
         TILE=tile, SPAN=kernels.SPAN // size, STAGES=stages,
     )

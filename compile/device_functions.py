@@ -1,0 +1,144 @@
+"""What the kernel is made of: hashing, rounding and integer tables, as functions of Triton.
+
+Each is the twin of a function in the pure modules, which says what it computes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from collins.formats import SMALLEST
+from collins.hashing import FIRST_MULTIPLIER, SECOND_MULTIPLIER
+from collins.rounding import HALF_MAX, HALF_NORMAL, HALF_OVERFLOW, HALF_QUANTUM, SECOND_WORD
+
+_M1 = tl.constexpr(FIRST_MULTIPLIER)
+_M2 = tl.constexpr(SECOND_MULTIPLIER)
+_WORD_B = tl.constexpr(SECOND_WORD)
+_SMALLEST = tl.constexpr(SMALLEST)
+_HALF_MAX, _HALF_OVERFLOW = tl.constexpr(HALF_MAX), tl.constexpr(HALF_OVERFLOW)
+_HALF_NORMAL, _HALF_QUANTUM = tl.constexpr(HALF_NORMAL), tl.constexpr(HALF_QUANTUM)
+
+
+@triton.jit
+def mix(x):  # type: ignore[no-untyped-def]
+    x = x ^ (x >> 16)
+    x = x * _M1
+    x = x ^ (x >> 15)
+    x = x * _M2
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def widened(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x in float32. Two neighbours in bfloat16 share a register and take one instruction each."""
+    if FAST and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    return x.to(tl.float32)
+
+
+@triton.jit
+def quotient(x, y, eps, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x / (sqrt(y) + eps) to about 3 ulp, where the plain operations spend instructions on denormal numbers."""
+    if FAST:
+        x, y = tl.broadcast(x, y)
+        x, eps = tl.broadcast(x, eps)
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; sqrt.approx.ftz.f32 t, $2; add.f32 t, t, $3; div.approx.ftz.f32 $0, $1, t; }",
+            "=f,f,f,f", [x, y, eps], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return x / (tl.sqrt(y) + eps)
+
+
+@triton.jit
+def flipped(x, flips, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x with its sign changed where the top bit of `flips` is set: one instruction, x ^ (flips & top bit)."""
+    if FAST:
+        x, flips = tl.broadcast(x, flips)
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, 0x80000000, 0x78;", "=r,r,r", [x, flips], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return (x.to(tl.uint32, bitcast=True) ^ (flips & 0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def noise(index, spot, tick, low, high, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Random bits in the upper half of a word; the lower half is to be ignored. `tick` is the step's."""
+    a = mix((index + low) ^ (tick + (high ^ STREAM))) & 0xFFFFFF00
+    b = mix((index + low) ^ (tick + (high ^ (STREAM ^ _WORD_B)))) & 0xFFFFFF00
+    return a + b * spot
+
+
+@triton.jit
+def rounded(x, noise, TO: tl.constexpr):  # type: ignore[no-untyped-def]
+    bits = x.to(tl.int32, bitcast=True)
+    if tl.bfloat16 == TO:  # only a NaN wraps around, to a negative integer
+        raised = tl.maximum(bits, bits + (noise >> 16).to(tl.int32))
+        result = (raised >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        part = (noise >> 19).to(tl.int32)
+        normal = ((bits + part) & -8192).to(tl.float32, bitcast=True)
+        tiny = tl.floor(x / _HALF_QUANTUM + part.to(tl.float32) / 8192) * _HALF_QUANTUM
+        near = tl.where(tl.abs(x) < _HALF_NORMAL, tiny, normal)
+        near = tl.minimum(tl.maximum(near, -_HALF_MAX), _HALF_MAX)
+        result = tl.where(tl.abs(x) < _HALF_OVERFLOW, near, x).to(tl.float16)
+    return result
+
+
+@triton.jit
+def along(x, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What holds for each bucket, for each of its rows."""
+    if WORDS > 1:
+        x = tl.reshape(tl.broadcast_to(x[:, None], (ROWS // WORDS, WORDS)), (ROWS,))
+    return x
+
+
+@triton.jit
+def scaled(x, load, root, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x * load^SCALE, with the root of the load, as `collins.rule.Decode.scaled`."""
+    if SCALE == 1.0:
+        x = x * load
+    elif SCALE == 0.5:
+        x = x * root
+    elif SCALE != 0.0:
+        x = x * tl.exp2(SCALE * tl.log2(root * root))
+    return x
+
+
+@triton.jit
+def nearest(x):  # type: ignore[no-untyped-def]
+    """x, of less than 2^22, rounded to the nearest integer, and of two to the even one."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def integers(base, index, held, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Entries of a table in integers, as `collins.formats.IntFormat` stores them."""
+    if BITS == 8:
+        q = tl.load(base + index, mask=held, other=0).to(tl.int32)
+    else:
+        pair = tl.load(base + index // 2, mask=held, other=0).to(tl.int32)
+        q = (((pair >> ((index & 1) * 4)) & 15) ^ 8) - 8  # two's complement
+    return q.to(tl.float32)
+
+
+@triton.jit
+def store_integers(base, scales, first, M, count, BITS: tl.constexpr, BUCKETS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes entries number `first` on, of which `count` are there, and the scale of each block of them."""
+    LIMIT: tl.constexpr = 127.0 if BITS == 8 else 7.0
+    BLOCKS: tl.constexpr = BUCKETS // BLOCK
+    blocks = tl.reshape(M, (BLOCKS, BLOCK))
+    largest = tl.max(tl.abs(blocks), axis=1)
+    inverse = LIMIT / tl.maximum(largest, _SMALLEST)
+    q = nearest(blocks * inverse[:, None]).to(tl.int32)
+    block = tl.arange(0, BLOCKS)
+    tl.store(scales + first // BLOCK + block, largest / LIMIT, mask=block * BLOCK < count)
+    if BITS == 8:
+        entry = tl.arange(0, BUCKETS)
+        tl.store(base + first + entry, tl.reshape(q, (BUCKETS,)).to(tl.int8), mask=entry < count)
+    else:
+        half = tl.arange(0, BUCKETS // 2)
+        pairs = (tl.reshape(q, (BUCKETS // 2, 2)) & 15) << (tl.arange(0, 2) * 4)[None, :]
+        tl.store(base + first // 2 + half, tl.sum(pairs, axis=1).to(tl.uint8), mask=half * 2 < count)
