@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Elements per piece of an eager step, at most: enough to outweigh the calls, few enough to stay in cache.
 _PIECE_CPU = 1 << 18
 _PIECE_ACCELERATOR = 1 << 22
+_PIECE_SMALL = 1 << 12  # at least: less takes as long
 # What all temporaries take together: for each element of a piece, numbers of the dtype that is computed in; for each of
 # its buckets, bytes.
 _TEMPORARIES = 11
@@ -126,10 +127,12 @@ class Engine:
             update_(task, g, hp, self._piece(task.p, task.spec.load))
 
     def _piece(self, p: Tensor, load: float) -> int:
-        """Elements per piece: all its temporaries together take at most twice what the largest parameter does."""
+        """Elements per piece: all its temporaries together take at most twice what the largest parameter does, or as much
+        as those of a small piece.
+        """
         each = _TEMPORARIES * torch.promote_types(p.dtype, torch.float32).itemsize + _BUCKET_BYTES / load
         cap = _PIECE_CPU if p.device.type == "cpu" else _PIECE_ACCELERATOR
-        return min(max(int(2 * self._largest / each), 1), cap)
+        return min(max(int(2 * self._largest / each), _PIECE_SMALL), cap)
 
     def _attempt(self, name: str, way: Callable[[], bool | None]) -> bool:
         """Whether that way works here; if not, nothing has changed. One warning says why, unless the way declines."""

@@ -55,5 +55,5 @@ def test_peak_extra_memory_of_an_eager_step(hash, transposed, shape, dtype):
         opt.step()
     assert seen.peak > 0
     if hash == "block":
-        assert seen.peak <= 2.2 * ps[0].nbytes
+        assert seen.peak <= max(2.2 * ps[0].nbytes, 2**18)  # what a piece takes that is too small to be cut further
     assert seen.widest_index < ps[0].numel()
