@@ -31,6 +31,8 @@ DENSE, TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
 # What a state dict sets: the numbers that schedules change. The other options stay as the optimizer was built.
 ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight")
 
+WITH_STATE = "with_state"  # in a saved group: how many of its parameters had a state
+
 LARGEST_STEP = 2**24  # the next whole number is none of the counter's, which is float32: it would stand still
 
 
@@ -104,10 +106,13 @@ def loadable(
     for number, (theirs, mine) in enumerate(zip(saved, own, strict=True)):
         kept = {name: mine[name] for name in options if name not in ADOPTED or name not in theirs}
         # Earlier versions took options of the whole optimizer in a group, and ignored them.
-        rest = {name: theirs[name] for name in theirs if name not in OF_THE_WHOLE and name != "params"}
+        left_out = {*OF_THE_WHOLE, "params", WITH_STATE}
+        rest = {name: theirs[name] for name in theirs if name not in left_out}
         group = copied(f"parameter group {number}", {**rest, **kept})
         check_options(group)
         groups.append({**group, "params": theirs["params"]})
+    for number, group in enumerate(saved):
+        _check_complete(number, group, state)
     places = [(place, group.get("table_dtype")) for group in saved for place in group["params"]]
     states = [
         _fitting(state[i], expected, table_dtype) if state.get(i) else None
@@ -115,6 +120,22 @@ def loadable(
     ]
     known = {place for place, _ in places}
     return CheckedStateDict(groups, states, {key: value for key, value in state.items() if key not in known})
+
+
+def _check_complete(number: int, group: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
+    """Raises a ValueError where moments were saved and none of them have been read.
+
+    `torch.distributed.checkpoint.load` reads what it is given a place for. The state dict of an optimizer that has not
+    stepped has none for moments.
+    """
+    saved, found = group.get(WITH_STATE, 0), sum(bool(state.get(place)) for place in group["params"])
+    if isinstance(saved, int) and saved and not found:
+        raise ValueError(
+            f"state_dict['param_groups'][{number}] was saved with the moments of {saved} parameters, and state_dict"
+            " holds none: an optimizer that has not stepped gives torch.distributed.checkpoint.load no tensors to"
+            " read them into. Load through torch.distributed.checkpoint.state_dict (get_state_dict, set_state_dict),"
+            " which makes them first"
+        )
 
 
 def saved_groups(

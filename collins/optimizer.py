@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from collins.checkpoint import CheckedStateDict, ExpectedState, as_dict, loadable
+from collins.checkpoint import WITH_STATE, CheckedStateDict, ExpectedState, as_dict, loadable
 from collins.compile.tracing import register, trace_step
 from collins.entries import Hash, ParamEntry, label
 from collins.hashing import UniversalHash
@@ -274,11 +274,13 @@ class Collins(Optimizer):
         """As `torch.optim.Optimizer.state_dict`; moments on the host are complete until the next step begins.
 
         `table_dtype` is in it by name: what `torch.distributed.checkpoint` gathers and broadcasts may hold no dtype.
+        Each group says in `with_state` for how many of its parameters there is a state.
         """
         self._stepper.store.drain()
         result = super().state_dict()
-        for group in result["param_groups"]:
+        for group, own in zip(result["param_groups"], self.param_groups, strict=True):
             group["table_dtype"] = str(group["table_dtype"])
+            group[WITH_STATE] = sum(bool(self.state.get(p)) for p in own["params"])
         return result
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:

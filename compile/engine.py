@@ -127,9 +127,7 @@ class Engine:
             update_(task, g, hp, self._piece(task.p, task.spec.load))
 
     def _piece(self, p: Tensor, load: float) -> int:
-        """Elements per piece: all its temporaries together take at most twice what the largest parameter does, or as much
-        as those of a small piece.
-        """
+        """Elements per piece: all its temporaries take at most twice what the largest parameter does, or little."""
         each = _TEMPORARIES * torch.promote_types(p.dtype, torch.float32).itemsize + _BUCKET_BYTES / load
         cap = _PIECE_CPU if p.device.type == "cpu" else _PIECE_ACCELERATOR
         return min(max(int(2 * self._largest / each), _PIECE_SMALL), cap)

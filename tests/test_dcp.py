@@ -340,3 +340,30 @@ def train_with_a_checkpoint_between(rank, folder):
 
 def test_training_goes_on_to_the_same_bits_on_as_many_ranks(tmp_path):
     run(2, train_with_a_checkpoint_between, str(tmp_path / "checkpoint"), folder=tmp_path / "ranks")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process needs none
+def test_moments_are_not_dropped_where_a_fresh_optimizer_is_read_into(tmp_path):
+    """Its state dict has no tensors, so that nothing of the saved ones is read; that is refused, not passed over."""
+
+    def made():
+        p = torch.nn.Parameter(torch.ones(64, 64))
+        return p, Collins([p], min_K=16)
+
+    p, opt = made()
+    p.grad = torch.ones_like(p)
+    opt.step()
+    dcp.save({"optimizer": opt.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    _, fresh = made()
+    read = {"optimizer": fresh.state_dict()}
+    dcp.load(read, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(ValueError, match=r"saved with the moments of 1 parameters, and state_dict holds none"):
+        fresh.load_state_dict(read["optimizer"])
+    assert not fresh.state
+    p, other = made()
+    p.grad = torch.zeros_like(p)
+    other.step()  # as torch.distributed.checkpoint.state_dict does, with lr = 0
+    read = {"optimizer": other.state_dict()}
+    dcp.load(read, checkpoint_id=tmp_path, no_dist=True)
+    other.load_state_dict(read["optimizer"])
+    assert same(other.state_dict()["state"], opt.state_dict()["state"])
