@@ -118,8 +118,19 @@ def loadable(
         _fitting(state[i], expected, table_dtype) if state.get(i) else None
         for (i, table_dtype), expected in zip(places, expected_states, strict=True)
     ]
+    states = _numbered(states)
     known = {place for place, _ in places}
     return CheckedStateDict(groups, states, {key: value for key, value in state.items() if key not in known})
+
+
+def _numbered(states: Sequence[SavedState | None]) -> list[SavedState | None]:
+    """`states`, where tables were encoded under the numbers of their parameters (version 0.2 did so also with names):
+    dense moments, which carry no fingerprint, were then rounded under theirs.
+    """
+    found = [(number, state.key) for number, state in enumerate(states) if state is not None and state.key is not None]
+    if not found or any(number != key for number, key in found):
+        return list(states)
+    return [None if state is None else state._replace(key=number) for number, state in enumerate(states)]
 
 
 def _check_complete(number: int, group: Mapping[str, Any], state: Mapping[Any, Any]) -> None:

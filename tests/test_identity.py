@@ -414,3 +414,33 @@ def test_a_backward_that_failed_is_named_as_what_it_is():
     last(first(x)).sum().backward()
     opt.step()
     assert [int(opt.state[p]["step"]) for p in last.parameters()] == [2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"hash": "universal"}, {"memory": "host"}], ids=str)
+def test_a_checkpoint_of_version_0_2_goes_on_to_the_bit_under_names(options, dtype):
+    """Its keys are numbers, also where it has names: dense moments in 16 bits are rounded by them."""
+
+    def network():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64)).to(dtype)
+
+    def train(net, opt, steps):
+        for step in steps:
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step)).to(dtype)
+            opt.zero_grad()
+            net(x).square().mean().backward()
+            opt.step()
+
+    net, other = network(), network()
+    old = Collins(net.parameters(), lr=1e-2, rehash_period=3, **options)
+    train(net, old, range(4))
+    saved = copy.deepcopy(old.state_dict())
+    saved["param_groups"][0]["param_names"] = [name for name, _ in net.named_parameters()]
+    saved["param_groups"][0].pop("with_state")
+    new = Collins(other.named_parameters(), lr=1e-2, rehash_period=3, **options)
+    other.load_state_dict(net.state_dict())
+    new.load_state_dict(saved)
+    train(net, old, range(4, 8))
+    train(other, new, range(4, 8))
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
