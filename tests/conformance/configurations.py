@@ -8,7 +8,7 @@ are written anew. Cases of PyTorch's that have no counterpart here:
 | test_second_order_optims_return_consistent_types | of LBFGS, which evaluates its closure itself |
 | test_defaults_changed_to_foreach | there is one path of steps; what runs it is the business of tests/test_engine.py |
 | test_adamw_serialization | of Adam's flag decoupled_weight_decay; Collins has decoupled decay only |
-| TestDifferentiableOptimizer | of differentiable=True: steps in place are not differentiated, here as by default there |
+| TestDifferentiableOptimizer | of differentiable=True: here no step is differentiated, as none is there by default |
 | test_averaged_model_mixed_device | of AveragedModel over two devices; no optimizer is involved |
 | test_bn_update_eval_momentum | of update_bn in eval mode; no optimizer is involved |
 | test_error_when_getlr_has_epoch, test_old_pattern_warning_with_arg, other cases of arguments that are refused \
@@ -74,9 +74,7 @@ CONFIGURATIONS = {
     "weight decay": Configuration({**SMALL, "weight_decay": 0.1}),
     "maximize": Configuration({**SMALL, "weight_decay": 0.1, "maximize": True}),
     "capturable": Configuration({**SMALL, "capturable": True}),
-    "capturable, tensor lr": Configuration(
-        {**SMALL, "capturable": True}, lr=lambda: torch.tensor(1e-3, device=DEVICE)
-    ),
+    "capturable, tensor lr": Configuration({**SMALL, "capturable": True}, lr=lambda: torch.tensor(1e-3, device=DEVICE)),
     "ratio 1": Configuration({"compress_ratio": 1}),
     "ratio 8": Configuration({**SMALL, "compress_ratio": 8}),
     "v ratio": Configuration({**SMALL, "compress_ratio": 4, "v_compress_ratio": 16}),

@@ -20,7 +20,8 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, ge
 
 from collins import Collins
 
-pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # by a ChainedScheduler in another
+# A ChainedScheduler in a SequentialLR warns of itself when it is made.
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
 # What each case of PyTorch's builds: the schedules of an optimizer, all of them stepped.
 CYCLE = {"base_momentum": 0.5, "max_momentum": 0.9}
@@ -79,9 +80,7 @@ CASES = {
     "cycle_lr_triangular_mode_one_lr": lambda o: [lrs.CyclicLR(o, 1e-3, 5e-3, 4, **CYCLE)],
     "cycle_lr_triangular_mode_one_lr_no_momentum": lambda o: [lrs.CyclicLR(o, 1e-3, 5e-3, 4, cycle_momentum=False)],
     "cycle_lr_triangular2_mode_one_lr": lambda o: [lrs.CyclicLR(o, 1e-3, 5e-3, 4, mode="triangular2", **CYCLE)],
-    "cycle_lr_exp_range_mode_one_lr": lambda o: [
-        lrs.CyclicLR(o, 1e-3, 5e-3, 4, mode="exp_range", gamma=0.9, **CYCLE)
-    ],
+    "cycle_lr_exp_range_mode_one_lr": lambda o: [lrs.CyclicLR(o, 1e-3, 5e-3, 4, mode="exp_range", gamma=0.9, **CYCLE)],
     "cycle_lr_triangular_mode": lambda o: [lrs.CyclicLR(o, [1e-3, 2e-3], [5e-3, 6e-3], 4, **TWO)],
     "cycle_lr_triangular2_mode_step_size_up_down": lambda o: [
         lrs.CyclicLR(o, [1e-3, 3e-3], [5e-3, 7e-3], 2, 6, mode="triangular2", **TWO)
@@ -171,8 +170,8 @@ def test_cycle_lr_cycle_momentum_with_beta1_optimizer(config, case):
 
 
 def maybe_named(config, task):
-    weight, bias = task.params
-    return [{"params": [("w", weight) if config.named else weight]}, {"params": [("b", bias) if config.named else bias]}]
+    named = zip("wb", task.params, strict=True)
+    return [{"params": [(name, p) if config.named else p]} for name, p in named]
 
 
 @cases
@@ -313,7 +312,8 @@ def dnn():
 
 def cnn():
     torch.manual_seed(0)
-    return Bounded(nn.Conv2d(3, 40, 3, padding=1), nn.BatchNorm2d(40)).to(DEVICE), torch.rand(40, 3, 5, 5, device=DEVICE)
+    x = torch.rand(40, 3, 5, 5, device=DEVICE)
+    return Bounded(nn.Conv2d(3, 40, 3, padding=1), nn.BatchNorm2d(40)).to(DEVICE), x
 
 
 def trained(config, make, steps, after):
