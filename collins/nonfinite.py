@@ -27,7 +27,7 @@ def require_finite(gradients: Sequence[tuple[str, Tensor]], agreed: Callable[[li
     fine = [True] * len(gradients)
     by_device: dict[torch.device, list[int]] = {}
     for place, (_, g) in enumerate(gradients):
-        if g.numel():
+        if g.numel() and not g.is_meta:  # what is on meta has no values
             by_device.setdefault(g.device, []).append(place)
     for places in by_device.values():
         largest = foreach_norm([gradients[place][1] for place in places], math.inf)

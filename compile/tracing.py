@@ -42,7 +42,9 @@ def trace_step(optimizer: Steps) -> None:
     params: list[Tensor] = []
     places: list[int] = []
     place = 0
-    for group in optimizer.param_groups:
+    # Not optimizer.param_groups: Dynamo then guards every option, so that a rate that changes compiles anew, and sets
+    # capturable=True in groups on CUDA devices that have no state yet (torch/_dynamo/variables/optimizer.py).
+    for group in optimizer.__dict__["param_groups"]:
         for p in group["params"]:
             if p.grad is not None:
                 params.append(p)

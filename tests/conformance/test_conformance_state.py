@@ -1,0 +1,316 @@
+"""PyTorch's TestOptimRenewed over Collins: state dicts, copies and hooks."""
+
+import copy
+import io
+
+import pytest
+import torch
+from configurations import Regression, everywhere, uncompiled
+from helpers import DEVICE, same
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.testing._internal.common_optimizers import optim_db
+
+from collins import Collins
+
+ADAMW = next(info for info in optim_db if info.optim_cls is torch.optim.AdamW)
+
+
+def without_names(state_dict):
+    result = copy.deepcopy(state_dict)
+    for group in result["param_groups"]:
+        group.pop("param_names", None)
+    return result
+
+
+def normed(config):
+    """A model whose parameters are of two kinds, and an input."""
+    model = nn.Sequential(nn.Conv2d(4, 20, 4, stride=4), nn.BatchNorm2d(20)).to(DEVICE, config.dtype)
+    return model, torch.rand(2, 4, 8, 8, dtype=config.dtype, device=DEVICE)
+
+
+def maybe_named(params, named):
+    return [(f"name{number}", p) for number, p in enumerate(params)] if named else params
+
+
+named_or_not = pytest.mark.parametrize("named", [(a, b) for a in (False, True) for b in (False, True)], ids=str)
+
+
+@named_or_not
+@uncompiled
+def test_state_dict_deterministic(config, named):
+    task = Regression(config)
+    opt = config.build(maybe_named(task.params, named[0] or config.named))
+    for _ in range(3):
+        task.step(opt)
+    twin = task.twin()
+    other = config.build(maybe_named(twin.params, named[1] or config.named))
+    given = copy.deepcopy(opt.state_dict())
+    kept = copy.deepcopy(given)
+    other.load_state_dict(given)
+    assert same(given, kept)
+    for _ in range(3):
+        task.step(opt)
+        twin.step(other)
+        assert same(task.params, twin.params)
+    assert same(without_names(opt.state_dict()), without_names(other.state_dict()))
+    other.param_groups.extend(other.param_groups)
+    again = (without_names(o.state_dict())["param_groups"][-1] for o in (opt, other))
+    assert same(*again)
+
+
+@uncompiled
+def test_can_load_older_state_dict(config):
+    """One saved before options were there: they are then as they were given here."""
+    model, x = normed(config)
+    opt = config.build(model.parameters())
+
+    def step():
+        opt.zero_grad()
+        model(x).square().sum().backward()
+        opt.step()
+
+    for _ in range(3):
+        step()
+    old = copy.deepcopy(opt.state_dict())
+    newer = {*ADAMW.not_og_supported_flags, "v_compress_ratio", "nonfinite", "residual_weight", "stochastic_rounding"}
+    for group in old["param_groups"]:
+        for flag in newer & group.keys():
+            del group[flag]
+    opt.load_state_dict(old)
+    assert {name: opt.param_groups[0][name] for name in opt.defaults if name != "lr"} == {
+        name: value for name, value in opt.defaults.items() if name != "lr"
+    }
+    step()
+    assert all(state["step"] == 4 for state in opt.state.values())
+
+
+@named_or_not
+@uncompiled
+def test_can_load_from_to_named_state_dict(config, named):
+    model, x = normed(config)
+
+    def build(is_named):
+        own = copy.deepcopy(model)
+        params = own.named_parameters() if is_named else own.parameters()
+        return own, Collins(params, lr=config.lr(), **config.options)
+
+    first, opt = build(named[0])
+    for _ in range(2):
+        opt.zero_grad()
+        first(x).square().sum().backward()
+        opt.step()
+    second, other = build(named[1])
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    second(x).square().sum().backward()
+    other.step()
+    if any(named):
+        assert other.state_dict()["param_groups"][0]["param_names"] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert all(state["step"] == 3 for state in other.state.values())
+
+
+@everywhere
+def test_save_load_equality_with_weights_only(config):
+    task = Regression(config)
+    opt = config.build(task.params)
+    for _ in range(3):
+        task.step(opt)
+    saved = opt.state_dict()
+    file = io.BytesIO()
+    torch.save(saved, file)
+    for weights_only in (False, True):
+        file.seek(0)
+        assert same(torch.load(file, weights_only=weights_only), saved)
+
+
+@everywhere
+def test_load_nontensor_step(config):
+    task = Regression(config)
+    opt = config.build(task.params)
+    for _ in range(3):
+        task.step(opt)
+    given = copy.deepcopy(opt.state_dict())
+    for state in given["state"].values():
+        state["step"] = state["step"].item()
+    opt.load_state_dict(given)
+    task.step(opt)
+    assert all(state["step"] == 4 and isinstance(state["step"], torch.Tensor) for state in opt.state.values())
+
+
+@pytest.mark.cuda
+@everywhere
+def test_cpu_load_state_dict(config):
+    """A state that was saved, or mapped, to the CPU comes back to the GPU, its counters where the option says."""
+    task = Regression(config)
+    opt = config.build(task.params)
+    task.step(opt)
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    twin = task.twin()
+    other = config.build(twin.params)
+    other.load_state_dict(torch.load(file, map_location="cpu"))
+    task.step(opt)
+    twin.step(other)
+    assert same(task.params, twin.params)
+    on = "cuda" if config.options.get("capturable") else "cpu"
+    assert all(state["step"].device.type == on for state in other.state.values())
+
+
+@pytest.mark.cuda
+@everywhere
+def test_state_dict_with_cuda_params(config):
+    lr = 1e-3
+    params = [nn.Parameter(torch.randn(80, 40, dtype=config.dtype)) for _ in range(2)]
+    moved = [nn.Parameter(p.detach().cuda()) for p in params]
+    opt, other = config.build(params, lr=lr), config.build(moved, lr=lr)
+    grads = [torch.randn_like(p) for p in params]
+
+    def step(ps, o):
+        for p, g in zip(ps, grads, strict=True):
+            p.grad = g.to(p.device)
+        o.step()
+
+    for _ in range(3):
+        step(params, opt)
+    with torch.no_grad():
+        for p, q in zip(params, moved, strict=True):
+            q.copy_(p)
+    given = copy.deepcopy(opt.state_dict())
+    kept = copy.deepcopy(given)
+    other.load_state_dict(given)
+    assert same(given, kept)
+    on = "cuda" if config.options.get("capturable") else "cpu"
+    assert all(state["step"].device.type == on for state in other.state_dict()["state"].values())
+    if config.dtype == torch.bfloat16 or config.options.get("table_dtype") == torch.bfloat16:
+        return  # rounding in 16 bits turns a difference of the last bit into one of 1 in 256
+    for _ in range(3):
+        step(params, opt)
+        step(moved, other)
+        torch.testing.assert_close(params, moved, check_device=False, rtol=1e-4, atol=1e-5)
+
+
+@everywhere
+def test_deepcopy_copies_all_public_attrs(config):
+    task = Regression(config)
+    opt = config.build(task.params)
+    for _ in range(3):
+        task.step(opt)
+
+    def public(o):
+        return {name for name in vars(o) if not name.startswith("_")}
+
+    assert public(opt) == public(copy.deepcopy(opt))
+
+
+# Hooks.
+
+
+def note(opt):
+    opt.state["test"] = 1
+
+
+def take_note(opt, state_dict):
+    state_dict["noted"] = state_dict["state"].pop("test", None) is not None
+    return state_dict
+
+
+@everywhere
+def test_state_dict_pre_hook(config):
+    opt = config.build(Regression(config).params)
+    opt.register_state_dict_pre_hook(note)
+    assert opt.state_dict()["state"]["test"] == 1
+
+
+@everywhere
+def test_state_dict_post_hook(config):
+    opt = config.build(Regression(config).params)
+    opt.register_state_dict_post_hook(take_note)
+    assert opt.state_dict()["noted"] is False
+
+
+@uncompiled
+def test_state_dict_pre_post_hook(config):
+    task = Regression(config)
+    opt = config.build(task.params)
+    opt.register_state_dict_pre_hook(note)
+    opt.register_state_dict_post_hook(take_note)
+    saved = opt.state_dict()
+    assert saved["noted"]
+    assert "test" not in saved["state"]
+    task.step(opt)  # a key of state that is no parameter is not the steps' business
+    assert opt.state["test"] == 1
+
+
+def lower(_, state_dict):
+    state_dict["param_groups"][0]["lr"] = 0.002
+
+
+def lower_in_a_copy(_, state_dict):
+    result = copy.deepcopy(state_dict)
+    result["param_groups"][0]["lr"] = 0.003
+    return result
+
+
+def note_rate(opt):
+    opt.state["rate"] = float(opt.param_groups[0]["lr"])
+
+
+@everywhere
+def test_load_state_dict_pre_hook_and_prepend(config):
+    opt = config.build(Regression(config).params)
+    saved = opt.state_dict()
+    opt.register_load_state_dict_pre_hook(lower)
+    opt.load_state_dict(saved)
+    assert float(opt.param_groups[0]["lr"]) == pytest.approx(0.002)
+    opt.register_load_state_dict_pre_hook(lower_in_a_copy, prepend=True)
+    opt.load_state_dict(saved)
+    assert float(opt.param_groups[0]["lr"]) == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize("lowered", [False, True], ids=["post", "pre and post"])
+@everywhere
+def test_load_state_dict_pre_post_hook(config, lowered):
+    opt = config.build(Regression(config).params)
+    if lowered:
+        opt.register_load_state_dict_pre_hook(lower_in_a_copy)
+    opt.register_load_state_dict_post_hook(note_rate)
+    opt.load_state_dict(opt.state_dict())
+    assert opt.state["rate"] == pytest.approx(0.003 if lowered else float(config.lr()))
+
+
+@pytest.mark.parametrize("when", ["pre", "post"])
+@everywhere
+def test_step_hook(config, when):
+    """test_step_pre_hook and test_step_post_hook."""
+    opt = config.build([torch.ones(2, dtype=config.dtype, device=DEVICE)])
+    seen = []
+    handle = getattr(opt, f"register_step_{when}_hook")(lambda *given: seen.append(given))
+    for _ in range(2):
+        opt.step()
+    handle.remove()
+    opt.step()
+    assert [(given[0], dict(given[2])) for given in seen] == [(opt, {})] * 2
+
+
+@everywhere
+def test_step_all_hooks(config):
+    p = torch.ones(2, dtype=config.dtype, device=DEVICE)
+    opt, other, seen = config.build([p]), torch.optim.SGD([p]), []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: seen.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("global post")),
+        *(o.register_step_pre_hook(lambda *_: seen.append("pre")) for o in (opt, other)),
+        *(o.register_step_post_hook(lambda *_: seen.append("post")) for o in (opt, other)),
+    ]
+    order = ["global pre", "pre", "post", "global post"]
+    try:
+        for rounds, o in enumerate((opt, other, opt), 1):
+            o.step()
+            assert seen == order * rounds
+    finally:
+        for handle in handles:
+            handle.remove()
+    opt.step()
+    other.step()
+    assert seen == order * 3
