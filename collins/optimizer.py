@@ -175,6 +175,7 @@ class Collins(Optimizer):
         self.defaults.pop("differentiable", None)  # the base class adds it here, for its own optimizers
         if "_stepper" not in self.__dict__:  # unpickled or copied
             self._start(known)
+            list(self._members())  # keys go by the order of now, which may change before the next step
             if self.in_backward:
                 self._step_in_backward()
         if self._backward is not None:

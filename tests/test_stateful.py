@@ -76,14 +76,12 @@ class Side:
     def step(self, grads):
         """With the gradients of these parameters, by name."""
         given = {name: g.to(self.params[name].dtype) for name, g in grads.items()}
-        if self.opt.in_backward:
-            loss = sum((self.params[name] * g).sum() for name, g in given.items())
-            if given:
-                loss.backward()
-        else:
-            for name, g in given.items():
-                self.params[name].grad = g
         try:
+            if self.opt.in_backward and given:
+                sum((self.params[name] * g).sum() for name, g in given.items()).backward()
+            elif not self.opt.in_backward:
+                for name, g in given.items():
+                    self.params[name].grad = g
             self.opt.step()
         finally:
             for p in self.params.values():
@@ -365,16 +363,15 @@ class Interruptions(RuleBasedStateMachine):
         state = self.twin.drained()
         for side in self.subjects:
             own = side.drained()
-            assert len(own) == len(state)
+            assert set(map(id, own)) <= set(map(id, side.params.values()))
             for name, p in self.twin.params.items():
                 q = side.params[name]
                 assert p.dtype == q.dtype
                 assert torch.equal(bits(p), bits(q)), (name, side.way)
-                due, found = state.get(p), own.get(q)
-                assert (due is None) == (found is None), (name, side.way)
-                for key in due or ():
+                due, found = state.get(p) or {}, own.get(q) or {}  # one that was emptied need not be saved
+                assert due.keys() == found.keys(), (name, side.way)
+                for key in due:
                     assert torch.equal(bits(due[key]), bits(found[key])), (name, key, side.way)
-                assert due is None or due.keys() == found.keys()
 
 
 def saved(opt, file):
@@ -387,12 +384,11 @@ def saved(opt, file):
 
 
 TestInterruptions = Interruptions.TestCase
+LENGTH = {"thorough": {"max_examples": 1000, "stateful_step_count": 50}}
+ALWAYS_THE_SAME = {"max_examples": 40, "stateful_step_count": 30, "derandomize": True, "phases": [Phase.generate]}
 TestInterruptions.settings = settings(
-    max_examples=6,
-    stateful_step_count=20,
-    derandomize=True,
+    **LENGTH.get(settings.get_current_profile_name(), ALWAYS_THE_SAME),
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],
 )
