@@ -1,7 +1,7 @@
 """How moments are stored: the formats of tables, and the tensors that each of them keeps.
 
-A format is data: what it keeps for a table of a given shape, how that is read into floating point, and how new values
-are written. Eager and compiled steps call `load` and `store`; state names, checkpoints, host memory, reports and
+A format is data: what it keeps for a table of a given shape, how that is read into floating point, and what is
+written for new values. Eager and compiled steps call `load` and `written`; state names, checkpoints, host memory, reports and
 sharding ask `parts`. An entry in `FORMATS` is all that eager, compiled and offloaded steps need of a new format; the
 Triton kernel takes those that `collins.compile.kernels.MOMENTS` knows.
 """
@@ -55,7 +55,7 @@ class TableFormat(Protocol):
 
     @property
     def rounds(self) -> bool:
-        """Whether `store` needs random bits, unless rounding is to nearest."""
+        """Whether `written` needs random bits, unless rounding is to nearest."""
 
     def entries(self, parts: Sequence[Tensor]) -> int:
         """How many entries the parts hold."""
@@ -66,8 +66,10 @@ class TableFormat(Protocol):
     def load(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The entries, flat, in `dtype`, from flat parts."""
 
-    def store(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> None:
-        """Writes `values`, shaped like the first part, over the parts, in place.
+    def written(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> Sequence[Tensor]:
+        """What is to be copied over each of the parts for entries of these `values`, shaped like the first part.
+
+        The copy itself allocates nothing: once the parts of a parameter are written, nothing may fail.
 
         Args:
             bits: makes random bits for stochastic rounding; None rounds to nearest. They are a hash of seed, step,
@@ -105,11 +107,11 @@ class FloatFormat:
     def load(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return parts[0].to(dtype)
 
-    def store(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> None:
+    def written(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> Sequence[Tensor]:
         (target,) = parts
         if bits is not None and self.rounds:
             values = stochastic_round(values.to(torch.float32), target.dtype, bits())
-        target.copy_(values.view(target.shape))
+        return (values.view(target.shape),)
 
 
 FORMATS: dict[str, TableFormat] = {

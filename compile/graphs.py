@@ -120,8 +120,17 @@ class Graphs:
         p, g, m, v = tensors[0], tensors[1], tuple(tensors[2:cut]), tuple(tensors[cut:])
         self._graphs[signature](p, g, m, v, keys, steps, others, starts)
         changed = [stacks[0], *stacks[2:]]
-        for place, stack in enumerate(changed):
-            foreach_copy_([task.tensors[place] for task in batch], list(stack.unbind(0))[: len(batch)])
+        copies = [
+            ([task.tensors[place] for task in batch], list(stack.unbind(0))[: len(batch)])
+            for place, stack in enumerate(changed)
+        ]
+        try:
+            for copy in copies:
+                foreach_copy_(*copy)
+        except BaseException:  # parameters and moments are written together or not at all
+            for copy in copies:
+                foreach_copy_(*copy)
+            raise
 
 
 def is_small(task: UpdateTask) -> bool:
