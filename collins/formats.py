@@ -1,7 +1,7 @@
 """How moments are stored: the formats of tables, and the tensors that each of them keeps.
 
-A format is data: what it keeps for a table of a given shape, how that is read into floating point, and what is
-written for new values. Eager and compiled steps call `load` and `written`; state names, checkpoints, host memory, reports and
+A format is data: what it keeps for a table of a given shape, how that is read into floating point, and what is written
+for new values. Eager and compiled steps call `load` and `written`; state names, checkpoints, host memory, reports and
 sharding ask `parts`. An entry in `FORMATS` is all that eager, compiled and offloaded steps need of a new format; the
 Triton kernel takes those that `collins.compile.kernels.MOMENTS` knows.
 """

@@ -2,8 +2,8 @@
 
 Compiled steps call `update_`, which takes the parameter as one piece for the compiler to fuse. Eager steps are an
 `EagerUpdate`, which works through it in pieces, so that a step needs a few small temporaries. All values of a piece are
-computed before the first of them is written. Every number that differs between parameters of one `UpdateSpec` may be a 0-d tensor: one compiled graph serves them
-all.
+computed before the first of them is written. Every number that differs between parameters of one `UpdateSpec` may be a
+0-d tensor: one compiled graph serves them all.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ class EagerUpdate:
         self._pieces = _pieces_of(task, g, hp, chunk)
         self._next = 0
         self._values: list[_Write] | None = None  # of the next piece, once they are computed
+        self.begun = False  # whether anything has been written, or is about to be
 
     def prepare(self) -> None:
         """Computes the next piece, and writes nothing."""
@@ -136,6 +137,7 @@ class EagerUpdate:
         while self._next < len(self._pieces):
             self.prepare()
             assert self._values is not None
+            self.begun = True
             foreach_copy_([target for target, _ in self._values], [value for _, value in self._values])
             self._next, self._values = self._next + 1, None
 
@@ -395,7 +397,7 @@ def _writes(
     task: UpdateTask,
     hp: StepScalars,
 ) -> list[_Write]:
-    """What is written over `parts` for `values`, flat or in rows; the first one, or that of each row, is number `first`."""
+    """What is written over `parts` for `values`, flat or in rows; the first, or that of each row, is number `first`."""
     bits: Bits | None = None
     if task.spec.rounding and format.rounds:
         bits = partial(

@@ -6,8 +6,8 @@ A step is a `StepProgram` (program): the parameters that it steps, guards that s
 executor. `Engine.executor` makes one for the `UpdateTask` of all parameters of all groups. Each task goes one of three
 ways.
 
-- Through a launch (multi_tensor, kernels): on CUDA devices, where the kernel can take it. Tasks of one dtype, format and
-  load share a launch, which finds its tensors through a table of addresses; addresses of gradients and scalars are
+- Through a launch (multi_tensor, kernels): on CUDA devices, where the kernel can take it. Tasks of one dtype, format
+  and load share a launch, which finds its tensors through a table of addresses; addresses of gradients and scalars are
   uploaded in one copy (transfer).
 - Through a graph (graphs): one for each signature (the static `UpdateSpec`, shapes, strides, dtypes, device), traced
   with fullgraph=True from `collins.update.update_`, the function that eager steps call too. Hyperparameters, the step

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from collins._torch_internals import is_compile_error, version_of
+from collins._torch_internals import foreach_copy_, is_compile_error, version_of
 from collins.compile.graphs import Graphs, ScalarTensors, is_small, split, stack_key, whole_of
 from collins.compile.program import Executor
 from collins.rule import StepScalars
@@ -120,7 +120,8 @@ class Engine:
                 update.run()
             done.append(number)
         except BaseException:
-            if version_of(task.p) != before and number not in done:
+            begun = version_of(task.p) != before or any(update.begun for update in updates)
+            if begun and number not in done:
                 for update in updates:
                     update.finish()
                 done.append(number)
@@ -138,17 +139,19 @@ class Engine:
         """Performs small tasks of one signature, all of them or none."""
         batch = [tasks[number] for number in numbers]
         own = [grads[number] for number in numbers], [hps[number] for number in numbers]
-        before = version_of(batch[0].p)
-        try:
-            stepped = self._attempt("graphs", lambda: self._graphs.run_stacked(batch, *own, scalars))
-            done += numbers if stepped else []
-        except BaseException:
-            if version_of(batch[0].p) != before and numbers[0] not in done:
-                done += numbers
-            raise
-        if not stepped:
+        copies: list[tuple[list[Tensor], list[Tensor]]] = []
+        if not self._attempt("graphs", lambda: copies.extend(self._graphs.run_stacked(batch, *own, scalars))):
             for number in numbers:
                 self._run_one(number, tasks[number], grads[number], hps[number], scalars, done)
+            return
+        try:
+            _copy(copies)
+            done += numbers
+        except BaseException:
+            if numbers[0] not in done:
+                _copy(copies)
+                done += numbers
+            raise
 
     def _compiles(self, device: torch.device) -> bool:
         return device.type not in ("cpu", "meta") if self._compile is None else self._compile
@@ -224,6 +227,11 @@ class OneExecutor:
             done.append(0)
             return
         engine.run_rest({0: task}, bound, [hp], done)
+
+
+def _copy(copies: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+    for targets, values in copies:
+        foreach_copy_(targets, values)
 
 
 _INSTEAD = {"graphs": ("eagerly", "torch.compile"), "kernel": ("through torch.compile", "its Triton kernel")}

@@ -137,11 +137,11 @@ class HostTier:
         """Steps tasks, given by number and region: transfer by transfer, in the order of the tasks."""
         if self._arrived:  # the rest of a step: the order in which gradients arrived stays the prediction for the next
             for number, region in items:
-                done = []
+                own: list[int] = []
                 self.run_one(
                     region,
-                    lambda staged, number=number, done=done: step(self, [number], [staged], done),  # type: ignore[misc]
-                    done,
+                    lambda staged, number=number, own=own: step(self, [number], [staged], own),  # type: ignore[misc]
+                    own,
                 )
             return
         transfers: dict[int, list[tuple[int, tuple[int, ...]]]] = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_streams import MODES, FakeStreams
-from helpers import bits, give_gradients, on_machine, parameters
+from helpers import bits, give_gradients, parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -136,7 +136,7 @@ def tensors(tree):
 @in_every_way
 @at_either_step
 def test_memory_that_runs_out_at_any_allocation_of_a_step(options, first):
-    fault, places = Fault(options, first), 40
+    fault, places = Fault(options, first), 15
     ps, opt = fault.new()
     with Allocates() as seen:
         step(ps, opt, fault.number)
@@ -202,10 +202,10 @@ def interrupted(fault, failing):
 
 @in_every_way
 @at_either_step
-def test_an_interruption_at_any_line_of_a_step(options, first, stride=None):
+def test_an_interruption_at_any_line_of_a_step(options, first):
     fault = Fault(options, first)
     *_, lines = interrupted(fault, None)
-    stride = stride or max(lines.count // 40, 1)
+    stride = max(lines.count // 15, 1)
     for failing in range(1, lines.count + 1, stride):
         ps, opt, now = interrupted(fault, failing)
         try:
@@ -213,3 +213,109 @@ def test_an_interruption_at_any_line_of_a_step(options, first, stride=None):
         except BaseException as error:
             error.add_note(f"interrupted before {now.where}, line {failing} of {lines.count}")
             raise
+
+
+# Copies and hooks.
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+@at_either_step
+def test_a_copy_that_fails(in_backward, first, monkeypatch):
+    """Between host and device, on the way there or on the way back."""
+    fault, original = Fault({**WAYS["host"], "in_backward": in_backward}, first), HostStreams.copy
+    calls = []
+
+    def copied(self, kind, target, source):
+        calls.append(kind)
+        if len(calls) == failing:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        original(self, kind, target, source)
+
+    for failing in range(1, 30):
+        ps, opt = fault.new()
+        calls.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(HostStreams, "copy", copied)
+            try:
+                step(ps, opt, fault.number)
+            except RuntimeError as error:
+                assert "illegal memory access" in str(error)  # noqa: PT017
+            else:
+                assert failing > 2
+                return
+        fault.leaves_all_whole(ps, opt)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("memory", [None, WAYS["host"]["memory"]], ids=["resident", "host"])
+@pytest.mark.parametrize("place", range(len(SHAPES)))
+def test_a_hook_that_fails_in_backward(place, memory):
+    fault = Fault({"memory": memory, "in_backward": True}, first=False)
+    ps, opt = fault.new()
+
+    def fails(p):
+        raise ZeroDivisionError
+
+    handle = ps[place].register_post_accumulate_grad_hook(fails)
+    with pytest.raises(ZeroDivisionError):
+        step(ps, opt, fault.number)
+    handle.remove()
+    assert place in fault.leaves_all_whole(ps, opt)  # its own hook came first
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_optimizer_that_is_collected_while_copies_are_in_flight(mode):
+    """Nothing that they read or write is let go of before they are done."""
+    from test_tiers import on_fake_device
+
+    fake, options = FakeStreams(mode), WAYS["host"]
+    ps, opt = made(options, 0)
+    on_fake_device(opt, fake)
+    give_gradients(0, ps)
+    opt.step()
+    there = weakref.ref(opt)
+    del opt
+    gc.collect()
+    fake.finish_everything()
+    assert there() is None
+    twins, _ = made({}, 1)
+    assert all(map(torch.equal, ps, twins))
+
+
+# Files.
+
+
+class Full(io.BytesIO):
+    """A disk with so much room."""
+
+    room = 0
+
+    def write(self, data):
+        if self.tell() + len(data) > self.room:
+            raise OSError(28, "No space left on device")
+        return super().write(data)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_disk_that_is_full_leaves_the_checkpoint_and_the_optimizer_as_they_were(share, tmp_path, monkeypatch):
+    ps, opt = made(WAYS["host"], 3)
+    path, before = tmp_path / "last.pt", snapshot(ps, opt)
+    collins.save(path, opt=opt)
+    whole = path.read_bytes()
+    step(ps, opt, 3)
+    after = snapshot(ps, opt)
+    Full.room = int(share * len(whole))
+
+    def opened(name, mode="r"):
+        Path(name).touch()
+        return Full()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(collins.files, "open", opened, raising=False)
+        with pytest.raises((OSError, RuntimeError)):
+            collins.save(path, opt=opt)
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]
+    assert all(map(same, snapshot(ps, opt), after))
+    collins.load(path, opt=opt)
+    assert all(same([p, state], [p, old]) for (p, state), (_, old) in zip(snapshot(ps, opt), before, strict=True))
