@@ -157,7 +157,8 @@ def _converted(state: Mapping[str, Any], expected: ExpectedState) -> dict[str, A
     moments = {name: torch.zeros(t.shape, dtype=t.dtype, device=m.device) for name, t in expected.tensors.items()}
     parts = {name: [t.view(-1) for key, t in moments.items() if part_of(key) == name] for name in _names(expected)}
     for name, format, values in zip(parts, expected.update.formats, (m, v), strict=True):
-        format.store(parts[name], values.reshape(-1), None)
+        for part, value in zip(parts[name], format.written(parts[name], values.reshape(-1), None), strict=True):
+            part.copy_(value)
     mark = {} if expected.fingerprint is None else {LAYOUT: expected.fingerprint.packed()}
     others = other_values(expected.name, state)
     return {**others, "step": torch.tensor(step, dtype=torch.float32, device="cpu"), **moments, **mark}

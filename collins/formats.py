@@ -1,7 +1,7 @@
 """How moments are stored: the formats of tables, and the tensors that each of them keeps.
 
-A format is data: what it keeps for a table of a given shape, how that is read into floating point, and how new values
-are written. Eager and compiled steps call `load` and `store`; state names, checkpoints, host memory, reports and
+A format is data: what it keeps for a table of a given shape, how that is read into floating point, and what is written
+for new values. Eager and compiled steps call `load` and `written`; state names, checkpoints, host memory, reports and
 sharding ask `parts`. An entry in `FORMATS` is all that eager, compiled and offloaded steps need of a new format; the
 Triton kernel takes those that `collins.compile.kernels.MOMENTS` knows.
 """
@@ -59,7 +59,7 @@ class TableFormat(Protocol):
 
     @property
     def rounds(self) -> bool:
-        """Whether `store` needs random bits, unless rounding is to nearest."""
+        """Whether `written` needs random bits, unless rounding is to nearest."""
 
     def cut(self, parts: Sequence[Tensor], first: int, count: int) -> tuple[Tensor, ...]:
         """Of flat parts, what `count` entries from number `first` on, a multiple of `unit`, are stored in."""
@@ -67,8 +67,10 @@ class TableFormat(Protocol):
     def load(self, parts: Sequence[Tensor], count: int, dtype: torch.dtype) -> Tensor:
         """The first `count` entries, flat, in `dtype`, from flat parts."""
 
-    def store(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> None:
-        """Writes `values`, flat or as rows of the first part, over the parts, in place.
+    def written(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> Sequence[Tensor]:
+        """What is to be copied over each of the parts for entries of these `values`, flat or as rows of the first part.
+
+        The copy itself allocates nothing: once the parts of a parameter are written, nothing may fail.
 
         Args:
             bits: makes random bits for stochastic rounding; None rounds to nearest. They are a hash of seed, step,
@@ -107,11 +109,11 @@ class FloatFormat:
     def load(self, parts: Sequence[Tensor], count: int, dtype: torch.dtype) -> Tensor:
         return parts[0].to(dtype)
 
-    def store(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> None:
+    def written(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> Sequence[Tensor]:
         (target,) = parts
         if bits is not None and self.rounds:
             values = stochastic_round(values.to(torch.float32), target.dtype, bits())
-        target.copy_(values.view(target.shape))
+        return (values.view(target.shape),)
 
 
 BLOCK = 64  # entries that share a scale
@@ -175,16 +177,16 @@ class IntFormat:
         blocks = _in_blocks(integers.to(dtype)) * scales.to(dtype)[:, None]
         return blocks.view(-1)[:count]
 
-    def store(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> None:
+    def written(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> Sequence[Tensor]:
         integers, scales = parts
         blocks = _in_blocks(values.reshape(-1))
         largest = blocks.abs().amax(1)
         q = torch.round(blocks * (self.limit / largest.clamp(min=SMALLEST))[:, None]).to(torch.int32).view(-1)
-        scales.copy_((largest / self.limit).view(scales.shape))
         if self.bits == 4:
             low, high = (q & 15).view(-1, 2).unbind(1)
             q = low | high << 4
-        integers.copy_(q[: integers.numel()].to(integers.dtype).view(integers.shape))
+        q = q[: integers.numel()].to(integers.dtype)
+        return q.view(integers.shape), (largest / self.limit).view(scales.shape)
 
 
 def _in_blocks(entries: Tensor) -> Tensor:

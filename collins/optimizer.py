@@ -176,6 +176,7 @@ class Collins(Optimizer):
         self.defaults.pop("differentiable", None)  # the base class adds it here, for its own optimizers
         if "_stepper" not in self.__dict__:  # unpickled or copied
             self._start(known)
+            list(self._members())  # keys go by the order of now, which may change before the next step
             if self.in_backward:
                 self._step_in_backward()
         if self._backward is not None:
@@ -224,7 +225,11 @@ class Collins(Optimizer):
         """Performs one optimization step.
 
         Whatever is raised while parameters are stepped, each of them is either stepped - its weights, moments and
-        counter - or all of these are as they were, in every tier, after backward and in it.
+        counter - or all of these are as they were, in every tier, after backward and in it. Three things are beyond
+        that: a kernel or a compiled graph that fails after it has begun to write; a KeyboardInterrupt between the
+        launch of a kernel and the note of it, or a second one while a step that was interrupted is finished; and an
+        eager step of a large parameter whose later pieces find no memory when they are tried again, which ends in a
+        RuntimeError that says so.
 
         Args:
             closure: reevaluates the model and returns the loss; it runs with gradients enabled.

@@ -23,7 +23,7 @@ class StepCounters:
         self._steps = torch.zeros(0, dtype=torch.float32, device="cpu")
         self._numbers = self._steps.numpy()  # the same memory
         self._views: list[Tensor] = []
-        self._every: list[int | None] = []
+        self._every: list[int | None] = []  # all places, once `_index` has been asked
 
     def adopt(self, place: int | None, value: int) -> tuple[int, Tensor]:
         """The place and the tensor of a counter that stands at `value`: the one at `place`, or a new one for None."""
@@ -32,14 +32,23 @@ class StepCounters:
             if place == self._steps.numel():
                 grown = torch.zeros(max(2 * place, 64), dtype=torch.float32, device="cpu")
                 grown[:place] = self._steps
-                # The tensors that were handed out stay what they are: only their memory moves.
-                for view, new in zip(self._views, grown.unbind(), strict=False):
-                    view.data = new
-                self._steps, self._numbers = grown, grown.numpy()
+                self._move(grown)
             self._views.append(self._steps[place])
-            self._every.append(place)
         self._views[place].fill_(value)
         return place, self._views[place]
+
+    def _move(self, grown: Tensor) -> None:
+        """The tensors that were handed out stay what they are: only their memory moves, of all or of none."""
+        before = self._steps
+        try:
+            for view, new in zip(self._views, grown.unbind(), strict=False):
+                view.data = new
+            self._numbers, self._steps = grown.numpy(), grown
+        except BaseException:
+            self._numbers, self._steps = before.numpy(), before
+            for view, old in zip(self._views, before.unbind(), strict=False):
+                view.data = old
+            raise
 
     def read(self, places: Sequence[int | None]) -> np.ndarray:
         """What the counters at these places stand at: float32, shape (len(places),)."""
@@ -49,14 +58,16 @@ class StepCounters:
         """What the counter at this place stands at."""
         return int(self._numbers[place])
 
-    def count(self, places: Sequence[int | None]) -> None:
-        """Counts one step at each of these different places."""
+    def set(self, places: Sequence[int | None], counts: Any) -> None:
+        """Sets the counters at these different places."""
         if len(places) == 1:
-            self._numbers[places[0]] += 1
+            self._numbers[places[0]] = counts[0]
         else:
-            self._numbers[self._index(places)] += 1
+            self._numbers[self._index(places)] = counts
 
     def _index(self, places: Sequence[int | None]) -> Any:
+        if len(self._every) != len(self._views):
+            self._every = list(range(len(self._views)))
         return slice(len(places)) if places == self._every else list(places)
 
 

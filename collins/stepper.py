@@ -7,7 +7,7 @@ the same program is run again. A step in backward is a program of one parameter,
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from collins.offload.backward import refuse_replicas
 from collins.offload.staging import StateRequest
 from collins.offload.tiers import ResidentStore, Store, TieredStore
 from collins.options import check_options
-from collins.parameter import check_state, gradient_of, settings_of, spec_of, task_of
+from collins.parameter import check_state, gradient_of, has_moments, settings_of, spec_of, task_of
 from collins.rule import StepScalars
 from collins.sharding import is_placed_like, local, placed
 from collins.state import StepCounters, adopt, drop, mark
@@ -101,9 +101,20 @@ class Stepper:
             assert self._program is not None
             self._program.run(bound, scalars_under)
         else:
-            program, bound, made = self._build(groups, states, repeats=repeats)
-            self._run(program, bound, made, states)
+            self._update_anew(groups, states, repeats=repeats)
         self.store.finish()
+
+    def _update_anew(self, groups: Groups, states: States, *, repeats: bool) -> None:
+        """A step whose program is made for it. State that it makes goes again for whoever is not stepped."""
+        new: list[ParamEntry] = []
+        program = None
+        try:
+            program, bound = self._build(groups, states, new, repeats=repeats)
+            program.run(bound, scalars_under)
+        except BaseException:
+            stepped = {program.entries[number] for number in program.stepped} if program else set()
+            drop([entry for entry in new if entry not in stepped], states)
+            raise
 
     def matching(self, groups: Groups, states: States) -> Any:
         """What the last step's program takes for this step's gradients; None if it cannot be run again."""
@@ -119,11 +130,17 @@ class Stepper:
             self._program = None
         return bound
 
-    def _build(self, groups: Groups, states: States, *, repeats: bool) -> tuple[StepProgram, Any, list[ParamEntry]]:
+    def _build(
+        self, groups: Groups, states: States, new: list[ParamEntry], *, repeats: bool
+    ) -> tuple[StepProgram, Any]:
         """Checks everything, and makes the program of this step.
 
+        Args:
+            groups, states, repeats: as for `update`.
+            new: takes the entries whose state is made.
+
         Returns:
-            The program, what it takes for this step's gradients, and the entries whose state was made.
+            The program, and what it takes for this step's gradients.
         """
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         roster = self._roster(groups, states)
@@ -143,7 +160,7 @@ class Stepper:
                     own.append(entry)
             found.append(ProgramGroup(group, settings, own))
         stepping = [entry for group in found for entry in group.entries]
-        made = self._adopt(stepping, states, flattened(roster))
+        self._adopt(stepping, states, flattened(roster), new)
         executor = self.store.executor(self.engine, list(map(task_of, stepping)), [e.p for e in stepping], grads)
         program = StepProgram(found, executor, self._counters, roster)
         # While gradients come and go no step is repeated, and guards would take as long as the step itself.
@@ -152,7 +169,7 @@ class Stepper:
             stepped = set(stepping)
             program.guard(grads, [entry.p for entry in flattened(roster) if entry not in stepped], states)
             self._program = program
-        return program, program.bind(grads), made
+        return program, program.bind(grads)
 
     def _check(self, entry: ParamEntry, states: States, settings: tuple[Any, ...]) -> None:
         """Raises for a parameter or a state that cannot be stepped."""
@@ -165,26 +182,16 @@ class Stepper:
         entry.forget()
         check_state(entry, state, self.seed, self.store)
 
-    def _adopt(self, entries: Sequence[ParamEntry], states: States, every: Iterable[ParamEntry]) -> list[ParamEntry]:
-        """Places and adopts the state of entries that have been checked; returns those that had none."""
-        new = [entry for entry in entries if entry.moments is None]
-        made: list[ParamEntry] = []
-        if new:
+    def _adopt(
+        self, entries: Sequence[ParamEntry], states: States, every: Iterable[ParamEntry], new: list[ParamEntry]
+    ) -> None:
+        """Places and adopts the state of entries that have been checked; `new` takes those that had none."""
+        unknown = [entry for entry in entries if entry.moments is None]
+        if unknown:
             self.place([entry for entry in every if can_step(entry)])
-            try:
-                made += (entry for entry in new if adopt(entry, states, self.store, self._counters, self.seed))
-            except BaseException:
-                drop(made, states)
-                raise
-        return made
-
-    def _run(self, program: StepProgram, bound: Any, made: Sequence[ParamEntry], states: States) -> None:
-        try:
-            program.run(bound, scalars_under)
-        except BaseException:
-            stepped = {program.entries[number] for number in program.stepped}
-            drop([entry for entry in made if entry not in stepped], states)
-            raise
+            new += (entry for entry in unknown if not has_moments(states.get(entry.p) or {}))
+            for entry in unknown:
+                adopt(entry, states, self.store, self._counters, self.seed)
 
     def place(self, entries: Iterable[ParamEntry], *, early: bool = False, loading: bool = False) -> None:
         """Finds memory for the moments of entries that have none; see `collins.offload.tiers.Store`."""
@@ -236,7 +243,12 @@ class Stepper:
         return pending
 
     def update_one(
-        self, entry: ParamEntry, g: Tensor, states: States, scalars: dict[tuple[int, int], StepScalars]
+        self,
+        entry: ParamEntry,
+        g: Tensor,
+        states: States,
+        scalars: dict[tuple[int, int], StepScalars],
+        stepped: Callable[[ParamEntry], None],
     ) -> None:
         """Steps one of the parameters that `begin` has checked.
 
@@ -245,6 +257,7 @@ class Stepper:
             g: its gradient.
             states: the optimizer's.
             scalars: of this step, by group and count; filled here.
+            stepped: called once the parameter has been stepped, also if something is raised after that.
         """
 
         def shared(group: dict[str, Any], step: int | Tensor) -> StepScalars:
@@ -255,12 +268,18 @@ class Stepper:
             return scalars[id(group), step]
 
         grads = [gradient_of(entry, g)]
-        made = self._adopt([entry], states, [entry]) if entry.moments is None else []
-        program = entry.program or self._program_of_one(entry)
+        new: list[ParamEntry] = []
+        program: StepProgram | None = None
         try:
+            self._adopt([entry], states, [entry], new)
+            program = entry.program or self._program_of_one(entry)
             program.run(program.bind(grads), shared)
+            stepped(entry)
         except BaseException:
-            drop(made, states)
+            if program is not None and program.stepped:
+                stepped(entry)
+            else:
+                drop(new, states)
             raise
 
     def _program_of_one(self, entry: ParamEntry) -> StepProgram:
@@ -300,9 +319,11 @@ class BackwardSteps:
             if id(p) in self._stepped:
                 p.grad = None
                 raise RuntimeError(_twice(entry.name))
-            stepper.update_one(entry, g, states, self._scalars)
-            self._stepped[id(p)] = entry
-            p.grad = None
+            stepper.update_one(entry, g, states, self._scalars, self._receive_no_more)
+
+    def _receive_no_more(self, entry: ParamEntry) -> None:
+        self._stepped[id(entry.p)] = entry
+        entry.p.grad = None
 
     def check(self, owner: object, closure: object) -> None:
         """Raises a RuntimeError for what steps in backward cannot work with, when `step` is called."""

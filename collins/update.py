@@ -1,21 +1,22 @@
 """One parameter's whole step, in place: hash, encode, decay, decode, write. The only code that changes a parameter.
 
-Eager and compiled steps call the same `update_`. It works through the parameter in pieces of `chunk`
-elements, so that an eager step needs a few small temporaries; compiled code takes the parameter as one piece and fuses
-it. Every number that differs between parameters of one `UpdateSpec` may be a 0-d tensor: one compiled graph serves them
-all.
+Compiled steps call `update_`, which takes the parameter as one piece for the compiler to fuse. Eager steps are an
+`EagerUpdate`, which works through it in pieces, so that a step needs a few small temporaries. All values of a piece are
+computed before the first of them is written. Every number that differs between parameters of one `UpdateSpec` may be a
+0-d tensor: one compiled graph serves them all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from collins._torch_internals import foreach_copy_
 from collins.formats import FORMATS, Bits, FloatFormat, TableFormat
 from collins.hashing import (
     WORD,
@@ -96,19 +97,75 @@ class UpdateTask(NamedTuple):
         return (self.p, *self.m, *self.v)
 
 
-def update_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None = None) -> None:
+def update_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
     """Updates p, m and v in place.
 
     Args:
         task: the parameter and its moments.
         g: the gradient, of the parameter's shape, dtype and device, of any strides.
         hp: the step's scalars.
+    """
+    for piece in _pieces_of(task, g, hp, None):
+        for target, value in piece():
+            target.copy_(value)
+
+
+class EagerUpdate:
+    """One parameter's eager step, which is made as a whole or not at all.
+
+    An error while the first piece is computed leaves everything as it was. Once a piece is being written, the step can
+    only be finished: `finish` computes what is missing, and writes again what may have been written already.
+
+    Args:
+        task, g, hp: as for `update_`.
         chunk: about how many elements to work on at a time; None takes the tensor whole.
     """
+
+    def __init__(self, task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None = None) -> None:
+        self._pieces = _pieces_of(task, g, hp, chunk)
+        self._next = 0
+        self._values: list[_Write] | None = None  # of the next piece, once they are computed
+        self.begun = False  # whether anything has been written, or is about to be
+
+    def prepare(self) -> None:
+        """Computes the next piece, and writes nothing."""
+        if self._values is None and self._next < len(self._pieces):
+            self._values = self._pieces[self._next]()
+
+    def run(self) -> None:
+        """Performs the step, or what is left of it."""
+        while self._next < len(self._pieces):
+            self.prepare()
+            assert self._values is not None
+            self.begun = True
+            foreach_copy_([target for target, _ in self._values], [value for _, value in self._values])
+            self._next, self._values = self._next + 1, None
+
+    def finish(self) -> None:
+        """Performs what is left after an error: temporaries that found no memory may find it now that others are gone.
+
+        Raises:
+            RuntimeError: when that fails, too. The parameter is stepped in part then.
+        """
+        try:
+            self.run()
+        except Exception as error:
+            raise RuntimeError(
+                f"an error in the middle of a step, and {type(error).__name__} when it was to be finished, left a"
+                f" parameter stepped in part, {self._next} of {len(self._pieces)} pieces: load a checkpoint"
+            ) from error
+
+
+_Write = tuple[Tensor, Tensor]  # where, and what
+_Compute = Callable[[], list[_Write]]  # of one piece
+
+
+def _pieces_of(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
+    """The step in pieces, none of which depends on what another one writes; None for one piece."""
     if task.p.is_contiguous() and g.is_contiguous():
         task, g = task._replace(p=task.p.view(-1)), g.view(-1)
     m, v = (tuple(part.view(-1) for part in parts) for parts in (task.m, task.v))
-    _UPDATES[task.spec.hash](task._replace(m=m, v=v), g, hp, chunk)
+    return _UPDATES[task.spec.hash](task._replace(m=m, v=v), g, hp, chunk)
 
 
 class _Piece(NamedTuple):
@@ -132,14 +189,18 @@ def _pieces(task: UpdateTask, g: Tensor, chunk: int | None, unit: int = 1) -> It
         yield _Piece(row * width, p[row : row + rows], g[row : row + rows])
 
 
-def _dense_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> None:
-    formats = task.spec.formats
-    for offset, p, grad in _pieces(task, g, chunk, math.lcm(*(format.unit for format in formats))):
-        first, count = task.start + offset, p.numel()
-        m, v = (format.cut(parts, offset, count) for format, parts in zip(formats, (task.m, task.v), strict=True))
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        values = _dense(p, grad, formats[0].load(m, count, dtype), formats[1].load(v, count, dtype), hp, task.spec)
-        _store_dense(p, m, v, values, first, task, hp)
+def _dense_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
+    unit = math.lcm(*(format.unit for format in task.spec.formats))
+    return [partial(_dense_piece, piece, task, hp) for piece in _pieces(task, g, chunk, unit)]
+
+
+def _dense_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> list[_Write]:
+    offset, p, grad = piece
+    formats, first, count = task.spec.formats, task.start + offset, p.numel()
+    m, v = (format.cut(parts, offset, count) for format, parts in zip(formats, (task.m, task.v), strict=True))
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    values = _dense(p, grad, formats[0].load(m, count, dtype), formats[1].load(v, count, dtype), hp, task.spec)
+    return _dense_writes(p, m, v, values, first, task, hp)
 
 
 def update_rows_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
@@ -151,7 +212,9 @@ def update_rows_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
     dtype = torch.promote_types(task.p.dtype, torch.float32)
     m, v = (parts[0].to(dtype) for parts in (task.m, task.v))  # dense moments have one part
     dense = torch.vmap(lambda p, g, m, v, hp: _dense(p, g, m, v, hp, task.spec))
-    _store_dense(task.p, task.m, task.v, dense(task.p, g, m, v, scalars), task.start, task, hp)
+    values = dense(task.p, g, m, v, scalars)
+    for target, value in _dense_writes(task.p, task.m, task.v, values, task.start, task, hp):
+        target.copy_(value)
 
 
 def _dense(
@@ -168,7 +231,7 @@ def _dense(
     return _where(finite, new, old), first_moment, second_moment
 
 
-def _store_dense(
+def _dense_writes(
     p: Tensor,
     m: tuple[Tensor, ...],
     v: tuple[Tensor, ...],
@@ -176,68 +239,78 @@ def _store_dense(
     first: int | Tensor,
     task: UpdateTask,
     hp: StepScalars,
-) -> None:
+) -> list[_Write]:
     new, first_moment, second_moment = values
     m_format, v_format = task.spec.formats
-    _store(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp)
-    _store(m_format, m, first_moment, first, FIRST, task, hp)
-    _store(v_format, v, second_moment, first, SECOND, task, hp)
+    return [
+        *_writes(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp),
+        *_writes(m_format, m, first_moment, first, FIRST, task, hp),
+        *_writes(v_format, v, second_moment, first, SECOND, task, hp),
+    ]
 
 
-def _block_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> None:
+def _block_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
+    loads, formats = task.spec.loads, task.spec.formats
+    unit = math.lcm(*(int(load) * format.unit for load, format in zip(loads, formats, strict=True)))
+    return [partial(_block_piece, piece, task, hp) for piece in _pieces(task, g, chunk, unit)]
+
+
+def _block_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> list[_Write]:
+    offset, p, g_piece = piece
     spec, keys, hints = task.spec, task.keys, task.spec.hints
     m_format, v_format = spec.formats
     load, v_load = map(int, spec.loads)
     last, tail = (task.numel - 1) // load, (task.numel - 1) % load + 1
-    for offset, p, g_piece in _pieces(task, g, chunk, math.lcm(load * m_format.unit, v_load * v_format.unit)):
-        count = p.numel()
-        padded = -(-count // v_load) * v_load
-        first, rows, v_rows = (task.start + offset) // load, padded // load, padded // v_load
-        bucket = torch.arange(rows + hints.padding, device=p.device) + first
-        epoch, resets = epoch_of(bucket, hp.step, keys.sign, keys.period) if spec.rehash else (0, None)
-        loads: float | Tensor = load
-        grad, old = _gradient(g_piece, spec), _flat(p, torch.promote_types(p.dtype, torch.float32))
-        if count % v_load:  # what is missing of the last buckets is zeros, which add nothing to their sums
-            grad, old = (torch.nn.functional.pad(t, (0, padded - count)) for t in (grad, old))
-            is_tail = bucket == last
-            loads = torch.where(is_tail, tail, load).to(grad.dtype)
-            if tail == 1 and resets is not None:  # alone, an element keeps its sign: the sketch is exact there
-                epoch, resets = torch.where(is_tail, 0, epoch), resets & ~is_tail
-        elif p.is_contiguous():
-            p = p.view(rows, load)  # compiled, reads, sums and writes then share one loop over rows
-        grad, old = grad.view(rows, load), old.view(rows, load)
-        resets = None if resets is None else hints.separate_loop(resets, rows)
-        words = hints.separate_loop(sign_words(bucket, load, epoch, keys.sign), rows)
-        masks = sign_masks(words, bucket[:rows], load)
-        bitwise = hints.bitwise(p, load)
-        grad = signed(grad, masks, bitwise=bitwise)  # s g from here on
-        if load == v_load:
-            mu, q = (hints.scalar_loop(mean, words) for mean in encode_rows(grad, loads))
-            v_loads = loads
-        else:
-            v_last, v_tail = (task.numel - 1) // v_load, (task.numel - 1) % v_load + 1
-            v_bucket = torch.arange(v_rows, device=p.device) + (task.start + offset) // v_load
-            v_loads = torch.where(v_bucket == v_last, v_tail, v_load).to(grad.dtype)
-            mu, q = encode_rows(grad, loads)[0], encode_rows(grad.view(v_rows, v_load), v_loads)[1]
-        finite = _finite(q, spec)
-        finite = None if finite is None else hints.realized(finite)
-        m_finite = None if finite is None else _along(finite, rows)
-        m_count, v_count = -(-count // load), v_rows
-        m = m_format.cut(task.m, offset // load, m_count)
-        v = v_format.cut(task.v, offset // v_load, v_count)
-        old_m, old_v = m_format.load(m, m_count, mu.dtype), v_format.load(v, v_count, q.dtype)
-        if m_count < rows:  # buckets of padding alone
-            old_m = torch.nn.functional.pad(old_m, (0, rows - m_count))
-        first_moment = decay(old_m, mu, hp.beta1, hp.one_minus_beta1, resets, m_finite)
-        second_moment = decay(old_v, q, hp.beta2, hp.one_minus_beta2, finite=finite)
-        _store(m_format, m, first_moment[:m_count], first, FIRST, task, hp)
-        _store(v_format, v, second_moment, (task.start + offset) // v_load, SECOND, task, hp)
-        m_b, v_b = map(hints.realized, _scaled(first_moment, second_moment, (loads, v_loads), spec, hp))
-        r = grad - hints.realized(mu)[:, None] if DECODES[spec.decode].residual else None
-        change = direction(m_b[:, None], _along(v_b, rows)[:, None], r, hp)
-        new = updated(old, signed(change, masks, bitwise=bitwise), hp)
-        new = _where(None if m_finite is None else m_finite[:, None], new, old)
-        _store(FloatFormat(p.dtype), (p,), new.view(-1)[:count], task.start + offset, PARAM, task, hp)
+    count = p.numel()
+    padded = -(-count // v_load) * v_load
+    first, rows, v_rows = (task.start + offset) // load, padded // load, padded // v_load
+    bucket = torch.arange(rows + hints.padding, device=p.device) + first
+    epoch, resets = epoch_of(bucket, hp.step, keys.sign, keys.period) if spec.rehash else (0, None)
+    loads: float | Tensor = load
+    grad, old = _gradient(g_piece, spec), _flat(p, torch.promote_types(p.dtype, torch.float32))
+    if count % v_load:  # what is missing of the last buckets is zeros, which add nothing to their sums
+        grad, old = (torch.nn.functional.pad(t, (0, padded - count)) for t in (grad, old))
+        is_tail = bucket == last
+        loads = torch.where(is_tail, tail, load).to(grad.dtype)
+        if tail == 1 and resets is not None:  # alone, an element keeps its sign: the sketch is exact there
+            epoch, resets = torch.where(is_tail, 0, epoch), resets & ~is_tail
+    elif p.is_contiguous():
+        p = p.view(rows, load)  # compiled, reads, sums and writes then share one loop over rows
+    grad, old = grad.view(rows, load), old.view(rows, load)
+    resets = None if resets is None else hints.separate_loop(resets, rows)
+    words = hints.separate_loop(sign_words(bucket, load, epoch, keys.sign), rows)
+    masks = sign_masks(words, bucket[:rows], load)
+    bitwise = hints.bitwise(p, load)
+    grad = signed(grad, masks, bitwise=bitwise)  # s g from here on
+    if load == v_load:
+        mu, q = (hints.scalar_loop(mean, words) for mean in encode_rows(grad, loads))
+        v_loads = loads
+    else:
+        v_last, v_tail = (task.numel - 1) // v_load, (task.numel - 1) % v_load + 1
+        v_bucket = torch.arange(v_rows, device=p.device) + (task.start + offset) // v_load
+        v_loads = torch.where(v_bucket == v_last, v_tail, v_load).to(grad.dtype)
+        mu, q = encode_rows(grad, loads)[0], encode_rows(grad.view(v_rows, v_load), v_loads)[1]
+    finite = _finite(q, spec)
+    finite = None if finite is None else hints.realized(finite)
+    m_finite = None if finite is None else _along(finite, rows)
+    m_count, v_count = -(-count // load), v_rows
+    m = m_format.cut(task.m, offset // load, m_count)
+    v = v_format.cut(task.v, offset // v_load, v_count)
+    old_m, old_v = m_format.load(m, m_count, mu.dtype), v_format.load(v, v_count, q.dtype)
+    if m_count < rows:  # buckets of padding alone
+        old_m = torch.nn.functional.pad(old_m, (0, rows - m_count))
+    first_moment = decay(old_m, mu, hp.beta1, hp.one_minus_beta1, resets, m_finite)
+    second_moment = decay(old_v, q, hp.beta2, hp.one_minus_beta2, finite=finite)
+    writes = [
+        *_writes(m_format, m, first_moment[:m_count], first, FIRST, task, hp),
+        *_writes(v_format, v, second_moment, (task.start + offset) // v_load, SECOND, task, hp),
+    ]
+    m_b, v_b = map(hints.realized, _scaled(first_moment, second_moment, (loads, v_loads), spec, hp))
+    r = grad - hints.realized(mu)[:, None] if DECODES[spec.decode].residual else None
+    change = direction(m_b[:, None], _along(v_b, rows)[:, None], r, hp)
+    new = updated(old, signed(change, masks, bitwise=bitwise), hp)
+    new = _where(None if m_finite is None else m_finite[:, None], new, old)
+    return [*writes, *_writes(FloatFormat(p.dtype), (p,), new.view(-1)[:count], task.start + offset, PARAM, task, hp)]
 
 
 def _along(x: Tensor, rows: int) -> Tensor:
@@ -245,7 +318,7 @@ def _along(x: Tensor, rows: int) -> Tensor:
     return x if len(x) == rows else x[:, None].expand(-1, rows // len(x)).reshape(rows)
 
 
-def _universal_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> None:
+def _universal_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
     spec = task.spec
     m_format, v_format = spec.formats
     buckets, load = task.m[0].numel(), spec.load
@@ -266,18 +339,26 @@ def _universal_(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None)
     first_moment = decay(m_format.load(task.m, buckets, dtype), mu, hp.beta1, hp.one_minus_beta1, finite=finite)
     second_moment = decay(v_format.load(task.v, buckets, dtype), q, hp.beta2, hp.one_minus_beta2, finite=finite)
     m_b, v_b = _scaled(first_moment, second_moment, (load, load), spec, hp)
-    for first, p, grad in _pieces(task, g, chunk):
+
+    def piece_of(piece: _Piece) -> list[_Write]:
+        first, p, grad = piece
         signed_grad, bucket, masks = hashed(first, grad)
         r = signed_grad - mu[bucket] if DECODES[spec.decode].residual else None
         old = _flat(p, signed_grad.dtype)
         new = updated(old, signed(direction(m_b[bucket], v_b[bucket], r, hp), masks, bitwise=bitwise), hp)
         new = _where(None if finite is None else finite[bucket], new, old)
-        _store(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp)
-    _store(m_format, task.m, first_moment, 0, FIRST, task, hp)
-    _store(v_format, task.v, second_moment, 0, SECOND, task, hp)
+        return _writes(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp)
+
+    def tables() -> list[_Write]:
+        return [
+            *_writes(m_format, task.m, first_moment, 0, FIRST, task, hp),
+            *_writes(v_format, task.v, second_moment, 0, SECOND, task, hp),
+        ]
+
+    return [*(partial(piece_of, piece) for piece in _pieces(task, g, chunk)), tables]
 
 
-_UPDATES = {None: _dense_, "block": _block_, "universal": _universal_}
+_UPDATES = {None: _dense_pieces, "block": _block_pieces, "universal": _universal_pieces}
 
 
 def _flat(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -307,7 +388,7 @@ def _scaled(
     return decode.scaled(m, decode.m_scale, loads[0]), decode.scaled(v, decode.v_scale, loads[1])
 
 
-def _store(
+def _writes(
     format: TableFormat,
     parts: tuple[Tensor, ...],
     values: Tensor,
@@ -315,8 +396,8 @@ def _store(
     stream: int,
     task: UpdateTask,
     hp: StepScalars,
-) -> None:
-    """Writes `values`, flat or in rows, over `parts`; the first value, or that of each row, is number `first`."""
+) -> list[_Write]:
+    """What is written over `parts` for `values`, flat or in rows; the first, or that of each row, is number `first`."""
     bits: Bits | None = None
     if task.spec.rounding and format.rounds:
         bits = partial(
@@ -329,4 +410,4 @@ def _store(
             parts[0].device,
             task.spec.hints,
         )
-    format.store(parts, values, bits)
+    return list(zip(parts, format.written(parts, values, bits), strict=True))

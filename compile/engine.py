@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from collins._torch_internals import is_compile_error
+from collins._torch_internals import foreach_copy_, is_compile_error, version_of
 from collins.compile.graphs import Graphs, ScalarTensors, is_small, split, stack_key, whole_of
 from collins.compile.program import Executor
 from collins.rule import StepScalars
-from collins.update import UpdateSpec, UpdateTask, update_
+from collins.update import EagerUpdate, UpdateSpec, UpdateTask
 
 if TYPE_CHECKING:
     from collins.compile.multi_tensor import KernelLaunch, KernelLaunches
@@ -91,40 +91,71 @@ class Engine:
         for number, task in tasks.items():
             if self._compiles(task.p.device) and is_small(task):
                 small.setdefault(stack_key(task), []).append(number)
-                continue
-            self._run_one(task, grads[number], hps[number], scalars)
-            done.append(number)
+            else:
+                self._run_one(number, task, grads[number], hps[number], scalars, done)
         for numbers in small.values():
-            batch = [tasks[number] for number in numbers]
-            own = [grads[number] for number in numbers], [hps[number] for number in numbers]
-            if self._attempt("graphs", lambda: self._graphs.run_stacked(batch, *own, scalars)):  # noqa: B023
-                done += numbers
-                continue
-            for number in numbers:
-                self._run_eagerly(tasks[number], grads[number], hps[number])
-                done.append(number)
+            self._run_stacked(numbers, tasks, grads, hps, scalars, done)
 
-    def _run_one(self, task: UpdateTask, g: Tensor, hp: StepScalars, scalars: ScalarTensors) -> None:
+    def _run_one(
+        self, number: int, task: UpdateTask, g: Tensor, hp: StepScalars, scalars: ScalarTensors, done: list[int]
+    ) -> None:
+        """Performs a task as a whole or not at all: through a graph as far as one can take it, the rest eagerly."""
         whole = whole_of(task, g) if self._compiles(task.p.device) else 0
-        if whole == 0:
-            self._run_eagerly(task, g, hp)
+        if not 0 < whole < task.p.numel():
+            first, rest = task, None
+        else:
+            first, rest = split(task, whole)
+            flat = g.detach().view(-1)
+            g, g_rest = flat[:whole], flat[whole:]
+        updates: list[EagerUpdate] = []  # of all that is left once anything has been written
+        before = version_of(task.p)
+        try:
+            if rest is not None:  # less than a piece
+                updates.append(EagerUpdate(rest, g_rest, hp))
+                updates[0].prepare()
+            if task.p.numel() and not (
+                whole and self._attempt("graphs", lambda: self._graphs.run(first, g, hp, scalars))
+            ):
+                updates.append(EagerUpdate(first, g, hp, self._piece(first.p, first.spec.load)))
+            for update in reversed(updates):
+                update.run()
+            done.append(number)
+        except BaseException:
+            begun = version_of(task.p) != before or any(update.begun for update in updates)
+            if begun and number not in done:
+                for update in updates:
+                    update.finish()
+                done.append(number)
+            raise
+
+    def _run_stacked(
+        self,
+        numbers: list[int],
+        tasks: dict[int, UpdateTask],
+        grads: Sequence[Tensor],
+        hps: Sequence[StepScalars],
+        scalars: ScalarTensors,
+        done: list[int],
+    ) -> None:
+        """Performs small tasks of one signature, all of them or none."""
+        batch = [tasks[number] for number in numbers]
+        own = [grads[number] for number in numbers], [hps[number] for number in numbers]
+        copies: list[tuple[list[Tensor], list[Tensor]]] = []
+        if not self._attempt("graphs", lambda: copies.extend(self._graphs.run_stacked(batch, *own, scalars))):
+            for number in numbers:
+                self._run_one(number, tasks[number], grads[number], hps[number], scalars, done)
             return
-        if whole == task.p.numel():
-            if not self._attempt("graphs", lambda: self._graphs.run(task, g, hp, scalars)):
-                self._run_eagerly(task, g, hp)
-            return
-        first, rest = split(task, whole)
-        flat = g.detach().view(-1)
-        if not self._attempt("graphs", lambda: self._graphs.run(first, flat[:whole], hp, scalars)):
-            self._run_eagerly(first, flat[:whole], hp)
-        self._run_eagerly(rest, flat[whole:], hp)
+        try:
+            _copy(copies)
+            done += numbers
+        except BaseException:
+            if numbers[0] not in done:
+                _copy(copies)
+                done += numbers
+            raise
 
     def _compiles(self, device: torch.device) -> bool:
         return device.type not in ("cpu", "meta") if self._compile is None else self._compile
-
-    def _run_eagerly(self, task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
-        if task.p.numel():
-            update_(task, g, hp, self._piece(task.p, task.spec.load))
 
     def _piece(self, p: Tensor, load: float) -> int:
         """Elements per piece: all its temporaries take at most twice what the largest parameter does, or little."""
@@ -197,6 +228,11 @@ class OneExecutor:
             done.append(0)
             return
         engine.run_rest({0: task}, bound, [hp], done)
+
+
+def _copy(copies: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+    for targets, values in copies:
+        foreach_copy_(targets, values)
 
 
 _INSTEAD = {"graphs": ("eagerly", "torch.compile"), "kernel": ("through torch.compile", "its Triton kernel")}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from collins._torch_internals import (
-    foreach_copy_,
     known_options,
     mark_dynamic,
     tree_flatten,
@@ -90,9 +89,12 @@ class Graphs:
         grads: Sequence[Tensor],
         hps: Sequence[StepScalars],
         scalars: ScalarTensors,
-    ) -> None:
+    ) -> list[tuple[list[Tensor], list[Tensor]]]:
         """As `run`, for small dense tensors of one signature, stacked along a first dimension whose size may change
         between steps.
+
+        Returns:
+            What is still to be copied over what, for the step to be performed.
         """
         spec, device = batch[0].spec, batch[0].p.device
         signature = (spec, *_signature(batch[0]))
@@ -120,8 +122,10 @@ class Graphs:
         p, g, m, v = tensors[0], tensors[1], tuple(tensors[2:cut]), tuple(tensors[cut:])
         self._graphs[signature](p, g, m, v, keys, steps, others, starts)
         changed = [stacks[0], *stacks[2:]]
-        for place, stack in enumerate(changed):
-            foreach_copy_([task.tensors[place] for task in batch], list(stack.unbind(0))[: len(batch)])
+        return [
+            ([task.tensors[place] for task in batch], list(stack.unbind(0))[: len(batch)])
+            for place, stack in enumerate(changed)
+        ]
 
 
 def is_small(task: UpdateTask) -> bool:

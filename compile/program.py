@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from collins._torch_internals import GUARDS_AVAILABLE, foreach_add_, tensor_guards
+from collins._torch_internals import GUARDS_AVAILABLE, foreach_copy_, tensor_guards
 from collins.entries import Hash, ParamEntry
 from collins.hashing import UniversalHash
 from collins.nonfinite import require_finite
@@ -121,17 +121,17 @@ class StepProgram:
             self._require_finite(grads)
         scalars: list[StepScalars] = []
         rows: list[int] = []
-        for group, places in zip(self.groups, self._places, strict=True):
-            if places:
-                self._add_scalars(group, places, scalars, rows, scalars_of)
+        counts: list[Any] = []  # of each group, after this step: to set a counter twice does no harm
         self.stepped = []
+        for group, places in zip(self.groups, self._places, strict=True):
+            counts.append(self._add_scalars(group, places, scalars, rows, scalars_of) if places else None)
         try:
             self._executor.run(prepared, scalars, rows, self.stepped)
+            for group, places, count in zip(self.groups, self._places, counts, strict=True):
+                self._set_counters(group, places, count)
         except BaseException:
-            self._count_some(self.stepped)
+            self._set_some(self.stepped, counts)
             raise
-        for group, places in zip(self.groups, self._places, strict=True):
-            self._count(group, places)
 
     def _add_scalars(
         self,
@@ -140,8 +140,8 @@ class StepProgram:
         scalars: list[StepScalars],
         rows: list[int],
         scalars_of: ScalarsOf,
-    ) -> None:
-        """Adds the scalars that the entries of a group take, and the row of each."""
+    ) -> Any:
+        """Adds the scalars that the entries of a group take, and the row of each; returns the counts after the step."""
         options, first, count = group.options, len(scalars), len(places)
         if options["capturable"]:
             steps = torch.stack([entry.step for entry in group.entries if entry.step is not None]) + 1
@@ -150,32 +150,35 @@ class StepProgram:
             ]
             scalars += (StepScalars(*row) for row in zip(*columns, strict=True))
             rows += range(first, first + count)
-            return
+            return steps.unbind()
         if count == 1:
-            scalars.append(scalars_of(options, self._counters.read_one(cast(int, places[0])) + 1))
+            number = self._counters.read_one(cast(int, places[0])) + 1
+            scalars.append(scalars_of(options, number))
             rows.append(first)
-            return
-        taken = self._counters.read(places)
-        if (taken == taken[0]).all():
-            scalars.append(scalars_of(options, int(taken[0]) + 1))
+            return (number,)
+        numbers = self._counters.read(places) + 1
+        if (numbers == numbers[0]).all():
+            scalars.append(scalars_of(options, int(numbers[0])))
             rows += [first] * count
-            return
-        distinct = {t: row for row, t in enumerate(dict.fromkeys(taken.tolist()), first)}
-        scalars += (scalars_of(options, int(t) + 1) for t in distinct)
-        rows += map(distinct.__getitem__, taken.tolist())
+            return numbers
+        distinct = {t: row for row, t in enumerate(dict.fromkeys(numbers.tolist()), first)}
+        scalars += (scalars_of(options, int(t)) for t in distinct)
+        rows += map(distinct.__getitem__, numbers.tolist())
+        return numbers
 
-    def _count(self, group: ProgramGroup, places: Sequence[int | None]) -> None:
+    def _set_counters(self, group: ProgramGroup, places: Sequence[int | None], counts: Any) -> None:
         if group.options["capturable"]:
             if group.entries:
-                foreach_add_([entry.step for entry in group.entries if entry.step is not None], 1)
+                foreach_copy_([entry.step for entry in group.entries if entry.step is not None], list(counts))
         elif places:
-            self._counters.count(places)
+            self._counters.set(places, counts)
 
-    def _count_some(self, done: Sequence[int]) -> None:
+    def _set_some(self, done: Sequence[int], counts: Sequence[Any]) -> None:
+        every = [count for own in counts if own is not None for count in own]
         for number in done:
             step = self.entries[number].step
             if step is not None:
-                step += 1
+                step.copy_(torch.as_tensor(every[number]))
 
     def _require_finite(self, grads: Sequence[Tensor]) -> None:
         guarded = [

@@ -162,9 +162,9 @@ class Pipeline:
             RuntimeError: when the transfer is not acquired.
         """
         slot, parts = self._acquired(transfer)
-        slot.held = None
         slot.marked = False
         slot.changed.update(parts)
+        slot.held = None
         if not more:
             self._write_back(slot)
 
@@ -179,8 +179,8 @@ class Pipeline:
             RuntimeError: when the transfer is not acquired.
         """
         slot, parts = self._acquired(transfer)
-        slot.held = None
         slot.changed.update(keep)
+        slot.held = None
         if not slot.changed:
             self.streams.record(slot.free, slot.user)
             self._empty(slot)
@@ -193,6 +193,13 @@ class Pipeline:
                 self.streams.copy(StreamKind.H2D, slot.tensors[part], self.slabs[transfer].tensors[part])
         self.streams.record(slot.computed, StreamKind.H2D)
         slot.user = None
+
+    def abandon(self, transfer: int, keep: Sequence[int] = ()) -> None:
+        """`discard`, if the transfer is acquired: for whoever was interrupted on the way there or on the way back."""
+        slot = next((slot for slot in self._slots if slot.transfer == transfer and slot.held is not None), None)
+        if slot is not None:
+            self._staged[transfer] = slot
+            self.discard(transfer, keep)
 
     def drop(self, transfer: int) -> None:
         """The host has written to a transfer's slab: what was staged of it is not used, unless it has changed there."""
@@ -292,7 +299,7 @@ class Pipeline:
         self._touch(slot)
 
     def _empty(self, slot: _Slot) -> None:
-        if slot.transfer is not None:
+        if slot.transfer is not None and self._staged.get(slot.transfer) is slot:
             del self._staged[slot.transfer]
         slot.transfer = slot.user = None
         slot.tensors = []
@@ -307,8 +314,8 @@ class Pipeline:
         self._back[transfer] = slot.back = self._backs
         slot.free = self._written[transfer]
         self.streams.record(slot.free, StreamKind.D2H)
-        self._empty(slot)
         slot.changed.clear()
+        self._empty(slot)
 
     def _room(self, transfer: int, keep: Collection[int] | None = None, *, force: bool = False) -> _Slot | None:
         """A slot for a transfer, emptied if need be.

@@ -137,7 +137,12 @@ class HostTier:
         """Steps tasks, given by number and region: transfer by transfer, in the order of the tasks."""
         if self._arrived:  # the rest of a step: the order in which gradients arrived stays the prediction for the next
             for number, region in items:
-                self.run_one(region, lambda staged, number=number: step(self, [number], [staged], []))  # type: ignore[misc]
+                own: list[int] = []
+                self.run_one(
+                    region,
+                    lambda staged, number=number, own=own: step(self, [number], [staged], own),  # type: ignore[misc]
+                    own,
+                )
             return
         transfers: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
         for number, region in items:
@@ -145,28 +150,40 @@ class HostTier:
             transfers.setdefault(transfer, []).append((number, parts))
         self.pipeline.expect(list(transfers))
         for transfer, members in transfers.items():
-            use = self.pipeline.using(transfer)
-            with use as staged:
-                done: list[int] = []
-                try:
-                    step(
-                        self,
-                        [number for number, _ in members],
-                        [tuple(staged[part] for part in parts) for _, parts in members],
-                        done,
-                    )
-                except BaseException:
-                    stepped = set(done)
-                    use.keep([part for number, parts in members if number in stepped for part in parts])
-                    raise
+            done: list[int] = []
+            try:
+                staged = self.pipeline.acquire(transfer)
+                step(
+                    self,
+                    [number for number, _ in members],
+                    [tuple(staged[part] for part in parts) for _, parts in members],
+                    done,
+                )
+                self.pipeline.release(transfer)
+            except BaseException:
+                stepped = set(done)
+                self.pipeline.abandon(
+                    transfer, [part for number, parts in members if number in stepped for part in parts]
+                )
+                raise
         self.pipeline.finish()
 
-    def run_one(self, region: int, step: Callable[[tuple[Tensor, ...]], None]) -> None:
-        """Steps one region while others are still to come; `finish` ends the step."""
+    def run_one(self, region: int, step: Callable[[tuple[Tensor, ...]], None], done: Sequence[int]) -> None:
+        """Steps one region while others are still to come; `finish` ends the step.
+
+        Args:
+            region: which one.
+            step: steps it over staged moments.
+            done: not empty once that has happened.
+        """
         transfer, parts = self._where[region]
         arrived = self._arrived[transfer] = self._arrived.get(transfer, 0) + 1
-        with self.pipeline.using(transfer, parts, more=arrived < self._sizes[transfer]) as staged:
-            step(tuple(staged))
+        try:
+            step(tuple(self.pipeline.acquire(transfer, parts)))
+            self.pipeline.release(transfer, more=arrived < self._sizes[transfer])
+        except BaseException:
+            self.pipeline.abandon(transfer, parts if done else ())
+            raise
 
     def finish(self) -> None:
         self._arrived.clear()
@@ -217,8 +234,10 @@ class TieredExecutor:
             executor, own = self._over_staged(host, numbers, staged, [grads[number] for number in numbers])
             try:
                 _run_as(executor, own, numbers, scalars, rows, now)
-            finally:
-                done.extend(now)
+                _add(done, now)
+            except BaseException:
+                _add(done, now)
+                raise
 
         for host, items in self._hosts.items():
             host.run(items, step)
@@ -249,8 +268,16 @@ def _run_as(
     own: list[int] = []
     try:
         executor.run(bound, scalars, [rows[number] for number in numbers], own)
-    finally:
-        done.extend(numbers[place] for place in own)
+        _add(done, [numbers[place] for place in own])
+    except BaseException:
+        _add(done, [numbers[place] for place in own])
+        raise
+
+
+def _add(done: list[int], more: Sequence[int]) -> None:
+    """Adds numbers, but those that are there already."""
+    known = set(done)
+    done += [number for number in more if number not in known]
 
 
 class StagedOneExecutor:
@@ -271,4 +298,4 @@ class StagedOneExecutor:
             executor = self._staged[at]
             executor.run(executor.bind(bound), scalars, rows, done)
 
-        self._host.run_one(self._region, step)
+        self._host.run_one(self._region, step, done)

@@ -5,9 +5,12 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before CUDA starts: products are then the same in every run
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anyone imports the Hugging Face libraries: no test may need the network
+
+settings.register_profile("thorough")  # which `tests/test_stateful.py` looks for
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 

@@ -146,6 +146,22 @@ def test_keys_travel_with_copies_and_are_taken_from_what_is_loaded():
         assert [one.hash_of(p).key for p in one.param_groups[0]["params"]] == [opt.hash_of(p).key for p in (a, b)]
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("memory", TIERS.values(), ids=TIERS)
+def test_a_copy_may_be_reordered_before_it_steps(copied, memory):
+    ps = [parameter(64, 64), parameter(64, 64, seed=1)]
+    opt = Collins([{"params": [p]} for p in ps], lr=1e-2, memory=memory)
+    qs, other = copied((ps, opt))
+    for one in (opt, other):
+        one.param_groups.reverse()
+    for step in range(3):
+        for p in (*ps, *qs):
+            give(p, step)
+        opt.step()
+        other.step()
+    assert all(map(torch.equal, ps, qs))
+
+
 @in_every_tier
 @pytest.mark.parametrize(
     ("option", "value", "text"),

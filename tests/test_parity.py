@@ -35,10 +35,10 @@ class SplitFormat:
     def load(self, parts, count, dtype):
         return parts[0].to(dtype) + parts[1].to(dtype)
 
-    def store(self, parts, values, bits):
+    def written(self, parts, values, bits):
         high = values.to(torch.bfloat16)
-        parts[0].copy_(high.view(parts[0].shape))
-        parts[1].copy_((values - high.to(values.dtype)).to(torch.bfloat16).view(parts[1].shape))
+        low = (values - high.to(values.dtype)).to(torch.bfloat16)
+        return high.view(parts[0].shape), low.view(parts[1].shape)
 
 
 @pytest.fixture

@@ -1,0 +1,321 @@
+"""Whatever fails in the middle of a step, each parameter is stepped or as it was, to the bit, and training goes on.
+
+The step is made to fail at every allocation, at lines spread over all the code that steps, in copies between host and
+device, and in hooks of backward. What is there afterwards is compared with twins that nothing befell.
+"""
+
+import copy
+import gc
+import io
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from fake_streams import MODES, FakeStreams
+from helpers import bits, give_gradients, parameters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import collins
+from collins import Collins
+from collins.offload.streams import HostStreams
+
+SHAPES = [(64, 64), (40,), (33, 37), (32, 64)]
+WAYS = {
+    "resident": {},
+    "universal": {"hash": "universal"},
+    "bf16 tables": {"table_dtype": torch.bfloat16},
+    "capturable": {"capturable": True},
+    "device": {"memory": "device"},
+    "host": {"memory": {"tier": "host", "transfer_size": 1500, "staging_slots": 2}},
+    "mixed": {"memory": {"device_budget": "7KiB", "transfer_size": 1500, "staging_slots": 2}},
+    "in_backward": {"in_backward": True},
+    "host in_backward": {"memory": {"tier": "host", "transfer_size": 1500, "staging_slots": 2}, "in_backward": True},
+}
+in_every_way = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+at_either_step = pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
+
+
+def made(options, steps):
+    ps = parameters(torch.float32, SHAPES, "cpu")
+    opt = Collins(ps, lr=1e-2, min_K=16, rehash_period=3, **options)
+    for number in range(steps):
+        step(ps, opt, number)
+    return ps, opt
+
+
+def step(ps, opt, number, among=None):
+    """With gradients for all, or for those `among` whose numbers these are."""
+    give_gradients(number, ps)
+    grads = [p.grad if among is None or i in among else None for i, p in enumerate(ps)]
+    try:
+        if opt.in_backward:
+            for p in ps:
+                p.grad = None
+            if any(g is not None for g in grads):
+                sum((p * g).sum() for p, g in zip(ps, grads, strict=True) if g is not None).backward()
+        else:
+            for p, g in zip(ps, grads, strict=True):
+                p.grad = g
+        opt.step()
+    finally:
+        for p in ps:
+            p.grad = None
+
+
+def snapshot(ps, opt):
+    states = opt.state_dict()["state"]
+    return [[p.detach().clone(), copy.deepcopy(states.get(place, {}))] for place, p in enumerate(ps)]
+
+
+def same(some, others):
+    (p, state), (q, other) = some, others
+    return (
+        torch.equal(bits(p), bits(q))
+        and state.keys() == other.keys()
+        and all(torch.equal(bits(state[name]), bits(other[name])) for name in state)
+    )
+
+
+class Fault:
+    """A step at which things fail, over and over, and what it may leave behind."""
+
+    def __init__(self, options, first):
+        self.number = 0 if first else 3
+        self.options = options
+        self.before = snapshot(*self.new())
+        ps, opt = self.new()
+        step(ps, opt, self.number)
+        self.after = snapshot(ps, opt)
+
+    def new(self):
+        return made(self.options, self.number)
+
+    def leaves_all_whole(self, ps, opt):
+        """The step of this optimizer has just failed."""
+        found = snapshot(ps, opt)
+        done = {i for i, (now, then) in enumerate(zip(found, self.after, strict=True)) if same(now, then)}
+        rest = set(range(len(ps))) - done
+        assert all(same(found[i], self.before[i]) for i in rest), (done, rest)
+        if opt.in_backward:
+            opt.step()  # ends it
+        step(ps, opt, self.number + 1)
+        twins, twin = self.new()
+        step(twins, twin, self.number, done)
+        step(twins, twin, self.number + 1)
+        assert all(map(same, snapshot(ps, opt), snapshot(twins, twin)))
+        return done
+
+
+# Memory.
+
+
+class Allocates(TorchDispatchMode):
+    """The operation that makes new memory for the `failing`-th time finds none."""
+
+    def __init__(self, failing=None):
+        super().__init__()
+        self.failing, self.count = failing, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+        if any(t.untyped_storage()._cdata not in given for t in tensors(result)):
+            self.count += 1
+            if self.count == self.failing:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@in_every_way
+@at_either_step
+def test_memory_that_runs_out_at_any_allocation_of_a_step(options, first):
+    fault, places = Fault(options, first), 15
+    ps, opt = fault.new()
+    with Allocates() as seen:
+        step(ps, opt, fault.number)
+    assert seen.count > 10
+    stride = max(seen.count // places, 1)
+    for failing in range(1, seen.count + 1, stride):
+        ps, opt = fault.new()
+        try:
+            with Allocates(failing):
+                step(ps, opt, fault.number)
+        except torch.OutOfMemoryError:
+            fault.leaves_all_whole(ps, opt)
+        else:  # a table went to the host instead
+            assert all(map(same, snapshot(ps, opt), fault.after))
+
+
+# Interruptions.
+
+ROOT = Path(collins.__file__).parent
+FILES = {
+    str(file)
+    for folder in (ROOT, *map(Path, (sys.modules[f"collins.{room}"].__path__[0] for room in ("compile", "offload"))))
+    for file in folder.glob("*.py")
+    if folder != ROOT or file.name in ("stepper.py", "state.py", "update.py", "entries.py")
+}
+
+
+class Lines:
+    """Counts the lines of Collins that are run, and raises a KeyboardInterrupt before the `failing`-th."""
+
+    def __init__(self, failing=None):
+        self.failing, self.count, self.where = failing, 0, None
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.called)
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+    def called(self, frame, event, arg):
+        return self.line if frame.f_code.co_filename in FILES else None
+
+    def line(self, frame, event, arg):
+        if event == "line":
+            self.count += 1
+            if self.count == self.failing:
+                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self.line
+
+
+def interrupted(fault, failing):
+    ps, opt = fault.new()
+    lines = Lines(failing)
+    try:
+        with lines:
+            step(ps, opt, fault.number)
+    except KeyboardInterrupt:
+        pass
+    return ps, opt, lines
+
+
+@in_every_way
+@at_either_step
+def test_an_interruption_at_any_line_of_a_step(options, first):
+    fault = Fault(options, first)
+    *_, lines = interrupted(fault, None)
+    stride = max(lines.count // 15, 1)
+    for failing in range(1, lines.count + 1, stride):
+        ps, opt, now = interrupted(fault, failing)
+        try:
+            fault.leaves_all_whole(ps, opt)
+        except BaseException as error:
+            error.add_note(f"interrupted before {now.where}, line {failing} of {lines.count}")
+            raise
+
+
+# Copies and hooks.
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+@at_either_step
+def test_a_copy_that_fails(in_backward, first, monkeypatch):
+    """Between host and device, on the way there or on the way back."""
+    fault, original = Fault({**WAYS["host"], "in_backward": in_backward}, first), HostStreams.copy
+    calls = []
+
+    def copied(self, kind, target, source):
+        calls.append(kind)
+        if len(calls) == failing:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        original(self, kind, target, source)
+
+    for failing in range(1, 30):
+        ps, opt = fault.new()
+        calls.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(HostStreams, "copy", copied)
+            try:
+                step(ps, opt, fault.number)
+            except RuntimeError as error:
+                assert "illegal memory access" in str(error)  # noqa: PT017
+            else:
+                assert failing > 2
+                return
+        fault.leaves_all_whole(ps, opt)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("memory", [None, WAYS["host"]["memory"]], ids=["resident", "host"])
+@pytest.mark.parametrize("place", range(len(SHAPES)))
+def test_a_hook_that_fails_in_backward(place, memory):
+    fault = Fault({"memory": memory, "in_backward": True}, first=False)
+    ps, opt = fault.new()
+
+    def fails(p):
+        raise ZeroDivisionError
+
+    handle = ps[place].register_post_accumulate_grad_hook(fails)
+    with pytest.raises(ZeroDivisionError):
+        step(ps, opt, fault.number)
+    handle.remove()
+    assert place in fault.leaves_all_whole(ps, opt)  # its own hook came first
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_optimizer_that_is_collected_while_copies_are_in_flight(mode):
+    """Nothing that they read or write is let go of before they are done."""
+    from test_tiers import on_fake_device
+
+    fake, options = FakeStreams(mode), WAYS["host"]
+    ps, opt = made(options, 0)
+    on_fake_device(opt, fake)
+    give_gradients(0, ps)
+    opt.step()
+    there = weakref.ref(opt)
+    del opt
+    gc.collect()
+    fake.finish_everything()
+    assert there() is None
+    twins, _ = made({}, 1)
+    assert all(map(torch.equal, ps, twins))
+
+
+# Files.
+
+
+class Full(io.BytesIO):
+    """A disk with so much room."""
+
+    room = 0
+
+    def write(self, data):
+        if self.tell() + len(data) > self.room:
+            raise OSError(28, "No space left on device")
+        return super().write(data)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_disk_that_is_full_leaves_the_checkpoint_and_the_optimizer_as_they_were(share, tmp_path, monkeypatch):
+    ps, opt = made(WAYS["host"], 3)
+    path, before = tmp_path / "last.pt", snapshot(ps, opt)
+    collins.save(path, opt=opt)
+    whole = path.read_bytes()
+    step(ps, opt, 3)
+    after = snapshot(ps, opt)
+    Full.room = int(share * len(whole))
+
+    def opened(name, mode="r"):
+        Path(name).touch()
+        return Full()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(collins.files, "open", opened, raising=False)
+        with pytest.raises((OSError, RuntimeError)):
+            collins.save(path, opt=opt)
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]
+    assert all(map(same, snapshot(ps, opt), after))
+    collins.load(path, opt=opt)
+    assert all(same([p, state], [p, old]) for (p, state), (_, old) in zip(snapshot(ps, opt), before, strict=True))
