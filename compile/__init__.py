@@ -10,7 +10,7 @@ ways.
   and load share a launch, which finds its tensors through a table of addresses; addresses of gradients and scalars are
   uploaded in one copy (transfer).
 - Through a graph (graphs): one for each signature (the static `UpdateSpec`, shapes, strides, dtypes, device), traced
-  with fullgraph=True from `collins.update.update_`, the function that eager steps call too. Hyperparameters, the step
+  with fullgraph=True from `collins.update.update_`, the mathematics of eager steps. Hyperparameters, the step
   and the hash constants enter as tensors, so that neither a scheduler nor another parameter of the same signature
   compiles anything new. Small dense tensors of one signature are stacked and stepped in one call. Graphs for the CPU
   are traced with hints for Inductor's C++ backend (cpu_codegen).

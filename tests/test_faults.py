@@ -15,6 +15,7 @@ import pytest
 import torch
 from fake_streams import MODES, FakeStreams
 from helpers import bits, give_gradients, parameters
+from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,6 +23,7 @@ import collins
 from collins import Collins
 from collins.offload.streams import HostStreams
 
+PLACES = 100 if settings.get_current_profile_name() == "thorough" else 10
 SHAPES = [(64, 64), (40,), (33, 37), (32, 64)]
 WAYS = {
     "resident": {},
@@ -136,12 +138,12 @@ def tensors(tree):
 @in_every_way
 @at_either_step
 def test_memory_that_runs_out_at_any_allocation_of_a_step(options, first):
-    fault, places = Fault(options, first), 15
+    fault = Fault(options, first)
     ps, opt = fault.new()
     with Allocates() as seen:
         step(ps, opt, fault.number)
     assert seen.count > 10
-    stride = max(seen.count // places, 1)
+    stride = max(seen.count // PLACES, 1)
     for failing in range(1, seen.count + 1, stride):
         ps, opt = fault.new()
         try:
@@ -205,7 +207,7 @@ def interrupted(fault, failing):
 def test_an_interruption_at_any_line_of_a_step(options, first):
     fault = Fault(options, first)
     *_, lines = interrupted(fault, None)
-    stride = max(lines.count // 15, 1)
+    stride = max(lines.count // PLACES, 1)
     for failing in range(1, lines.count + 1, stride):
         ps, opt, now = interrupted(fault, failing)
         try:
