@@ -7,12 +7,12 @@ from dataclasses import astuple, dataclass
 
 import pytest
 import torch
-from helpers import DEVICE, give_gradients, moments, parameters, same, with_kernel
+from helpers import give_gradients, moments, parameters, same, with_kernel
 from reference import Block, Reference, quantised
 
 from collins import Collins, convert
 from collins.compile import kernels
-from collins.formats import FORMATS, FloatFormat, TensorSpec
+from collins.formats import FORMATS, TensorSpec
 from collins.rule import DECODES, Decode
 
 SHAPES = [(32, 64), (33, 37), (12,)]
@@ -55,6 +55,9 @@ CASES = [
     for table_dtype in TABLES
     for name, loads in LOADS.items()
 ]
+
+# Compiling takes seconds a case: the toy decode is compiled over one of the library's formats, and over the toy.
+COMPILED = [case for case in CASES if case.values[0] != "toy" or case.values[1] in (torch.float32, TOY_FORMAT)]
 
 
 def stepped(decode, table_dtype, loads, steps=3, kernel=False, **options):
@@ -121,7 +124,7 @@ def test_eager_steps_are_those_of_the_float64_reference(decode, table_dtype, loa
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize(("decode", "table_dtype", "loads"), CASES)
+@pytest.mark.parametrize(("decode", "table_dtype", "loads"), COMPILED)
 def test_compiled_steps_are_eager_ones(decode, table_dtype, loads):
     eager, _ = stepped(decode, table_dtype, loads, compile=False)
     compiled, opt = stepped(decode, table_dtype, loads, compile=True)
@@ -188,5 +191,4 @@ def test_moments_of_adamw_are_converted(decode, table_dtype, loads):
 
 
 def test_the_kernel_takes_only_formats_that_there_are():
-    assert {format for format in kernels.MOMENTS if isinstance(FORMATS[format], FloatFormat)} == set(kernels.MOMENTS)
-    assert DEVICE in ("cpu", "cuda")
+    assert set(kernels.MOMENTS) <= set(FORMATS)
