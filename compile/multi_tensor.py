@@ -80,6 +80,7 @@ class Batch:
     p: tuple[Tensor, ...] = ()
     m: tuple[Tensor, ...] = ()
     v: tuple[Tensor, ...] = ()
+    scales: tuple[Tensor, ...] = ()  # of first moments in integers
     keys: tuple[HashKeys, ...] = ()
     sizes: tuple[int, ...] = ()
     addresses: tuple[list[int], ...] = ()  # of p, m, v and the scales of m
@@ -91,6 +92,7 @@ class Batch:
         self.p = tuple(task.p for task in self.tasks)
         self.m = tuple(task.m[0] for task in self.tasks)
         self.v = tuple(task.v[0] for task in self.tasks)
+        self.scales = tuple(task.m[1] for task in self.tasks if len(task.m) == 2)
         self.keys = tuple(task.keys for task in self.tasks)
         self.sizes = tuple(map(Tensor.numel, self.p))
         self.addresses = self.addresses_now()
@@ -98,8 +100,7 @@ class Batch:
 
     def addresses_now(self) -> tuple[list[int], ...]:
         """Where parameters and moments lie."""
-        addresses = [list(map(Tensor.data_ptr, column)) for column in (self.p, self.m, self.v)]
-        return (*addresses, [scale_address(task) for task in self.tasks])
+        return tuple([list(map(Tensor.data_ptr, column)) for column in (self.p, self.m, self.v, self.scales)])
 
     def pick(self, grads: Sequence[Tensor]) -> Iterable[Tensor]:
         """The gradients of the batch among all of the executor."""
@@ -218,9 +219,10 @@ class KernelLaunch:
 
     def run(self, batch: Batch, args: LaunchArgs) -> None:
         """Performs all of a batch's tasks; they must be of different parameters."""
-        fixed = (*batch.addresses, batch.rows)
-        known = batch.keys, batch.sizes, *fixed
+        known = batch.keys, batch.sizes, *batch.addresses, batch.rows
         if self._last is None or self._last[0] != known:
+            *addresses, scales = batch.addresses
+            fixed = (*addresses, scales or [0] * len(batch.tasks), batch.rows)
             key = batch.keys, batch.sizes, *map(tuple, fixed)
             self._last = known, *self._description(batch.tasks, fixed, key)
         _, owners, table = self._last
