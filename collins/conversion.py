@@ -32,6 +32,7 @@ from collins.checkpoint import (
     ADOPTED,
     DENSE,
     TABLES,
+    WITH_STATE,
     ExpectedState,
     check_moments,
     check_order,
@@ -109,7 +110,8 @@ def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]
         for place, expected in zip(theirs["params"], expected_states, strict=False):
             new[len(new)] = _converted(states[place], expected) if states.get(place) else {}
         group = copied(f"parameter group {len(groups)}", {name: kept[name] for name in kept if name != "params"})
-        groups.append({**mine, **group, "params": list(range(first, len(new)))})
+        own = range(first, len(new))
+        groups.append({**mine, **group, WITH_STATE: sum(bool(new[number]) for number in own), "params": list(own)})
         check_options(groups[-1])
     return {"state": {number: state for number, state in new.items() if state}, "param_groups": groups}
 

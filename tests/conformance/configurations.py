@@ -84,6 +84,8 @@ CONFIGURATIONS = {
     "nonfinite skip": Configuration({**SMALL, "nonfinite": "skip"}),
     "nonfinite error": Configuration({**SMALL, "nonfinite": "error"}),
     "bf16 tables": Configuration({**SMALL, "table_dtype": torch.bfloat16}),
+    "int8 tables": Configuration({**SMALL, "compress_ratio": 4, "v_compress_ratio": 32, "table_dtype": "int8"}),
+    "int4 tables": Configuration({**SMALL, "compress_ratio": 4, "v_compress_ratio": 32, "table_dtype": "int4"}),
     "fp64 tables": Configuration({**SMALL, "table_dtype": torch.float64}, torch.float64),
     "bf16 parameters": Configuration(SMALL, torch.bfloat16, lr=lambda: 1e-2),
     "rehash 1": Configuration({**SMALL, "rehash_period": 1}),
