@@ -136,7 +136,7 @@ class IntFormat:
     @property
     def limit(self) -> int:
         """L, the largest integer."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << self.bits - 1) - 1
 
     @property
     def dtype(self) -> torch.dtype:
