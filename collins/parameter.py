@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from collins._torch_internals import is_fsdp_flattened
 from collins.bucketing import Bucketing, bucketing_of, moment_shape, within_rows
 from collins.checkpoint import DENSE, TABLES, ExpectedState, check_moments, check_shape, is_moment
 from collins.entries import Hash, ParamEntry, ParamSpec
@@ -19,7 +20,7 @@ from collins.formats import FORMATS, TensorSpec, dense_format, format_name
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.options import check_table_dtype, listed
 from collins.rounding import ROUNDED
-from collins.sharding import Slice, is_flattened, is_placed_like, is_sharded, local, local_gradient, slice_of
+from collins.sharding import Slice, is_placed_like, is_sharded, local, local_gradient, slice_of
 from collins.update import HashKeys, UpdateSpec, UpdateTask
 
 LaunchOf = Callable[[UpdateSpec, Tensor, int], Any]
@@ -65,7 +66,7 @@ def check_param(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
     """
     if p.layout != torch.strided:
         raise TypeError(f"{name} has layout {p.layout}; Collins accepts torch.strided parameters")
-    if is_flattened(p):
+    if is_fsdp_flattened(p):
         raise TypeError(
             f"{name} was flattened and cut up by FullyShardedDataParallel, whose ranks would take their parts"
             " for whole parameters; Collins accepts those that torch.distributed.fsdp.fully_shard has sharded"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from collins._torch_internals import dtensor, is_fsdp_flattened, local_extent, split_factor, waited
+from collins._torch_internals import dtensor, local_extent, split_factor, waited
 from collins.bucketing import Bucketing
 
 _MODULE = "torch.distributed.tensor"
@@ -35,9 +35,6 @@ def is_sharded(t: object) -> bool:
     """Whether `t` is a DTensor, which may be sharded over several ranks or whole on each."""
     module = sys.modules.get(_MODULE)
     return module is not None and isinstance(t, module.DTensor)
-
-
-is_flattened = is_fsdp_flattened
 
 
 def local(t: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What several files of tests use: models, gradients, comparisons, processes, and the kernel without a GPU."""
 
 import contextlib
+import copy
 import dataclasses
 import os
 import subprocess
@@ -70,6 +71,22 @@ def bits(t):
     if isinstance(t, int):  # a fingerprint
         return torch.tensor(list(str(t).encode()))
     return t.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def snapshot(ps, opt):
+    """Of each parameter: its weights and its state, copied."""
+    states = opt.state_dict()["state"]
+    return [[p.detach().clone(), copy.deepcopy(states.get(place, {}))] for place, p in enumerate(ps)]
+
+
+def same_snapshots(some, others):
+    """Whether one parameter's weights and state are the same to the bit in two snapshots."""
+    (p, state), (q, other) = some, others
+    return (
+        torch.equal(bits(p), bits(q))
+        and state.keys() == other.keys()
+        and all(torch.equal(bits(state[name]), bits(other[name])) for name in state)
+    )
 
 
 def small_model(seed=0, dtype=torch.float32, device="cpu"):

@@ -4,7 +4,6 @@ The step is made to fail at every allocation, at lines spread over all the code 
 device, and in hooks of backward. What is there afterwards is compared with twins that nothing befell.
 """
 
-import copy
 import gc
 import io
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_streams import MODES, FakeStreams
-from helpers import bits, give_gradients, parameters
+from helpers import give_gradients, parameters, same_snapshots, snapshot
 from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -67,20 +66,6 @@ def step(ps, opt, number, among=None):
             p.grad = None
 
 
-def snapshot(ps, opt):
-    states = opt.state_dict()["state"]
-    return [[p.detach().clone(), copy.deepcopy(states.get(place, {}))] for place, p in enumerate(ps)]
-
-
-def same(some, others):
-    (p, state), (q, other) = some, others
-    return (
-        torch.equal(bits(p), bits(q))
-        and state.keys() == other.keys()
-        and all(torch.equal(bits(state[name]), bits(other[name])) for name in state)
-    )
-
-
 class Fault:
     """A step at which things fail, over and over, and what it may leave behind."""
 
@@ -98,16 +83,16 @@ class Fault:
     def leaves_all_whole(self, ps, opt):
         """The step of this optimizer has just failed."""
         found = snapshot(ps, opt)
-        done = {i for i, (now, then) in enumerate(zip(found, self.after, strict=True)) if same(now, then)}
+        done = {i for i, (now, then) in enumerate(zip(found, self.after, strict=True)) if same_snapshots(now, then)}
         rest = set(range(len(ps))) - done
-        assert all(same(found[i], self.before[i]) for i in rest), (done, rest)
+        assert all(same_snapshots(found[i], self.before[i]) for i in rest), (done, rest)
         if opt.in_backward:
             opt.step()  # ends it
         step(ps, opt, self.number + 1)
         twins, twin = self.new()
         step(twins, twin, self.number, done)
         step(twins, twin, self.number + 1)
-        assert all(map(same, snapshot(ps, opt), snapshot(twins, twin)))
+        assert all(map(same_snapshots, snapshot(ps, opt), snapshot(twins, twin)))
         return done
 
 
@@ -152,7 +137,7 @@ def test_memory_that_runs_out_at_any_allocation_of_a_step(options, first):
         except torch.OutOfMemoryError:
             fault.leaves_all_whole(ps, opt)
         else:  # a table went to the host instead
-            assert all(map(same, snapshot(ps, opt), fault.after))
+            assert all(map(same_snapshots, snapshot(ps, opt), fault.after))
 
 
 # Interruptions.
@@ -318,6 +303,8 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_and_the_optimizer_as_they_wer
             collins.save(path, opt=opt)
     assert path.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [path]
-    assert all(map(same, snapshot(ps, opt), after))
+    assert all(map(same_snapshots, snapshot(ps, opt), after))
     collins.load(path, opt=opt)
-    assert all(same([p, state], [p, old]) for (p, state), (_, old) in zip(snapshot(ps, opt), before, strict=True))
+    assert all(
+        same_snapshots([p, state], [p, old]) for (p, state), (_, old) in zip(snapshot(ps, opt), before, strict=True)
+    )

@@ -1,10 +1,8 @@
 """A step is one program: what is raised in the middle of it leaves each parameter stepped or as it was, to the bit."""
 
-import copy
-
 import pytest
 import torch
-from helpers import DEVICE, bits, give_gradients, parameters, with_kernel
+from helpers import DEVICE, give_gradients, parameters, same_snapshots, snapshot, with_kernel
 
 from collins import Collins
 from collins.compile import Engine
@@ -34,20 +32,6 @@ def step(ps, opt, number):
         opt.zero_grad()
         sum((p * g).sum() for p, g in zip(ps, grads, strict=True)).backward()
     opt.step()
-
-
-def snapshot(ps, opt):
-    states = opt.state_dict()["state"]
-    return [(p.detach().clone(), copy.deepcopy(states.get(place, {}))) for place, p in enumerate(ps)]
-
-
-def same(some, others):
-    (p, state), (q, other) = some, others
-    return (
-        torch.equal(bits(p), bits(q))
-        and state.keys() == other.keys()
-        and all(torch.equal(bits(state[name]), bits(other[name])) for name in state)
-    )
 
 
 def interrupt(engine, monkeypatch, after):
@@ -84,14 +68,14 @@ def test_an_engine_that_raises_leaves_each_parameter_stepped_or_as_it_was(
     found = snapshot(ps, opt)
     step(twins, twin, steps)
     stepped = snapshot(twins, twin)
-    done = [same(now, then) for now, then in zip(found, stepped, strict=True)]
+    done = [same_snapshots(now, then) for now, then in zip(found, stepped, strict=True)]
     assert sum(done) == after
-    assert all(same(now, old) for now, old, was in zip(found, before, done, strict=True) if not was)
+    assert all(same_snapshots(now, old) for now, old, was in zip(found, before, done, strict=True) if not was)
     # The step may be taken again by those that it left out, and training goes on.
     for p in ps:
         p.grad = None
     opt.step()
-    assert all(same(now, then) for now, then in zip(snapshot(ps, opt), found, strict=True))
+    assert all(same_snapshots(now, then) for now, then in zip(snapshot(ps, opt), found, strict=True))
     step(ps, opt, steps + 1)
     counts = [int(state["step"]) for _, state in snapshot(ps, opt)]
     assert counts == [steps + 1 + was for was in done]
@@ -122,9 +106,9 @@ def test_launches_that_fail_leave_each_parameter_stepped_or_as_it_was(memory, mo
             step(ps, opt, 4)
     step(twins, twin, 4)
     found, stepped = snapshot(ps, opt), snapshot(twins, twin)
-    done = [same(now, then) for now, then in zip(found, stepped, strict=True)]
+    done = [same_snapshots(now, then) for now, then in zip(found, stepped, strict=True)]
     assert 0 < sum(done) < len(ps)
-    assert all(same(now, old) for now, old, was in zip(found, before, done, strict=True) if not was)
+    assert all(same_snapshots(now, old) for now, old, was in zip(found, before, done, strict=True) if not was)
 
 
 @pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
@@ -148,7 +132,7 @@ def test_a_state_that_cannot_be_made_leaves_none_behind(memory, monkeypatch):
     twins, twin = made(memory)
     step(ps, opt, 0)
     step(twins, twin, 0)
-    assert all(map(same, snapshot(ps, opt), snapshot(twins, twin)))
+    assert all(map(same_snapshots, snapshot(ps, opt), snapshot(twins, twin)))
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "graphs"])
@@ -170,7 +154,7 @@ def test_every_executor_repeats_its_program(memory, compile, monkeypatch):
         twin.param_groups[0]["capturable"] = False
         twin._stepper._program = None  # each of them is checked anew
     if not compile:  # graphs of other stacks round otherwise
-        assert all(map(same, snapshot(ps, opt), snapshot(twins, twin)))
+        assert all(map(same_snapshots, snapshot(ps, opt), snapshot(twins, twin)))
 
 
 # Traced by torch.compile.
