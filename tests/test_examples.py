@@ -31,7 +31,7 @@ def load(monkeypatch):
         return importlib.import_module(name)
 
     yield import_example
-    for name in (*loaded, "corpus", "llama"):
+    for name in (*loaded, "chunked_loss", "corpus", "llama"):
         sys.modules.pop(name, None)
 
 
@@ -140,7 +140,7 @@ def test_the_chunked_loss_is_cross_entropy(load):
     for chunked in (False, True):
         leaves = [t.clone().requires_grad_() for t in (x, head)]
         if chunked:
-            loss = load("llama").ChunkedLoss.apply(*leaves, targets, 5)
+            loss = load("chunked_loss").chunked_loss(*leaves, targets, 5)
         else:
             loss = functional.cross_entropy(leaves[0] @ leaves[1].T, targets)
         (3 * loss).backward()
@@ -153,7 +153,7 @@ def test_the_chunked_loss_never_has_a_second_gradient_of_the_head(load):
     """No tensor of more than a chunk's logits but the head's one gradient, which the parameter takes as it is."""
     x, head = torch.randn(64, 4).requires_grad_(), torch.randn(1000, 4).requires_grad_()
     targets = torch.zeros(64, dtype=torch.long)
-    loss = load("llama").ChunkedLoss.apply(x, head, targets, 8)
+    loss = load("chunked_loss").chunked_loss(x, head, targets, 8)
     with Allocations() as seen:
         loss.backward()
     assert seen.shapes.count((1000, 4)) == 1
