@@ -164,7 +164,7 @@ def loaded(job: Job) -> CausalLM:
     model = load_model(job.folder, job.weights, DTYPES[args.dtype], args.device, args.attention)
     try:
         language_model = CausalLM(model, args.loss_chunks)
-        language_model.check()
+        language_model.check(args.batch_size)
     except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model is foreign code, and raises what it likes
@@ -172,6 +172,8 @@ def loaded(job: Job) -> CausalLM:
         raise ValueError(f"{model.config.model_type} cannot be trained in this way: {reason}") from error
     language_model.prepare(checkpointed=args.recompute, backend="inductor" if args.compile else None)
     model.train()
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(args.device)  # the policy decides by what training takes, not by loading
     return language_model
 
 

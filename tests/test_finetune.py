@@ -48,7 +48,16 @@ CONFIGS = {
 }
 # What else the loss has to be right for: a bias of the head, a scale of the logits.
 FURTHER = {"phi": {}, "cohere": {"logit_scale": 0.3}, "granite": {"logits_scaling": 0.5}}
-CONFIGURED = {**CONFIGS, **FURTHER, "gpt2": {}, "opt": {}, "bert": {}, "mamba": {}}
+# A model that reads images too, of which nothing but text is trained on.
+WITH_IMAGES = {
+    "text_config": {**COMMON, "head_dim": 8, "sliding_window": 8, "pad_token_id": 0},
+    "vision_config": {
+        **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"image_size": 28, "patch_size": 14},
+    },
+    "mm_tokens_per_image": 4,
+}
+CONFIGURED = {**CONFIGS, **FURTHER, "gpt2": {}, "opt": {}, "bert": {}, "mamba": {}, "gemma3": WITH_IMAGES}
 STEPS, EVERY, STOP = 9, 4, 6
 
 
@@ -70,7 +79,8 @@ def tiny_tokenizer(template=TEMPLATE):
 
 def tiny_model(kind, dtype=torch.bfloat16, **more):
     """A random model of an architecture."""
-    values = {**COMMON, **OLDER.get(kind, {}), **CONFIGURED[kind], **more}
+    own = CONFIGURED[kind]
+    values = own if "text_config" in own else {**COMMON, **OLDER.get(kind, {}), **own, **more}
     config = transformers.CONFIG_MAPPING[kind](**values)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -198,7 +208,9 @@ class StopError(Exception):
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"), [*((kind, {}) for kind in CONFIGS), ("gpt2", {"resid_pdrop": 0.3})], ids=lambda value: str(value)
+    ("kind", "more"),
+    [*((kind, {}) for kind in (*CONFIGS, "gemma3")), ("gpt2", {"resid_pdrop": 0.3})],
+    ids=lambda value: str(value),
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(finetune, trained, place, source, tmp_path, monkeypatch, kind, more):
     whole, expected, _ = trained(kind, **more)
@@ -326,7 +338,7 @@ def test_the_loss_in_chunks_is_that_of_the_models_own_logits(load, kind):
             if name.endswith("bias") or p.dim() == 1:
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) / 4)
     language_model = load("finetuning.causal_lm").CausalLM(model, chunks=3)
-    language_model.check()
+    language_model.check(rows=2)
     batch = probe(language_model)
     batch = type(batch)(batch.tokens, batch.positions, batch.trained[3:], batch.targets[3:])
     full = full_loss(language_model, batch)
@@ -391,7 +403,7 @@ def test_a_packed_row_is_its_documents(load, kind):
         tokens = torch.arange(length).mul(7 * line).remainder(VOCABULARY).numpy()
         documents.add(data.Tokenized(line, tokens, tokens >= 0, whole=False), 64)
     language_model = load("finetuning.causal_lm").CausalLM(tiny_model(kind, torch.float32), chunks=2)
-    language_model.check()
+    language_model.check(rows=2)
     assert language_model.separates_documents
     shape = {"batch_size": 1, "seed": 0}
     (together,) = packing.Rows(documents, seq_len=40, packed=True, **shape).in_order()
@@ -798,7 +810,7 @@ def test_out_of_memory_ends_in_the_plan_and_what_to_change(
     def full(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "check", lambda self: None)  # so that training begins
+    monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "check", lambda *_: None)  # so that training begins
     monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "loss", full)
     monkeypatch.setattr("collins.offload.trial.MOST_LAYERS", 4)  # to look for the largest model among
     with pytest.raises(SystemExit) as ended:

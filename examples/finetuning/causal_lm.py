@@ -58,7 +58,7 @@ class CausalLM:
         self._accepted = inspect.signature(model.forward).parameters
         # Where a model also reads images, token types say what is one: nothing is.
         self._typed = "token_type_ids" in self._accepted and model.config.get_text_config() is not model.config
-        head.forward = self._take
+        _set_forward(head, self._take)
         with self._probing():
             self._base, self._outputs = self._decoder()
             self._finishes = self._finish(torch.zeros(2, head.out_features, device=head.weight.device)) is not None
@@ -73,7 +73,7 @@ class CausalLM:
             backend: of torch.compile; None for layers that are not compiled.
         """
         for layer in self.layers:
-            layer.forward = _prepared(layer.forward, checkpointed, backend)
+            _set_forward(layer, _prepared(layer.forward, checkpointed, backend))
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy in nats of the batch's targets."""
@@ -104,15 +104,18 @@ class CausalLM:
             given["token_type_ids"] = torch.zeros_like(batch.tokens)
         return {name: value for name, value in given.items() if name in self._accepted}
 
-    def check(self) -> None:
+    def check(self, rows: int) -> None:
         """Compares the loss with that of the model's own logits, and looks for attention to later tokens and to other
         documents. To be called before `prepare`, since what it computes is short.
+
+        Args:
+            rows: of a batch. Some implementations of attention keep the documents of a single row apart, not of many.
 
         Raises:
             ValueError: where they differ, or where a token sees what comes after it.
         """
         half = _PROBE // 2
-        batch = self._probe(torch.arange(half).repeat(2))
+        batch = self._probe(torch.arange(half).repeat(2), rows)
         with self._probing():
             mine = self.loss(batch).item()
             logits = self.logits(batch).flatten(0, 1)
@@ -146,20 +149,21 @@ class CausalLM:
                 p.requires_grad_(False)  # their gradients would take as much as the weights
             with torch.enable_grad():
                 hidden = self.hidden(batch)[:, place].float()
-                directions = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
-                (grad,) = torch.autograd.grad((hidden * directions).sum(), embedded)
+                # Not the plain sum, which is the same for all results of a norm.
+                weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+                (grad,) = torch.autograd.grad((hidden * weights).sum(), embedded)
         finally:
             watch.remove()
             for p in trained:
                 p.requires_grad_()
-        return (grad[0] != 0).any(-1)
+        return (grad != 0).any(-1).any(0)
 
-    def _probe(self, positions: Tensor) -> Batch:
-        """A batch of one row of different tokens."""
+    def _probe(self, positions: Tensor, rows: int = 1) -> Batch:
+        """A batch of equal rows of different tokens; those of the first row are targets."""
         device = self._head.weight.device
         tokens = 1 + torch.arange(_PROBE, device=device)
         trained = torch.arange(_PROBE - 1, device=device)
-        return Batch(tokens[None], positions.to(device)[None], trained, tokens[1:])
+        return Batch(tokens.expand(rows, -1), positions.to(device).expand(rows, -1), trained, tokens[1:])
 
     @contextmanager
     def _probing(self) -> Iterator[None]:
@@ -240,15 +244,19 @@ def _prepared(forward: Callable[..., Any], checkpointed: bool, backend: str | No
     return kept_alone
 
 
+def _set_forward(module: Any, forward: Callable[..., Any]) -> None:
+    """Has the module, this one of its class, run another function."""
+    module.forward = forward
+
+
 @contextmanager
-def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another forward of the module meanwhile."""
     own = module.__dict__.get("forward")
-    module.forward = forward
+    _set_forward(module, forward)
     try:
         yield
     finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+        del module.forward
+        if own is not None:
+            _set_forward(module, own)
