@@ -63,6 +63,7 @@ class StepScalars(NamedTuple):
     inv_bias_correction2: Scalar  # 1 / (1 - beta2^t)
     eps: Scalar
     rho: Scalar
+    grad_scale: Scalar = 1.0  # what every gradient is multiplied by before it is used
 
 
 def step_scalars(
@@ -73,6 +74,7 @@ def step_scalars(
     eps: float,
     weight_decay: float,
     residual_weight: float | None,
+    grad_scale: Scalar = 1.0,
 ) -> StepScalars:
     """The `StepScalars` of step t = `step`, counted from 1; as a float tensor it stays on its device.
 
@@ -85,9 +87,9 @@ def step_scalars(
     if isinstance(step, Tensor):
         exact = step.to(torch.float64)
         on_device = 1 / (1 - beta1**exact), 1 / (1 - beta2**exact)
-        return StepScalars(step.to(torch.int64), lr, 1 - lr * weight_decay, *averages, *on_device, eps, rho)
+        return StepScalars(step.to(torch.int64), lr, 1 - lr * weight_decay, *averages, *on_device, eps, rho, grad_scale)
     inverses = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
-    return StepScalars(step, lr, 1 - lr * weight_decay, *averages, *inverses, eps, rho)
+    return StepScalars(step, lr, 1 - lr * weight_decay, *averages, *inverses, eps, rho, grad_scale)
 
 
 def direction(m_hat: Tensor, v_hat: Tensor, r: Tensor | None, hp: StepScalars) -> Tensor:

@@ -221,7 +221,7 @@ def _dense(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, hp: StepScalars, spec: UpdateSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The new p, m and v, flat and before they are rounded."""
-    grad = _gradient(g, spec)
+    grad = _gradient(g, spec, hp)
     finite = _finite(grad * grad, spec)
     first_moment = decay(m, grad, hp.beta1, hp.one_minus_beta1, finite=finite)
     second_moment = decay(v, grad * grad, hp.beta2, hp.one_minus_beta2, finite=finite)
@@ -267,7 +267,7 @@ def _block_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> list[_Writ
     bucket = torch.arange(rows + hints.padding, device=p.device) + first
     epoch, resets = epoch_of(bucket, hp.step, keys.sign, keys.period) if spec.rehash else (0, None)
     loads: float | Tensor = load
-    grad, old = _gradient(g_piece, spec), _flat(p, torch.promote_types(p.dtype, torch.float32))
+    grad, old = _gradient(g_piece, spec, hp), _flat(p, torch.promote_types(p.dtype, torch.float32))
     if count % v_load:  # what is missing of the last buckets is zeros, which add nothing to their sums
         grad, old = (torch.nn.functional.pad(t, (0, padded - count)) for t in (grad, old))
         is_tail = bucket == last
@@ -328,7 +328,7 @@ def _universal_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int |
     def hashed(first: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.arange(g.numel(), device=g.device) + first
         masks = universal_sign_masks(index, c, d)
-        return signed(_gradient(g, spec), masks, bitwise=bitwise), universal_bucket(index, a, b, buckets), masks
+        return signed(_gradient(g, spec, hp), masks, bitwise=bitwise), universal_bucket(index, a, b, buckets), masks
 
     dtype = torch.promote_types(task.p.dtype, torch.float32)
     mu, q = torch.zeros(2, buckets, dtype=dtype, device=task.p.device)
@@ -365,9 +365,13 @@ def _flat(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.reshape(-1).to(dtype)
 
 
-def _gradient(g: Tensor, spec: UpdateSpec) -> Tensor:
-    g = _flat(g, torch.promote_types(g.dtype, torch.float32))
-    return -g if spec.maximize else g
+def _gradient(g: Tensor, spec: UpdateSpec, hp: StepScalars) -> Tensor:
+    """The gradient as it is used, flat: scaled, and of the sign that descends."""
+    g, scale = _flat(g, torch.promote_types(g.dtype, torch.float32)), hp.grad_scale
+    g = -g if spec.maximize else g
+    if isinstance(scale, Tensor):
+        return g * scale.to(g.device)
+    return g if scale == 1 else g * scale
 
 
 def _finite(q: Tensor, spec: UpdateSpec) -> Tensor | None:

@@ -107,6 +107,7 @@ def _step(  # type: ignore[no-untyped-def]
     inv_bias_correction2 = tl.load(scalars + 8).to(tl.float32)
     eps = tl.load(scalars + 9).to(tl.float32)
     lr_rho = tl.load(scalars + 10).to(tl.float32) * lr
+    grad_scale = tl.load(scalars + 11).to(tl.float32)
     tick = step * _STRIDE
 
     LANES: tl.constexpr = 32 if DENSE or LOAD > 32 else LOAD
@@ -135,7 +136,7 @@ def _step(  # type: ignore[no-untyped-def]
     for at in tl.range(0, end if FAST else SPAN, TILE, num_stages=STAGES):
         # Where rows are whole, a mask that is the same along a row lets it be read in wide words.
         inside = tl.broadcast_to((row * LANES < end - at)[:, None], (ROWS, LANES)) if EVEN else place < end - at
-        g = widened(tl.load(g_base + at + place, mask=inside, other=0.0), FAST)
+        g = widened(tl.load(g_base + at + place, mask=inside, other=0.0), FAST) * grad_scale
         p = widened(tl.load(p_base + at + place, mask=inside, other=0.0), FAST)
         if MAXIMIZE:
             g = -g

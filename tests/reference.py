@@ -125,8 +125,8 @@ class Reference:
         self.h, self.h_v = (np.array([f.h(i) for i in range(self.p.size)], dtype=int) for f in (hash, v_hash))
         self.c, self.c_v = (np.array([f.load(b) for b in range(f.K)]) for f in (hash, v_hash))
 
-    def step(self, g):
-        g = np.array(g, dtype=np.float64).reshape(-1)
+    def step(self, g, grad_scale=1.0):
+        g = np.array(g, dtype=np.float64).reshape(-1) * grad_scale
         self.t += 1
         t, (beta1, beta2), hash = self.t, self.betas, self.hash
         correct1, correct2 = 1 - beta1**t, 1 - beta2**t

@@ -178,6 +178,39 @@ def test_a_smaller_parameter_in_the_same_memory_has_a_table_of_its_own(alone):
         torch.testing.assert_close(launched, eager)
 
 
+@pytest.mark.parametrize("on_device", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("load", [1, 32])
+def test_a_scale_is_applied_where_gradients_are_read(load, on_device):
+    """As if they had been multiplied before, and nothing is written to them; a scale of 1 changes no bit."""
+    keys = HashKeys(hash_key(0, 0, "sign"), hash_key(0, 0, "round"), (0, 0, 0, 0), 3)
+    spec, launches = (
+        UpdateSpec("block" if load > 1 else None, load, "residual", load > 1, False, True),
+        KernelLaunches(DEVICE),
+    )
+
+    def stepped(scale, before=1.0, kernel=False):
+        p, g = torch.linspace(-1, 2, 64 * 96, device=DEVICE), torch.linspace(3, -2, 64 * 96, device=DEVICE)
+        m, v = torch.zeros(2, 64 * 96 // load, device=DEVICE)
+        scale = torch.tensor(scale, device=DEVICE) if on_device else scale
+        hp = step_scalars(
+            1, lr=0.1, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1, residual_weight=None, grad_scale=scale
+        )
+        task, g = UpdateTask(p, (m,), (v,), spec, keys, p.numel()), g * before
+        given = g.clone()
+        if kernel:
+            assert launches.of(spec, p, 0).run_one(task, g, hp)
+        else:
+            update_(task, g, hp)
+        assert torch.equal(g, given)
+        return p, m, v
+
+    for kernel in (False, True):
+        assert all(map(torch.equal, stepped(0.25, kernel=kernel), stepped(1.0, 0.25, kernel=kernel)))
+        assert all(map(torch.equal, stepped(1.0, kernel=kernel), stepped(0.25, 4.0, kernel=kernel)))
+    for eager, launched in zip(stepped(0.3), stepped(0.3, kernel=True), strict=True):
+        torch.testing.assert_close(eager, launched)
+
+
 def test_each_parameter_alone_keeps_its_own_table(monkeypatch):
     """As in steps during backward: no table is made twice."""
     ps = parameters(torch.float32, [(96, 64), (64, 96), (32, 64)])
