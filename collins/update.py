@@ -80,6 +80,8 @@ class UpdateTask(NamedTuple):
     start: the number of the first element, where p, m and v are slices of the parameter's, at a whole bucket; a 0-d
         tensor in compiled code, whose slices hold whole buckets only.
     launch: the engine's own: what `Engine.launch_of` returned, None for what no kernel takes.
+    skipped: with `spec.skip`, what counts the buckets of v, or elements of dense moments, that steps leave out: int64,
+        shape (1,), on the device of p; of several rows for `update_rows_`, (n,). None to count nothing.
     """
 
     p: Tensor
@@ -90,6 +92,7 @@ class UpdateTask(NamedTuple):
     numel: int
     start: int | Tensor = 0
     launch: Any = None
+    skipped: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -106,8 +109,10 @@ def update_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
         hp: the step's scalars.
     """
     for piece in _pieces_of(task, g, hp, None):
-        for target, value in piece():
+        values = piece()
+        for target, value in values.writes:
             target.copy_(value)
+        _count(task, values)
 
 
 class EagerUpdate:
@@ -122,9 +127,9 @@ class EagerUpdate:
     """
 
     def __init__(self, task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None = None) -> None:
-        self._pieces = _pieces_of(task, g, hp, chunk)
+        self._task, self._pieces = task, _pieces_of(task, g, hp, chunk)
         self._next = 0
-        self._values: list[_Write] | None = None  # of the next piece, once they are computed
+        self._values: _Values | None = None  # of the next piece, once they are computed
         self.begun = False  # whether anything has been written, or is about to be
 
     def prepare(self) -> None:
@@ -138,8 +143,10 @@ class EagerUpdate:
             self.prepare()
             assert self._values is not None
             self.begun = True
-            foreach_copy_([target for target, _ in self._values], [value for _, value in self._values])
+            values = self._values
+            foreach_copy_([target for target, _ in values.writes], [value for _, value in values.writes])
             self._next, self._values = self._next + 1, None
+            _count(self._task, values)
 
     def finish(self) -> None:
         """Performs what is left after an error: temporaries that found no memory may find it now that others are gone.
@@ -157,7 +164,21 @@ class EagerUpdate:
 
 
 _Write = tuple[Tensor, Tensor]  # where, and what
-_Compute = Callable[[], list[_Write]]  # of one piece
+
+
+class _Values(NamedTuple):
+    """What one piece comes to."""
+
+    writes: list[_Write]
+    finite: Tensor | None = None  # what of it is not left out, where something may be
+
+
+_Compute = Callable[[], _Values]  # of one piece
+
+
+def _count(task: UpdateTask, values: _Values) -> None:
+    if values.finite is not None and task.skipped is not None:
+        task.skipped.add_((~values.finite).sum(-1))
 
 
 def _pieces_of(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
@@ -194,7 +215,7 @@ def _dense_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | Non
     return [partial(_dense_piece, piece, task, hp) for piece in _pieces(task, g, chunk, unit)]
 
 
-def _dense_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> list[_Write]:
+def _dense_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> _Values:
     offset, p, grad = piece
     formats, first, count = task.spec.formats, task.start + offset, p.numel()
     m, v = (format.cut(parts, offset, count) for format, parts in zip(formats, (task.m, task.v), strict=True))
@@ -213,14 +234,14 @@ def update_rows_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
     m, v = (parts[0].to(dtype) for parts in (task.m, task.v))  # dense moments have one part
     dense = torch.vmap(lambda p, g, m, v, hp: _dense(p, g, m, v, hp, task.spec))
     values = dense(task.p, g, m, v, scalars)
-    for target, value in _dense_writes(task.p, task.m, task.v, values, task.start, task, hp):
+    written = _dense_writes(task.p, task.m, task.v, values, task.start, task, hp)
+    for target, value in written.writes:
         target.copy_(value)
+    _count(task, written)
 
 
-def _dense(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, hp: StepScalars, spec: UpdateSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The new p, m and v, flat and before they are rounded."""
+def _dense(p: Tensor, g: Tensor, m: Tensor, v: Tensor, hp: StepScalars, spec: UpdateSpec) -> tuple[Tensor, ...]:
+    """The new p, m and v, flat and before they are rounded; and where gradients are finite, if that is asked for."""
     grad = _gradient(g, spec, hp)
     finite = _finite(grad * grad, spec)
     first_moment = decay(m, grad, hp.beta1, hp.one_minus_beta1, finite=finite)
@@ -228,25 +249,27 @@ def _dense(
     old = _flat(p, grad.dtype)
     m_hat, v_hat = first_moment * hp.inv_bias_correction1, second_moment * hp.inv_bias_correction2
     new = updated(old, direction(m_hat, v_hat, None, hp), hp)
-    return _where(finite, new, old), first_moment, second_moment
+    changed = _where(finite, new, old), first_moment, second_moment
+    return changed if finite is None else (*changed, finite)
 
 
 def _dense_writes(
     p: Tensor,
     m: tuple[Tensor, ...],
     v: tuple[Tensor, ...],
-    values: tuple[Tensor, Tensor, Tensor],
+    values: tuple[Tensor, ...],
     first: int | Tensor,
     task: UpdateTask,
     hp: StepScalars,
-) -> list[_Write]:
-    new, first_moment, second_moment = values
+) -> _Values:
+    new, first_moment, second_moment, *finite = values
     m_format, v_format = task.spec.formats
-    return [
+    writes = [
         *_writes(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp),
         *_writes(m_format, m, first_moment, first, FIRST, task, hp),
         *_writes(v_format, v, second_moment, first, SECOND, task, hp),
     ]
+    return _Values(writes, *finite)
 
 
 def _block_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
@@ -255,7 +278,7 @@ def _block_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | Non
     return [partial(_block_piece, piece, task, hp) for piece in _pieces(task, g, chunk, unit)]
 
 
-def _block_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> list[_Write]:
+def _block_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> _Values:
     offset, p, g_piece = piece
     spec, keys, hints = task.spec, task.keys, task.spec.hints
     m_format, v_format = spec.formats
@@ -310,7 +333,8 @@ def _block_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> list[_Writ
     change = direction(m_b[:, None], _along(v_b, rows)[:, None], r, hp)
     new = updated(old, signed(change, masks, bitwise=bitwise), hp)
     new = _where(None if m_finite is None else m_finite[:, None], new, old)
-    return [*writes, *_writes(FloatFormat(p.dtype), (p,), new.view(-1)[:count], task.start + offset, PARAM, task, hp)]
+    writes += _writes(FloatFormat(p.dtype), (p,), new.view(-1)[:count], task.start + offset, PARAM, task, hp)
+    return _Values(writes, finite)
 
 
 def _along(x: Tensor, rows: int) -> Tensor:
@@ -340,20 +364,21 @@ def _universal_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int |
     second_moment = decay(v_format.load(task.v, buckets, dtype), q, hp.beta2, hp.one_minus_beta2, finite=finite)
     m_b, v_b = _scaled(first_moment, second_moment, (load, load), spec, hp)
 
-    def piece_of(piece: _Piece) -> list[_Write]:
+    def piece_of(piece: _Piece) -> _Values:
         first, p, grad = piece
         signed_grad, bucket, masks = hashed(first, grad)
         r = signed_grad - mu[bucket] if DECODES[spec.decode].residual else None
         old = _flat(p, signed_grad.dtype)
         new = updated(old, signed(direction(m_b[bucket], v_b[bucket], r, hp), masks, bitwise=bitwise), hp)
         new = _where(None if finite is None else finite[bucket], new, old)
-        return _writes(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp)
+        return _Values(_writes(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp))
 
-    def tables() -> list[_Write]:
-        return [
+    def tables() -> _Values:
+        writes = [
             *_writes(m_format, task.m, first_moment, 0, FIRST, task, hp),
             *_writes(v_format, task.v, second_moment, 0, SECOND, task, hp),
         ]
+        return _Values(writes, finite)
 
     return [*(partial(piece_of, piece) for piece in _pieces(task, g, chunk)), tables]
 

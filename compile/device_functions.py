@@ -88,6 +88,13 @@ def rounded(x, noise, TO: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def add_count(counter, x):  # type: ignore[no-untyped-def]
+    """Adds to a counter how much of x is true. Integers come to the same sum in any order."""
+    count = tl.sum(tl.ravel(x).to(tl.int32), axis=0).to(tl.int64)
+    tl.atomic_add(counter, count, mask=count > 0, sem="relaxed")
+
+
+@triton.jit
 def along(x, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
     """What holds for each bucket, for each of its rows."""
     if WORDS > 1:

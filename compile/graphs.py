@@ -81,7 +81,7 @@ class Graphs:
         if signature not in self._graphs:
             self._graphs[signature] = _graph_of_one(hinted(task.spec, p.device), len(self))
         keys, start = self._constants[task.keys], self._constants[task.start]
-        self._graphs[signature](p, grad, m, v, keys, *_of_step(task, hp, scalars), start)
+        self._graphs[signature](p, grad, m, v, keys, *_of_step(task, hp, scalars), start, task.skipped)
 
     def run_stacked(
         self,
@@ -117,15 +117,20 @@ class Graphs:
         _, keys, starts = self._stacked[signature]
         steps = _together([hp.step for hp in hps], torch.int64, device)[:, None]
         others = torch.stack([_of_step(task, hp, scalars)[1] for task, hp in zip(doubled, hps, strict=True)])
-        for stacked in (*tensors, keys, steps, others, starts):
+        skipped = torch.zeros(len(doubled), dtype=torch.int64, device=device)
+        for stacked in (*tensors, keys, steps, others, starts, skipped):
             mark_dynamic(stacked, 0)
         p, g, m, v = tensors[0], tensors[1], tuple(tensors[2:cut]), tuple(tensors[cut:])
-        self._graphs[signature](p, g, m, v, keys, steps, others, starts)
+        self._graphs[signature](p, g, m, v, keys, steps, others, starts, skipped if spec.skip else None)
         changed = [stacks[0], *stacks[2:]]
-        return [
+        copies = [
             ([task.tensors[place] for task in batch], list(stack.unbind(0))[: len(batch)])
             for place, stack in enumerate(changed)
         ]
+        counter = batch[0].skipped
+        if spec.skip and counter is not None:
+            copies.append(([counter], [counter + skipped[: len(batch)].sum()]))
+        return copies
 
 
 def is_small(task: UpdateTask) -> bool:
@@ -216,8 +221,10 @@ def _graph_of_one(spec: UpdateSpec, number: int) -> _Graph:
         step: Tensor,
         scalars: Tensor,
         start: Tensor,
+        skipped: Tensor | None,
     ) -> None:
-        update_(UpdateTask(p, m, v, spec, keys, p.numel(), start), g, StepScalars(step, *scalars))
+        task = UpdateTask(p, m, v, spec, keys, p.numel(), start, skipped=skipped)
+        update_(task, g, StepScalars(step, *scalars))
 
     return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=known_options(_OPTIONS))
 
@@ -234,9 +241,10 @@ def _graph_of_many(spec: UpdateSpec, number: int) -> _Graph:
         step: Tensor,
         scalars: Tensor,
         start: Tensor,
+        skipped: Tensor | None,
     ) -> None:
         columns = tree_unflatten(keys.split(1, 1), structure)
-        task = UpdateTask(p, m, v, spec, columns, p.shape[1], start)
+        task = UpdateTask(p, m, v, spec, columns, p.shape[1], start, skipped=skipped)
         update_rows_(task, g, StepScalars(step, *scalars.split(1, 1)))
 
     return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=known_options(_OPTIONS))

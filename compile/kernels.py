@@ -23,6 +23,7 @@ from triton.compiler import CompiledKernel
 
 from collins._torch_internals import current_raw_stream
 from collins.compile.device_functions import (
+    add_count,
     along,
     flipped,
     integers,
@@ -64,9 +65,9 @@ _WIDTH = tl.constexpr(len(COLUMNS))
 _SCALARS = tl.constexpr(len(StepScalars._fields))
 
 
-@triton.jit(do_not_specialize_on_alignment=["owners", "table", "grads", "scalars"])
+@triton.jit(do_not_specialize_on_alignment=["owners", "table", "grads", "scalars", "skipped"])
 def _step(  # type: ignore[no-untyped-def]
-    owners, table, grads, scalars,
+    owners, table, grads, scalars, skipped,
     P: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, DENSE: tl.constexpr, LOAD: tl.constexpr, V_LOAD: tl.constexpr,
     M_SCALE: tl.constexpr, V_SCALE: tl.constexpr, RESIDUAL: tl.constexpr,
     REHASH: tl.constexpr, ROUND_P: tl.constexpr, ROUND_T: tl.constexpr, MAXIMIZE: tl.constexpr,
@@ -148,6 +149,7 @@ def _step(  # type: ignore[no-untyped-def]
             if SKIP:
                 finite = g * g < float("inf")
                 M, V = tl.where(finite, M, old_m), tl.where(finite, V, old_v)
+                add_count(skipped, inside & ~finite)
             if ROUND_T:
                 index = (start // 32).to(tl.uint32) + (at // 32 + row).to(tl.uint32)[:, None]
                 tl.store(m_base + at + place, rounded(M, noise(index, column, tick, round0, round1, _FIRST), T), inside)
@@ -208,6 +210,7 @@ def _step(  # type: ignore[no-untyped-def]
                 V = tl.where(v_finite, V, old_v)
                 M = tl.where(along(v_finite, BUCKETS, V_LOAD // LOAD), M, old_m)
                 finite = tl.broadcast_to(along(v_finite, ROWS, V_WORDS)[:, None], (ROWS, LANES))
+                add_count(skipped, v_held & ~v_finite)
             if ROUND_T:
                 index, spot = number // 32, number & 31
                 tl.store(m_here, rounded(M, noise(index, spot, tick, round0, round1, _FIRST), T), mask=held)
@@ -301,6 +304,7 @@ def step_(
     table: Tensor,
     grads: Tensor,
     scalars: Tensor,
+    skipped: Tensor,
     bits: int,
     load: int,
     v_load: int,
@@ -323,6 +327,7 @@ def step_(
         table: a row of `COLUMNS` for each tensor.
         grads: addresses of the gradients, int64; or the gradient itself, of the only tensor.
         scalars: rows of `collins.rule.StepScalars`, float64.
+        skipped: counts what `skip` leaves out, as in `collins.update.UpdateTask`; any int64 tensor without `skip`.
         bits: of the integers in which the first moment is stored; 0 for floating-point numbers, of the second's dtype.
         load, v_load: c of both moments' buckets; 1 for dense moments.
         m_scale, v_scale, residual: as in `collins.rule.Decode`.
@@ -337,7 +342,7 @@ def step_(
         if key in _COMPILED:
             constants, kernel = _COMPILED[key]
             stream = current_raw_stream(owners.device.index)
-            kernel[grid](owners, table, grads, scalars, *constants, stream=stream)
+            kernel[grid](owners, table, grads, scalars, skipped, *constants, stream=stream)
             return
         tile, stages = tiling(param.itemsize, load, even)
         constants = (
@@ -345,7 +350,7 @@ def step_(
             rounding and param in ROUNDED, rounding and moment in ROUNDED, maximize, skip, even, one, _FAST, tile,
             SPAN // param.itemsize, stages,
         )  # fmt: skip
-        kernel = _step[grid](owners, table, grads, scalars, *constants, **OPTIONS)
+        kernel = _step[grid](owners, table, grads, scalars, skipped, *constants, **OPTIONS)
         if isinstance(kernel, CompiledKernel):
             _COMPILED[key] = constants, kernel
 
@@ -362,8 +367,8 @@ _COMPILED: dict[tuple[Any, ...], tuple[tuple[Any, ...], CompiledKernel]] = {}
 _LIBRARY = torch.library.Library("collins", "DEF")
 _LIBRARY.define(
     "step_(Tensor(a!)[] p, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
-    "Tensor scalars, int bits, int load, int v_load, float m_scale, float v_scale, bool residual, bool rehash, "
-    "bool rounding, bool maximize, bool skip, bool even) -> ()"
+    "Tensor scalars, Tensor(d!) skipped, int bits, int load, int v_load, float m_scale, float v_scale, bool residual, "
+    "bool rehash, bool rounding, bool maximize, bool skip, bool even) -> ()"
 )
 for _key in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
     _LIBRARY.impl("step_", step_, _key)

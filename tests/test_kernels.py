@@ -296,6 +296,7 @@ def ptx(param, moment, load, rounding, one, size, tile, stages):
     )
     names = kernels._step.arg_names
     addresses = {"owners": "*i32", "table": "*i64", "grads": f"*{param}" if one else "*i64", "scalars": "*fp64"}
+    addresses["skipped"] = "*i64"
     signature = {**addresses, **dict.fromkeys(fixed, "constexpr")}
     constants = {(names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(kernels._step, signature=signature, constexprs=constants)
