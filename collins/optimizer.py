@@ -33,7 +33,7 @@ class Collins(Optimizer):
         M_b <- beta1 M_b + (1 - beta1) mu_b               V_b <- beta2 V_b + (1 - beta2) q_b
         r_i = g_i - s(i) mu_{h(i)}
         m_i = s(i) sqrt(c) M_{h(i)} / (1 - beta1^t)       v_i = V_{h(i)} / (1 - beta2^t)
-        p_i <- (1 - lr wd) p_i - lr (m_i + rho r_i) / (sqrt(v_i + r_i^2) + eps)
+        p_i <- (1 - lr wd) p_i - lr (m_i + rho r_i) / (sqrt(v_i + kappa r_i^2) + eps)
 
     At c = 1 the residual r is zero and this is AdamW. State per parameter is 2 * itemsize(table_dtype) / c bytes.
 
@@ -51,6 +51,7 @@ class Collins(Optimizer):
         hash: "block" (a bucket is neighbours in memory; one pass, deterministic) or "universal" (Carter-Wegman).
         decode: "residual" (above) or "sketch", the published Collins v0.1 update without residual.
         residual_weight: rho; None for sqrt((1 - beta1) / (1 + beta1)).
+        residual_square: kappa; 1 in version 0.2.
         rehash_period: steps T after which a bucket of hash="block" draws new signs and restarts M_b; None for never.
         table_dtype: dtype of the tables: torch.float32, torch.bfloat16 (half the bytes, stochastically rounded) or, for
             torch.float64 parameters only, torch.float64; "int8" or "int4" for tables of M in integers with a scale for
@@ -117,6 +118,7 @@ class Collins(Optimizer):
         hash: str = "block",
         decode: str = "residual",
         residual_weight: float | None = None,
+        residual_square: float = 2.0,
         rehash_period: int | None = 100,
         table_dtype: torch.dtype | str = torch.float32,
         seed: int = 0,
@@ -146,6 +148,7 @@ class Collins(Optimizer):
             "hash": hash,
             "decode": decode,
             "residual_weight": residual_weight,
+            "residual_square": residual_square,
             "rehash_period": rehash_period,
             "table_dtype": table_dtype,
             "maximize": maximize,
@@ -296,8 +299,8 @@ class Collins(Optimizer):
         """Loads what `state_dict` returned, bit for bit: moments keep their dtype whatever the parameter's is.
 
         Tensors that exist already are overwritten in place; others are made on the tier where they belong. lr, betas,
-        eps, weight_decay, residual_weight and what schedulers keep in a group come from the state dict; all other
-        options stay as they are here.
+        eps, weight_decay, residual_weight, residual_square and what schedulers keep in a group come from the state
+        dict; all other options stay as they are here.
 
         Raises:
             ValueError: when the state dict was saved under another bucketing, hash, seed or order of parameters, naming

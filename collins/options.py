@@ -138,6 +138,7 @@ def check_options(group: dict[str, Any]) -> None:
     _check_whole(group, "min_K", "an int of at least 1")
     for name, values in _CHOICES:
         require(isinstance(group[name], str) and group[name] in values, name, group[name], listed(tuple(values)))
+    _check_range(group, "residual_square")
     if group["residual_weight"] is not None:
         _check_range(group, "residual_weight", "None, or finite and at least 0")
     if group["rehash_period"] is not None:
