@@ -211,7 +211,8 @@ class Stepper:
     def place(self, entries: Iterable[ParamEntry], *, early: bool = False, loading: bool = False) -> None:
         """Finds memory for the moments of entries that have none; see `collins.offload.tiers.Store`."""
         self._entries.settle()
-        requests = [StateRequest(entry.name, entry.p, self.spec(entry).local_tensors) for entry in entries]
+        specs = [(entry, self.spec(entry)) for entry in entries]
+        requests = [StateRequest(entry.name, entry.p, spec.local_tensors, spec.role) for entry, spec in specs]
         self.store.place(requests, early=early, loading=loading)
 
     def room(self, entry: ParamEntry, present: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,8 +101,8 @@ def requests_of(
         "table_dtype": table_dtype,
     }
     params = list(model.parameters())
-    for (name, shape), found in zip(params, found_roles(params), strict=True):
+    for (name, shape), found in zip(params, found_roles(params, model.by_module), strict=True):
         p = torch.empty(shape, dtype=dtype, device="meta")
         role = role_under(found, p.numel(), options)
         tensors, _ = state_tensors(p, options, role.kind)
-        yield Request(name, shape, sum(spec.nbytes for spec in tensors.values()))
+        yield Request(name, shape, sum(spec.nbytes for spec in tensors.values()), role)
