@@ -51,10 +51,10 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters of a model in two groups, with weight decay and without, for Collins and for AdamW.
 
-    Without decay are vectors (at most one dimension: biases and the weights of norms), whatever belongs to a module
-    whose class is called a norm (LayerNorm, LlamaRMSNorm, GroupNorm), what `no_decay` lists, and what the model's own
-    `no_weight_decay()` lists, as models of timm have it. Embeddings and output heads are decayed, as by transformers'
-    Trainer and by timm: list them to change that.
+    Without decay are vectors (at most one dimension), biases (parameters or modules whose name ends in "bias"), the
+    parameters of norms (modules whose class is called one: LayerNorm, LlamaRMSNorm, GroupNorm), what `no_decay` lists,
+    and what the model's own `no_weight_decay()` lists, as models of timm have it. Embeddings and output heads are
+    decayed, as by transformers' Trainer and by timm: list them to change that.
 
     Each group has its parameters as pairs of name and tensor. They also tell Collins which of them are token tables, as
     `Collins(model)` finds it from the modules. Frozen parameters are left out; where one group would be empty there is
@@ -90,9 +90,12 @@ def param_groups(
     for pair in named_parameters(model):
         name, p = pair
         if p.requires_grad:
-            without = p.ndim <= 1 or id(p) in kept or any(pattern.search(name) for pattern in patterns)
+            without = p.ndim <= 1 or id(p) in kept or any(pattern.search(name) for pattern in [_BIAS, *patterns])
             groups[0.0 if without else weight_decay].append(pair)
     return [{"params": pairs, "weight_decay": decay} for decay, pairs in groups.items() if pairs]
+
+
+_BIAS = re.compile(r"bias(\.|$)")
 
 
 def _listed(

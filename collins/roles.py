@@ -151,8 +151,13 @@ _OWN = re.compile(r"(^|\.)(parametrizations\.weight\.original|weight)$")
 # modules of their own beneath it.
 _LEAF = re.compile(r"(^|\.)(parametrizations\.weight\.original\d?|modules_to_save\.[^.]+\.weight|weight)$")
 _NUMBERS = re.compile(r"(\.\d+)+$")
-_TABLE = re.compile(r"wte|shared|embed_(in|out)|(.+_)?(embed_tokens|lm_heads?)(_.+)?|.*emb(ed(ding)?s?)?(_[a-z])?")
-_HEAD = re.compile(r"(^|\.)((lm_head|predictions)\.decoder|lm_head\.proj|vocab_projector|unembed(ding)?)$")
+_TABLE = re.compile(
+    r"""wte | shared | embed_in | embed_out | input_embeds_layer
+    | (.+_)? (embed_(\w+_)?tokens | lm_heads?) (_.+)?  # embed_tokens_per_layer, text_lm_head
+    | .* emb(ed(ding)?s?)? (_[a-z])?  # tok_embeddings, word_embedding, codec_embed, emb_l""",
+    re.VERBOSE,
+)
+_HEAD = re.compile(r"(^|\.)((lm_head|predictions)\.decoder|lm_loss|vocab_projector)$")
 # Embeddings of what is not a token: positions, kinds of tokens, steps of a diffusion, patches of an image.
 _OTHER = re.compile(
     r"(^|_)(wpe|pos|posit\w*|rel|relative|rotary|rope|segments?|token_types?|time|timesteps?|patch(es)?)(_|$)|posit"

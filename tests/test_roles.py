@@ -1,15 +1,20 @@
 """Roles in the optimizer: what a group says, what is found, how long it stays; groups made of a model."""
 
 import copy
+import functools
 import io
 import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import give_gradients, same, small_model, train
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from collins import Collins
+from collins import Collins, param_groups
 from collins.groups import NamedParameter
 
 TABLE = (4096, 16)  # a token table by its shape, as long as at most two parameters have as many rows
@@ -284,3 +289,149 @@ def test_modules_without_shapes_yet_are_accepted():
     model(torch.arange(4)).sum().backward()
     opt.step()
     assert roles(opt) == ["tokens", "tokens", "exact"]
+
+
+@pytest.fixture
+def mesh():
+    """Four ranks, of which this process is the first."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        yield init_device_mesh("cpu", (4,))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("params_of", [lambda model: model, lambda model: model.parameters()], ids=["module", "shapes"])
+def test_sharded_parameters_have_the_roles_of_whole_ones(params_of, mesh):
+    """By the shapes of the whole: of 8,192 rows each rank has 2,048, too few for a token table."""
+
+    def model():
+        blocks = [nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64)) for _ in range(2)]
+        return nn.Sequential(nn.Embedding(8192, 64), *blocks, nn.LayerNorm(64), nn.Linear(64, 8192))
+
+    whole, sharded = model(), fully_shard(model(), mesh=mesh)
+    reports = [Collins(params_of(each), min_K=16).memory_report().rows for each in (whole, sharded)]
+    assert all(isinstance(p, DTensor) for p in sharded.parameters())
+    found = [[(row.role, row.reason, row.shape) for row in rows] for rows in reports]
+    assert found[0] == found[1]
+    assert [row.role for row in reports[1]].count("tokens") == 2
+
+
+def test_exact_parameters_may_be_sharded_along_any_dimension(mesh):
+    placed = functools.partial(torch.distributed.tensor.distribute_tensor, device_mesh=mesh, src_data_rank=None)
+    p = nn.Parameter(placed(torch.zeros(64, 64), placements=[torch.distributed.tensor.Shard(1)]))
+    with pytest.raises(ValueError, match="Collins accepts Replicate"):
+        Collins([p], min_K=16)
+    opt = Collins([p], min_K=16, role="exact")
+    p.grad = placed(torch.ones(64, 64), placements=[torch.distributed.tensor.Shard(1)])
+    opt.step()
+    assert opt.state[p]["exp_avg"].placements == p.placements
+
+
+def names(groups):
+    return {group["weight_decay"]: [name for name, _ in group["params"]] for group in groups}
+
+
+def test_groups_of_a_model_have_vectors_norms_and_biases_without_decay():
+    model = nn.ModuleDict({
+        "table": nn.Embedding(300, 32),
+        "conv": nn.Conv2d(3, 8, 3),
+        "norm": nn.LayerNorm((8, 4, 4)),
+        "relative_attention_bias": nn.Embedding(32, 8),
+        "out": nn.Linear(32, 300),
+        "frozen": nn.Linear(4, 4).requires_grad_(False),
+    })  # fmt: skip
+    model.register_parameter("scale", nn.Parameter(torch.ones(())))
+    model.register_parameter("experts_bias", nn.Parameter(torch.ones(4, 8)))
+    assert names(param_groups(model, 0.1)) == {
+        0.1: ["table.weight", "conv.weight", "out.weight"],
+        0.0: ["scale", "experts_bias", "conv.bias", "norm.weight", "norm.bias", "relative_attention_bias.weight",
+              "out.bias"],
+    }  # fmt: skip
+    assert names(param_groups(nn.Linear(4, 4, bias=False))) == {0.01: ["weight"]}
+    assert names(param_groups(nn.LayerNorm(4))) == {0.0: ["weight", "bias"]}
+    assert names(param_groups(nn.Linear(4, 4), 0)) == {0: ["weight", "bias"]}
+
+
+@pytest.mark.parametrize(
+    ("no_decay", "without"),
+    [
+        ([nn.Embedding], ["emb.weight"]),
+        ([nn.Linear], ["layers.0.fc.weight", "layers.1.fc.weight", "head.weight"]),
+        ((nn.Embedding, "head"), ["emb.weight", "head.weight"]),
+        ({"head.weight"}, ["head.weight"]),
+        (["fc.weight"], ["layers.0.fc.weight", "layers.1.fc.weight"]),
+        (["layers.1"], ["layers.1.fc.weight"]),
+        (["layers.*.fc*"], ["layers.0.fc.weight", "layers.1.fc.weight"]),
+        (["*ea*"], ["head.weight"]),
+        (["ead", "c.weight", "layers.1.f", "eights"], []),
+        (iter(["emb"]), ["emb.weight"]),
+    ],
+    ids=str,
+)
+def test_what_is_listed_is_not_decayed(no_decay, without):
+    blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(8, 8, bias=False)}) for _ in range(2)])
+    model = nn.ModuleDict({"emb": nn.Embedding(10, 8), "layers": blocks, "head": nn.Linear(8, 10, bias=False)})
+    assert names(param_groups(model, 0.1, no_decay)).get(0.0, []) == without
+
+
+def test_a_model_of_timm_lists_what_is_not_decayed():
+    class VisionTransformer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos_embed, self.cls_token = nn.Parameter(torch.ones(1, 9, 8)), nn.Parameter(torch.ones(1, 1, 8))
+            self.head = nn.Linear(8, 4)
+
+        def no_weight_decay(self):
+            return {"pos_embed", "cls_token"}
+
+    assert names(param_groups(VisionTransformer(), 0.1)) == {
+        0.1: ["head.weight"],
+        0.0: ["pos_embed", "cls_token", "head.bias"],
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "bert", "gpt2", "opt", "t5"])
+def test_groups_are_those_of_the_trainer_of_transformers(kind):
+    transformers = pytest.importorskip("transformers")
+    keys = {"num_local_experts": 2} if kind == "mixtral" else {}
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(transformers.CONFIG_MAPPING[kind](**keys))
+    decayed = set(transformers.Trainer.get_decay_parameter_names(None, model))
+    assert set(names(param_groups(model))[0.01]) == {name for name, _ in model.named_parameters() if name in decayed}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_groups_step_as_adamw_takes_them_and_tell_collins_the_roles(tied):
+    model, other = LanguageModel(tied), LanguageModel(tied)
+    other.load_state_dict(model.state_dict())
+    opt = Collins(param_groups(model, 0.1, [nn.Embedding]), lr=1e-2, compress_ratio=1)
+    adamw = torch.optim.AdamW(param_groups(other, 0.1, [nn.Embedding]), lr=1e-2)
+    assert [group["param_names"] for group in opt.param_groups] == [
+        group["param_names"] for group in adamw.param_groups
+    ]
+    for _ in range(3):
+        for each, optimizer in ((model, opt), (other, adamw)):
+            optimizer.zero_grad()
+            each(torch.arange(16)).logsumexp(-1).sum().backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    found = {row.name: row.reason for row in Collins(param_groups(model), min_K=16).memory_report().rows}
+    assert found["parameter 'first.weight'"] == "module: nn.Embedding" + (", tied to last" if tied else "")
+    regrouped = [{"params": [pair]} for group in param_groups(model) for pair in group["params"]]
+    rows = Collins(regrouped, min_K=16).memory_report().rows  # whatever users make of the groups
+    assert {row.name: row.reason for row in rows} == found
+
+
+@pytest.mark.parametrize("no_decay", ["bias", nn.Embedding, 3, None, [3], [nn.Linear(2, 2)], [int], [None]], ids=str)
+def test_what_cannot_be_listed_is_refused(no_decay):
+    with pytest.raises(TypeError, match=r"no_decay must .* names, patterns or classes of modules, got "):
+        param_groups(nn.Linear(2, 2), 0.1, no_decay)
+
+
+def test_groups_are_made_of_a_model():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
+        param_groups(list(nn.Linear(2, 2).parameters()))
+    with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
+        Collins(param_groups(nn.ReLU()))
