@@ -295,7 +295,7 @@ def check_moments(name: str, where: str, found: Mapping[str, Any], shapes: dict[
     got = {key: tuple(value.shape) for key, value in found.items()}
     if got != shapes:
         raise ValueError(
-            f"{name} has moments {shapes} under its group's compress_ratio, min_K and hash; {where} holds {got}"
+            f"{name} has moments {shapes} under its group's role, compress_ratio, min_K and hash; {where} holds {got}"
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from collins.bucketing import HASHES, NONFINITE
 from collins.formats import FORMATS, FloatFormat
+from collins.roles import ROLES
 from collins.rule import DECODES
 
 TABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -158,4 +159,4 @@ def check_options(group: dict[str, Any]) -> None:
     require(not waits, "nonfinite", group["nonfinite"], "propagate or skip with capturable=True, which cannot wait")
 
 
-_CHOICES = (("hash", HASHES), ("decode", DECODES), ("nonfinite", NONFINITE))
+_CHOICES = (("role", ROLES), ("hash", HASHES), ("decode", DECODES), ("nonfinite", NONFINITE))
