@@ -126,7 +126,7 @@ class Collins(Optimizer):
         residual_weight: float | None = None,
         residual_square: float = 2.0,
         rehash_period: int | None = 100,
-        table_dtype: torch.dtype | str = torch.float32,
+        table_dtype: torch.dtype | str | None = None,
         seed: int = 0,
         maximize: bool = False,
         stochastic_rounding: bool | None = None,
@@ -278,7 +278,7 @@ class Collins(Optimizer):
         self._stepper.store.drain()
         result = super().state_dict()
         for group, own in zip(result["param_groups"], self.param_groups, strict=True):
-            group["table_dtype"] = str(group["table_dtype"])
+            group["table_dtype"] = group["table_dtype"] and str(group["table_dtype"])
             group[WITH_STATE] = sum(bool(self.state.get(p)) for p in own["params"])
         return result
 
