@@ -65,7 +65,7 @@ RECIPES = {
         Recipe("int4", 8, 256),
         Recipe("int4", 16, 512),
     ),
-    "tokens": (Recipe("float32", 1, 1), Recipe("int8", 1, 32), Recipe("int4", 1, 128)),
+    "tokens": (Recipe("float32", 1, 1), Recipe("int8", 1, 64), Recipe("int4", 1, 128)),
 }
 SHARES = {"matrix": 1, "tokens": TOKEN_SHARE}
 
