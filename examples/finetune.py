@@ -187,7 +187,7 @@ def fine_tune(job: Job, language_model: CausalLM) -> Run:
     for line in _described(job, rows, run.steps):
         tqdm.write(line)
     optimizer = Collins(
-        model.named_parameters(),
+        model,
         lr=args.lr,
         weight_decay=args.weight_decay,
         compress_ratio=args.compress_ratio,

@@ -178,7 +178,7 @@ def train(args: argparse.Namespace, run: Run, console: Console) -> str:
     text = standard_library()
     model, loss_of, code = built(args)
     dropping = Dropping(model)
-    optimizer = Collins(model.named_parameters(), lr=args.lr, memory=args.policy, in_backward=True)
+    optimizer = Collins(model, lr=args.lr, memory=args.policy, in_backward=True)
     table = Table("step", "loss", "tokens/s", "peak on the device", "pinned on the host", "optimizer adds")
     data = batches(text, args.steps, args.batch_size, args.seq_len, args.seed, args.device)
     progress = tqdm(data, total=args.steps, disable=None)

@@ -92,7 +92,8 @@ def test_one_card_learns_and_reports(one_card, tier, code, capsys):
     assert shown.index("staging ring") < shown.index("tokens/s")
     assert f"{run.losses[-1]:.3f}" in shown
     (placed,) = run.placement
-    assert [row[1:4] for row in placed.rows] == [row[1:4] for row in outcome.plan.rows]  # shape, bytes, tier
+    placed, planned = ([(r.shape, r.bytes, r.tier) for r in plan.rows] for plan in (placed, outcome.plan))
+    assert placed == planned
     report = json.loads(shown.splitlines()[-1])
     assert report["losses"] == run.losses
     assert report["tokens_per_s"] == pytest.approx(8 * 32 / report["step_s"])

@@ -28,7 +28,7 @@ def parse(description: str | None, arguments: list[str] | None) -> argparse.Name
     length.add_argument("--epochs", type=float, default=1.0, help="(%(default)s)")
     add("--batch-size", type=int, default=1, metavar="ROWS", help="of a step (%(default)s)")
     add("--seq-len", type=int, metavar="TOKENS", help="of a row (2048, or the model's positions if those are fewer)")
-    add("--lr", type=float, default=3e-5, help="2 to 4 times what AdamW would be given (%(default)s)")
+    add("--lr", type=float, default=2e-5, help="1.4 to 2 times what AdamW would be given (%(default)s)")
     add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises (%(default)s)")
     add("--min-lr", type=float, default=0.1, help="share of --lr that the cosine ends at (%(default)s)")
     add("--weight-decay", type=float, default=0.01, help="(%(default)s)")

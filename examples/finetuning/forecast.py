@@ -37,7 +37,7 @@ def trial_of(
         compress_ratio=compress_ratio,
         min_K=1024,
         hash="block",
-        table_dtype=torch.float32,
+        table_dtype=None,
     )
     return Trial(model, training, machine, policy or MemoryPolicy("device"), tables, modes=(True,))
 
