@@ -252,8 +252,8 @@ def evaluated(language_model: CausalLM, batches: Iterable[Batch], device: torch.
 def _described(job: Job, rows: Rows, steps: int) -> Iterator[str]:
     """What will be trained on, in lines for the reader."""
     documents, folder = job.documents, job.folder
-    count, targets = len(documents.lines), sum(target >= 0 for target in documents.targets)
-    yield f"{count:,} documents of {len(documents.tokens):,} tokens, {targets:,} of them trained on"
+    count = len(documents.lines)
+    yield f"{count:,} documents of {len(documents.tokens):,} tokens, {documents.trained:,} of them trained on"
     if rows.packed:
         yield f"packed into {len(rows):,} rows of {rows.length:,}, {rows.filled:.1%} filled; they do not see each other"
     else:

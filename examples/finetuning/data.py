@@ -90,6 +90,11 @@ class Documents:
         """Places of each document."""
         return [stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)]
 
+    @property
+    def trained(self) -> int:
+        """Places that have a target."""
+        return int((np.frombuffer(self.targets, dtype=np.int32) != UNTRAINED).sum())
+
     def of_lines(self, lines: set[int]) -> Documents:
         """The documents that came from these lines."""
         chosen = Documents()

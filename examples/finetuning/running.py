@@ -48,12 +48,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[int, Path] | None:
         """The last step that was saved, and its folder."""
-        found = [
-            (int(path.name[5:]), path)
-            for path in self.root.glob("step-*")
-            if path.is_dir() and path.name[5:].isdecimal()
-        ]
-        return max(found, default=None)
+        return max(self._numbered(), default=None)
 
     def save(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
         """Saves a step, then removes all but the newest `keep`.
@@ -64,12 +59,15 @@ class Checkpoints:
         path = self.root / f"step-{step}"
         with collins.whole_folder(path) as folder:
             write(folder)
-        numbered = sorted(self.root.glob("step-*"), key=lambda path: int(path.name[5:]))
-        for old in numbered[:-keep]:
+        for _, old in sorted(self._numbered())[:-keep]:
             old.rename(self.root / f"{_OLD}{old.name}")
         for gone in self.root.glob(f"{_OLD}*"):
             shutil.rmtree(gone)
         return path
+
+    def _numbered(self) -> list[tuple[int, Path]]:
+        folders = [path for path in self.root.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
+        return [(int(path.name[5:]), path) for path in folders]
 
 
 def saved_settings(checkpoint: Path) -> dict[str, Any]:
