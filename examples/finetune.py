@@ -35,7 +35,7 @@ from finetuning.arguments import DTYPES, parse
 from finetuning.causal_lm import CausalLM
 from finetuning.data import Documents, checked_tokenizer, read_documents
 from finetuning.folder import ModelFolder, load_model, open_folder, read_headers, save_model, transformers_module
-from finetuning.forecast import advice, figures, machine_of, refuse_weights, trial_of
+from finetuning.forecast import advice, figures, machine_of, refuse_weights, trial_of, with_index
 from finetuning.packing import Batch, Rows
 from finetuning.running import (
     SETTINGS,
@@ -255,7 +255,7 @@ def _described(job: Job, rows: Rows, steps: int) -> Iterator[str]:
     count = len(documents.lines)
     yield f"{count:,} documents of {len(documents.tokens):,} tokens, {documents.trained:,} of them trained on"
     if rows.packed:
-        yield f"packed into {len(rows):,} rows of {rows.length:,}, {rows.filled:.1%} filled; they do not see each other"
+        yield f"packed into {len(rows):,} rows of {rows.length:,}, {rows.filled:.1%} filled; no document sees another"
     else:
         yield (
             f"one to each of {len(rows):,} rows of {rows.length:,}, {rows.filled:.1%} filled: in this model documents"
@@ -288,6 +288,7 @@ def main(arguments: list[str] | None = None) -> Run:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS does not repeat itself
         torch.use_deterministic_algorithms(True)
+    args.device = with_index(args.device)
     job = None
     try:
         try:
