@@ -300,7 +300,8 @@ from collins.compile import kernels
 def ptx(param, moment, bits, load, v_load, rounding, one, size, tiling):
     fixed = dict(
         P=param, T=moment, BITS=bits, DENSE=load == 1, LOAD=load, V_LOAD=v_load, M_SCALE=0.5, V_SCALE=0.0,
-        RESIDUAL=True, REHASH=load > 1, ROUND_P=rounding, ROUND_T=False, MAXIMIZE=False, SKIP=True, EVEN=True, ONE=one, FAST=True,
+        RESIDUAL=True, REHASH=load > 1, ROUND_P=rounding, ROUND_T=False, MAXIMIZE=False, SKIP=True, EVEN=True,
+        ONE=one, FAST=True,
         TILE=tiling.tile, SPAN=kernels.SPAN // size, STAGES=tiling.stages,
     )
     names = kernels._step.arg_names
