@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from collins.checkpoint import WITH_STATE, CheckedStateDict, ExpectedState, as_dict, loadable
+from collins.clipping import LAST_NORM, Clipping
 from collins.compile.tracing import register, trace_step
 from collins.entries import Hash, ParamEntry, label
 from collins.hashing import UniversalHash
 from collins.loading import load_into
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
-from collins.options import check_options, require, seed_of
+from collins.options import check_options, max_norm_of, require, seed_of
 from collins.parameter import check_param, expected_state
 from collins.report import MemoryReport, report_row
 from collins.stepper import BackwardSteps, Stepper
@@ -69,15 +70,22 @@ class Collins(Optimizer):
             step, and so it does where the square of a gradient overflows; the device is not waited for. "error": a
             FloatingPointError before anything changes; reads gradients once more and waits for the device. With
             in_backward=True, parameters whose gradients came earlier have been stepped by then.
+        max_grad_norm: the largest norm that the gradients of one step may have together, over all groups, devices and
+            ranks: larger ones are multiplied by min(1, max_grad_norm / (norm + 1e-6)) inside the step, which is that
+            after `torch.nn.utils.clip_grad_norm_`. None for any; inf to measure `grad_norm` alone. With
+            in_backward=True, where gradients are used before their norm is known, each is multiplied by
+            min(1, max_grad_norm / (max(n, s) + 1e-6)): n is the norm of the last step (0 in the first), s that of the
+            gradients that have come in this step, itself included. `collins.clipping` says what that bounds, and what a
+            norm does that is not finite. In backward, parameters sharded over several ranks are refused.
         memory: where moments live: None beside their parameters; else a `MemoryPolicy`, a tier's name ("auto",
             "device", "host"), a mapping of the policy's arguments, or the path of a TOML file. Decided at the first
             step, when the activations' peak has been seen; `placement` tells what was decided.
         in_backward: whether each parameter is stepped, and its gradient freed, as soon as the gradient has arrived in
             backward; the results are the same to the bit. `step` then ends the step: call it after every backward.
-            Closures, gradients accumulated over several backward passes and a GradScaler are refused. Clipping by the
-            global norm finds no gradients any more and does nothing: it cannot be noticed here.
+            Closures, gradients accumulated over several backward passes and a GradScaler are refused. Clip with
+            `max_grad_norm`: `clip_grad_norm_` finds no gradients any more and does nothing.
 
-    All but `compile`, `seed`, `memory` and `in_backward` may be set per group.
+    All but `compile`, `seed`, `max_grad_norm`, `memory` and `in_backward` may be set per group.
 
     Raises:
         ValueError, TypeError: for an option, parameter or gradient that cannot be used, naming it, its value and what
@@ -125,6 +133,7 @@ class Collins(Optimizer):
         compile: bool | None = None,
         capturable: bool = False,
         nonfinite: str = "propagate",
+        max_grad_norm: float | None = None,
         memory: MemoryPolicy | str | Mapping[str, Any] | PathLike[str] | None = None,
         in_backward: bool = False,
     ) -> None:
@@ -134,6 +143,7 @@ class Collins(Optimizer):
         self.compile = compile
         self.in_backward = False  # until all groups have been accepted
         self.memory = None if memory is None else MemoryPolicy.of(memory)
+        self._clipping = Clipping(max_norm_of(max_grad_norm), in_backward)
         self._start()
         defaults = {
             "lr": lr,
@@ -161,13 +171,13 @@ class Collins(Optimizer):
     def _start(self, known: Sequence[tuple[int, UniversalHash | None]] = ()) -> None:
         """What is made anew in every process and every copy: compiled code, host memory, hooks."""
         self.step_number = register(self)
-        self._stepper = Stepper(self.seed, self.compile, self.memory, known)
+        self._stepper = Stepper(self.seed, self.compile, self.memory, self._clipping, known)
         self._backward: BackwardSteps | None = None
         self._grad_hooks: GradHooks | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         self._stepper.store.drain()
-        own = {name: getattr(self, name) for name in ("seed", "compile", "in_backward", "memory")}
+        own = {name: getattr(self, name) for name in ("seed", "compile", "in_backward", "memory", "_clipping")}
         return {**super().__getstate__(), **own, "_known": [(entry.key, entry.universal) for entry in self._members()]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -175,6 +185,7 @@ class Collins(Optimizer):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # the base class adds it here, for its own optimizers
         if "_stepper" not in self.__dict__:  # unpickled or copied
+            self.__dict__.setdefault("_clipping", Clipping())  # as pickled by version 0.2
             self._start(known)
             list(self._members())  # keys go by the order of now, which may change before the next step
             if self.in_backward:
@@ -271,6 +282,22 @@ class Collins(Optimizer):
         return MemoryReport(tuple(report_row(entry) for entry in self._members()))
 
     @property
+    def max_grad_norm(self) -> float | None:
+        """The largest norm of all gradients together, as it was given; it may be set between two steps."""
+        return self._clipping.max_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._clipping.max_norm = max_norm_of(value)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients in the last step, before it was clipped: 0-d, on the device, which is not waited
+        for. None before the first step, and without `max_grad_norm`.
+        """
+        return self._clipping.norm
+
+    @property
     def placement(self) -> tuple[PlacementPlan, ...]:
         """What the memory policy came to: a plan for each device, and for each time that parameters were new."""
         return tuple(self._stepper.store.plans)
@@ -285,6 +312,8 @@ class Collins(Optimizer):
         result = super().state_dict()
         for group, own in zip(result["param_groups"], self.param_groups, strict=True):
             group["table_dtype"] = str(group["table_dtype"])
+            if LAST_NORM in group:  # a number, which no later step overwrites
+                group[LAST_NORM] = float(group[LAST_NORM])
             group[WITH_STATE] = sum(bool(self.state.get(p)) for p in own["params"])
         return result
 
@@ -304,6 +333,7 @@ class Collins(Optimizer):
                 the parameter and the difference. The optimizer is then as it was.
         """
         load_into(self, as_dict(state_dict), list(self._members()), self._stepper, self._loadable)
+        self._clipping.adopt(self.param_groups)
 
     def _loadable(self, state_dict: Mapping[str, Any]) -> CheckedStateDict:
         return loadable(state_dict, self.param_groups, tuple(self.defaults), self.expected_states())

@@ -6,6 +6,7 @@ the same program is run again. A step in backward is a program of one parameter,
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from collins.checkpoint import writable
+from collins.clipping import UNSCALED, Clipping, warn_of_lost_clipping
 from collins.compile import Engine
 from collins.compile.program import ProgramGroup, StepProgram, scalars_under
 from collins.entries import Hash, ParamEntries, ParamEntry, ParamSpec, flattened
@@ -26,7 +28,7 @@ from collins.offload.tiers import ResidentStore, Store, TieredStore
 from collins.options import check_options
 from collins.parameter import check_state, gradient_of, has_moments, settings_of, spec_of, task_of
 from collins.rule import StepScalars
-from collins.sharding import is_placed_like, local, placed
+from collins.sharding import is_placed_like, is_sharded, local, placed, sharded_over
 from collins.state import StepCounters, adopt, drop, mark
 
 Groups = Sequence[dict[str, Any]]
@@ -37,7 +39,7 @@ class Stepper:
     """Steps the parameters of one optimizer, whose groups and state it is given at each call.
 
     Args:
-        seed, compile, memory: the optimizer's.
+        seed, compile, memory, clipping: the optimizer's.
         known: of each parameter of a copied optimizer, in the order of its groups, the key and the universal hash.
     """
 
@@ -46,9 +48,11 @@ class Stepper:
         seed: int,
         compile: bool | None,
         memory: MemoryPolicy | None,
+        clipping: Clipping,
         known: Sequence[tuple[int, UniversalHash | None]] = (),
     ) -> None:
         self.seed = seed
+        self.clipping = clipping
         self.engine = Engine(compile, busy_link=memory is not None)
         self.store: Store = ResidentStore() if memory is None else TieredStore(memory)
         self._entries = ParamEntries(known)
@@ -89,7 +93,7 @@ class Stepper:
         raise ValueError(f"param must be a parameter of this optimizer, got a {tuple(param.shape)} tensor that is not")
 
     def update(self, groups: Groups, states: States, *, repeats: bool = True) -> None:
-        """Performs a step of all parameters that have a gradient.
+        """Performs a step of all parameters that have a gradient: of all, or of those that backward has left.
 
         Args:
             groups, states: the optimizer's.
@@ -99,10 +103,21 @@ class Stepper:
         bound = self.matching(groups, states)
         if bound is not None:
             assert self._program is not None
-            self._program.run(bound, scalars_under)
+            self._run(self._program, bound, groups)
         else:
             self._update_anew(groups, states, repeats=repeats)
+        self.clipping.end((entry.p for entry in self.entries(groups, states)), groups)
         self.store.finish()
+
+    def _run(self, program: StepProgram, bound: Any, groups: Groups) -> None:
+        if self.clipping.max_norm is None:
+            program.run(bound, scalars_under)
+            return
+        self.clipping.adopt(groups)
+        grads, _ = bound
+        # Asked first once the program has found nothing to refuse.
+        scale = functools.cache(lambda: self.clipping.scale([entry.p for entry in program.entries], grads))
+        program.run(bound, lambda group, step: scalars_under(group, step, scale().of(group)))
 
     def _update_anew(self, groups: Groups, states: States, *, repeats: bool) -> None:
         """A step whose program is made for it. State that it makes goes again for whoever is not stepped."""
@@ -110,7 +125,7 @@ class Stepper:
         program = None
         try:
             program, bound = self._build(groups, states, new, repeats=repeats)
-            program.run(bound, scalars_under)
+            self._run(program, bound, groups)
         except BaseException:
             stepped = {program.entries[number] for number in program.stepped} if program else set()
             drop([entry for entry in new if entry not in stepped], states)
@@ -231,12 +246,15 @@ class Stepper:
     def begin(self, groups: Groups, states: States) -> dict[int, ParamEntry]:
         """All parameters that backward may step, by identity, checked and placed before the first one is stepped."""
         self.store.refresh()
+        self.clipping.adopt(groups)
         pending: dict[int, ParamEntry] = {}
         for entries in filter(None, self._roster(groups, states)):
             check_options(entries[0].group)
             settings = self._settings_of(entries[0].group)
             for entry in filter(can_step, entries):
                 self._check(entry, states, settings)
+                if self.clipping.max_norm is not None and is_sharded(entry.p) and sharded_over(entry.p):
+                    raise RuntimeError(_sharded(entry.name))
                 pending[id(entry.p)] = entry
         if any(entry.moments is None for entry in pending.values()):
             self.place(pending.values(), early=True)
@@ -262,12 +280,14 @@ class Stepper:
 
         def shared(group: dict[str, Any], step: int | Tensor) -> StepScalars:
             if isinstance(step, Tensor):
-                return scalars_under(group, step)
+                return scalars_under(group, step, scale.of(group))
             if (id(group), step) not in scalars:
                 scalars[id(group), step] = scalars_under(group, step)
-            return scalars[id(group), step]
+            own = scalars[id(group), step]
+            return own if scale is UNSCALED else own._replace(grad_scale=scale.of(group))
 
         grads = [gradient_of(entry, g)]
+        scale = self.clipping.scale_of_one(entry.p, grads[0])
         new: list[ParamEntry] = []
         program: StepProgram | None = None
         try:
@@ -300,6 +320,7 @@ class BackwardSteps:
         self._stepped: dict[int, ParamEntry] = {}
         self._scalars: dict[tuple[int, int], StepScalars] = {}
         self._alone = False  # whether replicas have been looked for
+        self._begun = False  # whether a step has been ended
 
     def receive(self, p: Tensor, stepper: Stepper, groups: Groups, states: States) -> None:
         """Steps a parameter whose gradient is complete, and frees the gradient."""
@@ -332,6 +353,9 @@ class BackwardSteps:
                 "closure must be None with in_backward=True, where parameters are stepped during backward: evaluate the"
                 " model before step(), or build Collins with in_backward=False"
             )
+        if not self._begun and getattr(owner, "max_grad_norm", None) is None:
+            warn_of_lost_clipping()
+        self._begun = True
         if hasattr(owner, "found_inf"):
             owner.__dict__.pop("found_inf", None)
             owner.__dict__.pop("grad_scale", None)
@@ -356,6 +380,14 @@ class BackwardSteps:
 def can_step(entry: ParamEntry) -> bool:
     """Whether a parameter may be stepped: what is frozen needs no moments."""
     return entry.p.requires_grad or entry.p.grad is not None
+
+
+def _sharded(name: str) -> str:
+    return (
+        f"max_grad_norm must be None with in_backward=True for {name}, which is sharded over several ranks: each sees"
+        " its part of a gradient, and uses it before the norm over all ranks is known. Build Collins with"
+        " in_backward=False, which clips by that norm"
+    )
 
 
 def _twice(name: str) -> str:

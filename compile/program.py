@@ -25,7 +25,7 @@ from collins.state import StepCounters
 
 _grad = attrgetter("grad")
 
-ScalarsOf = Callable[[dict[str, Any], int], StepScalars]
+ScalarsOf = Callable[[dict[str, Any], int | Tensor], StepScalars]
 
 
 class Executor(Protocol):
@@ -146,7 +146,7 @@ class StepProgram:
         if options["capturable"]:
             steps = torch.stack([entry.step for entry in group.entries if entry.step is not None]) + 1
             columns = [
-                x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * count for x in scalars_under(options, steps)
+                x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * count for x in scalars_of(options, steps)
             ]
             scalars += (StepScalars(*row) for row in zip(*columns, strict=True))
             rows += range(first, first + count)
@@ -188,7 +188,7 @@ class StepProgram:
         require_finite([(entry.name, g) for entry, g in guarded], lambda finite: agreed(finite, params))
 
 
-def scalars_under(group: Mapping[str, Any], step: int | Tensor) -> StepScalars:
+def scalars_under(group: Mapping[str, Any], step: int | Tensor, grad_scale: float | Tensor = 1.0) -> StepScalars:
     """The scalars of a group at a step, counted from 1; a float tensor of steps stays on its device."""
     lr = group["lr"]
     return step_scalars(
@@ -198,6 +198,7 @@ def scalars_under(group: Mapping[str, Any], step: int | Tensor) -> StepScalars:
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         residual_weight=group["residual_weight"],
+        grad_scale=grad_scale,
     )
 
 
