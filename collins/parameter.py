@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from collins._torch_internals import is_fsdp_flattened
-from collins.bucketing import Bucketing, bucketing_of, moment_shape, within_rows
+from collins.bucketing import Bucketing, moment_shape
 from collins.checkpoint import DENSE, TABLES, ExpectedState, check_moments, check_shape, is_moment
 from collins.entries import Hash, ParamEntry, ParamSpec
 from collins.fingerprint import LAYOUT, Fingerprint, fingerprint, unpacked
-from collins.formats import FORMATS, TensorSpec, dense_format, format_name
+from collins.formats import FORMATS, TensorSpec
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.options import check_table_dtype, listed
+from collins.roles import Role, found_roles, role_under
 from collins.rounding import ROUNDED
+from collins.schemes import Scheme, scheme_under
 from collins.sharding import Slice, is_placed_like, is_sharded, local, local_gradient, slice_of
 from collins.update import HashKeys, UpdateSpec, UpdateTask
 
@@ -29,6 +31,7 @@ PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The group options that a ParamSpec depends on.
 PLANNED = (
+    "role",
     "compress_ratio",
     "v_compress_ratio",
     "min_K",
@@ -75,7 +78,8 @@ def check_param(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
         _check_dtype(name, p)
         check_table_dtype(name, p.dtype, group["table_dtype"])
         if is_sharded(p):
-            slice_under(name, p, group)
+            (found,) = found_roles([(None, tuple(p.shape))])  # by its shape: the other parameters are not known yet
+            slice_under(name, p, group, role_under(found, p.numel(), group).kind)
 
 
 def _check_dtype(name: str, p: Tensor) -> None:
@@ -83,23 +87,15 @@ def _check_dtype(name: str, p: Tensor) -> None:
         raise TypeError(f"{name} has dtype {p.dtype}; Collins accepts {listed(PARAM_DTYPES)}")
 
 
-def bucketings_under(p: Tensor, group: Mapping[str, Any]) -> tuple[Bucketing, Bucketing]:
-    """How the elements of `p` are divided into buckets for each of its moments."""
-    first = bucketing_of(p.numel(), compress_ratio=group["compress_ratio"], min_K=group["min_K"], hash=group["hash"])
-    first = within_rows(first, tuple(p.shape)) if is_sharded(p) else first
-    if group["v_compress_ratio"] is None or first.hash != "block":
-        return first, first
-    second = bucketing_of(p.numel(), compress_ratio=group["v_compress_ratio"], min_K=1, hash="block")
-    second = within_rows(second, tuple(p.shape)) if is_sharded(p) else second
-    return first, second if second.hash and second.load >= first.load else first
+def role_of(entry: ParamEntry) -> Role:
+    """The role of a parameter under the options of its group."""
+    assert entry.found is not None
+    return role_under(entry.found, entry.p.numel(), entry.group)
 
 
-def formats_under(p: Tensor, group: Mapping[str, Any], bucketing: Bucketing) -> tuple[str, str]:
-    """The formats of both moments of `p`."""
-    if bucketing.hash is None:
-        return (dense_format(p.dtype, group["table_dtype"]),) * 2
-    first = format_name(group["table_dtype"])
-    return first, FORMATS[first].second or first
+def scheme_of(p: Tensor, group: Mapping[str, Any], role: str) -> Scheme:
+    """How the moments of `p`, a parameter of this role, are stored."""
+    return scheme_under(tuple(p.shape), p.dtype, group, role, sharded=is_sharded(p))
 
 
 def rounds(p: Tensor, formats: Iterable[str], group: Mapping[str, Any]) -> bool:
@@ -108,19 +104,22 @@ def rounds(p: Tensor, formats: Iterable[str], group: Mapping[str, Any]) -> bool:
     return group["stochastic_rounding"] is not False and rounded
 
 
-def slice_under(name: str, p: Tensor, group: Mapping[str, Any]) -> Slice | None:
-    """This rank's part of `p`; None for an ordinary tensor."""
-    bucketing, _ = bucketings_under(p, group)
-    return slice_of(name, p, bucketing, rounding=rounds(p, formats_under(p, group, bucketing), group))
+def slice_under(name: str, p: Tensor, group: Mapping[str, Any], role: str) -> Slice | None:
+    """This rank's part of `p`, a parameter of this role; None for an ordinary tensor."""
+    scheme = scheme_of(p, group, role)
+    return slice_of(name, p, scheme.v, rounding=rounds(p, scheme.formats, group))
 
 
-def state_tensors(p: Tensor, group: Mapping[str, Any]) -> tuple[dict[str, TensorSpec], int]:
-    """The tensors in which both moments of `p` are kept, by the names of its state; how many are the first one's."""
-    bucketings = bucketings_under(p, group)
-    names = DENSE if bucketings[0].hash is None else TABLES
-    formats = formats_under(p, group, bucketings[0])
+def state_tensors(p: Tensor, group: Mapping[str, Any], role: str) -> tuple[dict[str, TensorSpec], int]:
+    """The tensors in which both moments of `p`, a parameter of this role, are kept, by the names of its state.
+
+    Returns:
+        Them, and how many are the first moment's.
+    """
+    scheme = scheme_of(p, group, role)
+    names = DENSE if scheme.m.hash is None else TABLES
     found: list[dict[str, TensorSpec]] = []
-    for name, bucketing, format in zip(names, bucketings, formats, strict=True):
+    for name, bucketing, format in zip(names, (scheme.m, scheme.v), scheme.formats, strict=True):
         parts = FORMATS[format].parts(moment_shape(bucketing, tuple(p.shape)))
         found.append({name + suffix: spec for suffix, spec in parts.items()})
     return {**found[0], **found[1]}, len(found[0])
@@ -132,9 +131,10 @@ def spec_of(entry: ParamEntry, settings: tuple[Any, ...], seed: int, launch_of: 
     if p.requires_grad or p.grad is not None:
         _check_dtype(entry.name, p)
         check_table_dtype(entry.name, p.dtype, group["table_dtype"])
-    first, second = bucketings_under(p, group)
+    role = role_of(entry)
+    scheme = scheme_of(p, group, role.kind)
+    first, second, *formats = scheme
     period, hash = group["rehash_period"], _hash_of(entry, first, seed)
-    formats = formats_under(p, group, first)
     rehash = first.hash == "block" and period is not None
     update = UpdateSpec(
         first.hash,
@@ -148,10 +148,11 @@ def spec_of(entry: ParamEntry, settings: tuple[Any, ...], seed: int, launch_of: 
         None if first.load == second.load else second.load,
     )
     sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
-    part = slice_under(entry.name, p, group)
-    tensors, first_count = state_tensors(p, group)
+    part = slice_under(entry.name, p, group, role.kind)
+    tensors, first_count = state_tensors(p, group, role.kind)
     return ParamSpec(
         settings=settings,
+        role=role,
         kind=type(p),
         size=p.shape,
         dtype=p.dtype,

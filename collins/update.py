@@ -210,18 +210,24 @@ def _pieces(task: UpdateTask, g: Tensor, chunk: int | None, unit: int = 1) -> It
         yield _Piece(row * width, p[row : row + rows], g[row : row + rows])
 
 
+def _unit(spec: UpdateSpec) -> int:
+    """Pieces of a parameter begin at multiples of it: of whole buckets, and of entries that are stored together."""
+    return math.lcm(*(int(load) * format.unit for load, format in zip(spec.loads, spec.formats, strict=True)))
+
+
 def _dense_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
-    unit = math.lcm(*(format.unit for format in task.spec.formats))
+    unit = _unit(task.spec)
     return [partial(_dense_piece, piece, task, hp) for piece in _pieces(task, g, chunk, unit)]
 
 
 def _dense_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> _Values:
     offset, p, grad = piece
-    formats, first, count = task.spec.formats, task.start + offset, p.numel()
-    m, v = (format.cut(parts, offset, count) for format, parts in zip(formats, (task.m, task.v), strict=True))
+    (m_format, v_format), count, v_load = task.spec.formats, p.numel(), int(task.spec.loads[1])
+    v_count = -(-count // v_load)
+    m, v = m_format.cut(task.m, offset, count), v_format.cut(task.v, offset // v_load, v_count)
     dtype = torch.promote_types(p.dtype, torch.float32)
-    values = _dense(p, grad, formats[0].load(m, count, dtype), formats[1].load(v, count, dtype), hp, task.spec)
-    return _dense_writes(p, m, v, values, first, task, hp)
+    values = _dense(p, grad, m_format.load(m, count, dtype), v_format.load(v, v_count, dtype), hp, task.spec)
+    return _dense_writes(p, m, v, values, task.start + offset, task, hp)
 
 
 def update_rows_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
@@ -241,16 +247,36 @@ def update_rows_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
 
 
 def _dense(p: Tensor, g: Tensor, m: Tensor, v: Tensor, hp: StepScalars, spec: UpdateSpec) -> tuple[Tensor, ...]:
-    """The new p, m and v, flat and before they are rounded; and where gradients are finite, if that is asked for."""
-    grad = _gradient(g, spec, hp)
-    finite = _finite(grad * grad, spec)
-    first_moment = decay(m, grad, hp.beta1, hp.one_minus_beta1, finite=finite)
-    second_moment = decay(v, grad * grad, hp.beta2, hp.one_minus_beta2, finite=finite)
+    """The new p, m and v, flat and before they are rounded; and which gradients, or buckets of the second moment, are
+    finite, if that is asked for.
+    """
+    grad, v_load = _gradient(g, spec, hp), int(spec.loads[1])
+    count = len(grad)
+    q = grad * grad if v_load == 1 else _means(grad * grad, v_load)
+    finite = _finite(q, spec)
+    own = None if finite is None else _each(finite, v_load, count)
+    first_moment = decay(m, grad, hp.beta1, hp.one_minus_beta1, finite=own)
+    second_moment = decay(v, q, hp.beta2, hp.one_minus_beta2, finite=finite)
     old = _flat(p, grad.dtype)
-    m_hat, v_hat = first_moment * hp.inv_bias_correction1, second_moment * hp.inv_bias_correction2
+    m_hat, v_hat = first_moment * hp.inv_bias_correction1, _each(second_moment * hp.inv_bias_correction2, v_load, count)
     new = updated(old, direction(m_hat, v_hat, None, hp), hp)
-    changed = _where(finite, new, old), first_moment, second_moment
+    changed = _where(own, new, old), first_moment, second_moment
     return changed if finite is None else (*changed, finite)
+
+
+def _means(squares: Tensor, load: int) -> Tensor:
+    """q of dense first moments: means over `load` neighbours, of which the last may be fewer."""
+    missing = -len(squares) % load
+    if not missing:
+        return squares.view(-1, load).sum(1) / load
+    sums = torch.nn.functional.pad(squares, (0, missing)).view(-1, load).sum(1)
+    last = torch.arange(len(sums), device=squares.device) == len(sums) - 1
+    return sums / torch.where(last, load - missing, load).to(sums.dtype)
+
+
+def _each(x: Tensor, load: int, count: int) -> Tensor:
+    """What holds for each bucket of the second moment, for each of `count` elements."""
+    return x if load == 1 else x[:, None].expand(-1, load).reshape(-1)[:count]
 
 
 def _dense_writes(
@@ -267,14 +293,13 @@ def _dense_writes(
     writes = [
         *_writes(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp),
         *_writes(m_format, m, first_moment, first, FIRST, task, hp),
-        *_writes(v_format, v, second_moment, first, SECOND, task, hp),
+        *_writes(v_format, v, second_moment, first // int(task.spec.loads[1]), SECOND, task, hp),
     ]
     return _Values(writes, *finite)
 
 
 def _block_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
-    loads, formats = task.spec.loads, task.spec.formats
-    unit = math.lcm(*(int(load) * format.unit for load, format in zip(loads, formats, strict=True)))
+    unit = _unit(task.spec)
     return [partial(_block_piece, piece, task, hp) for piece in _pieces(task, g, chunk, unit)]
 
 
@@ -339,7 +364,7 @@ def _block_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> _Values:
 
 def _along(x: Tensor, rows: int) -> Tensor:
     """What holds for each bucket of the second moment, for each of the first moment's `rows`."""
-    return x if len(x) == rows else x[:, None].expand(-1, rows // len(x)).reshape(rows)
+    return x if len(x) == rows else _each(x, rows // len(x), rows)
 
 
 def _universal_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:

@@ -135,7 +135,8 @@ class Graphs:
 
 def is_small(task: UpdateTask) -> bool:
     """Whether a task is stepped in one call with others of its signature."""
-    return task.spec.hash is None and whole_of(task, task.p) == task.p.numel() <= SMALL
+    alone = len(task.m) == 1 and task.spec.v_load is None
+    return task.spec.hash is None and alone and whole_of(task, task.p) == task.p.numel() <= SMALL
 
 
 def _signature(task: UpdateTask) -> tuple[Any, ...]:
@@ -154,7 +155,7 @@ def whole_of(task: UpdateTask, g: Tensor) -> int:
     range (seen in torch 2.13). So graphs take whole buckets, and where values are rounded stochastically whole words.
     """
     p, spec = task.p, task.spec
-    loads = [int(load) if spec.hash == "block" else 1 for load in spec.loads]
+    loads = [1 if spec.hash == "universal" else int(load) for load in spec.loads]
     unit = math.lcm(*(load * format.unit for load, format in zip(loads, spec.formats, strict=True)))
     if spec.rounding:
         unit = max(loads) * WORD if any(format.rounds for format in spec.formats) else max(unit, WORD)

@@ -198,6 +198,7 @@ def scalars_under(group: Mapping[str, Any], step: int | Tensor, grad_scale: floa
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         residual_weight=group["residual_weight"],
+        residual_square=group["residual_square"],
         grad_scale=grad_scale,
     )
 
