@@ -35,7 +35,7 @@ from torch import Tensor
 from collins._torch_internals import foreach_norm
 from collins.sharding import is_sharded, norm_over, sharded_over
 
-LAST_NORM = "last_grad_norm"  # in every group of an optimizer that clips in backward: n'
+LAST_NORM = "last_grad_norm"  # in every group of an optimizer that has clipped in backward: n'
 
 _EPS = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm
 
@@ -106,7 +106,7 @@ class Clipping:
         self._rest = norm = global_norm(params, grads)
         if self.max_norm == math.inf:
             return UNSCALED
-        if self.in_backward:
+        if self.in_backward or self._together:
             return self._bounded(_norm_of([*self._together.values(), norm]))
         return Scale((self.max_norm / (norm + _EPS)).clamp(max=1.0), norm)
 
@@ -145,7 +145,7 @@ class Clipping:
         if found:
             norm = _norm_of(found)
             self._norm = _over(self._norm, norm)
-            if self.in_backward and self.max_norm != math.inf:
+            if (self.in_backward or self._arrived) and self.max_norm != math.inf:
                 before = 0.0 if self._last is None else self._last.to(norm)
                 self._last = _over(self._last, torch.where(norm.isfinite(), norm, before))
                 self._publish(groups)
@@ -154,7 +154,7 @@ class Clipping:
     def adopt(self, groups: Sequence[dict[str, Any]]) -> None:
         """Takes over what the groups hold as n': a state dict was loaded, or the optimizer is a copy."""
         found = groups[0].get(LAST_NORM) if groups else None
-        if self.max_norm is None or not self.in_backward or found is self._last:
+        if self.max_norm is None or found is self._last:
             return
         value = 0.0 if found is None else found
         value = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")

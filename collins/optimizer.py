@@ -17,6 +17,7 @@ from collins.compile.tracing import register, trace_step
 from collins.entries import Carried, Hash, ParamEntry
 from collins.groups import params_of, take_group
 from collins.loading import load_into
+from collins.measured import Measured
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
 from collins.options import check_options, max_norm_of, require, seed_of
@@ -25,7 +26,7 @@ from collins.report import MemoryReport, report_row
 from collins.stepper import BackwardSteps, Stepper
 
 
-class Collins(Optimizer):
+class Collins(Measured, Optimizer):
     r"""AdamW whose moments live in Count-Sketch tables, `compress_ratio` times smaller than AdamW's in fp32.
 
     With h, s the position and sign hashes of a parameter, c the load of a bucket, which V has more of than M, and g its
@@ -83,10 +84,10 @@ class Collins(Optimizer):
         max_grad_norm: the largest norm that the gradients of one step may have together, over all groups, devices and
             ranks: larger ones are multiplied by min(1, max_grad_norm / (norm + 1e-6)) inside the step, which is that
             after `torch.nn.utils.clip_grad_norm_`. None for any; inf to measure `grad_norm` alone. With
-            in_backward=True, where gradients are used before their norm is known, each is multiplied by
-            min(1, max_grad_norm / (max(n, s) + 1e-6)): n is the norm of the last step (0 in the first), s that of the
-            gradients that have come in this step, itself included. `collins.clipping` says what that bounds, and what a
-            norm does that is not finite. In backward, parameters sharded over several ranks are refused.
+            in_backward=True each is multiplied, as it arrives, by min(1, max_grad_norm / (max(n, s) + 1e-6)): n is the
+            norm of the last step (0 in the first), s that of what has arrived in this step, itself included;
+            parameters sharded over several ranks are refused. `collins.clipping` has what that bounds, and what a norm
+            does that is not finite.
         memory: where moments live: None beside their parameters; else a `MemoryPolicy`, a tier's name ("auto",
             "device", "host"), a mapping of the policy's arguments, or the path of a TOML file. Decided at the first
             step, when the activations' peak has been seen; `placement` tells what was decided.
@@ -255,8 +256,8 @@ class Collins(Optimizer):
         if closure is None and not self.in_backward and torch.compiler.is_dynamo_compiling():
             trace_step(self)
             return None
-        if self.in_backward:
-            self._check_in_backward(closure)
+        if self._backward is not None:
+            self._backward.check(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -279,22 +280,6 @@ class Collins(Optimizer):
     def memory_report(self) -> MemoryReport:
         """Bytes of state, in all and per parameter; exact before the first step, and for parameters on `meta`."""
         return MemoryReport(tuple(report_row(entry, self._stepper.role(entry)) for entry in self._members()))
-
-    @property
-    def max_grad_norm(self) -> float | None:
-        """The largest norm of all gradients together, as it was given; it may be set between two steps."""
-        return self._clipping.max_norm
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, value: float | None) -> None:
-        self._clipping.max_norm = max_norm_of(value)
-
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """The norm of all gradients in the last step, before it was clipped: 0-d, on the device, which is not waited
-        for. None before the first step, and without `max_grad_norm`.
-        """
-        return self._clipping.norm
 
     @property
     def placement(self) -> tuple[PlacementPlan, ...]:
@@ -368,11 +353,6 @@ class Collins(Optimizer):
     def _watch(self) -> None:
         if self._grad_hooks is not None:
             self._grad_hooks.watch((entry.name, entry.p) for entry in self._members())
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _check_in_backward(self, closure: object) -> None:
-        assert self._backward is not None
-        self._backward.check(self, closure)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update_one(self, p: Tensor) -> None:

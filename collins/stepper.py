@@ -17,7 +17,7 @@ from torch import Tensor
 from collins.checkpoint import writable
 from collins.clipping import UNSCALED, Clipping, warn_of_lost_clipping
 from collins.compile import Engine
-from collins.compile.program import ProgramGroup, StepProgram, scalars_under
+from collins.compile.program import ProgramGroup, ScalarsOf, StepProgram, scalars_under
 from collins.entries import Carried, Hash, ParamEntries, ParamEntry, ParamSpec, flattened
 from collins.formats import TensorSpec
 from collins.hashing import UniversalHash
@@ -31,6 +31,8 @@ from collins.roles import Role
 from collins.rule import StepScalars
 from collins.sharding import is_placed_like, is_sharded, local, placed, sharded_over
 from collins.state import StepCounters, adopt, drop, mark
+from collins.statistics import Statistics, is_capturing
+from collins.update import UpdateTask
 
 Groups = Sequence[dict[str, Any]]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -54,6 +56,7 @@ class Stepper:
     ) -> None:
         self.seed = seed
         self.clipping = clipping
+        self.statistics = Statistics()
         self.engine = Engine(compile, busy_link=memory is not None)
         self.store: Store = ResidentStore() if memory is None else TieredStore(memory)
         self._entries = ParamEntries(carried)
@@ -115,24 +118,32 @@ class Stepper:
             repeats: whether later steps may run the program of this one.
         """
         self.store.refresh()
+        self.statistics.begin(groups, anew=repeats)
         bound = self.matching(groups, states)
         if bound is not None:
             assert self._program is not None
             self._run(self._program, bound, groups)
         else:
             self._update_anew(groups, states, repeats=repeats)
-        self.clipping.end((entry.p for entry in self.entries(groups, states)), groups)
+        self.end(groups, states)
         self.store.finish()
 
+    def end(self, groups: Groups, states: States) -> None:
+        """The step has ended, and what is to be known of it is."""
+        if self.clipping.max_norm is not None:
+            self.clipping.end((entry.p for entry in self.entries(groups, states)), groups)
+        self.statistics.end(groups)
+
     def _run(self, program: StepProgram, bound: Any, groups: Groups) -> None:
-        if self.clipping.max_norm is None:
-            program.run(bound, scalars_under)
-            return
-        self.clipping.adopt(groups)
-        grads, _ = bound
-        # Asked first once the program has found nothing to refuse.
-        scale = functools.cache(lambda: self.clipping.scale([entry.p for entry in program.entries], grads))
-        program.run(bound, lambda group, step: scalars_under(group, step, scale().of(group)))
+        scalars_of: ScalarsOf = scalars_under
+        if self.clipping.max_norm is not None:
+            self.clipping.adopt(groups)
+            grads, _ = bound
+            # Asked first once the program has found nothing to refuse.
+            scale = functools.cache(lambda: self.clipping.scale([entry.p for entry in program.entries], grads))
+            scalars_of = lambda group, step: scalars_under(group, step, scale().of(group))  # noqa: E731
+        with self.statistics.stepping(program.entries, program.skippable):
+            program.run(bound, scalars_of)
 
     def _update_anew(self, groups: Groups, states: States, *, repeats: bool) -> None:
         """A step whose program is made for it. State that it makes goes again for whoever is not stepped."""
@@ -150,7 +161,7 @@ class Stepper:
         """What the last step's program takes for this step's gradients; None if it cannot be run again."""
         same = self._roster(groups, states) is (self._program and self._program.roster)
         program = self._program
-        if program is None or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        if program is None or is_capturing():
             return None
         for group in program.groups:
             check_options(group.options)
@@ -172,7 +183,7 @@ class Stepper:
         Returns:
             The program, and what it takes for this step's gradients.
         """
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        capturing = is_capturing()
         roster = self._roster(groups, states)
         found: list[ProgramGroup] = []
         grads: list[Tensor] = []
@@ -191,7 +202,7 @@ class Stepper:
             found.append(ProgramGroup(group, settings, own))
         stepping = [entry for group in found for entry in group.entries]
         self._adopt(stepping, states, flattened(roster), new)
-        executor = self.store.executor(self.engine, list(map(task_of, stepping)), [e.p for e in stepping], grads)
+        executor = self.store.executor(self.engine, list(map(self._task, stepping)), [e.p for e in stepping], grads)
         program = StepProgram(found, executor, self._counters, roster)
         # While gradients come and go no step is repeated, and guards would take as long as the step itself.
         settled, self._last = stepping == self._last, stepping
@@ -263,6 +274,7 @@ class Stepper:
     def begin(self, groups: Groups, states: States) -> dict[int, ParamEntry]:
         """All parameters that backward may step, by identity, checked and placed before the first one is stepped."""
         self.store.refresh()
+        self.statistics.begin(groups)
         self.clipping.adopt(groups)
         pending: dict[int, ParamEntry] = {}
         for entries in filter(None, self._roster(groups, states)):
@@ -310,8 +322,9 @@ class Stepper:
         try:
             self._adopt([entry], states, [entry], new)
             program = entry.program or self._program_of_one(entry)
-            program.run(program.bind(grads), shared)
-            stepped(entry)
+            with self.statistics.stepping(program.entries, program.skippable):
+                program.run(program.bind(grads), shared)
+                stepped(entry)
         except BaseException:
             if program is not None and program.stepped:
                 stepped(entry)
@@ -319,8 +332,12 @@ class Stepper:
                 drop(new, states)
             raise
 
+    def _task(self, entry: ParamEntry) -> UpdateTask:
+        skips = entry.known_spec.update.skip
+        return task_of(entry, self.statistics.skips.counter(local(entry.p).device) if skips else None)
+
     def _program_of_one(self, entry: ParamEntry) -> StepProgram:
-        executor = self.store.executor_of_one(self.engine, task_of(entry), entry.p)
+        executor = self.store.executor_of_one(self.engine, self._task(entry), entry.p)
         group = ProgramGroup(entry.group, entry.known_spec.settings, [entry])
         program = StepProgram([group], executor, self._counters, [])
         if entry.known_spec.slice is None:  # a sharded parameter may have another local tensor in the next step
@@ -363,6 +380,7 @@ class BackwardSteps:
         self._stepped[id(entry.p)] = entry
         entry.p.grad = None
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, owner: object, closure: object) -> None:
         """Raises a RuntimeError for what steps in backward cannot work with, when `step` is called."""
         if closure is not None:

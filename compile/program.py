@@ -8,6 +8,7 @@ wrong with what cannot be stepped.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple, Protocol, cast
@@ -80,6 +81,11 @@ class StepProgram:
         self._requires_finite = any(group.options["nonfinite"] == "error" for group in groups)
         self._guards: _Guards | None = None
         self.stepped: list[int] = []  # the numbers of the entries that the last run has stepped
+
+    @functools.cached_property
+    def skippable(self) -> int:
+        """How much of the entries nonfinite="skip" may leave out; see `ParamSpec.skippable`."""
+        return sum(entry.known_spec.skippable for entry in self.entries)
 
     def guard(self, grads: Sequence[Tensor], others: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Has later steps run this program again, for as long as `matches` finds that nothing has changed.
