@@ -17,7 +17,7 @@ from collins.entries import Hash, ParamEntry, label
 from collins.hashing import UniversalHash
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
-from collins.options import check_options, require, seed_of
+from collins.options import check_options, read_whole_options
 from collins.parameter import check_param, expected_state
 from collins.report import MemoryReport, report_row
 from collins.sharding import local
@@ -77,7 +77,8 @@ class Collins(Optimizer):
             Closures, gradients accumulated over several backward passes and a GradScaler are refused. Clipping by the
             global norm finds no gradients any more and does nothing: it cannot be noticed here.
 
-    All but `compile`, `seed`, `memory` and `in_backward` may be set per group.
+    All but `compile`, `seed`, `memory` and `in_backward` may be set per group. Strings as in configuration files will
+    do for all of them: lr="3e-3", betas="0.9,0.95", table_dtype="bfloat16", maximize="true", rehash_period="none".
 
     Raises:
         ValueError, TypeError: for an option, parameter or gradient that cannot be used, naming it, its value and what
@@ -128,10 +129,7 @@ class Collins(Optimizer):
         memory: MemoryPolicy | str | Mapping[str, Any] | PathLike[str] | None = None,
         in_backward: bool = False,
     ) -> None:
-        require(compile is None or isinstance(compile, bool), "compile", compile, "True, False or None")
-        require(isinstance(in_backward, bool), "in_backward", in_backward, "True or False")
-        self.seed = seed_of(seed)
-        self.compile = compile
+        self.compile, in_backward, self.seed, memory = read_whole_options(compile, in_backward, seed, memory)
         self.in_backward = False  # until all groups have been accepted
         self.memory = None if memory is None else MemoryPolicy.of(memory)
         self._start()
