@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from collins.checkpoint import WITH_STATE, CheckedStateDict, ExpectedState, as_dict, loadable
 from collins.compile.tracing import register, trace_step
 from collins.entries import Hash, ParamEntry, label
+from collins.fused_backward import FusedBackward
 from collins.hashing import UniversalHash
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
@@ -24,7 +25,7 @@ from collins.sharding import local
 from collins.stepper import BackwardSteps, Stepper
 
 
-class Collins(Optimizer):
+class Collins(FusedBackward, Optimizer):
     r"""AdamW whose moments live in Count-Sketch tables `compress_ratio` times smaller than the parameters.
 
     With h, s the position and sign hashes of a parameter, c the load of a bucket, and g its gradient at step t:

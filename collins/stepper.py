@@ -18,6 +18,7 @@ from collins.compile import Engine
 from collins.compile.program import ProgramGroup, StepProgram, scalars_under
 from collins.entries import Hash, ParamEntries, ParamEntry, ParamSpec, flattened
 from collins.formats import TensorSpec
+from collins.fused_backward import LoneSteps
 from collins.hashing import UniversalHash
 from collins.offload import MemoryPolicy
 from collins.offload.backward import refuse_replicas
@@ -51,6 +52,7 @@ class Stepper:
         self.seed = seed
         self.engine = Engine(compile, busy_link=memory is not None)
         self.store: Store = ResidentStore() if memory is None else TieredStore(memory)
+        self.lone_steps = LoneSteps()
         self._entries = ParamEntries(known)
         self._counters = StepCounters()
         self._known_roster: list[list[ParamEntry]] = []
@@ -95,6 +97,7 @@ class Stepper:
             groups, states: the optimizer's.
             repeats: whether later steps may run the program of this one.
         """
+        self.lone_steps.end()
         self.store.refresh()
         bound = self.matching(groups, states)
         if bound is not None:
@@ -241,6 +244,11 @@ class Stepper:
         if any(entry.moments is None for entry in pending.values()):
             self.place(pending.values(), early=True)
         return pending
+
+    def check(self, entry: ParamEntry, states: States) -> None:
+        """Raises for a parameter that cannot be stepped under the options and the state of now."""
+        check_options(entry.group)
+        self._check(entry, states, self._settings_of(entry.group))
 
     def update_one(
         self,
