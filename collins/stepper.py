@@ -27,7 +27,7 @@ from collins.offload.tiers import ResidentStore, Store, TieredStore
 from collins.options import check_options
 from collins.parameter import check_state, gradient_of, has_moments, settings_of, spec_of, task_of
 from collins.rule import StepScalars
-from collins.sharding import is_placed_like, local, placed
+from collins.sharding import is_placed_like, local, placed, refuse_flat_partitions
 from collins.state import StepCounters, adopt, drop, mark
 
 Groups = Sequence[dict[str, Any]]
@@ -65,9 +65,11 @@ class Stepper:
         return flattened(self._roster(groups, states))
 
     def _roster(self, groups: Groups, states: States) -> list[list[ParamEntry]]:
-        known = self._known_roster
-        self._known_roster = roster = self._entries.by_group(groups, states)
-        if roster is not known:  # nothing keeps what has been taken out
+        roster = self._entries.by_group(groups, states)
+        if roster is not self._known_roster:
+            refuse_flat_partitions(groups)
+            self._known_roster = roster
+            # Nothing keeps what has been taken out.
             self.store.retain(entry.p for entry in self._entries.kept())
             self._program, self._last = None, []
         return roster
