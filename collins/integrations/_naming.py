@@ -7,24 +7,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from collins.groups import named_parameters
 from collins.optimizer import Collins
 
 
 def named(params: Iterable[Tensor] | Iterable[dict[str, Any]], model: nn.Module) -> list[Any]:
-    """The same parameters with the names they have in a model: groups, or (name, tensor) pairs.
+    """The same parameters as groups of pairs, with the names that they have in a model and what its modules say.
 
-    Hashes then derive from names, errors and reports have them, and a checkpoint's order is checked. If one parameter
-    is not the model's, none gets a name: an optimizer has names for all of its parameters or for none.
+    Hashes and roles then derive from names and modules, errors and reports have them, and a checkpoint's order is
+    checked. If one parameter is not the model's, none gets a name: an optimizer has names for all or for none.
     """
     given: list[Any] = list(params)
-    names = {id(p): name for name, p in model.named_parameters()}
+    pairs = {id(pair[1]): pair for pair in named_parameters(model)}
     if all(isinstance(group, dict) for group in given):
         groups = [{**group, "params": list(group["params"])} for group in given]
     else:
         groups = [{"params": given}]
-    if all(id(p) in names for group in groups for p in group["params"]):
+    if all(id(p) in pairs for group in groups for p in group["params"]):
         for group in groups:
-            group["params"] = [(names[id(p)], p) for p in group["params"]]
+            group["params"] = [pairs[id(p)] for p in group["params"]]
     return groups
 
 
