@@ -1,6 +1,6 @@
 """`optim="collins"` in `TrainingArguments`, and what `Trainer` logs of a step.
 
-Contract, read in transformers 5.24.0: `TrainingArguments.__post_init__` turns `optim` into a member of
+Contract, read in transformers 5.23.0: `TrainingArguments.__post_init__` turns `optim` into a member of
 `training_args.OptimizerNames`, an `ExplicitEnum`; `Trainer.get_optimizer_cls_and_kwargs` looks the member up in
 `trainer_optimizer._OPTIMIZER_HANDLERS`, and calls what it finds with an `OptimizerContext`. `HfArgumentParser` offers
 the members as choices on the command line. `tests/test_trainer.py` runs all of that.
@@ -11,7 +11,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-import torch
 import transformers
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
@@ -46,8 +45,8 @@ def register() -> None:
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"transformers {transformers.__version__} has no table of optimizers that a name could be added to"
-            ' (trainer_optimizer._OPTIMIZER_HANDLERS, since 5.0): give Trainer(optimizer_cls_and_kwargs=(Collins, {"lr":'
-            " 1e-3})) instead"
+            " (trainer_optimizer._OPTIMIZER_HANDLERS): give Trainer(optimizer_cls_and_kwargs=(Collins, {'lr': 3e-3}))"
+            " instead"
         ) from error
     if NAME not in values:
         member = str.__new__(OptimizerNames, NAME)
@@ -72,3 +71,26 @@ def optimizer_of(context: Any) -> tuple[type[Collins], dict[str, Any]]:
             f" {name}={context.optim_args[name]}"
         )
     return naming(context.model), {**context.optimizer_kwargs, **context.adam_kwargs, **context.optim_args}
+
+
+class StatisticsCallback(TrainerCallback):
+    """Adds the statistics of the optimizer's last step to what `Trainer` logs of training, under "collins/".
+
+    The device is waited for at the steps that `Trainer` logs, where it reads the loss, and at no other. It must be the
+    first callback, since every other one, TensorBoard's say, is told what is logged in turn: use `log_statistics`.
+    """
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        """Called by `Trainer.log`, which keeps a copy of `logs` in `state.log_history` before."""
+        if logs is not None and "loss" in logs and others.get("optimizer") is not None:
+            numbers = numbers_of([others["optimizer"]])
+            logs.update(numbers)
+            if state.log_history:
+                state.log_history[-1].update(numbers)
+
+
+def log_statistics(trainer: Any) -> StatisticsCallback:
+    """Has a `Trainer` log the optimizer's statistics; to be called once, after it has been built."""
+    callback = StatisticsCallback()
+    trainer.callback_handler.callbacks.insert(0, callback)
+    return callback
