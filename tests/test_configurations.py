@@ -3,14 +3,13 @@
 Each test does what the framework does with the optimizer, as read in the source that it names.
 """
 
-import importlib
 import itertools
 import sys
-import types
 from collections import namedtuple
 
 import pytest
 import torch
+from clients import component
 from helpers import OPTIONS, same
 
 from collins import Collins, register
@@ -23,28 +22,6 @@ def network():
 
 def inputs(step):
     return torch.randn(8, 64, generator=torch.Generator().manual_seed(step))
-
-
-def component(path):
-    module, name = path.rsplit(".", 1)
-    return getattr(importlib.import_module(module), name)
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """Puts modules with some contents in the place of a framework's; what imports them is imported anew."""
-
-    def put(name, **contents):
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            module = types.ModuleType(".".join(parts[:end]))
-            module.__path__ = []
-            monkeypatch.setitem(sys.modules, module.__name__, module)
-        vars(module).update(contents)
-        monkeypatch.delitem(sys.modules, f"collins.integrations.{parts[0]}", raising=False)
-        return module
-
-    return put
 
 
 # torchtune 0.6.1: recipes/full_finetune_single_device.py, lines 468 to 480; training/memory.py, lines 273 to 300; its
@@ -203,36 +180,3 @@ def test_timm_without_a_registry_is_told_of_the_other_way(stand_in):
     sys.modules["timm.optim"].OptimInfo = OptimInfo
     with pytest.raises(RuntimeError, match=r"timm 1\.0\.9 has no registry .* build collins\.Collins\(model\) instead"):
         register("timm")
-
-
-# axolotl 0.19.0: integrations/base.py, `load_plugin` and `PluginManager`; cli/config.py, `prepare_plugins`;
-# core/builders/base.py, `_configure_optimizer`, lines 466 to 480.
-
-
-def test_axolotl_loads_the_plugin_and_names_the_optimizer(stand_in, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    stand_in("axolotl.integrations.base", BasePlugin=type("BasePlugin", (), {"__init__": lambda self: None}))
-    cfg = {
-        "plugins": ["collins.integrations.axolotl.CollinsPlugin"],
-        "optimizer": "collins",
-        "optim_args": {"compress_ratio": 16, "min_K": 16, "table_dtype": "bfloat16", "memory": "host"},
-    }
-    plugins = [component(name)() for name in cfg["plugins"]]
-    for plugin in plugins:
-        plugin.register(cfg)
-    arguments = transformers.TrainingArguments(
-        str(tmp_path),
-        optim=cfg["optimizer"],
-        optim_args=",".join(f"{key}={value}" for key, value in cfg["optim_args"].items()),
-        use_cpu=True,
-        report_to="none",
-    )
-    trainer = transformers.Trainer(network(), arguments)
-    for plugin in plugins:
-        plugin.post_trainer_create(cfg, trainer)
-    opt = trainer.create_optimizer()
-    assert type(opt) is Collins
-    assert opt.memory.tier == "host"
-    assert {group["compress_ratio"] for group in opt.param_groups} == {16}
-    statistics = component("collins.integrations.transformers.StatisticsCallback")
-    assert type(trainer.callback_handler.callbacks[0]) is statistics

@@ -6,10 +6,11 @@ import re
 
 import pytest
 import torch
-from clients import Twin, steps_taken
+from clients import Twin, component, steps_taken
 from helpers import OPTIONS, same
 
 from collins import Collins, register
+from collins.integrations import NAME
 
 transformers = pytest.importorskip("transformers")
 
@@ -227,3 +228,76 @@ def test_without_a_table_of_optimizers_the_other_way_is_named(monkeypatch):
 def test_another_framework_is_refused():
     with pytest.raises(ValueError, match="hosts must be 'transformers' or 'timm', got 'keras'"):
         register("keras")
+
+
+class Reporter(transformers.TrainerCallback):
+    """Keeps what reporters are told, as TensorBoard's callback is."""
+
+    def __init__(self):
+        self.told = []
+
+    def on_log(self, args, state, control, logs=None, **others):
+        self.told.append((state.global_step, dict(logs)))
+
+
+def test_statistics_are_logged_where_the_trainer_logs_and_asked_for_nowhere_else(tmp_path, monkeypatch):
+    from collins.integrations.transformers import log_statistics
+
+    asked = []
+
+    def statistics(opt):
+        asked.append(steps_taken(opt))
+        return {"grad_norm": torch.tensor(float(len(asked))), "skipped": 2, "share": 0.5}
+
+    monkeypatch.setattr(Collins, "statistics", statistics, raising=False)
+    reporter = Reporter()
+    run = trainer(tmp_path, "name", logging_steps=4, save_strategy="no")
+    run.add_callback(reporter)
+    log_statistics(run)
+    run.train()
+    assert asked == [4, 8]
+    expected = {"collins/grad_norm": 1.0, "collins/skipped": 2.0, "collins/share": 0.5}
+    for logs in (reporter.told[0][1], run.state.log_history[0]):
+        assert {name: value for name, value in logs.items() if name.startswith("collins/")} == expected
+        assert all(type(value) is float for name, value in logs.items() if name.startswith("collins/"))
+    assert [step for step, logs in reporter.told if "collins/grad_norm" in logs] == [4, 8]
+    assert logged(run, "collins/grad_norm") == [1.0, 2.0]
+
+
+def test_other_optimizers_have_no_statistics_to_log(tmp_path):
+    from collins.integrations.transformers import log_statistics
+
+    run = trainer(tmp_path, "name", optim="adamw_torch", optim_args=None, save_strategy="no", max_steps=2)
+    log_statistics(run)
+    run.train()
+    assert type(run.optimizer.optimizer) is torch.optim.AdamW
+    assert not [name for entry in run.state.log_history for name in entry if name.startswith("collins/")]
+
+
+# axolotl 0.19.0: integrations/base.py, `load_plugin` and `PluginManager`; cli/config.py, `prepare_plugins`;
+# core/builders/base.py, `_configure_optimizer`, lines 466 to 480.
+
+
+def test_axolotl_loads_the_plugin_and_names_the_optimizer(stand_in, tmp_path):
+    stand_in("axolotl.integrations.base", BasePlugin=type("BasePlugin", (), {"__init__": lambda self: None}))
+    cfg = {
+        "plugins": ["collins.integrations.axolotl.CollinsPlugin"],
+        "optimizer": NAME,
+        "optim_args": {"compress_ratio": 16, "min_K": 16, "table_dtype": "bfloat16", "memory": "host"},
+    }
+    plugins = [component(name)() for name in cfg["plugins"]]
+    for plugin in plugins:
+        plugin.register(cfg)
+    options = ",".join(f"{key}={value}" for key, value in cfg["optim_args"].items())
+    run = trainer(tmp_path, "name", optim=cfg["optimizer"], optim_args=options)
+    for plugin in plugins:
+        plugin.post_trainer_create(cfg, run)
+    opt = run.create_optimizer()
+    assert type(opt) is Collins
+    assert opt.memory.tier == "host"
+    assert {group["compress_ratio"] for group in opt.param_groups} == {16}
+    first = run.callback_handler.callbacks[0]
+    assert type(first) is component("collins.integrations.transformers.StatisticsCallback")
+    for plugin in plugins:
+        plugin.post_trainer_create({**cfg, "optimizer": "adamw_torch"}, run)
+    assert run.callback_handler.callbacks.count(first) == 1
