@@ -7,12 +7,14 @@ OneTrainer and the optimizers written for it have a property `supports_fused_bac
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from collins.compile.tracing import untraced
 from collins.entries import ParamEntry
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ class FusedBackward:
     """The two names, for an optimizer that has a `Stepper`."""
 
     param_groups: list[dict[str, Any]]
-    state: MutableMapping[Tensor, dict[str, Any]]
+    state: defaultdict[Tensor, Any]
     in_backward: bool
     _stepper: Stepper
 
@@ -33,7 +35,7 @@ class FusedBackward:
         return not self.in_backward
 
     @torch.no_grad()
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def step_parameter(self, p: Tensor, group: dict[str, Any] | None = None, i: int | None = None) -> None:
         """Steps one parameter with the gradient it has, to the same bits as `step` would.
 

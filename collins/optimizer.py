@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from collins.checkpoint import WITH_STATE, CheckedStateDict, ExpectedState, as_dict, loadable
-from collins.compile.tracing import register, trace_step
+from collins.compile.tracing import register, trace_step, untraced
 from collins.entries import Carried, Hash, ParamEntry
 from collins.fused_backward import FusedBackward
 from collins.groups import params_of, take_group
@@ -110,7 +110,7 @@ class Collins(FusedBackward, Optimizer):
         (2019).
     """
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def __init__(
         self,
         params: ParamsT | nn.Module,

@@ -168,8 +168,11 @@ def test_the_command_line_names_it_and_reads_its_options(monkeypatch):
         "--lr_scheduler.gamma=0.5",
     ]
     quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
     monkeypatch.setattr("sys.argv", ["train.py", *given])
-    line = cli.LightningCLI(Bare, run=False, save_config_callback=None, trainer_defaults=quiet)
+    line = cli.LightningCLI(
+        Bare, run=False, save_config_callback=None, seed_everything_default=0, trainer_defaults=quiet
+    )
     (optimizer,), _ = line.model.configure_optimizers()
     assert type(optimizer) is Collins
     group = optimizer.param_groups[0]
