@@ -68,3 +68,18 @@ def steps_taken(optimizer):
     """The number of steps that all parameters have seen."""
     (steps,) = {int(state["step"]) for state in optimizer.state.values()}
     return steps
+
+
+class Asked:
+    """`Collins.statistics` as it is called: which steps it was asked of, and after which ones to measure the next."""
+
+    def __init__(self, monkeypatch):
+        self.read, self.measured = [], []
+        statistics = Collins.statistics
+
+        def recorded(opt, updates=False):
+            taken = {int(state["step"]) for state in opt.state.values()}
+            (self.measured if updates else self.read).append(max(taken, default=0))
+            return statistics(opt, updates)
+
+        monkeypatch.setattr(Collins, "statistics", recorded)

@@ -77,4 +77,4 @@ def test_copies_of_whole_parameters_are_stepped(deepspeed):
     p = wrapper.optimizer.param_groups[0]["params"][0]
     p.grad = torch.ones_like(p)
     opt.step()
-    assert opt.state[p].keys() == {"step", "m_table", "v_table", "layout"}
+    assert opt.state[p].keys() >= {"step", "m_table", "v_table", "layout"}

@@ -54,6 +54,8 @@ MEANT = [
 
 
 def built(**options):
+    if "v_compress_ratio" in options:
+        options.setdefault("table_dtype", "float32")
     return Collins([torch.nn.Parameter(torch.zeros(3))], **options)
 
 
@@ -69,9 +71,9 @@ def alike(one, other):
 def test_a_string_is_the_value_that_it_means(name, text, meant):
     assert alike(value_of(built(**{name: text}), name), meant)
     if name not in WHOLE:
-        grouped = Collins([{"params": [torch.nn.Parameter(torch.zeros(3))], name: text}])
-        assert alike(value_of(grouped, name), meant)
-        later = built()
+        later = built(**{name: meant})
+        later.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))], name: text})
+        assert alike(later.param_groups[1][name], meant)
         later.param_groups[0][name] = text
         later.param_groups[0]["params"][0].grad = torch.zeros(3)
         later.step()

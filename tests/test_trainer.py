@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from clients import Twin, component, steps_taken
+from clients import Asked, Twin, component, steps_taken
 from helpers import OPTIONS, same
 
 from collins import Collins, register
@@ -240,28 +240,47 @@ class Reporter(transformers.TrainerCallback):
         self.told.append((state.global_step, dict(logs)))
 
 
-def test_statistics_are_logged_where_the_trainer_logs_and_asked_for_nowhere_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_statistics_are_logged_where_the_trainer_logs_and_taken_nowhere_else(tmp_path, monkeypatch, strategy):
     from collins.integrations.transformers import log_statistics
 
-    asked = []
-
-    def statistics(opt):
-        asked.append(steps_taken(opt))
-        return {"grad_norm": torch.tensor(float(len(asked))), "skipped": 2, "share": 0.5}
-
-    monkeypatch.setattr(Collins, "statistics", statistics, raising=False)
-    reporter = Reporter()
-    run = trainer(tmp_path, "name", logging_steps=4, save_strategy="no")
+    asked, reporter = Asked(monkeypatch), Reporter()
+    options = {**BY_NAME, "optim_args": BY_NAME["optim_args"] + ",max_grad_norm=0.5"}
+    run = trainer(
+        tmp_path,
+        "name",
+        **options,
+        max_grad_norm=0,
+        logging_steps=3,
+        logging_first_step=True,
+        logging_strategy=strategy,
+        max_steps=-1,
+        num_train_epochs=1,
+        save_strategy="no",
+    )  # of 12 steps
     run.add_callback(reporter)
     log_statistics(run)
     run.train()
-    assert asked == [4, 8]
-    expected = {"collins/grad_norm": 1.0, "collins/skipped": 2.0, "collins/share": 0.5}
-    for logs in (reporter.told[0][1], run.state.log_history[0]):
-        assert {name: value for name, value in logs.items() if name.startswith("collins/")} == expected
+    steps = [1, 3, 6, 9, 12] if strategy == "steps" else [12]
+    assert asked.read == steps
+    assert asked.measured == ([step - 1 for step in steps] if strategy == "steps" else [0])
+    told = [(step, logs) for step, logs in reporter.told if "loss" in logs]
+    kept = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [step for step, _ in told] == [entry["step"] for entry in kept] == steps
+    for logs in (*(logs for _, logs in told), *kept):
+        assert logs["collins/grad_norm"] > 0.5
+        assert logs["collins/update_rms/0"] > 0
         assert all(type(value) is float for name, value in logs.items() if name.startswith("collins/"))
-    assert [step for step, logs in reporter.told if "collins/grad_norm" in logs] == [4, 8]
-    assert logged(run, "collins/grad_norm") == [1.0, 2.0]
+
+
+def test_a_norm_that_nothing_computes_is_not_logged(tmp_path):
+    from collins.integrations.transformers import log_statistics
+
+    run = trainer(tmp_path, "name", max_steps=2, save_strategy="no")
+    log_statistics(run)
+    run.train()
+    assert "collins/grad_norm" not in run.state.log_history[0]
+    assert "collins/weight_rms/1" in run.state.log_history[0]
 
 
 def test_other_optimizers_have_no_statistics_to_log(tmp_path):

@@ -9,14 +9,15 @@ try:
 except ImportError:
     from pytorch_lightning import Callback
 
-from collins.integrations._statistics import numbers_of
+from collins.integrations._statistics import measure_next, numbers_of
 
 
 class StatisticsCallback(Callback):
     """Logs the statistics of the optimizer's last step through the module's own `log_dict`, under "collins/".
 
-    The device is waited for at the steps that the `Trainer` logs (`log_every_n_steps`) and at no other. Asking whether
-    this is one is private in Lightning (2.6.6), whose own `LearningRateMonitor` does it alike.
+    The device is waited for at the steps that the `Trainer` logs (`log_every_n_steps`) and at no other; updates are
+    measured in these. Whether a step is one of them is private to Lightning (2.6.6): this asks it as Lightning's own
+    `LearningRateMonitor` does.
     """
 
     def __init__(self) -> None:
@@ -26,8 +27,18 @@ class StatisticsCallback(Callback):
         """A resumed run begins with the steps that it has taken."""
         self._steps = trainer.global_step
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Called before each batch, those included whose gradients are accumulated."""
+        if self._logs(trainer):
+            measure_next(trainer.optimizers)
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Called after each batch, of which an optimizer that accumulates gradients steps after the last only."""
         stepped, self._steps = trainer.global_step != self._steps, trainer.global_step
-        if stepped and trainer.loggers and trainer._logger_connector.should_update_logs:
+        if stepped and self._logs(trainer):
             pl_module.log_dict(numbers_of(trainer.optimizers), on_step=True, on_epoch=False)
+
+    @staticmethod
+    def _logs(trainer: Any) -> bool:
+        """Whether the step of now is one that is logged."""
+        return bool(trainer.loggers) and trainer._logger_connector.should_update_logs

@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from collins.integrations import NAME
 from collins.integrations._naming import naming
-from collins.integrations._statistics import numbers_of
+from collins.integrations._statistics import measure_next, numbers_of
 from collins.optimizer import Collins
 
 # Options that Trainer takes from fields of their own, for this optimizer as for every other.
@@ -76,17 +76,32 @@ def optimizer_of(context: Any) -> tuple[type[Collins], dict[str, Any]]:
 class StatisticsCallback(TrainerCallback):
     """Adds the statistics of the optimizer's last step to what `Trainer` logs of training, under "collins/".
 
-    The device is waited for at the steps that `Trainer` logs, where it reads the loss, and at no other. It must be the
-    first callback, since every other one, TensorBoard's say, is told what is logged in turn: use `log_statistics`.
+    The device is waited for at the steps that `Trainer` logs, where it reads the loss, and at no other. Updates are
+    measured in these steps; where it logs each epoch, in the first step after a log. It must be the first callback,
+    since every other one, TensorBoard's say, is told what is logged in turn: use `log_statistics`.
     """
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Called before the first batch of each step."""
+        step = state.global_step + 1
+        if args.logging_strategy == "steps":
+            logs = step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        else:
+            logs = self._fresh
+        if logs:
+            measure_next([others["optimizer"]])
+        self._fresh = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         """Called by `Trainer.log`, which keeps a copy of `logs` in `state.log_history` before."""
-        if logs is not None and "loss" in logs and others.get("optimizer") is not None:
+        if logs is not None and "loss" in logs:
             numbers = numbers_of([others["optimizer"]])
             logs.update(numbers)
             if state.log_history:
                 state.log_history[-1].update(numbers)
+            self._fresh = True
+
+    _fresh = True  # whether nothing has been measured since the last log
 
 
 def log_statistics(trainer: Any) -> StatisticsCallback:
