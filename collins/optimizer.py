@@ -13,20 +13,21 @@ from torch.optim.optimizer import ParamsT
 
 from collins.checkpoint import WITH_STATE, CheckedStateDict, ExpectedState, as_dict, loadable
 from collins.clipping import LAST_NORM, Clipping
-from collins.compile.tracing import register, trace_step
+from collins.compile.tracing import register, trace_step, untraced
 from collins.entries import Carried, Hash, ParamEntry
+from collins.fused_backward import FusedBackward
 from collins.groups import params_of, take_group
 from collins.loading import load_into
 from collins.measured import Measured
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
-from collins.options import check_options, max_norm_of, require, seed_of
+from collins.options import check_options, max_norm_of, read_whole_options
 from collins.parameter import expected_state
 from collins.report import MemoryReport, report_row
 from collins.stepper import BackwardSteps, Stepper
 
 
-class Collins(Measured, Optimizer):
+class Collins(Measured, FusedBackward, Optimizer):
     r"""AdamW whose moments live in Count-Sketch tables, `compress_ratio` times smaller than AdamW's in fp32.
 
     With h, s the position and sign hashes of a parameter, c the load of a bucket, which V has more of than M, and g its
@@ -96,7 +97,8 @@ class Collins(Measured, Optimizer):
             Closures, gradients accumulated over several backward passes and a GradScaler are refused. Clip with
             `max_grad_norm`: `clip_grad_norm_` finds no gradients any more and does nothing.
 
-    All but `compile`, `seed`, `max_grad_norm`, `memory` and `in_backward` may be set per group.
+    All but `compile`, `seed`, `max_grad_norm`, `memory` and `in_backward` may be set per group. Strings as in
+    configuration files will do for all of them: lr="3e-3", betas="0.9,0.95", table_dtype="bfloat16", maximize="true".
 
     Raises:
         ValueError, TypeError: for an option, parameter or gradient that cannot be used, naming it, its value and what
@@ -122,7 +124,7 @@ class Collins(Measured, Optimizer):
         (2019).
     """
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def __init__(
         self,
         params: ParamsT | nn.Module,
@@ -151,10 +153,7 @@ class Collins(Measured, Optimizer):
         memory: MemoryPolicy | str | Mapping[str, Any] | PathLike[str] | None = None,
         in_backward: bool = False,
     ) -> None:
-        require(compile is None or isinstance(compile, bool), "compile", compile, "True, False or None")
-        require(isinstance(in_backward, bool), "in_backward", in_backward, "True or False")
-        self.seed = seed_of(seed)
-        self.compile = compile
+        self.compile, in_backward, self.seed, memory = read_whole_options(compile, in_backward, seed, memory)
         self.in_backward = False  # until all groups have been accepted
         self.memory = None if memory is None else MemoryPolicy.of(memory)
         self._clipping = Clipping(max_norm_of(max_grad_norm), in_backward)

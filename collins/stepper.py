@@ -20,6 +20,7 @@ from collins.compile import Engine
 from collins.compile.program import ProgramGroup, ScalarsOf, StepProgram, scalars_under
 from collins.entries import Carried, Hash, ParamEntries, ParamEntry, ParamSpec, flattened
 from collins.formats import TensorSpec
+from collins.fused_backward import LoneSteps
 from collins.hashing import UniversalHash
 from collins.offload import MemoryPolicy
 from collins.offload.backward import refuse_replicas
@@ -29,7 +30,7 @@ from collins.options import check_options
 from collins.parameter import check_state, gradient_of, has_moments, role_of, settings_of, spec_of, task_of
 from collins.roles import Role
 from collins.rule import StepScalars
-from collins.sharding import is_placed_like, is_sharded, local, placed, sharded_over
+from collins.sharding import is_placed_like, is_sharded, local, placed, refuse_flat_partitions, sharded_over
 from collins.state import StepCounters, adopt, drop, mark
 from collins.statistics import Statistics, is_capturing
 from collins.update import UpdateTask
@@ -59,6 +60,7 @@ class Stepper:
         self.statistics = Statistics()
         self.engine = Engine(compile, busy_link=memory is not None)
         self.store: Store = ResidentStore() if memory is None else TieredStore(memory)
+        self.lone_steps = LoneSteps()
         self._entries = ParamEntries(carried)
         self._counters = StepCounters()
         self._known_roster: list[list[ParamEntry]] = []
@@ -84,9 +86,11 @@ class Stepper:
         return self._entries.carried()
 
     def _roster(self, groups: Groups, states: States) -> list[list[ParamEntry]]:
-        known = self._known_roster
-        self._known_roster = roster = self._entries.by_group(groups, states)
-        if roster is not known:  # nothing keeps what has been taken out
+        roster = self._entries.by_group(groups, states)
+        if roster is not self._known_roster:
+            refuse_flat_partitions(groups)
+            self._known_roster = roster
+            # Nothing keeps what has been taken out.
             self.store.retain(entry.p for entry in self._entries.kept())
             self._program, self._last = None, []
         return roster
@@ -117,6 +121,7 @@ class Stepper:
             groups, states: the optimizer's.
             repeats: whether later steps may run the program of this one.
         """
+        self.lone_steps.end()
         self.store.refresh()
         self.statistics.begin(groups, anew=repeats)
         bound = self.matching(groups, states)
@@ -288,6 +293,11 @@ class Stepper:
         if any(entry.moments is None for entry in pending.values()):
             self.place(pending.values(), early=True)
         return pending
+
+    def check(self, entry: ParamEntry, states: States) -> None:
+        """Raises for a parameter that cannot be stepped under the options and the state of now."""
+        check_options(entry.group)
+        self._check(entry, states, self._settings_of(entry.group))
 
     def update_one(
         self,
