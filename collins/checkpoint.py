@@ -29,7 +29,7 @@ from collins.update import UpdateSpec
 DENSE, TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
 
 # What a state dict sets: the numbers that schedules change. The other options stay as the optimizer was built.
-ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight")
+ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight", "residual_square")
 
 WITH_STATE = "with_state"  # in a saved group: how many of its parameters had a state
 
@@ -295,7 +295,7 @@ def check_moments(name: str, where: str, found: Mapping[str, Any], shapes: dict[
     got = {key: tuple(value.shape) for key, value in found.items()}
     if got != shapes:
         raise ValueError(
-            f"{name} has moments {shapes} under its group's compress_ratio, min_K and hash; {where} holds {got}"
+            f"{name} has moments {shapes} under its group's role, compress_ratio, min_K and hash; {where} holds {got}"
         )
 
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from collins.checkpoint import WITH_STATE, CheckedStateDict, ExpectedState, as_dict, loadable
 from collins.compile.tracing import register, trace_step
-from collins.entries import Hash, ParamEntry, label
-from collins.hashing import UniversalHash
+from collins.entries import Carried, Hash, ParamEntry
+from collins.groups import params_of, take_group
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
 from collins.options import check_options, require, seed_of
-from collins.parameter import check_param, expected_state
+from collins.parameter import expected_state
 from collins.report import MemoryReport, report_row
 from collins.sharding import local
 from collins.stepper import BackwardSteps, Stepper
@@ -33,17 +33,22 @@ class Collins(Optimizer):
         M_b <- beta1 M_b + (1 - beta1) mu_b               V_b <- beta2 V_b + (1 - beta2) q_b
         r_i = g_i - s(i) mu_{h(i)}
         m_i = s(i) sqrt(c) M_{h(i)} / (1 - beta1^t)       v_i = V_{h(i)} / (1 - beta2^t)
-        p_i <- (1 - lr wd) p_i - lr (m_i + rho r_i) / (sqrt(v_i + r_i^2) + eps)
+        p_i <- (1 - lr wd) p_i - lr (m_i + rho r_i) / (sqrt(v_i + kappa r_i^2) + eps)
 
     At c = 1 the residual r is zero and this is AdamW. State per parameter is 2 * itemsize(table_dtype) / c bytes.
 
     Args:
-        params: tensors, (name, tensor) pairs, or dicts of parameter groups, as for `torch.optim.AdamW`. fp64, fp32,
-            bf16 and fp16, any shape and strides.
+        params: tensors, (name, tensor) pairs, or dicts of parameter groups, as for `torch.optim.AdamW`; or a module,
+            which stands for its named parameters and tells their roles. fp64, fp32, bf16 and fp16, any shape and
+            strides.
         lr: learning rate, a float or a one-element tensor. A rate 2 to 4 times AdamW's is the place to start.
         betas: decay rates of the two moments, each in [0, 1): any sequence of two numbers, kept as a tuple of floats.
         eps: added to the denominator.
         weight_decay: decoupled decay, per unit of lr.
+        role: what the parameters are, which decides how their moments are stored: "matrix"; "tokens" for tables with
+            one row for each token, such as embeddings and output heads; "exact" for dense moments, as compress_ratio=1.
+            "auto" finds the role of each from its module, name and shape (`collins.roles`); it stays the same from the
+            first step on. `memory_report` tells what was found, and by what.
         compress_ratio: elements per bucket, at least 1. 1 keeps exact moments.
         v_compress_ratio: elements per bucket of the second moment under hash="block", where it is to be coarser than
             the first; None for as many.
@@ -51,6 +56,7 @@ class Collins(Optimizer):
         hash: "block" (a bucket is neighbours in memory; one pass, deterministic) or "universal" (Carter-Wegman).
         decode: "residual" (above) or "sketch", the published Collins v0.1 update without residual.
         residual_weight: rho; None for sqrt((1 - beta1) / (1 + beta1)).
+        residual_square: kappa; 1 in version 0.2.
         rehash_period: steps T after which a bucket of hash="block" draws new signs and restarts M_b; None for never.
         table_dtype: dtype of the tables: torch.float32, torch.bfloat16 (half the bytes, stochastically rounded) or, for
             torch.float64 parameters only, torch.float64; "int8" or "int4" for tables of M in integers with a scale for
@@ -105,18 +111,20 @@ class Collins(Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | nn.Module,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
+        role: str = "auto",
         compress_ratio: float = 32,
         v_compress_ratio: float | None = None,
         min_K: int = 1024,
         hash: str = "block",
         decode: str = "residual",
         residual_weight: float | None = None,
+        residual_square: float = 2.0,
         rehash_period: int | None = 100,
         table_dtype: torch.dtype | str = torch.float32,
         seed: int = 0,
@@ -140,12 +148,14 @@ class Collins(Optimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            "role": role,
             "compress_ratio": compress_ratio,
             "v_compress_ratio": v_compress_ratio,
             "min_K": min_K,
             "hash": hash,
             "decode": decode,
             "residual_weight": residual_weight,
+            "residual_square": residual_square,
             "rehash_period": rehash_period,
             "table_dtype": table_dtype,
             "maximize": maximize,
@@ -154,28 +164,29 @@ class Collins(Optimizer):
             "nonfinite": nonfinite,
         }
         check_options(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params_of(params), defaults)
         if in_backward:
             self._step_in_backward()
 
-    def _start(self, known: Sequence[tuple[int, UniversalHash | None]] = ()) -> None:
+    def _start(self, carried: Carried = Carried()) -> None:  # noqa: B008
         """What is made anew in every process and every copy: compiled code, host memory, hooks."""
         self.step_number = register(self)
-        self._stepper = Stepper(self.seed, self.compile, self.memory, known)
+        self._stepper = Stepper(self.seed, self.compile, self.memory, carried)
         self._backward: BackwardSteps | None = None
         self._grad_hooks: GradHooks | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         self._stepper.store.drain()
         own = {name: getattr(self, name) for name in ("seed", "compile", "in_backward", "memory")}
-        return {**super().__getstate__(), **own, "_known": [(entry.key, entry.universal) for entry in self._members()]}
+        list(self._members())  # what is known is known of the parameters of now
+        return {**super().__getstate__(), **own, "_carried": self._stepper.carried()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        known = state.pop("_known", ())
+        carried = state.pop("_carried", Carried())
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # the base class adds it here, for its own optimizers
         if "_stepper" not in self.__dict__:  # unpickled or copied
-            self._start(known)
+            self._start(carried)
             list(self._members())  # keys go by the order of now, which may change before the next step
             if self.in_backward:
                 self._step_in_backward()
@@ -192,26 +203,9 @@ class Collins(Optimizer):
             ValueError, TypeError: for an option out of range, a parameter that is complex, sparse, not floating point,
                 given twice or already present. The optimizer is then as it was.
         """
-        if not isinstance(param_group, dict) or "params" not in param_group:
-            raise TypeError(f"param_group must be a dict with the key 'params', got {param_group!r}")
-        group = {**self.defaults, **param_group}
-        check_options(group)
-        param_group.update({name: group[name] for name in self.defaults if name in param_group})
-        params = param_group["params"]
-        if not isinstance(params, (Tensor, set)):  # those two are the base class's to accept or refuse
-            param_group["params"] = list(params)
-        seen = {id(entry.p): entry.name for entry in self._members()}
-        for place, named in enumerate([params] if isinstance(params, Tensor) else param_group["params"]):
-            name, p = named if isinstance(named, tuple) else (place, named)
-            if not isinstance(p, Tensor):
-                continue  # refused by the base class
-            check_param(label(name), p, group)
-            if id(p) in seen:
-                raise ValueError(
-                    f"{label(name)} of the new group is already in the optimizer as {seen[id(p)]}; give it once"
-                )
-            seen[id(p)] = label(name)
+        by_module = take_group(param_group, self.defaults, self._members())
         super().add_param_group(param_group)
+        self._stepper.told(by_module)
         self._watch()
 
     @overload
@@ -268,7 +262,7 @@ class Collins(Optimizer):
 
     def memory_report(self) -> MemoryReport:
         """Bytes of state, in all and per parameter; exact before the first step, and for parameters on `meta`."""
-        return MemoryReport(tuple(report_row(entry) for entry in self._members()))
+        return MemoryReport(tuple(report_row(entry, self._stepper.role(entry)) for entry in self._members()))
 
     @property
     def placement(self) -> tuple[PlacementPlan, ...]:
@@ -296,8 +290,8 @@ class Collins(Optimizer):
         """Loads what `state_dict` returned, bit for bit: moments keep their dtype whatever the parameter's is.
 
         Tensors that exist already are overwritten in place; others are made on the tier where they belong. lr, betas,
-        eps, weight_decay, residual_weight and what schedulers keep in a group come from the state dict; all other
-        options stay as they are here.
+        eps, weight_decay, residual_weight, residual_square and what schedulers keep in a group come from the state
+        dict; all other options stay as they are here.
 
         Raises:
             ValueError: when the state dict was saved under another bucketing, hash, seed or order of parameters, naming

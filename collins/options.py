@@ -12,6 +12,7 @@ from torch import Tensor
 
 from collins.bucketing import HASHES, NONFINITE
 from collins.formats import FORMATS, FloatFormat
+from collins.roles import ROLES
 from collins.rule import DECODES
 
 TABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -138,6 +139,7 @@ def check_options(group: dict[str, Any]) -> None:
     _check_whole(group, "min_K", "an int of at least 1")
     for name, values in _CHOICES:
         require(isinstance(group[name], str) and group[name] in values, name, group[name], listed(tuple(values)))
+    _check_range(group, "residual_square")
     if group["residual_weight"] is not None:
         _check_range(group, "residual_weight", "None, or finite and at least 0")
     if group["rehash_period"] is not None:
@@ -157,4 +159,4 @@ def check_options(group: dict[str, Any]) -> None:
     require(not waits, "nonfinite", group["nonfinite"], "propagate or skip with capturable=True, which cannot wait")
 
 
-_CHOICES = (("hash", HASHES), ("decode", DECODES), ("nonfinite", NONFINITE))
+_CHOICES = (("role", ROLES), ("hash", HASHES), ("decode", DECODES), ("nonfinite", NONFINITE))

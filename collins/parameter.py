@@ -19,6 +19,7 @@ from collins.fingerprint import LAYOUT, Fingerprint, fingerprint, unpacked
 from collins.formats import FORMATS, TensorSpec, dense_format, format_name
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.options import check_table_dtype, listed
+from collins.roles import Role, found_roles, role_under
 from collins.rounding import ROUNDED
 from collins.sharding import Slice, is_placed_like, is_sharded, local, local_gradient, slice_of
 from collins.update import HashKeys, UpdateSpec, UpdateTask
@@ -29,6 +30,7 @@ PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The group options that a ParamSpec depends on.
 PLANNED = (
+    "role",
     "compress_ratio",
     "v_compress_ratio",
     "min_K",
@@ -75,7 +77,8 @@ def check_param(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
         _check_dtype(name, p)
         check_table_dtype(name, p.dtype, group["table_dtype"])
         if is_sharded(p):
-            slice_under(name, p, group)
+            (found,) = found_roles([(None, tuple(p.shape))])  # by its shape: the other parameters are not known yet
+            slice_under(name, p, group, role_under(found, p.numel(), group).kind)
 
 
 def _check_dtype(name: str, p: Tensor) -> None:
@@ -83,8 +86,16 @@ def _check_dtype(name: str, p: Tensor) -> None:
         raise TypeError(f"{name} has dtype {p.dtype}; Collins accepts {listed(PARAM_DTYPES)}")
 
 
-def bucketings_under(p: Tensor, group: Mapping[str, Any]) -> tuple[Bucketing, Bucketing]:
-    """How the elements of `p` are divided into buckets for each of its moments."""
+def role_of(entry: ParamEntry) -> Role:
+    """The role of a parameter under the options of its group."""
+    assert entry.found is not None
+    return role_under(entry.found, entry.p.numel(), entry.group)
+
+
+def bucketings_under(p: Tensor, group: Mapping[str, Any], role: str) -> tuple[Bucketing, Bucketing]:
+    """How the elements of `p`, a parameter of this role, are divided into buckets for each of its moments."""
+    if role == "exact":
+        return (Bucketing(None, p.numel(), p.numel(), 1),) * 2
     first = bucketing_of(p.numel(), compress_ratio=group["compress_ratio"], min_K=group["min_K"], hash=group["hash"])
     first = within_rows(first, tuple(p.shape)) if is_sharded(p) else first
     if group["v_compress_ratio"] is None or first.hash != "block":
@@ -94,8 +105,8 @@ def bucketings_under(p: Tensor, group: Mapping[str, Any]) -> tuple[Bucketing, Bu
     return first, second if second.hash and second.load >= first.load else first
 
 
-def formats_under(p: Tensor, group: Mapping[str, Any], bucketing: Bucketing) -> tuple[str, str]:
-    """The formats of both moments of `p`."""
+def formats_under(p: Tensor, group: Mapping[str, Any], bucketing: Bucketing, role: str) -> tuple[str, str]:
+    """The formats of both moments of `p`, a parameter of this role."""
     if bucketing.hash is None:
         return (dense_format(p.dtype, group["table_dtype"]),) * 2
     first = format_name(group["table_dtype"])
@@ -108,17 +119,21 @@ def rounds(p: Tensor, formats: Iterable[str], group: Mapping[str, Any]) -> bool:
     return group["stochastic_rounding"] is not False and rounded
 
 
-def slice_under(name: str, p: Tensor, group: Mapping[str, Any]) -> Slice | None:
-    """This rank's part of `p`; None for an ordinary tensor."""
-    bucketing, _ = bucketings_under(p, group)
-    return slice_of(name, p, bucketing, rounding=rounds(p, formats_under(p, group, bucketing), group))
+def slice_under(name: str, p: Tensor, group: Mapping[str, Any], role: str) -> Slice | None:
+    """This rank's part of `p`, a parameter of this role; None for an ordinary tensor."""
+    bucketing, _ = bucketings_under(p, group, role)
+    return slice_of(name, p, bucketing, rounding=rounds(p, formats_under(p, group, bucketing, role), group))
 
 
-def state_tensors(p: Tensor, group: Mapping[str, Any]) -> tuple[dict[str, TensorSpec], int]:
-    """The tensors in which both moments of `p` are kept, by the names of its state; how many are the first one's."""
-    bucketings = bucketings_under(p, group)
+def state_tensors(p: Tensor, group: Mapping[str, Any], role: str) -> tuple[dict[str, TensorSpec], int]:
+    """The tensors in which both moments of `p`, a parameter of this role, are kept, by the names of its state.
+
+    Returns:
+        Them, and how many are the first moment's.
+    """
+    bucketings = bucketings_under(p, group, role)
     names = DENSE if bucketings[0].hash is None else TABLES
-    formats = formats_under(p, group, bucketings[0])
+    formats = formats_under(p, group, bucketings[0], role)
     found: list[dict[str, TensorSpec]] = []
     for name, bucketing, format in zip(names, bucketings, formats, strict=True):
         parts = FORMATS[format].parts(moment_shape(bucketing, tuple(p.shape)))
@@ -132,9 +147,10 @@ def spec_of(entry: ParamEntry, settings: tuple[Any, ...], seed: int, launch_of: 
     if p.requires_grad or p.grad is not None:
         _check_dtype(entry.name, p)
         check_table_dtype(entry.name, p.dtype, group["table_dtype"])
-    first, second = bucketings_under(p, group)
+    role = role_of(entry)
+    first, second = bucketings_under(p, group, role.kind)
     period, hash = group["rehash_period"], _hash_of(entry, first, seed)
-    formats = formats_under(p, group, first)
+    formats = formats_under(p, group, first, role.kind)
     rehash = first.hash == "block" and period is not None
     update = UpdateSpec(
         first.hash,
@@ -148,10 +164,11 @@ def spec_of(entry: ParamEntry, settings: tuple[Any, ...], seed: int, launch_of: 
         None if first.load == second.load else second.load,
     )
     sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
-    part = slice_under(entry.name, p, group)
-    tensors, first_count = state_tensors(p, group)
+    part = slice_under(entry.name, p, group, role.kind)
+    tensors, first_count = state_tensors(p, group, role.kind)
     return ParamSpec(
         settings=settings,
+        role=role,
         kind=type(p),
         size=p.shape,
         dtype=p.dtype,

@@ -8,6 +8,7 @@ import torch
 
 from collins.entries import ParamEntry
 from collins.parameter import bucketings_under, state_tensors
+from collins.roles import Role
 from collins.table import as_table, shape_text
 
 
@@ -17,6 +18,8 @@ class ParameterRow:
 
     name: str
     shape: tuple[int, ...]
+    role: str | None  # "matrix", "tokens" or "exact"; None for a frozen parameter
+    reason: str  # how the role was found
     hash: str | None  # None: dense moments
     load: float  # elements per bucket, c
     state_bytes: int
@@ -45,11 +48,13 @@ class MemoryReport:
         return self.adamw_bytes / self.state_bytes if self.state_bytes else 1.0
 
     def __str__(self) -> str:
-        heads = ("parameter", "shape", "state", "load", "bytes", "AdamW bytes")
+        heads = ("parameter", "shape", "role", "found by", "state", "load", "bytes", "AdamW bytes")
         lines = [
             (
                 row.name,
                 shape_text(row.shape),
+                row.role or "frozen",
+                row.reason,
                 row.hash or "dense",
                 f"{row.load:g}",
                 f"{row.state_bytes:,}",
@@ -57,21 +62,26 @@ class MemoryReport:
             )
             for row in self.rows
         ]
-        lines.append(("total", "", "", f"{self.ratio:.2f}x less", f"{self.state_bytes:,}", f"{self.adamw_bytes:,}"))
-        return as_table(heads, lines, left=3)
+        lines.append(
+            ("total", "", "", "", "", f"{self.ratio:.2f}x less", f"{self.state_bytes:,}", f"{self.adamw_bytes:,}")
+        )
+        return as_table(heads, lines, left=5)
 
 
-def report_row(entry: ParamEntry) -> ParameterRow:
-    """The state of a parameter; none where it is frozen, since what is never stepped has none."""
+def report_row(entry: ParamEntry, role: Role) -> ParameterRow:
+    """The state of a parameter of this role; none where it is frozen, since what is never stepped has none."""
     p, step_bytes = entry.p, torch.float32.itemsize
-    bucketing, _ = bucketings_under(p, entry.group)
     if not (p.requires_grad or p.grad is not None):
-        return ParameterRow(entry.name, tuple(p.shape), None, 1, 0, 0)
+        return ParameterRow(entry.name, tuple(p.shape), None, "", None, 1, 0, 0)
+    bucketing, _ = bucketings_under(p, entry.group, role.kind)
+    tensors, _ = state_tensors(p, entry.group, role.kind)
     return ParameterRow(
         name=entry.name,
         shape=tuple(p.shape),
+        role=role.kind,
+        reason=role.reason,
         hash=bucketing.hash,
         load=bucketing.load,
-        state_bytes=step_bytes + sum(spec.nbytes for spec in state_tensors(p, entry.group)[0].values()),
+        state_bytes=step_bytes + sum(spec.nbytes for spec in tensors.values()),
         adamw_bytes=step_bytes + 2 * p.numel() * p.dtype.itemsize,
     )

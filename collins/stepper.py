@@ -16,7 +16,7 @@ from torch import Tensor
 from collins.checkpoint import writable
 from collins.compile import Engine
 from collins.compile.program import ProgramGroup, StepProgram, scalars_under
-from collins.entries import Hash, ParamEntries, ParamEntry, ParamSpec, flattened
+from collins.entries import Carried, Hash, ParamEntries, ParamEntry, ParamSpec, flattened
 from collins.formats import TensorSpec
 from collins.hashing import UniversalHash
 from collins.offload import MemoryPolicy
@@ -24,7 +24,8 @@ from collins.offload.backward import refuse_replicas
 from collins.offload.staging import StateRequest
 from collins.offload.tiers import ResidentStore, Store, TieredStore
 from collins.options import check_options
-from collins.parameter import check_state, gradient_of, has_moments, settings_of, spec_of, task_of
+from collins.parameter import check_state, gradient_of, has_moments, role_of, settings_of, spec_of, task_of
+from collins.roles import Role
 from collins.rule import StepScalars
 from collins.sharding import is_placed_like, local, placed
 from collins.state import StepCounters, adopt, drop, mark
@@ -38,7 +39,7 @@ class Stepper:
 
     Args:
         seed, compile, memory: the optimizer's.
-        known: of each parameter of a copied optimizer, in the order of its groups, the key and the universal hash.
+        carried: what is known of the parameters of an optimizer that has been copied.
     """
 
     def __init__(
@@ -46,12 +47,12 @@ class Stepper:
         seed: int,
         compile: bool | None,
         memory: MemoryPolicy | None,
-        known: Sequence[tuple[int, UniversalHash | None]] = (),
+        carried: Carried,
     ) -> None:
         self.seed = seed
         self.engine = Engine(compile, busy_link=memory is not None)
         self.store: Store = ResidentStore() if memory is None else TieredStore(memory)
-        self._entries = ParamEntries(known)
+        self._entries = ParamEntries(carried)
         self._counters = StepCounters()
         self._known_roster: list[list[ParamEntry]] = []
         self._settings: list[tuple[Any, ...]] = []
@@ -61,6 +62,19 @@ class Stepper:
     def entries(self, groups: Groups, states: States) -> Iterator[ParamEntry]:
         """The parameters of all groups."""
         return flattened(self._roster(groups, states))
+
+    def role(self, entry: ParamEntry) -> Role:
+        """The role of a parameter under the options of now."""
+        self._entries.find_roles()
+        return role_of(entry)
+
+    def told(self, by_module: Mapping[str, Role]) -> None:
+        """Takes what modules say of the parameters with these names."""
+        self._entries.told(by_module)
+
+    def carried(self) -> Carried:
+        """What a copy of the optimizer is to know of its parameters."""
+        return self._entries.carried()
 
     def _roster(self, groups: Groups, states: States) -> list[list[ParamEntry]]:
         known = self._known_roster
@@ -72,6 +86,7 @@ class Stepper:
 
     def spec(self, entry: ParamEntry, settings: tuple[Any, ...] | None = None) -> ParamSpec:
         """The spec of a parameter under the options of now."""
+        self._entries.find_roles()
         settings = self._settings_of(entry.group) if settings is None else settings
         if entry.spec is None or not entry.spec.fits(entry.p, settings):
             entry.respec(spec_of(entry, settings, self.seed, self.engine.launch_of))
@@ -195,7 +210,9 @@ class Stepper:
 
     def place(self, entries: Iterable[ParamEntry], *, early: bool = False, loading: bool = False) -> None:
         """Finds memory for the moments of entries that have none; see `collins.offload.tiers.Store`."""
-        requests = [StateRequest(entry.name, entry.p, self.spec(entry).local_tensors) for entry in entries]
+        self._entries.settle()
+        specs = [(entry, self.spec(entry)) for entry in entries]
+        requests = [StateRequest(entry.name, entry.p, spec.local_tensors, spec.role) for entry, spec in specs]
         self.store.place(requests, early=early, loading=loading)
 
     def room(self, entry: ParamEntry, present: Mapping[str, Any]) -> dict[str, Any]:

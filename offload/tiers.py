@@ -295,7 +295,7 @@ def planned(
     backend: Backend,
 ) -> tuple[PlacementPlan, int]:
     """The plan for one device, and the bytes of it that are free now and must be so when all tables are there."""
-    requests = [Request(t.name, tuple(t.p.shape), t.nbytes) for t in state_requests]
+    requests = [Request(t.name, tuple(t.p.shape), t.nbytes, t.role) for t in state_requests]
     free, total, leave = None, None, 0
     if device.type == "cuda":
         figures = backend.measure(device)

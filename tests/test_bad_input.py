@@ -42,6 +42,8 @@ BAD_OPTIONS = [
     ("min_K", 0, "an int of at least 1"),
     ("min_K", 10.0, "an int of at least 1"),
     ("min_K", np.float64(10), "an int of at least 1"),
+    ("role", "token", "auto, matrix, tokens or exact"),
+    ("role", None, "auto, matrix, tokens or exact"),
     ("hash", "sha256", "block or universal"),
     ("hash", ["block"], "block or universal"),
     ("decode", "raw", "residual or sketch"),

@@ -12,6 +12,7 @@ from ranks import run
 import collins.conversion
 import collins.files
 import collins.folders
+import collins.groups
 import collins.optimizer
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -22,7 +23,9 @@ CLIENTS = ("accelerate", "lightning", "torchtitan", "transformers")
 
 
 @pytest.mark.parametrize(
-    "module", [collins.optimizer, collins.files, collins.folders, collins.conversion], ids=lambda m: m.__name__
+    "module",
+    [collins.optimizer, collins.groups, collins.files, collins.folders, collins.conversion],
+    ids=lambda m: m.__name__,
 )
 def test_docstring_examples(module):
     result = doctest.testmod(module)
