@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from collins import Collins
+from collins import Collins, param_groups
 from compare.peers import Scale
 from compare.training import AfterBackward, Drive, InBackward
 
-Named = list[tuple[str, Tensor]]
 Groups = list[dict[str, Any]]
 
 
@@ -30,10 +29,10 @@ Groups = list[dict[str, Any]]
 class Split:
     """The parameters of a model by what they are: embeddings, output head, other matrices, vectors."""
 
-    embeddings: Named
-    head: Named
-    matrices: Named
-    vectors: Named
+    embeddings: list[Tensor]
+    head: list[Tensor]
+    matrices: list[Tensor]
+    vectors: list[Tensor]
 
     @classmethod
     def of(cls, model: nn.Module) -> Split:
@@ -42,18 +41,14 @@ class Split:
         last = getattr(model, "head", None)
         heads = {id(last.weight)} if isinstance(last, nn.Linear) else set()
         split = cls([], [], [], [])
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             kind = split.vectors if p.dim() < 2 else split.matrices
             if id(p) in tables:
                 kind = split.embeddings
             elif id(p) in heads:
                 kind = split.head
-            kind.append((name, p))
+            kind.append(p)
         return split
-
-    @property
-    def decayed(self) -> Named:
-        return [*self.matrices, *self.embeddings, *self.head]
 
 
 @dataclass(frozen=True)
@@ -75,20 +70,20 @@ class Setup:
     def betas(self) -> tuple[float, float]:
         return 0.9, 0.999 if self.beta2 is None else self.beta2
 
-    def groups(self, *, names: bool = False) -> Groups:
-        """All parameters in two groups, of which vectors are not decayed."""
-        split = self.split
-        return groups((split.decayed, {"weight_decay": self.weight_decay}), (split.vectors, _UNDECAYED), names=names)
+    def groups(self) -> Groups:
+        """All parameters in two groups, of which vectors are not decayed: those that Collins gets, without names."""
+        return [
+            {**group, "params": [p for _, p in group["params"]]}
+            for group in param_groups(self.model, weight_decay=self.weight_decay)
+        ]
 
 
 _UNDECAYED = {"weight_decay": 0.0}
 
 
-def groups(*parts: tuple[Named, Mapping[str, Any]], names: bool = False) -> Groups:
+def groups(*parts: tuple[list[Tensor], Mapping[str, Any]]) -> Groups:
     """Parameter groups; those without parameters are left out."""
-    return [
-        {"params": named if names else [p for _, p in named], **options} for named, options in parts if len(named) > 0
-    ]
+    return [{"params": params, **options} for params, options in parts if len(params) > 0]
 
 
 @dataclass(frozen=True)
@@ -156,7 +151,7 @@ def _muon(setup: Setup) -> Sequence[Optimizer]:
     optimizers: list[Optimizer] = [AdamW(rest, lr=setup.lr, betas=setup.betas, fused=True)] if rest else []
     if split.matrices:
         muon = torch.optim.Muon(
-            [p for _, p in split.matrices],
+            split.matrices,
             lr=setup.lr,
             weight_decay=setup.weight_decay,
             adjust_lr_fn="match_rms_adamw",
@@ -169,7 +164,7 @@ def _muon_bytes(setup: Setup) -> int:
     """Momentum of matrices."""
     split = setup.split
     rest = (*split.embeddings, *split.head, *split.vectors)
-    return sum(p.nbytes for _, p in split.matrices) + sum(_adam_bytes(p) for _, p in rest)
+    return sum(p.nbytes for p in split.matrices) + sum(map(_adam_bytes, rest))
 
 
 def _adafactor(setup: Setup) -> Sequence[Optimizer]:
@@ -200,7 +195,7 @@ def _scale(setup: Setup) -> Sequence[Optimizer]:
 
 def _scale_bytes(setup: Setup) -> int:
     split = setup.split
-    return sum(p.nbytes for _, p in split.head) + sum(_adam_bytes(p) for _, p in split.vectors)
+    return sum(p.nbytes for p in split.head) + sum(map(_adam_bytes, split.vectors))
 
 
 def _bitsandbytes(setup: Setup) -> Sequence[Optimizer]:
@@ -250,9 +245,8 @@ def _collins(name: str, about: str, *, in_backward: bool = False, **settled: Any
 
     def built(setup: Setup, *, in_backward: bool) -> Collins:
         options = {**settled, **setup.options, "in_backward": in_backward}
-        optimizer: Collins = Collins(
-            setup.groups(names=True), lr=setup.lr, betas=setup.betas, seed=setup.seed, **options
-        )
+        params = param_groups(setup.model, weight_decay=setup.weight_decay)
+        optimizer: Collins = Collins(params, lr=setup.lr, betas=setup.betas, seed=setup.seed, **options)
         return optimizer
 
     return Spec(
