@@ -41,9 +41,7 @@ def rates(texts: Iterable[str], names: list[str]) -> dict[str | None, list[float
     for text in texts:
         name, _, value = text.rpartition("=")
         if name and name not in names:
-            raise ValueError(
-                f"{text!r} is for an optimizer that is not compared: {', '.join(dict.fromkeys(names))} are"
-            )
+            raise ValueError(f"{text!r} is of an optimizer that is not compared; {', '.join(dict.fromkeys(names))} are")
         try:
             rate = float(value)
         except ValueError:

@@ -304,10 +304,11 @@ OPTIMIZERS: dict[str, Spec] = {
 class Choice:
     """An optimizer as it was asked for: `NAME[:OPTION=VALUE,...][@bf16]`.
 
-    `@bf16` stores the weights in bfloat16, without a copy in float32; else they are float32.
+    `@bf16` stores the weights in bfloat16, without a copy in float32; else they are float32. The optimizer is kept by
+    name, so that processes can tell each other of it.
     """
 
-    spec: Spec
+    optimizer: str
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: torch.dtype = torch.float32
 
@@ -327,12 +328,16 @@ class Choice:
                 known = ", ".join(sorted(spec.options)) or "none"
                 raise ValueError(f"{item!r} is not an option of {name}, OPTION=VALUE: it takes {known}")
             options[option] = _value(value)
-        return cls(spec, options, torch.bfloat16 if at else torch.float32)
+        return cls(name, options, torch.bfloat16 if at else torch.float32)
+
+    @property
+    def spec(self) -> Spec:
+        return OPTIMIZERS[self.optimizer]
 
     @property
     def name(self) -> str:
         options = ",".join(f"{name}={value}" for name, value in self.options.items() if name not in _PLACES)
-        return self.spec.name + (f":{options}" if options else "") + ("" if self.weights == torch.float32 else "@bf16")
+        return self.optimizer + (f":{options}" if options else "") + ("" if self.weights == torch.float32 else "@bf16")
 
     def described(self) -> dict[str, str]:
         """All options that it is made with."""

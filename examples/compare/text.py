@@ -73,9 +73,7 @@ class Corpus:
             if not all(parts):
                 roots, suffixes = kinds[kind]
                 where = ", ".join(map(str, roots))
-                raise TextError(
-                    f"too few files of {kind} ({', '.join(suffixes)}) to train on and to hold out in {where}"
-                )
+                raise TextError(f"too few files of {kind} ({', '.join(suffixes)}) to train on and hold out in {where}")
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
             made = Path(scratch) / "tokens"
             made.mkdir()
