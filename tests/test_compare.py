@@ -199,7 +199,7 @@ def test_a_default_of_collins_that_changes_makes_another_run(compare, command, m
         command.TASKS["lm-small"], optimizers.Choice.of("collins"), 1e-3, 0.999, 0, "data", "cpu"
     )
     before, spec = run.key, optimizers.OPTIMIZERS["collins"]
-    changed = dataclasses.replace(spec, settled={**spec.settled, "rehash_period": 400})
+    changed = dataclasses.replace(spec, settled={**spec.settled, "rehash_period": 12_345})
     monkeypatch.setitem(optimizers.OPTIMIZERS, "collins", changed)
     assert run.key != before
 
