@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--gpus", nargs="+", default=["all"], metavar="all|none|NUMBER", help="(all, or the CPU)")
     parser.add_argument("--processes", type=int, help="on the CPU (one for each core)")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin nothing that would not end in them")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="from the start: begin nothing that would end later"
+    )
     parser.add_argument("--results", type=Path, default=Path("compare_optimizers.jsonl"), help="(%(default)s)")
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="for tokens and such (%(default)s)")
     parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FOLDER", help="to take text from")
@@ -136,6 +139,7 @@ def show(path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Outcome:
+    started = time.time()
     args = parse(arguments)
     if args.list:
         print(listing())
@@ -151,7 +155,9 @@ def main(arguments: list[str] | None = None) -> Outcome:
     cut = results.mend(args.results)
     if cut:
         print(f"{args.results}: its last line was cut off and is taken away ({cut} bytes)")
-    schedule = Schedule(runs, args.results, place, args.time_limit)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    deadline = None if args.time_limit is None else started + args.time_limit
+    schedule = Schedule(runs, args.results, place, deadline)
     devices = args.gpus or cpus(args.processes, schedule.jobs)
     print(f"{len(runs)} runs, {len(schedule.outcome.found)} of them finished before; on {', '.join(map(str, devices))}")
     outcome = run_all(schedule, devices, threads(devices))

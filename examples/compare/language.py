@@ -7,6 +7,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class LanguageWorkload(Workload):
         self.head_loss: Callable[..., Tensor] = HeadLoss.apply
         if self.device.type == "cuda":
             model.compile_blocks()
-            self.head_loss = torch.compile(head_loss, dynamic=False)
+            self.head_loss = _compiled_head_loss()
 
     def batches(self, seed: int) -> Iterator[Tensor]:
         s = self.settings
@@ -83,6 +84,12 @@ class LanguageWorkload(Workload):
 def head_loss(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats: features (tokens, hidden), head (vocabulary, hidden), targets (tokens,)."""
     return functional.cross_entropy(functional.linear(features, head).float(), targets)
+
+
+@lru_cache(maxsize=1)
+def _compiled_head_loss() -> Callable[..., Tensor]:
+    """One for all runs of a process."""
+    return torch.compile(head_loss, dynamic=False)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -145,12 +152,12 @@ class LanguageModel(Task):
     def prepare(self, place: Place) -> str:
         tokens = self.tokens(place)
         for kind in tokens.kinds:
-            for part in self.text(place, (kind,), torch.device("cpu")):
-                if len(part) <= self.settings.context:
-                    raise TaskError(
-                        f"{self.name} needs more {kind}: {len(part)} tokens are not enough for windows of"
-                        f" {self.settings.context}; give folders with more text"
-                    )
+            count = min(tokens.count(part, kind) for part in ("train", "valid"))
+            if count <= self.settings.context:
+                raise TaskError(
+                    f"{self.name} needs more {kind}: {count} tokens are not enough for windows of"
+                    f" {self.settings.context}; give folders with more text"
+                )
         return tokens.digest()
 
     def workload(self, place: Place, device: torch.device, weights: torch.dtype, seed: int) -> Workload:

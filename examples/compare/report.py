@@ -50,6 +50,7 @@ class Group:
     settings: Record
     data: str
     cells: tuple[Cell, ...]
+    left_out: int = 0  # runs of these optimizers under other options, or in another precision, than their last ones
 
     @property
     def optimizers(self) -> list[str]:
@@ -73,7 +74,10 @@ class Group:
 
 def grouped(records: Iterable[Record]) -> list[Group]:
     """Groups in the order of their first records; of two records of one run the later counts."""
-    runs = {record["key"]: record for record in records}
+    runs: dict[str, Record] = {}
+    for record in records:
+        runs.pop(record["key"], None)  # so that its place is that of the later one too
+        runs[record["key"]] = record
     groups: dict[str, list[Record]] = {}
     for record in runs.values():
         identity = json.dumps([record["task"], record["settings"], record["data"]], sort_keys=True)
@@ -82,20 +86,32 @@ def grouped(records: Iterable[Record]) -> list[Group]:
 
 
 def _group(records: Sequence[Record]) -> Group:
-    cells: dict[str, list[Record]] = {}
+    made = {record["optimizer"]: _made(record) for record in records}  # the last ones stay
+    cells: dict[tuple[str, float | None, float], list[Record]] = {}
     for record in sorted(records, key=lambda record: record["seed"]):
-        names = ("optimizer", "options", "precision", "beta2", "lr")
-        cells.setdefault(json.dumps([record[name] for name in names], sort_keys=True), []).append(record)
-    found = [Cell(r[0]["optimizer"], r[0]["beta2"], r[0]["lr"], tuple(r)) for r in cells.values()]
-    order = list(dict.fromkeys(record["optimizer"] for record in records))
+        if _made(record) == made[record["optimizer"]]:
+            cells.setdefault((record["optimizer"], record["beta2"], record["lr"]), []).append(record)
+    found = [Cell(*cell, tuple(members)) for cell, members in cells.items()]
+    order = list(made)
     found.sort(key=lambda cell: (order.index(cell.optimizer), cell.beta2 or 0.0, cell.lr))
+    shown = sum(len(cell.records) for cell in found)
     first = records[0]
-    return Group(first["task"], first["settings"], first["data"], tuple(found))
+    return Group(first["task"], first["settings"], first["data"], tuple(found), len(records) - shown)
+
+
+def _made(record: Record) -> tuple[Record, str]:
+    """What an optimizer of one name was made with: its defaults may have changed between runs."""
+    return record["options"], record["precision"]
 
 
 def tables(records: Iterable[Record]) -> str:
     """For each group a heading, each optimizer at its best, and all that was tried."""
-    return "\n".join(f"## {group.title}\n\n{best_of(group)}\n{rates_of(group)}" for group in grouped(records))
+    return "\n".join(_tables(group) for group in grouped(records))
+
+
+def _tables(group: Group) -> str:
+    note = f"\nLeft out, since made with other options or in another precision: {group.left_out} runs.\n"
+    return f"## {group.title}\n\n{best_of(group)}\n{rates_of(group)}{note if group.left_out else ''}"
 
 
 def best_of(group: Group) -> str:

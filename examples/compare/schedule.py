@@ -83,12 +83,11 @@ class Schedule:
         runs: all that were asked for.
         path: the results file, which finished runs are found in and added to.
         place: of data.
-        time_limit: seconds from now; a job that would not end in them is not begun, and one that has not is stopped.
+        deadline: of `time.time`; a job that would not end by then is not begun, and one that has not is stopped.
     """
 
-    def __init__(self, runs: Sequence[Run], path: Path, place: Place, time_limit: float | None = None) -> None:
-        self.path, self.place = path, place
-        self.deadline = None if time_limit is None else time.time() + time_limit
+    def __init__(self, runs: Sequence[Run], path: Path, place: Place, deadline: float | None = None) -> None:
+        self.path, self.place, self.deadline = path, place, deadline
         self.outcome = Outcome()
         before = results.latest(results.read(path))
         self.estimates = Estimates(before)

@@ -108,6 +108,10 @@ class Tokens:
     def kinds(self) -> tuple[str, ...]:
         return tuple(sorted({name.split("-")[0] for name in self.digests}))
 
+    def count(self, part: str, kind: str) -> int:
+        """How many there are, known without reading them."""
+        return len(np.load(self.folder / f"{kind}-{part}.npy", mmap_mode="r"))
+
     def load(self, part: str, kinds: tuple[str, ...], device: torch.device) -> Tensor:
         """All tokens of a part, "train" or "valid", one kind after the other: int32, 1-d."""
         return _loaded(tuple(self.folder / f"{kind}-{part}.npy" for kind in kinds), device)
