@@ -150,6 +150,8 @@ class Reference:
             m = s * (c**m_scale * self.M)[h] / correct1
             v = (c_v**v_scale * self.V)[h_v] / correct2
             r = g - s * mu[h] if residual else 0
-        self.p = (1 - self.lr * self.wd) * self.p - self.lr * (m + self.rho * r) / (np.sqrt(v + self.kappa * r**2) + self.eps)
+        self.p = (1 - self.lr * self.wd) * self.p - self.lr * (m + self.rho * r) / (
+            np.sqrt(v + self.kappa * r**2) + self.eps
+        )
         if self.kept is not None and hash is not None:
             self.M = self.kept(self.M)
