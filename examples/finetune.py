@@ -122,7 +122,7 @@ def prepared(args: argparse.Namespace) -> Job:
 # Arguments that a run goes on with as it was begun.
 _SAME = (
     *("seq_len", "batch_size", "steps", "epochs", "lr", "warmup", "min_lr", "weight_decay", "compress_ratio", "seed"),
-    *("dtype", "eval_fraction"),
+    *("dtype", "eval_fraction", "max_grad_norm"),
 )
 
 
@@ -192,6 +192,7 @@ def fine_tune(job: Job, language_model: CausalLM) -> Run:
         weight_decay=args.weight_decay,
         compress_ratio=args.compress_ratio,
         seed=args.seed,
+        max_grad_norm=args.max_grad_norm,
         memory=args.policy,
         in_backward=True,
     )
@@ -214,7 +215,7 @@ def fine_tune(job: Job, language_model: CausalLM) -> Run:
 
     if not job.first:
         evaluate(0)
-    progress = Progress(run, schedule, args.log_every, args.batch_size * rows.length)
+    progress = Progress(run, optimizer, args.log_every, args.batch_size * rows.length)
     for step in range(job.first + 1, run.steps + 1):
         loss = language_model.loss(rows.batch(step).to(args.device))
         loss.backward()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -139,7 +140,7 @@ def arguments(place, model, out, *more):
     return [
         *(str(model), "--data", str(place / "data.jsonl"), "--out", str(out), "--device", "cpu"),
         *("--steps", str(STEPS), "--batch-size", "2", "--seq-len", "64", "--lr", "1e-2", "--eval-fraction", "0.1"),
-        *("--save-every", str(EVERY), *more),
+        *("--save-every", str(EVERY), "--max-grad-norm", "1", *more),
     ]
 
 
@@ -742,6 +743,7 @@ def test_a_tokenizer_of_another_model_is_refused(finetune, place, tmp_path, caps
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--lr", "0"], "--lr must be above 0 and below 2**63, got 0.0"),
         (["--compress-ratio", "0.5"], "--compress-ratio must be at least 1, got 0.5"),
+        (["--max-grad-norm", "-1"], "--max-grad-norm must be above 0 and below 2**63, got -1.0"),
         (["--warmup", "2"], "--warmup must be in [0, 1], got 2.0"),
         (["--policy", "disk"], "memory must be"),
         (["--epochs", "1"], "not allowed with argument --steps"),
@@ -798,7 +800,7 @@ def test_nothing_is_drawn_where_there_is_no_terminal(finetune, place, source, tm
     finetune.main(arguments(place, source("llama"), tmp_path / "out", "--steps", "2", "--log-every", "1"))
     shown = capsys.readouterr()
     assert shown.err == ""
-    assert "step 2/2: loss " in shown.out
+    assert re.search(r"step 2/2: loss \d\.\d{4}, norm \d\.\d{3}, lr \S+, tokens/s [\d,]+\n", shown.out)
     assert "\r" not in shown.out
 
 
