@@ -151,14 +151,16 @@ def _divided(documents: Documents, args: argparse.Namespace) -> tuple[Documents,
         return documents, None
     order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(args.seed)).tolist()
     held_out = {lines[i] for i in order[:count]}
-    return documents.of_lines(set(lines) - held_out), documents.of_lines(held_out)
+    kept = documents.of_lines(set(lines) - held_out)
+    kept.cut, kept.dropped = documents.cut, documents.dropped
+    return kept, documents.of_lines(held_out)
 
 
 def loaded(job: Job) -> CausalLM:
     """The model on the device, prepared; which documents may share a row has been tried.
 
     Raises:
-        ValueError: for a model that cannot be trained in this way.
+        ValueError: for a model that cannot be trained in this way, or not in that of the run that it goes on with.
     """
     args = job.args
     model = load_model(job.folder, job.weights, DTYPES[args.dtype], args.device, args.attention)
@@ -170,6 +172,9 @@ def loaded(job: Job) -> CausalLM:
     except Exception as error:  # a model is foreign code, and raises what it likes
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{model.config.model_type} cannot be trained in this way: {reason}") from error
+    job.settings["whether documents share rows"] = language_model.separates_documents
+    if job.begun is not None:
+        refuse_others(job.begun[1], job.settings)
     language_model.prepare(checkpointed=args.recompute, backend="inductor" if args.compile else None)
     model.train()
     if args.device.type == "cuda":
@@ -295,7 +300,7 @@ def main(arguments: list[str] | None = None) -> Run:
         try:
             job = prepared(args)
             if args.device.type == "cuda":
-                print(figures(str(args.model), job.trial))
+                print(figures(str(args.model / "config.json"), job.trial))
             refuse_weights(job.trial)
             language_model = loaded(job)
         except (ValueError, OSError) as error:
@@ -304,7 +309,7 @@ def main(arguments: list[str] | None = None) -> Run:
     except (torch.OutOfMemoryError, MemoryError) as error:
         if job is None:
             raise
-        _end(1, advice(str(args.model), job.trial), "", f"finetune.py: error: out of memory: {error}")
+        _end(1, advice(str(args.model / "config.json"), job.trial), "", f"finetune.py: error: out of memory: {error}")
 
 
 if __name__ == "__main__":

@@ -299,6 +299,17 @@ def test_a_run_goes_on_with_the_settings_it_began_with(finetune, place, source, 
     refused(finetune, [*given, *changed], capsys, f"{changed[0]} must be", "--resume")
 
 
+def test_a_run_goes_on_with_documents_in_rows_as_it_began(finetune, load, place, source, tmp_path, capsys, monkeypatch):
+    given = arguments(place, source("llama"), tmp_path / "out", "--save-every", "1", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Rows, "batch", once(finetune.Rows.batch))
+        with pytest.raises(StopError):
+            finetune.main(given)
+    every = torch.ones(8, dtype=torch.bool)
+    monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "_influences", lambda *_: every & (every.cumsum(0) == 1))
+    refused(finetune, given, capsys, "whether documents share rows must be True, as in the run that")
+
+
 def once(batch):
     def first_alone(self, step):
         if step > 1:
@@ -537,6 +548,13 @@ def test_each_pass_takes_every_row_once_in_an_order_of_its_own(load, tmp_path):
     ordered = list(rows.in_order())
     assert {tuple(batch.tokens.shape) for batch in ordered} == {(3, 64)}
     assert sum(len(batch.targets) for batch in ordered) == found.trained == sum(t >= 0 for t in found.targets)
+
+
+def test_what_is_left_out_is_said(finetune, source, tmp_path, capsys):
+    long = {"prompt": "p" * 70, "completion": "c"}
+    lines(tmp_path / "data.jsonl", long, {"prompt": "p", "completion": "c" * 70}, *[TEXT] * 8)
+    finetune.main(arguments(tmp_path, source("llama"), tmp_path / "out", "--steps", "1"))
+    assert "left out: 14 tokens beyond --seq-len, 1 documents without a target" in capsys.readouterr().out
 
 
 def test_held_out_lines_are_not_trained_on(finetune, load, tmp_path):
