@@ -19,6 +19,7 @@ from collins.compile.program import ProgramGroup, StepProgram, scalars_under
 from collins.entries import Hash, ParamEntries, ParamEntry, ParamSpec, flattened
 from collins.formats import TensorSpec
 from collins.hashing import UniversalHash
+from collins.interrupts import HeldInterrupts
 from collins.offload import MemoryPolicy
 from collins.offload.backward import refuse_replicas
 from collins.offload.staging import StateRequest
@@ -319,7 +320,8 @@ class BackwardSteps:
             if id(p) in self._stepped:
                 p.grad = None
                 raise RuntimeError(_twice(entry.name))
-            stepper.update_one(entry, g, states, self._scalars, self._receive_no_more)
+            with HeldInterrupts():
+                stepper.update_one(entry, g, states, self._scalars, self._receive_no_more)
 
     def _receive_no_more(self, entry: ParamEntry) -> None:
         self._stepped[id(entry.p)] = entry
