@@ -77,6 +77,8 @@ class LoneSteps:
     ) -> None:
         """Steps a parameter with its gradient."""
         with self._lock:
+            if id(p) in self._stepped:
+                stepper.end(groups, states)
             if id(p) not in self._known or id(p) in self._stepped:
                 self.end()
                 self._known = stepper.begin(groups, states)
