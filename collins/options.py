@@ -19,7 +19,7 @@ from collins.roles import ROLES
 from collins.rule import DECODES
 
 TABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-OF_THE_WHOLE = frozenset({"compile", "in_backward", "memory", "seed"})  # options that no group has
+OF_THE_WHOLE = frozenset({"compile", "in_backward", "max_grad_norm", "memory", "seed"})  # options that no group has
 _LIMIT = 2**63  # torch passes an int to its kernels in 64 bits
 _DIGITS = 4096  # bits of an int that Python prints, whatever limit is set
 
@@ -49,6 +49,19 @@ def seed_of(value: object) -> int:
     seed: int = int(value)  # type: ignore[call-overload]
     require(seed.bit_length() <= _DIGITS, "seed", value, f"an int of at most {_DIGITS} bits")
     return seed
+
+
+def max_norm_of(value: object) -> float | None:
+    """The largest norm of all gradients together, of any library's numbers, as Python's; None for None.
+
+    Raises:
+        ValueError: for anything but a number above 0, infinity among them.
+    """
+    value = read("max_grad_norm", value)
+    norm = None if value is None else _number(value)
+    accepted = "None or a number above 0, inf to measure the norm alone"
+    require(norm is None or norm > 0, "max_grad_norm", value, accepted)
+    return norm
 
 
 def check_table_dtype(name: str, dtype: torch.dtype, table_dtype: torch.dtype | str | None) -> None:

@@ -172,6 +172,21 @@ def agreed(flags: Sequence[bool], params: Sequence[Tensor]) -> list[bool]:
     return result
 
 
+def sharded_over(p: Tensor) -> tuple[Any, tuple[int, ...]] | None:
+    """The mesh of a DTensor, and those of its dimensions that `p` is cut along; None if it is whole on every rank."""
+    like: Any = p
+    dims = tuple(dim for dim, placement in enumerate(like.placements) if not placement.is_replicate())
+    return (like.device_mesh, dims) if math.prod(like.device_mesh.size(dim) for dim in dims) > 1 else None
+
+
+def norm_over(norm: Tensor, mesh: Any, dims: Sequence[int]) -> Tensor:
+    """The norm of what is cut along dimensions of a mesh, from that of this rank's part: a collective for each."""
+    squares = norm.to(mesh.device_type, torch.float64).square()
+    for dim in dims:
+        torch.distributed.all_reduce(squares, group=mesh.get_group(dim))
+    return squares.sqrt().to(norm.dtype)
+
+
 def _extent(p: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shape of this rank's part of a tensor of global `shape` placed like `p`, and where in it that part begins."""
     like: Any = p

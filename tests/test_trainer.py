@@ -146,6 +146,28 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_clipping_in_backward_is_asked_of_the_optimizer(tmp_path):
+    """The Trainer clips what has been used by then: one warning says so, unless the optimizer clips itself."""
+    ended = []
+    for limit in (None, CLIP):
+        run = trainer(
+            tmp_path,
+            options={"in_backward": True, "max_grad_norm": limit},
+            max_grad_norm=CLIP,
+            gradient_accumulation_steps=1,
+            save_strategy="no",
+        )
+        if limit is None:
+            with pytest.warns(UserWarning, match=rf"^Trainer clips .* Give Collins max_grad_norm={CLIP}") as told:
+                run.train()
+            assert len([w for w in told if "max_grad_norm" in str(w.message)]) == 1
+        else:
+            run.train()
+            assert float(collins_of(run).grad_norm) > CLIP
+        ended.append(run.model.state_dict())
+    assert not same(*ended)
+
+
 def test_steps_in_backward_are_those_after_it(tmp_path):
     ended = []
     for in_backward in (False, True):
