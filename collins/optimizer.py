@@ -27,7 +27,7 @@ from collins.report import MemoryReport, report_row
 from collins.stepper import BackwardSteps, Stepper
 
 
-class Collins(FusedBackward, Measured, Optimizer):
+class Collins(Measured, FusedBackward, Optimizer):
     r"""AdamW whose moments live in Count-Sketch tables, `compress_ratio` times smaller than AdamW's in fp32.
 
     With h, s the position and sign hashes of a parameter, c the load of a bucket, which V has more of than M, and g its
@@ -98,7 +98,7 @@ class Collins(FusedBackward, Measured, Optimizer):
             `max_grad_norm`: `clip_grad_norm_` finds no gradients any more and does nothing.
 
     All but `compile`, `seed`, `max_grad_norm`, `memory` and `in_backward` may be set per group. Strings as in
-    configuration files will do for all: lr="3e-3", betas="0.9,0.95", table_dtype="bfloat16", rehash_period="none".
+    configuration files will do for all of them: lr="3e-3", betas="0.9,0.95", table_dtype="bfloat16", maximize="true".
 
     Raises:
         ValueError, TypeError: for an option, parameter or gradient that cannot be used, naming it, its value and what

@@ -17,6 +17,7 @@ from collins.rule import DECODES, Decode
 from collins.schemes import RECIPES, recipe_of
 
 SHAPES = [(32, 64), (33, 37), (12,)]
+TABLED = [(64, 64), (3, 1367)]  # a graph takes 4,096 elements of each, in every format: the same graph
 LOADS = {"one load": {"compress_ratio": 8}, "V coarser": {"compress_ratio": 4, "v_compress_ratio": 128}}
 TOY_DECODE, TOY_FORMAT = Decode(m_scale=0.25, v_scale=0.5, residual=True), "split"
 
@@ -69,9 +70,9 @@ CASES += [
 COMPILED = [case for case in CASES if case.values[0] != "toy" or case.values[1] in (torch.float32, TOY_FORMAT)]
 
 
-def stepped(decode, table_dtype, loads, steps=3, kernel=False, **options):
+def stepped(decode, table_dtype, loads, steps=3, kernel=False, shapes=SHAPES, **options):
     """Parameters after some steps, and their moments."""
-    ps = parameters(torch.float32, SHAPES)
+    ps = parameters(torch.float32, shapes)
     options = {
         "decode": decode,
         "table_dtype": table_dtype,
@@ -143,10 +144,20 @@ def test_eager_steps_are_those_of_the_float64_reference(decode, table_dtype, loa
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(("decode", "table_dtype", "loads"), COMPILED)
 def test_compiled_steps_are_eager_ones(decode, table_dtype, loads):
-    eager, _ = stepped(decode, table_dtype, loads, compile=False)
-    compiled, opt = stepped(decode, table_dtype, loads, compile=True)
-    assert opt._stepper.engine.graphs
+    eager, _ = stepped(decode, table_dtype, loads, shapes=TABLED, compile=False)
+    compiled, opt = stepped(decode, table_dtype, loads, shapes=TABLED, compile=True)
+    assert opt._stepper.engine.graphs == 1  # and an end of the second one that is stepped eagerly
     assert close(eager, compiled, table_dtype)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("decode", [*DECODES, "toy"])
+def test_compiled_steps_of_dense_moments_are_eager_ones(decode):
+    """Which are of the same format beside all tables."""
+    eager, _ = stepped(decode, torch.float32, {}, shapes=[(12,)], compile=False)
+    compiled, opt = stepped(decode, torch.float32, {}, shapes=[(12,)], compile=True)
+    assert opt._stepper.engine.graphs == 1
+    assert close(eager, compiled, torch.float32)
 
 
 @pytest.mark.usefixtures("registered")

@@ -106,9 +106,9 @@ class FakeExecutor:
 
     def run(self, grads, scalars, rows, done):
         for number, (task, g) in enumerate(zip(self.tasks, grads, strict=True)):
-            other = task._replace(p=None, m=None, v=None)  # which keeps no tensor alive
+            other, count = task._replace(p=None, m=None, v=None), len(task.m)  # which keeps no tensor alive
 
-            def kernel(p, g, *moments, task=other, count=len(task.m), hp=scalars[rows[number]]):
+            def kernel(p, g, *moments, task=other, count=count, hp=scalars[rows[number]]):
                 update_(task._replace(p=p, m=moments[:count], v=moments[count:]), g, hp)
 
             self.fake.launch(kernel, *(t.detach() for t in (task.p, g, *task.m, *task.v)))
