@@ -35,7 +35,7 @@ from finetuning.arguments import DTYPES, parse
 from finetuning.causal_lm import CausalLM
 from finetuning.data import Documents, checked_tokenizer, read_documents
 from finetuning.folder import ModelFolder, load_model, open_folder, read_headers, save_model, transformers_module
-from finetuning.forecast import advice, figures, machine_of, refuse_weights, trial_of
+from finetuning.forecast import advice, figures, machine_of, refuse_weights, trial_of, with_index
 from finetuning.packing import Batch, Rows
 from finetuning.running import (
     SETTINGS,
@@ -122,7 +122,7 @@ def prepared(args: argparse.Namespace) -> Job:
 # Arguments that a run goes on with as it was begun.
 _SAME = (
     *("seq_len", "batch_size", "steps", "epochs", "lr", "warmup", "min_lr", "weight_decay", "compress_ratio", "seed"),
-    *("dtype", "eval_fraction"),
+    *("dtype", "eval_fraction", "max_grad_norm"),
 )
 
 
@@ -151,14 +151,16 @@ def _divided(documents: Documents, args: argparse.Namespace) -> tuple[Documents,
         return documents, None
     order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(args.seed)).tolist()
     held_out = {lines[i] for i in order[:count]}
-    return documents.of_lines(set(lines) - held_out), documents.of_lines(held_out)
+    kept = documents.of_lines(set(lines) - held_out)
+    kept.cut, kept.dropped = documents.cut, documents.dropped
+    return kept, documents.of_lines(held_out)
 
 
 def loaded(job: Job) -> CausalLM:
     """The model on the device, prepared; which documents may share a row has been tried.
 
     Raises:
-        ValueError: for a model that cannot be trained in this way.
+        ValueError: for a model that cannot be trained in this way, or not in that of the run that it goes on with.
     """
     args = job.args
     model = load_model(job.folder, job.weights, DTYPES[args.dtype], args.device, args.attention)
@@ -170,6 +172,9 @@ def loaded(job: Job) -> CausalLM:
     except Exception as error:  # a model is foreign code, and raises what it likes
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{model.config.model_type} cannot be trained in this way: {reason}") from error
+    job.settings["whether documents share rows"] = language_model.separates_documents
+    if job.begun is not None:
+        refuse_others(job.begun[1], job.settings)
     language_model.prepare(checkpointed=args.recompute, backend="inductor" if args.compile else None)
     model.train()
     if args.device.type == "cuda":
@@ -192,6 +197,7 @@ def fine_tune(job: Job, language_model: CausalLM) -> Run:
         weight_decay=args.weight_decay,
         compress_ratio=args.compress_ratio,
         seed=args.seed,
+        max_grad_norm=args.max_grad_norm,
         memory=args.policy,
         in_backward=True,
     )
@@ -214,7 +220,7 @@ def fine_tune(job: Job, language_model: CausalLM) -> Run:
 
     if not job.first:
         evaluate(0)
-    progress = Progress(run, schedule, args.log_every, args.batch_size * rows.length)
+    progress = Progress(run, optimizer, args.log_every, args.batch_size * rows.length)
     for step in range(job.first + 1, run.steps + 1):
         loss = language_model.loss(rows.batch(step).to(args.device))
         loss.backward()
@@ -255,7 +261,7 @@ def _described(job: Job, rows: Rows, steps: int) -> Iterator[str]:
     count = len(documents.lines)
     yield f"{count:,} documents of {len(documents.tokens):,} tokens, {documents.trained:,} of them trained on"
     if rows.packed:
-        yield f"packed into {len(rows):,} rows of {rows.length:,}, {rows.filled:.1%} filled; they do not see each other"
+        yield f"packed into {len(rows):,} rows of {rows.length:,}, {rows.filled:.1%} filled; no document sees another"
     else:
         yield (
             f"one to each of {len(rows):,} rows of {rows.length:,}, {rows.filled:.1%} filled: in this model documents"
@@ -288,12 +294,13 @@ def main(arguments: list[str] | None = None) -> Run:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS does not repeat itself
         torch.use_deterministic_algorithms(True)
+    args.device = with_index(args.device)
     job = None
     try:
         try:
             job = prepared(args)
             if args.device.type == "cuda":
-                print(figures(str(args.model), job.trial))
+                print(figures(str(args.model / "config.json"), job.trial))
             refuse_weights(job.trial)
             language_model = loaded(job)
         except (ValueError, OSError) as error:
@@ -302,7 +309,7 @@ def main(arguments: list[str] | None = None) -> Run:
     except (torch.OutOfMemoryError, MemoryError) as error:
         if job is None:
             raise
-        _end(1, advice(str(args.model), job.trial), "", f"finetune.py: error: out of memory: {error}")
+        _end(1, advice(str(args.model / "config.json"), job.trial), "", f"finetune.py: error: out of memory: {error}")
 
 
 if __name__ == "__main__":

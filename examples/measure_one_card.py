@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from corpus import batches, clock, standard_library
 from finetuning.causal_lm import CausalLM
-from finetuning.forecast import advice, figures, machine_of, refuse_weights, trial_of
+from finetuning.forecast import advice, figures, machine_of, refuse_weights, trial_of, with_index
 from finetuning.packing import Batch
 from llama import Llama
 from rich.console import Console
@@ -327,6 +327,7 @@ def main(arguments: list[str] | None = None) -> Run:
         SystemExit: with status 2 for arguments that cannot be used, with 1 where memory ran out.
     """
     args = parse(arguments)
+    args.device = with_index(args.device)
     console = Console()
     if args.memory_limit is not None:
         total = torch.cuda.mem_get_info(args.device)[1]

@@ -264,3 +264,17 @@ def test_one_card_says_so_when_there_is_no_room(one_card, load, monkeypatch, cap
         one_card.main([*TINY_CARD, "--policy", "host"])
     assert ended.value.code == 1
     assert "out of memory: the weights take 244.6 KiB, and 9.8 KiB are free" in capsys.readouterr().err
+
+
+@pytest.mark.cuda
+def test_one_card_emulates_a_smaller_one(one_card, capsys):
+    given = [*TINY_CARD, "--device", "cuda", "--code", "own", "--steps", "2", "--memory-limit", "2GiB"]
+    try:
+        run = one_card.main(given)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert run.trial.machine.device_free <= 2 << 30
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["memory_limit"] == 2 << 30
+    assert 0 < report["peak_device"] < 2 << 30
+    assert report["device"] == torch.cuda.get_device_name()

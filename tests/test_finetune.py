@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -139,7 +140,7 @@ def arguments(place, model, out, *more):
     return [
         *(str(model), "--data", str(place / "data.jsonl"), "--out", str(out), "--device", "cpu"),
         *("--steps", str(STEPS), "--batch-size", "2", "--seq-len", "64", "--lr", "1e-2", "--eval-fraction", "0.1"),
-        *("--save-every", str(EVERY), *more),
+        *("--save-every", str(EVERY), "--max-grad-norm", "1", *more),
     ]
 
 
@@ -296,6 +297,17 @@ def test_a_run_goes_on_with_the_settings_it_began_with(finetune, place, source, 
             finetune.main(given)
     changed = [str(other) if value == "other" else value for value in changed]
     refused(finetune, [*given, *changed], capsys, f"{changed[0]} must be", "--resume")
+
+
+def test_a_run_goes_on_with_documents_in_rows_as_it_began(finetune, load, place, source, tmp_path, capsys, monkeypatch):
+    given = arguments(place, source("llama"), tmp_path / "out", "--save-every", "1", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Rows, "batch", once(finetune.Rows.batch))
+        with pytest.raises(StopError):
+            finetune.main(given)
+    every = torch.ones(8, dtype=torch.bool)
+    monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "_influences", lambda *_: every & (every.cumsum(0) == 1))
+    refused(finetune, given, capsys, "whether documents share rows must be True, as in the run that")
 
 
 def once(batch):
@@ -538,6 +550,13 @@ def test_each_pass_takes_every_row_once_in_an_order_of_its_own(load, tmp_path):
     assert sum(len(batch.targets) for batch in ordered) == found.trained == sum(t >= 0 for t in found.targets)
 
 
+def test_what_is_left_out_is_said(finetune, source, tmp_path, capsys):
+    long = {"prompt": "p" * 70, "completion": "c"}
+    lines(tmp_path / "data.jsonl", long, {"prompt": "p", "completion": "c" * 70}, *[TEXT] * 8)
+    finetune.main(arguments(tmp_path, source("llama"), tmp_path / "out", "--steps", "1"))
+    assert "left out: 14 tokens beyond --seq-len, 1 documents without a target" in capsys.readouterr().out
+
+
 def test_held_out_lines_are_not_trained_on(finetune, load, tmp_path):
     records = [{"text": f"{number:03} " * 40} for number in range(20)]
     found, _ = documents_of(load, tmp_path, *records, seq_len=16)
@@ -742,6 +761,7 @@ def test_a_tokenizer_of_another_model_is_refused(finetune, place, tmp_path, caps
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--lr", "0"], "--lr must be above 0 and below 2**63, got 0.0"),
         (["--compress-ratio", "0.5"], "--compress-ratio must be at least 1, got 0.5"),
+        (["--max-grad-norm", "-1"], "--max-grad-norm must be above 0 and below 2**63, got -1.0"),
         (["--warmup", "2"], "--warmup must be in [0, 1], got 2.0"),
         (["--policy", "disk"], "memory must be"),
         (["--epochs", "1"], "not allowed with argument --steps"),
@@ -798,7 +818,7 @@ def test_nothing_is_drawn_where_there_is_no_terminal(finetune, place, source, tm
     finetune.main(arguments(place, source("llama"), tmp_path / "out", "--steps", "2", "--log-every", "1"))
     shown = capsys.readouterr()
     assert shown.err == ""
-    assert "step 2/2: loss " in shown.out
+    assert re.search(r"step 2/2: loss \d\.\d{4}, norm \d\.\d{3}, lr \S+, tokens/s [\d,]+\n", shown.out)
     assert "\r" not in shown.out
 
 

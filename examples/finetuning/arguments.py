@@ -32,6 +32,7 @@ def parse(description: str | None, arguments: list[str] | None) -> argparse.Name
     add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises (%(default)s)")
     add("--min-lr", type=float, default=0.1, help="share of --lr that the cosine ends at (%(default)s)")
     add("--weight-decay", type=float, default=0.01, help="(%(default)s)")
+    add("--max-grad-norm", type=float, metavar="NORM", help="of a step's gradients, which are clipped to it (no limit)")
     add("--compress-ratio", type=float, default=32, help="of the optimizer's tables (%(default)s)")
     add("--policy", type=_policy, metavar="FILE|TIER", help="where tables are: auto, device, host (auto on a GPU)")
     add("--save-every", type=int, default=500, metavar="STEPS", help="(%(default)s)")
@@ -51,9 +52,10 @@ def parse(description: str | None, arguments: list[str] | None) -> argparse.Name
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("epochs", "lr"):
-        if not 0 < getattr(args, name) < 2**63:
-            parser.error(f"--{name} must be above 0 and below 2**63, got {getattr(args, name)}")
+    for name in ("epochs", "lr", "max_grad_norm"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < 2**63:
+            parser.error(f"--{name.replace('_', '-')} must be above 0 and below 2**63, got {value}")
     if not 1 <= args.compress_ratio < math.inf:
         parser.error(f"--compress-ratio must be at least 1, got {args.compress_ratio}")
     for name in ("eval_fraction", "warmup", "min_lr", "weight_decay"):

@@ -18,6 +18,11 @@ from collins.offload.trial import Machine, Trial, largest
 _ROUND = 64  # a sequence that is proposed is a multiple of this
 
 
+def with_index(device: torch.device) -> torch.device:
+    """The same device by its number, which memory limits are set by."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def machine_of(device: torch.device) -> Machine:
     """Memory that is free and there in all, before the model is loaded; a CPU is its own device."""
     host = host_memory_free(), host_memory_total()

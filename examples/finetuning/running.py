@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 import collins
+from collins import Collins
 from collins.offload import PlacementPlan
 
 TRAINING, SETTINGS = "training.pt", "run.json"
@@ -131,8 +132,8 @@ class Rate:
 class Progress:
     """A bar on a terminal, lines elsewhere. Losses are fetched in groups: the device is not waited for in each step."""
 
-    def __init__(self, run: Run, schedule: torch.optim.lr_scheduler.LRScheduler, every: int, tokens: int) -> None:
-        self._run, self._schedule, self._every, self._tokens = run, schedule, every, tokens
+    def __init__(self, run: Run, optimizer: Collins, every: int, tokens: int) -> None:
+        self._run, self._optimizer, self._every, self._tokens = run, optimizer, every, tokens
         self._bar = tqdm(total=run.steps, initial=run.first, disable=None, unit="step")
         self._waiting: dict[int, torch.Tensor] = {}
         self._since = time.perf_counter()
@@ -158,13 +159,18 @@ class Progress:
                 raise FloatingPointError(f"the loss of step {step} is {value}: lower --lr, or look at the data")
         now = time.perf_counter()
         speed = self._tokens * len(values) / (now - self._since)
-        mean, rate = sum(values) / len(values), self._schedule.get_last_lr()[0]
+        norm = self._optimizer.grad_norm
+        shown = {
+            "loss": f"{sum(values) / len(values):.4f}",
+            **({} if norm is None else {"norm": f"{norm.item():.3f}"}),
+            "lr": f"{self._optimizer.param_groups[0]['lr']:.2e}",
+            "tokens/s": f"{speed:,.0f}",
+        }
         if self._bar.disable:
-            tqdm.write(
-                f"step {max(self._waiting)}/{self._run.steps}: loss {mean:.4f}, lr {rate:.2e}, {speed:,.0f} tokens/s"
-            )
+            figures = ", ".join(f"{name} {value}" for name, value in shown.items())
+            tqdm.write(f"step {max(self._waiting)}/{self._run.steps}: {figures}")
         else:
-            self._bar.set_postfix(loss=f"{mean:.4f}", lr=f"{rate:.2e}", tokens_per_s=f"{speed:,.0f}")
+            self._bar.set_postfix(shown)
         self._waiting, self._since = {}, now
 
     @contextmanager
