@@ -121,9 +121,9 @@ class Stepper:
             groups, states: the optimizer's.
             repeats: whether later steps may run the program of this one.
         """
-        self.lone_steps.end()
+        alone = self.lone_steps.end()
         self.store.refresh()
-        self.statistics.begin(groups, anew=repeats)
+        self.statistics.begin(groups, anew=repeats and not alone)
         bound = self.matching(groups, states)
         if bound is not None:
             assert self._program is not None
