@@ -108,7 +108,8 @@ def bucketings_under(p: Tensor, group: Mapping[str, Any], role: str) -> tuple[Bu
 def formats_under(p: Tensor, group: Mapping[str, Any], bucketing: Bucketing, role: str) -> tuple[str, str]:
     """The formats of both moments of `p`, a parameter of this role."""
     if bucketing.hash is None:
-        return (dense_format(p.dtype, group["table_dtype"]),) * 2
+        dtype = p.dtype if p.dtype in PARAM_DTYPES else torch.float32  # what is frozen may be of any
+        return (dense_format(dtype, group["table_dtype"]),) * 2
     first = format_name(group["table_dtype"])
     return first, FORMATS[first].second or first
 
