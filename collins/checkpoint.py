@@ -29,7 +29,7 @@ from collins.update import UpdateSpec
 DENSE, TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
 
 # What a state dict sets: the numbers that schedules change. The other options stay as the optimizer was built.
-ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight")
+ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight", "residual_square")
 
 WITH_STATE = "with_state"  # in a saved group: how many of its parameters had a state
 
@@ -38,9 +38,8 @@ LARGEST_STEP = 2**24  # the next whole number is none of the counter's, which is
 
 def part_of(name: object) -> str | None:
     """The moment that a state keeps, or keeps a part of, under this name; None for another name."""
-    if name in DENSE or name in TABLES:
-        return str(name)
-    return next((table for table in TABLES if isinstance(name, str) and name.startswith(f"{table}_")), None)
+    moments = sorted((*DENSE, *TABLES), key=len, reverse=True)  # "exp_avg" begins "exp_avg_sq"
+    return next((m for m in moments if isinstance(name, str) and (name == m or name.startswith(f"{m}_"))), None)
 
 
 def is_moment(name: object) -> bool:
@@ -271,10 +270,9 @@ def writable(value: object, shape: tuple[int, ...], dtype: torch.dtype, device: 
 
 def check_shape(name: str, where: str, state: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     """Raises a ValueError for the state of a parameter that had another shape."""
-    was = None
-    for key in DENSE:
-        if was is None and uncopied(state.get(key)) is None and tuple(state[key].shape) != shape:
-            was = f"{key} of the shape {tuple(state[key].shape)}"
+    was, first = None, state.get(DENSE[0])
+    if uncopied(first) is None and not _may_be_first(first, shape):
+        was = f"{DENSE[0]} of the shape {tuple(first.shape)}"  # type: ignore[union-attr]
     if LAYOUT in state:
         saved = fingerprint_in(name, state)
         if (saved.numel, saved.rows) != (math.prod(shape), shape[0] if shape else 1):
@@ -284,6 +282,13 @@ def check_shape(name: str, where: str, state: Mapping[str, Any], shape: tuple[in
             f"{name} has the shape {shape}; {where} holds {was}: a parameter that has changed its shape starts with new"
             " moments, so remove that state"
         )
+
+
+def _may_be_first(m: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a dense first moment, which integers may be stored in, may be of a parameter of this shape."""
+    if m.is_floating_point():
+        return bool(tuple(m.shape) == shape)
+    return bool(m.numel() == (math.prod(shape) if m.dtype is torch.int8 else -(-math.prod(shape) // 2)))
 
 
 def check_moments(name: str, where: str, found: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:

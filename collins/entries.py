@@ -50,10 +50,9 @@ class ParamSpec:
         """This rank's part of each tensor of the state."""
         if self.slice is None:
             return tuple(self.tensors.values())
-        if self.hash is None:
-            return tuple(TensorSpec(self.slice.shape, spec.dtype) for spec in self.tensors.values())
-        rows = self.slice.shape[0]
-        return tuple(TensorSpec((rows, *spec.shape[1:]), spec.dtype) for spec in self.tensors.values())
+        own = self.slice.shape
+        shapes = (own if spec.shape == self.size else (own[0], *spec.shape[1:]) for spec in self.tensors.values())
+        return tuple(map(TensorSpec, shapes, (spec.dtype for spec in self.tensors.values())))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -25,23 +25,24 @@ from collins.stepper import BackwardSteps, Stepper
 
 
 class Collins(Optimizer):
-    r"""AdamW whose moments live in Count-Sketch tables `compress_ratio` times smaller than the parameters.
+    r"""AdamW whose moments live in Count-Sketch tables, `compress_ratio` times smaller than AdamW's in fp32.
 
-    With h, s the position and sign hashes of a parameter, c the load of a bucket, and g its gradient at step t:
+    With h, s the position and sign hashes of a parameter, c the load of a bucket, which V has more of than M, and g its
+    gradient at step t:
 
         mu_b = (1/c) sum_{h(i)=b} s(i) g_i                q_b = (1/c) sum_{h(i)=b} g_i^2
         M_b <- beta1 M_b + (1 - beta1) mu_b               V_b <- beta2 V_b + (1 - beta2) q_b
         r_i = g_i - s(i) mu_{h(i)}
         m_i = s(i) sqrt(c) M_{h(i)} / (1 - beta1^t)       v_i = V_{h(i)} / (1 - beta2^t)
-        p_i <- (1 - lr wd) p_i - lr (m_i + rho r_i) / (sqrt(v_i + r_i^2) + eps)
+        p_i <- (1 - lr wd) p_i - lr (m_i + rho r_i) / (sqrt(v_i + kappa r_i^2) + eps)
 
-    At c = 1 the residual r is zero and this is AdamW. State per parameter is 2 * itemsize(table_dtype) / c bytes.
+    At c = 1 the residual r is zero and this is AdamW.
 
     Args:
         params: tensors, (name, tensor) pairs, or dicts of parameter groups, as for `torch.optim.AdamW`; or a module,
             which stands for its named parameters and tells their roles. fp64, fp32, bf16 and fp16, any shape and
             strides.
-        lr: learning rate, a float or a one-element tensor. A rate 2 to 4 times AdamW's is the place to start.
+        lr: learning rate, a float or a one-element tensor. 1.4 to 2 times AdamW's is the place to start.
         betas: decay rates of the two moments, each in [0, 1): any sequence of two numbers, kept as a tuple of floats.
         eps: added to the denominator.
         weight_decay: decoupled decay, per unit of lr.
@@ -49,18 +50,22 @@ class Collins(Optimizer):
             one row for each token, such as embeddings and output heads; "exact" for dense moments, as compress_ratio=1.
             "auto" finds the role of each from its module, name and shape (`collins.roles`); it stays the same from the
             first step on. `memory_report` tells what was found, and by what.
-        compress_ratio: elements per bucket, at least 1. 1 keeps exact moments.
-        v_compress_ratio: elements per bucket of the second moment under hash="block", where it is to be coarser than
-            the first; None for as many.
+        compress_ratio: the 8 bytes that AdamW keeps of an fp32 parameter over ours, at least 1, in a large model: it
+            chooses loads and formats by role (`collins.schemes`). 32 is M in int4 at c = 4 and V in fp32 at c = 128
+            for matrices, M in int8 and V at c = 64 for token tables. 1 keeps exact moments. With a `table_dtype`, or
+            hash="universal" or decode="sketch", it is c itself.
+        v_compress_ratio: with a `table_dtype`, c of the second moment where it is to be coarser; None for the same.
         min_K: parameters of at most this many elements keep exact moments; others get at least this many buckets.
         hash: "block" (a bucket is neighbours in memory; one pass, deterministic) or "universal" (Carter-Wegman).
         decode: "residual" (above) or "sketch", the published Collins v0.1 update without residual.
         residual_weight: rho; None for sqrt((1 - beta1) / (1 + beta1)).
+        residual_square: kappa.
         rehash_period: steps T after which a bucket of hash="block" draws new signs and restarts M_b; None for never.
-        table_dtype: dtype of the tables: torch.float32, torch.bfloat16 (half the bytes, stochastically rounded) or, for
-            torch.float64 parameters only, torch.float64; "int8" or "int4" for tables of M in integers with a scale for
-            each 64 (`collins.formats.IntFormat`), beside which V stays in float32. Dense moments use the wider of this,
-            or float32, and the parameter's dtype.
+        table_dtype: None for formats by role. Else that of all tables: torch.float32, torch.bfloat16 (stochastically
+            rounded) or, for torch.float64 parameters only, torch.float64; "int8" or "int4" for M in integers with a
+            scale for each 64 (`collins.formats.IntFormat`) beside V in float32. Exact moments use the wider of this, or
+            float32, and the parameter's dtype. Version 0.2 is table_dtype=torch.float32, rehash_period=100,
+            residual_square=1.
         seed: what every hash derives from, together with the parameter's name, or its number among the parameters where
             it has none. Replicas must agree.
         maximize: ascend instead of descend.
@@ -91,7 +96,8 @@ class Collins(Optimizer):
 
     State, in the names of `state_dict`: `step` (0-d), and `m_table`, `v_table` with K entries in the shape of
     `collins.bucketing.moment_shape`, with `layout`, an int that says what they were encoded with
-    (`collins.fingerprint`); or `exp_avg`, `exp_avg_sq` shaped like a dense parameter.
+    (`collins.fingerprint`); or, with a first moment for each element, `exp_avg` and `exp_avg_sq`. `m_table_scale` and
+    `exp_avg_scale` are the scales of integers.
 
     Example:
         >>> model = torch.nn.Linear(512, 512)
@@ -123,8 +129,9 @@ class Collins(Optimizer):
         hash: str = "block",
         decode: str = "residual",
         residual_weight: float | None = None,
-        rehash_period: int | None = 100,
-        table_dtype: torch.dtype | str = torch.float32,
+        residual_square: float = 2.0,
+        rehash_period: int | None = 400,
+        table_dtype: torch.dtype | str | None = None,
         seed: int = 0,
         maximize: bool = False,
         stochastic_rounding: bool | None = None,
@@ -153,6 +160,7 @@ class Collins(Optimizer):
             "hash": hash,
             "decode": decode,
             "residual_weight": residual_weight,
+            "residual_square": residual_square,
             "rehash_period": rehash_period,
             "table_dtype": table_dtype,
             "maximize": maximize,
@@ -275,7 +283,7 @@ class Collins(Optimizer):
         self._stepper.store.drain()
         result = super().state_dict()
         for group, own in zip(result["param_groups"], self.param_groups, strict=True):
-            group["table_dtype"] = str(group["table_dtype"])
+            group["table_dtype"] = group["table_dtype"] and str(group["table_dtype"])
             group[WITH_STATE] = sum(bool(self.state.get(p)) for p in own["params"])
         return result
 
@@ -287,8 +295,8 @@ class Collins(Optimizer):
         """Loads what `state_dict` returned, bit for bit: moments keep their dtype whatever the parameter's is.
 
         Tensors that exist already are overwritten in place; others are made on the tier where they belong. lr, betas,
-        eps, weight_decay, residual_weight and what schedulers keep in a group come from the state dict; all other
-        options stay as they are here.
+        eps, weight_decay, residual_weight, residual_square and what schedulers keep in a group come from the state
+        dict; all other options stay as they are here.
 
         Raises:
             ValueError: when the state dict was saved under another bucketing, hash, seed or order of parameters, naming

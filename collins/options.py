@@ -48,7 +48,7 @@ def seed_of(value: object) -> int:
     return seed
 
 
-def check_table_dtype(name: str, dtype: torch.dtype, table_dtype: torch.dtype | str) -> None:
+def check_table_dtype(name: str, dtype: torch.dtype, table_dtype: torch.dtype | str | None) -> None:
     """Raises a ValueError for float64 tables of the parameter `name` of another `dtype`.
 
     Means of its gradients are float32, and the kernel computes all of its step in float32: twice the bytes would hold
@@ -139,6 +139,7 @@ def check_options(group: dict[str, Any]) -> None:
     _check_whole(group, "min_K", "an int of at least 1")
     for name, values in _CHOICES:
         require(isinstance(group[name], str) and group[name] in values, name, group[name], listed(tuple(values)))
+    _check_range(group, "residual_square")
     if group["residual_weight"] is not None:
         _check_range(group, "residual_weight", "None, or finite and at least 0")
     if group["rehash_period"] is not None:
@@ -146,8 +147,10 @@ def check_options(group: dict[str, Any]) -> None:
         require(group["rehash_period"] < 2**31, "rehash_period", group["rehash_period"], "None or an int below 2**31")
     dtype = group["table_dtype"]
     named = isinstance(dtype, str) and dtype in FORMATS and not isinstance(FORMATS[dtype], FloatFormat)
+    chosen = dtype is None and second is not None
+    require(not chosen, "v_compress_ratio", second, "None without a table_dtype: compress_ratio chooses both loads")
     require(not named or group["hash"] == "block", "hash", group["hash"], f"'block' for tables in {dtype}")
-    known = named or (isinstance(dtype, torch.dtype) and dtype in TABLE_DTYPES)
+    known = dtype is None or named or (isinstance(dtype, torch.dtype) and dtype in TABLE_DTYPES)
     require(known, "table_dtype", dtype, listed(TABLE_DTYPES))
     require(isinstance(group["maximize"], bool), "maximize", group["maximize"], "True or False")
     rounding = group["stochastic_rounding"]

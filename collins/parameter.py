@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from collins._torch_internals import is_fsdp_flattened
-from collins.bucketing import Bucketing, bucketing_of, moment_shape, within_rows
+from collins.bucketing import Bucketing, moment_shape
 from collins.checkpoint import DENSE, TABLES, ExpectedState, check_moments, check_shape, is_moment
 from collins.entries import Hash, ParamEntry, ParamSpec
 from collins.fingerprint import LAYOUT, Fingerprint, fingerprint, unpacked
-from collins.formats import FORMATS, TensorSpec, dense_format, format_name
+from collins.formats import FORMATS, TensorSpec
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.options import check_table_dtype, listed
 from collins.roles import Role, found_roles, role_under
 from collins.rounding import ROUNDED
+from collins.schemes import Scheme, scheme_under
 from collins.sharding import Slice, is_placed_like, is_sharded, local, local_gradient, slice_of
 from collins.update import HashKeys, UpdateSpec, UpdateTask
 
@@ -92,26 +93,9 @@ def role_of(entry: ParamEntry) -> Role:
     return role_under(entry.found, entry.p.numel(), entry.group)
 
 
-def bucketings_under(p: Tensor, group: Mapping[str, Any], role: str) -> tuple[Bucketing, Bucketing]:
-    """How the elements of `p`, a parameter of this role, are divided into buckets for each of its moments."""
-    if role == "exact":
-        return (Bucketing(None, p.numel(), p.numel(), 1),) * 2
-    first = bucketing_of(p.numel(), compress_ratio=group["compress_ratio"], min_K=group["min_K"], hash=group["hash"])
-    first = within_rows(first, tuple(p.shape)) if is_sharded(p) else first
-    if group["v_compress_ratio"] is None or first.hash != "block":
-        return first, first
-    second = bucketing_of(p.numel(), compress_ratio=group["v_compress_ratio"], min_K=1, hash="block")
-    second = within_rows(second, tuple(p.shape)) if is_sharded(p) else second
-    return first, second if second.hash and second.load >= first.load else first
-
-
-def formats_under(p: Tensor, group: Mapping[str, Any], bucketing: Bucketing, role: str) -> tuple[str, str]:
-    """The formats of both moments of `p`, a parameter of this role."""
-    if bucketing.hash is None:
-        dtype = p.dtype if p.dtype in PARAM_DTYPES else torch.float32  # what is frozen may be of any
-        return (dense_format(dtype, group["table_dtype"]),) * 2
-    first = format_name(group["table_dtype"])
-    return first, FORMATS[first].second or first
+def scheme_of(p: Tensor, group: Mapping[str, Any], role: str) -> Scheme:
+    """How the moments of `p`, a parameter of this role, are stored."""
+    return scheme_under(tuple(p.shape), p.dtype, group, role, sharded=is_sharded(p))
 
 
 def rounds(p: Tensor, formats: Iterable[str], group: Mapping[str, Any]) -> bool:
@@ -122,8 +106,8 @@ def rounds(p: Tensor, formats: Iterable[str], group: Mapping[str, Any]) -> bool:
 
 def slice_under(name: str, p: Tensor, group: Mapping[str, Any], role: str) -> Slice | None:
     """This rank's part of `p`, a parameter of this role; None for an ordinary tensor."""
-    bucketing, _ = bucketings_under(p, group, role)
-    return slice_of(name, p, bucketing, rounding=rounds(p, formats_under(p, group, bucketing, role), group))
+    scheme = scheme_of(p, group, role)
+    return slice_of(name, p, scheme.v, rounding=rounds(p, scheme.formats, group))
 
 
 def state_tensors(p: Tensor, group: Mapping[str, Any], role: str) -> tuple[dict[str, TensorSpec], int]:
@@ -132,11 +116,10 @@ def state_tensors(p: Tensor, group: Mapping[str, Any], role: str) -> tuple[dict[
     Returns:
         Them, and how many are the first moment's.
     """
-    bucketings = bucketings_under(p, group, role)
-    names = DENSE if bucketings[0].hash is None else TABLES
-    formats = formats_under(p, group, bucketings[0], role)
+    scheme = scheme_of(p, group, role)
+    names = DENSE if scheme.m.hash is None else TABLES
     found: list[dict[str, TensorSpec]] = []
-    for name, bucketing, format in zip(names, bucketings, formats, strict=True):
+    for name, bucketing, format in zip(names, (scheme.m, scheme.v), scheme.formats, strict=True):
         parts = FORMATS[format].parts(moment_shape(bucketing, tuple(p.shape)))
         found.append({name + suffix: spec for suffix, spec in parts.items()})
     return {**found[0], **found[1]}, len(found[0])
@@ -149,9 +132,9 @@ def spec_of(entry: ParamEntry, settings: tuple[Any, ...], seed: int, launch_of: 
         _check_dtype(entry.name, p)
         check_table_dtype(entry.name, p.dtype, group["table_dtype"])
     role = role_of(entry)
-    first, second = bucketings_under(p, group, role.kind)
+    scheme = scheme_of(p, group, role.kind)
+    first, second, *formats = scheme
     period, hash = group["rehash_period"], _hash_of(entry, first, seed)
-    formats = formats_under(p, group, first, role.kind)
     rehash = first.hash == "block" and period is not None
     update = UpdateSpec(
         first.hash,

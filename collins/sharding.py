@@ -51,7 +51,7 @@ def slice_of(name: str, p: Tensor, layout: Bucketing, *, rounding: bool) -> Slic
 
     Args:
         name: for errors.
-        layout: of the parameter's moments.
+        layout: of the parameter's second moment, the coarser one.
         rounding: whether the step rounds stochastically, with random bits for each element.
 
     Raises:

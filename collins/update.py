@@ -80,6 +80,8 @@ class UpdateTask(NamedTuple):
     start: the number of the first element, where p, m and v are slices of the parameter's, at a whole bucket; a 0-d
         tensor in compiled code, whose slices hold whole buckets only.
     launch: the engine's own: what `Engine.launch_of` returned, None for what no kernel takes.
+    skipped: with `spec.skip`, what counts the buckets of v, or elements of dense moments, that steps leave out: int64,
+        shape (1,), on the device of p; of several rows for `update_rows_`, (n,). None to count nothing.
     """
 
     p: Tensor
@@ -90,6 +92,7 @@ class UpdateTask(NamedTuple):
     numel: int
     start: int | Tensor = 0
     launch: Any = None
+    skipped: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -106,8 +109,10 @@ def update_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
         hp: the step's scalars.
     """
     for piece in _pieces_of(task, g, hp, None):
-        for target, value in piece():
+        values = piece()
+        for target, value in values.writes:
             target.copy_(value)
+        _count(task, values)
 
 
 class EagerUpdate:
@@ -122,9 +127,9 @@ class EagerUpdate:
     """
 
     def __init__(self, task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None = None) -> None:
-        self._pieces = _pieces_of(task, g, hp, chunk)
+        self._task, self._pieces = task, _pieces_of(task, g, hp, chunk)
         self._next = 0
-        self._values: list[_Write] | None = None  # of the next piece, once they are computed
+        self._values: _Values | None = None  # of the next piece, once they are computed
         self.begun = False  # whether anything has been written, or is about to be
 
     def prepare(self) -> None:
@@ -138,8 +143,10 @@ class EagerUpdate:
             self.prepare()
             assert self._values is not None
             self.begun = True
-            foreach_copy_([target for target, _ in self._values], [value for _, value in self._values])
+            values = self._values
+            foreach_copy_([target for target, _ in values.writes], [value for _, value in values.writes])
             self._next, self._values = self._next + 1, None
+            _count(self._task, values)
 
     def finish(self) -> None:
         """Performs what is left after an error: temporaries that found no memory may find it now that others are gone.
@@ -157,7 +164,21 @@ class EagerUpdate:
 
 
 _Write = tuple[Tensor, Tensor]  # where, and what
-_Compute = Callable[[], list[_Write]]  # of one piece
+
+
+class _Values(NamedTuple):
+    """What one piece comes to."""
+
+    writes: list[_Write]
+    finite: Tensor | None = None  # what of it is not left out, where something may be
+
+
+_Compute = Callable[[], _Values]  # of one piece
+
+
+def _count(task: UpdateTask, values: _Values) -> None:
+    if values.finite is not None and task.skipped is not None:
+        task.skipped.add_((~values.finite).sum(-1))
 
 
 def _pieces_of(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
@@ -189,18 +210,24 @@ def _pieces(task: UpdateTask, g: Tensor, chunk: int | None, unit: int = 1) -> It
         yield _Piece(row * width, p[row : row + rows], g[row : row + rows])
 
 
+def _unit(spec: UpdateSpec) -> int:
+    """Pieces of a parameter begin at multiples of it: of whole buckets, and of entries that are stored together."""
+    return math.lcm(*(int(load) * format.unit for load, format in zip(spec.loads, spec.formats, strict=True)))
+
+
 def _dense_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
-    unit = math.lcm(*(format.unit for format in task.spec.formats))
+    unit = _unit(task.spec)
     return [partial(_dense_piece, piece, task, hp) for piece in _pieces(task, g, chunk, unit)]
 
 
-def _dense_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> list[_Write]:
+def _dense_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> _Values:
     offset, p, grad = piece
-    formats, first, count = task.spec.formats, task.start + offset, p.numel()
-    m, v = (format.cut(parts, offset, count) for format, parts in zip(formats, (task.m, task.v), strict=True))
+    (m_format, v_format), count, v_load = task.spec.formats, p.numel(), int(task.spec.loads[1])
+    v_count = -(-count // v_load)
+    m, v = m_format.cut(task.m, offset, count), v_format.cut(task.v, offset // v_load, v_count)
     dtype = torch.promote_types(p.dtype, torch.float32)
-    values = _dense(p, grad, formats[0].load(m, count, dtype), formats[1].load(v, count, dtype), hp, task.spec)
-    return _dense_writes(p, m, v, values, first, task, hp)
+    values = _dense(p, grad, m_format.load(m, count, dtype), v_format.load(v, v_count, dtype), hp, task.spec)
+    return _dense_writes(p, m, v, values, task.start + offset, task, hp)
 
 
 def update_rows_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
@@ -213,49 +240,70 @@ def update_rows_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
     m, v = (parts[0].to(dtype) for parts in (task.m, task.v))  # dense moments have one part
     dense = torch.vmap(lambda p, g, m, v, hp: _dense(p, g, m, v, hp, task.spec))
     values = dense(task.p, g, m, v, scalars)
-    for target, value in _dense_writes(task.p, task.m, task.v, values, task.start, task, hp):
+    written = _dense_writes(task.p, task.m, task.v, values, task.start, task, hp)
+    for target, value in written.writes:
         target.copy_(value)
+    _count(task, written)
 
 
-def _dense(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, hp: StepScalars, spec: UpdateSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The new p, m and v, flat and before they are rounded."""
-    grad = _gradient(g, spec)
-    finite = _finite(grad * grad, spec)
-    first_moment = decay(m, grad, hp.beta1, hp.one_minus_beta1, finite=finite)
-    second_moment = decay(v, grad * grad, hp.beta2, hp.one_minus_beta2, finite=finite)
+def _dense(p: Tensor, g: Tensor, m: Tensor, v: Tensor, hp: StepScalars, spec: UpdateSpec) -> tuple[Tensor, ...]:
+    """The new p, m and v, flat and before they are rounded; and which gradients, or buckets of the second moment, are
+    finite, if that is asked for.
+    """
+    grad, v_load = _gradient(g, spec, hp), int(spec.loads[1])
+    count = len(grad)
+    q = grad * grad if v_load == 1 else _means(grad * grad, v_load)
+    finite = _finite(q, spec)
+    own = None if finite is None else _each(finite, v_load, count)
+    first_moment = decay(m, grad, hp.beta1, hp.one_minus_beta1, finite=own)
+    second_moment = decay(v, q, hp.beta2, hp.one_minus_beta2, finite=finite)
     old = _flat(p, grad.dtype)
-    m_hat, v_hat = first_moment * hp.inv_bias_correction1, second_moment * hp.inv_bias_correction2
+    m_hat, v_hat = first_moment * hp.inv_bias_correction1, _each(second_moment * hp.inv_bias_correction2, v_load, count)
     new = updated(old, direction(m_hat, v_hat, None, hp), hp)
-    return _where(finite, new, old), first_moment, second_moment
+    changed = _where(own, new, old), first_moment, second_moment
+    return changed if finite is None else (*changed, finite)
+
+
+def _means(squares: Tensor, load: int) -> Tensor:
+    """q of dense first moments: means over `load` neighbours, of which the last may be fewer."""
+    missing = -len(squares) % load
+    if not missing:
+        return squares.view(-1, load).sum(1) / load
+    sums = torch.nn.functional.pad(squares, (0, missing)).view(-1, load).sum(1)
+    last = torch.arange(len(sums), device=squares.device) == len(sums) - 1
+    return sums / torch.where(last, load - missing, load).to(sums.dtype)
+
+
+def _each(x: Tensor, load: int, count: int) -> Tensor:
+    """What holds for each bucket of the second moment, for each of `count` elements."""
+    return x if load == 1 else x[:, None].expand(-1, load).reshape(-1)[:count]
 
 
 def _dense_writes(
     p: Tensor,
     m: tuple[Tensor, ...],
     v: tuple[Tensor, ...],
-    values: tuple[Tensor, Tensor, Tensor],
+    values: tuple[Tensor, ...],
     first: int | Tensor,
     task: UpdateTask,
     hp: StepScalars,
-) -> list[_Write]:
-    new, first_moment, second_moment = values
+) -> _Values:
+    new, first_moment, second_moment, *finite = values
     m_format, v_format = task.spec.formats
-    return [
+    writes = [
         *_writes(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp),
         *_writes(m_format, m, first_moment, first, FIRST, task, hp),
-        *_writes(v_format, v, second_moment, first, SECOND, task, hp),
+        *_writes(v_format, v, second_moment, first // int(task.spec.loads[1]), SECOND, task, hp),
     ]
+    return _Values(writes, *finite)
 
 
 def _block_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
-    loads, formats = task.spec.loads, task.spec.formats
-    unit = math.lcm(*(int(load) * format.unit for load, format in zip(loads, formats, strict=True)))
+    unit = _unit(task.spec)
     return [partial(_block_piece, piece, task, hp) for piece in _pieces(task, g, chunk, unit)]
 
 
-def _block_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> list[_Write]:
+def _block_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> _Values:
     offset, p, g_piece = piece
     spec, keys, hints = task.spec, task.keys, task.spec.hints
     m_format, v_format = spec.formats
@@ -267,7 +315,7 @@ def _block_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> list[_Writ
     bucket = torch.arange(rows + hints.padding, device=p.device) + first
     epoch, resets = epoch_of(bucket, hp.step, keys.sign, keys.period) if spec.rehash else (0, None)
     loads: float | Tensor = load
-    grad, old = _gradient(g_piece, spec), _flat(p, torch.promote_types(p.dtype, torch.float32))
+    grad, old = _gradient(g_piece, spec, hp), _flat(p, torch.promote_types(p.dtype, torch.float32))
     if count % v_load:  # what is missing of the last buckets is zeros, which add nothing to their sums
         grad, old = (torch.nn.functional.pad(t, (0, padded - count)) for t in (grad, old))
         is_tail = bucket == last
@@ -310,12 +358,13 @@ def _block_piece(piece: _Piece, task: UpdateTask, hp: StepScalars) -> list[_Writ
     change = direction(m_b[:, None], _along(v_b, rows)[:, None], r, hp)
     new = updated(old, signed(change, masks, bitwise=bitwise), hp)
     new = _where(None if m_finite is None else m_finite[:, None], new, old)
-    return [*writes, *_writes(FloatFormat(p.dtype), (p,), new.view(-1)[:count], task.start + offset, PARAM, task, hp)]
+    writes += _writes(FloatFormat(p.dtype), (p,), new.view(-1)[:count], task.start + offset, PARAM, task, hp)
+    return _Values(writes, finite)
 
 
 def _along(x: Tensor, rows: int) -> Tensor:
     """What holds for each bucket of the second moment, for each of the first moment's `rows`."""
-    return x if len(x) == rows else x[:, None].expand(-1, rows // len(x)).reshape(rows)
+    return x if len(x) == rows else _each(x, rows // len(x), rows)
 
 
 def _universal_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
@@ -328,7 +377,7 @@ def _universal_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int |
     def hashed(first: int, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.arange(g.numel(), device=g.device) + first
         masks = universal_sign_masks(index, c, d)
-        return signed(_gradient(g, spec), masks, bitwise=bitwise), universal_bucket(index, a, b, buckets), masks
+        return signed(_gradient(g, spec, hp), masks, bitwise=bitwise), universal_bucket(index, a, b, buckets), masks
 
     dtype = torch.promote_types(task.p.dtype, torch.float32)
     mu, q = torch.zeros(2, buckets, dtype=dtype, device=task.p.device)
@@ -340,20 +389,21 @@ def _universal_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int |
     second_moment = decay(v_format.load(task.v, buckets, dtype), q, hp.beta2, hp.one_minus_beta2, finite=finite)
     m_b, v_b = _scaled(first_moment, second_moment, (load, load), spec, hp)
 
-    def piece_of(piece: _Piece) -> list[_Write]:
+    def piece_of(piece: _Piece) -> _Values:
         first, p, grad = piece
         signed_grad, bucket, masks = hashed(first, grad)
         r = signed_grad - mu[bucket] if DECODES[spec.decode].residual else None
         old = _flat(p, signed_grad.dtype)
         new = updated(old, signed(direction(m_b[bucket], v_b[bucket], r, hp), masks, bitwise=bitwise), hp)
         new = _where(None if finite is None else finite[bucket], new, old)
-        return _writes(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp)
+        return _Values(_writes(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp))
 
-    def tables() -> list[_Write]:
-        return [
+    def tables() -> _Values:
+        writes = [
             *_writes(m_format, task.m, first_moment, 0, FIRST, task, hp),
             *_writes(v_format, task.v, second_moment, 0, SECOND, task, hp),
         ]
+        return _Values(writes, finite)
 
     return [*(partial(piece_of, piece) for piece in _pieces(task, g, chunk)), tables]
 
@@ -365,9 +415,13 @@ def _flat(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.reshape(-1).to(dtype)
 
 
-def _gradient(g: Tensor, spec: UpdateSpec) -> Tensor:
-    g = _flat(g, torch.promote_types(g.dtype, torch.float32))
-    return -g if spec.maximize else g
+def _gradient(g: Tensor, spec: UpdateSpec, hp: StepScalars) -> Tensor:
+    """The gradient as it is used, flat: scaled, and of the sign that descends."""
+    g, scale = _flat(g, torch.promote_types(g.dtype, torch.float32)), hp.grad_scale
+    g = -g if spec.maximize else g
+    if isinstance(scale, Tensor):
+        return g * scale.to(g.device)
+    return g if scale == 1 else g * scale
 
 
 def _finite(q: Tensor, spec: UpdateSpec) -> Tensor | None:

@@ -81,7 +81,7 @@ class Graphs:
         if signature not in self._graphs:
             self._graphs[signature] = _graph_of_one(hinted(task.spec, p.device), len(self))
         keys, start = self._constants[task.keys], self._constants[task.start]
-        self._graphs[signature](p, grad, m, v, keys, *_of_step(task, hp, scalars), start)
+        self._graphs[signature](p, grad, m, v, keys, *_of_step(task, hp, scalars), start, task.skipped)
 
     def run_stacked(
         self,
@@ -117,20 +117,26 @@ class Graphs:
         _, keys, starts = self._stacked[signature]
         steps = _together([hp.step for hp in hps], torch.int64, device)[:, None]
         others = torch.stack([_of_step(task, hp, scalars)[1] for task, hp in zip(doubled, hps, strict=True)])
-        for stacked in (*tensors, keys, steps, others, starts):
+        skipped = torch.zeros(len(doubled), dtype=torch.int64, device=device)
+        for stacked in (*tensors, keys, steps, others, starts, skipped):
             mark_dynamic(stacked, 0)
         p, g, m, v = tensors[0], tensors[1], tuple(tensors[2:cut]), tuple(tensors[cut:])
-        self._graphs[signature](p, g, m, v, keys, steps, others, starts)
+        self._graphs[signature](p, g, m, v, keys, steps, others, starts, skipped if spec.skip else None)
         changed = [stacks[0], *stacks[2:]]
-        return [
+        copies = [
             ([task.tensors[place] for task in batch], list(stack.unbind(0))[: len(batch)])
             for place, stack in enumerate(changed)
         ]
+        counter = batch[0].skipped
+        if spec.skip and counter is not None:
+            copies.append(([counter], [counter + skipped[: len(batch)].sum()]))
+        return copies
 
 
 def is_small(task: UpdateTask) -> bool:
     """Whether a task is stepped in one call with others of its signature."""
-    return task.spec.hash is None and whole_of(task, task.p) == task.p.numel() <= SMALL
+    alone = len(task.m) == 1 and task.spec.v_load is None
+    return task.spec.hash is None and alone and whole_of(task, task.p) == task.p.numel() <= SMALL
 
 
 def _signature(task: UpdateTask) -> tuple[Any, ...]:
@@ -149,7 +155,7 @@ def whole_of(task: UpdateTask, g: Tensor) -> int:
     range (seen in torch 2.13). So graphs take whole buckets, and where values are rounded stochastically whole words.
     """
     p, spec = task.p, task.spec
-    loads = [int(load) if spec.hash == "block" else 1 for load in spec.loads]
+    loads = [1 if spec.hash == "universal" else int(load) for load in spec.loads]
     unit = math.lcm(*(load * format.unit for load, format in zip(loads, spec.formats, strict=True)))
     if spec.rounding:
         unit = max(loads) * WORD if any(format.rounds for format in spec.formats) else max(unit, WORD)
@@ -216,8 +222,10 @@ def _graph_of_one(spec: UpdateSpec, number: int) -> _Graph:
         step: Tensor,
         scalars: Tensor,
         start: Tensor,
+        skipped: Tensor | None,
     ) -> None:
-        update_(UpdateTask(p, m, v, spec, keys, p.numel(), start), g, StepScalars(step, *scalars))
+        task = UpdateTask(p, m, v, spec, keys, p.numel(), start, skipped=skipped)
+        update_(task, g, StepScalars(step, *scalars))
 
     return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=known_options(_OPTIONS))
 
@@ -234,9 +242,10 @@ def _graph_of_many(spec: UpdateSpec, number: int) -> _Graph:
         step: Tensor,
         scalars: Tensor,
         start: Tensor,
+        skipped: Tensor | None,
     ) -> None:
         columns = tree_unflatten(keys.split(1, 1), structure)
-        task = UpdateTask(p, m, v, spec, columns, p.shape[1], start)
+        task = UpdateTask(p, m, v, spec, columns, p.shape[1], start, skipped=skipped)
         update_rows_(task, g, StepScalars(step, *scalars.split(1, 1)))
 
     return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=known_options(_OPTIONS))

@@ -198,6 +198,7 @@ def scalars_under(group: Mapping[str, Any], step: int | Tensor) -> StepScalars:
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         residual_weight=group["residual_weight"],
+        residual_square=group["residual_square"],
     )
 
 

@@ -75,9 +75,7 @@ def planned(args: argparse.Namespace) -> tuple[Budget, PlacementPlan]:
     key_value = args.kv_heads * args.hidden // args.heads
     model = llama(args.layers, args.hidden, args.ffn, key_value, args.vocab)
     budget = budget_of(model, Training(torch.bfloat16, args.batch_size, args.seq_len, CHUNKS))
-    requests = requests_of(
-        model, torch.bfloat16, compress_ratio=32, min_K=1024, hash="block", table_dtype=torch.float32
-    )
+    requests = requests_of(model, torch.bfloat16, compress_ratio=32, min_K=1024, hash="block", table_dtype=None)
     free, total = None, None
     if args.device.type == "cuda":
         figures = device_figures(args.device)

@@ -89,7 +89,7 @@ def requests_of(
     compress_ratio: float,
     min_K: int,
     hash: str,
-    table_dtype: torch.dtype,
+    table_dtype: torch.dtype | None,
 ) -> Iterator[Request]:
     """What `place` is asked for when `Collins` optimizes `model` in `dtype` with these options."""
     options = {
@@ -99,6 +99,7 @@ def requests_of(
         "min_K": min_K,
         "hash": hash,
         "table_dtype": table_dtype,
+        "decode": "residual",
     }
     params = list(model.parameters())
     for (name, shape), found in zip(params, found_roles(params, model.by_module), strict=True):

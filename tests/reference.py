@@ -112,11 +112,12 @@ class Reference:
     """
 
     def __init__(self, p, hash=None, decode="residual", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
-                 residual_weight=None, v_hash=None, kept=None):  # fmt: skip
+                 residual_weight=None, residual_square=2.0, v_hash=None, kept=None):  # fmt: skip
         self.p = np.array(p, dtype=np.float64).reshape(-1)
         self.decode, self.kept = DECODES.get(decode, decode), kept
         self.hash, self.lr, self.betas, self.eps, self.wd = hash, lr, betas, eps, weight_decay
         self.rho = math.sqrt((1 - betas[0]) / (1 + betas[0])) if residual_weight is None else residual_weight
+        self.kappa = residual_square
         if hash is None:
             self.M, self.V, self.t = np.zeros(self.p.size), np.zeros(self.p.size), 0
             return
@@ -125,8 +126,8 @@ class Reference:
         self.h, self.h_v = (np.array([f.h(i) for i in range(self.p.size)], dtype=int) for f in (hash, v_hash))
         self.c, self.c_v = (np.array([f.load(b) for b in range(f.K)]) for f in (hash, v_hash))
 
-    def step(self, g):
-        g = np.array(g, dtype=np.float64).reshape(-1)
+    def step(self, g, grad_scale=1.0):
+        g = np.array(g, dtype=np.float64).reshape(-1) * grad_scale
         self.t += 1
         t, (beta1, beta2), hash = self.t, self.betas, self.hash
         correct1, correct2 = 1 - beta1**t, 1 - beta2**t
@@ -149,6 +150,8 @@ class Reference:
             m = s * (c**m_scale * self.M)[h] / correct1
             v = (c_v**v_scale * self.V)[h_v] / correct2
             r = g - s * mu[h] if residual else 0
-        self.p = (1 - self.lr * self.wd) * self.p - self.lr * (m + self.rho * r) / (np.sqrt(v + r**2) + self.eps)
+        self.p = (1 - self.lr * self.wd) * self.p - self.lr * (m + self.rho * r) / (
+            np.sqrt(v + self.kappa * r**2) + self.eps
+        )
         if self.kept is not None and hash is not None:
             self.M = self.kept(self.M)

@@ -24,7 +24,7 @@ def pair(p, options):
         twin_hash = Universal(p.numel(), hash.buckets, hash.a, hash.b, hash.c, hash.d)
     v_ratio = group["v_compress_ratio"]
     v_hash = None if v_ratio is None or hash is None else Block(p.numel(), int(v_ratio))
-    names = ("lr", "betas", "eps", "weight_decay", "residual_weight", "decode")
+    names = ("lr", "betas", "eps", "weight_decay", "residual_weight", "residual_square", "decode")
     return opt, Reference(flat(p), twin_hash, v_hash=v_hash, **{name: group[name] for name in names})
 
 
