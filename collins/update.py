@@ -80,8 +80,8 @@ class UpdateTask(NamedTuple):
     start: the number of the first element, where p, m and v are slices of the parameter's, at a whole bucket; a 0-d
         tensor in compiled code, whose slices hold whole buckets only.
     launch: the engine's own: what `Engine.launch_of` returned, None for what no kernel takes.
-    skipped: with `spec.skip`, what counts the buckets of v, or elements of dense moments, that steps leave out: int64,
-        shape (1,), on the device of p; of several rows for `update_rows_`, (n,). None to count nothing.
+    skipped: with `spec.skip`, what counts the buckets of v that steps leave out - of hash="universal", where some are
+        empty, the elements -: int64, shape (1,), on the device of p; for `update_rows_`, (n,). None to count nothing.
     """
 
     p: Tensor
@@ -395,15 +395,16 @@ def _universal_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int |
         r = signed_grad - mu[bucket] if DECODES[spec.decode].residual else None
         old = _flat(p, signed_grad.dtype)
         new = updated(old, signed(direction(m_b[bucket], v_b[bucket], r, hp), masks, bitwise=bitwise), hp)
-        new = _where(None if finite is None else finite[bucket], new, old)
-        return _Values(_writes(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp))
+        own = None if finite is None else finite[bucket]
+        new = _where(own, new, old)
+        return _Values(_writes(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp), own)
 
     def tables() -> _Values:
         writes = [
             *_writes(m_format, task.m, first_moment, 0, FIRST, task, hp),
             *_writes(v_format, task.v, second_moment, 0, SECOND, task, hp),
         ]
-        return _Values(writes, finite)
+        return _Values(writes)
 
     return [*(partial(piece_of, piece) for piece in _pieces(task, g, chunk)), tables]
 

@@ -1,6 +1,7 @@
 """The examples run, at a size for tests."""
 
 import importlib
+import random
 import re
 import sys
 
@@ -10,9 +11,6 @@ from helpers import EXAMPLES, Allocations
 from torch.nn import functional
 
 from collins.offload.shapes import llama
-
-TINY = ["--layers", "1", "--width", "64", "--context", "16", "--batch", "4"]
-
 
 TINY_70B = [
     *("--device", "cpu", "--no-compile", "--layers", "2", "--hidden", "64", "--ffn", "176", "--heads", "4"),
@@ -24,15 +22,10 @@ TINY_70B = [
 def load(monkeypatch):
     """Imports an example as `python examples/NAME.py` does: with its folder on the path."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    loaded = []
-
-    def import_example(name):
-        loaded.append(name)
-        return importlib.import_module(name)
-
-    yield import_example
-    for name in (*loaded, "corpus", "llama"):
-        sys.modules.pop(name, None)
+    yield importlib.import_module
+    ours = {path.stem for path in EXAMPLES.iterdir()}
+    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
+        del sys.modules[name]
 
 
 @pytest.fixture
@@ -45,46 +38,95 @@ def train_70b(load):
     return load("train_70b")
 
 
-def test_train_lm_compares_the_optimizers(train_lm, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A folder of sources, enough that some are held out, and one for what is made of them."""
+    generator, folder = random.Random(0), tmp_path_factory.mktemp("sources")
+    words = ["".join(generator.choices("abcdefgh", k=4)) for _ in range(50)]
+    for number in range(100):
+        for suffix in (".py", ".md"):
+            (folder / f"{number}{suffix}").write_text(" ".join(generator.choices(words, k=200)))
+    return ["--text", str(folder), "--cache", str(tmp_path_factory.mktemp("cache"))]
+
+
+SMALL = ["vocabulary=400", "hidden=64", "layers=1", "heads=2", "ffn=96", "context=16", "batch=4", "held_out=4"]
+
+
+@pytest.fixture
+def small(sources, monkeypatch, train_lm):
+    """Arguments of a small training, in this process."""
+    monkeypatch.setattr(train_lm, "cpus", lambda *_: [torch.device("cpu")])
+
+    def arguments(steps, *more):
+        return [*sources, "--set", *SMALL, f"steps={steps}", *more]
+
+    return arguments
+
+
+def test_train_lm_compares_the_optimizers(train_lm, small, tmp_path, capsys):
     picture = tmp_path / "loss.png"
-    runs = train_lm.main(["--steps", "60", "--lr", "1e-2", "collins=2e-2", "--out", str(picture), *TINY])
-    assert [(run.name, run.lr) for run in runs] == [("adamw", 1e-2), ("collins", 2e-2), ("collins-sketch", 1e-2)]
-    for run in runs:
-        assert run.steps[-1] == 60
-        assert run.losses[-1] < run.losses[0] < 5.6  # nats; a uniform guess has 5.545
-    assert runs[1].state_bytes < runs[0].state_bytes / 2
+    optimizers = ("--optimizers", "adamw", "collins", "collins-published")
+    records = train_lm.main(small(60, *optimizers, "--rates", "1e-2", "collins=2e-2", "--out", str(picture)))
+    assert [(r["optimizer"], r["lr"]) for r in records] == [
+        ("adamw", 1e-2),
+        ("collins", 2e-2),
+        ("collins-published", 1e-2),
+    ]
+    for record in records:
+        assert record["steps"][-1] == 60
+        assert record["validation"][-1] < record["validation"][0] < 6.1  # nats; a uniform guess has 5.99
+    assert records[1]["state_bytes"] < records[0]["state_bytes"] / 2
     assert picture.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    for run in runs:
-        assert f"{run.state_bytes:,}" in shown
-        assert f"{run.losses[-1]:.3f}" in shown
+    for record in records:
+        assert f"{record['state_bytes']:,}" in shown
+        assert f"{record['validation_loss']:.3f}" in shown
 
 
-def test_train_lm_repeats_itself_and_takes_a_subset(train_lm, tmp_path):
-    arguments = ["--steps", "5", "--optimizers", "collins", "--out", str(tmp_path / "loss.png"), *TINY]
+def test_train_lm_sweeps_both_optimizers_at_as_many_rates(train_lm, small, tmp_path):
+    records = train_lm.main(small(1, "--out", str(tmp_path / "loss.png")))
+    tried = {name: [r["lr"] for r in records if r["optimizer"] == name] for name in ("adamw", "collins")}
+    assert tried == {"adamw": [1e-3, 2e-3, 4e-3], "collins": [2e-3, 4e-3, 8e-3]}
+    assert train_lm.LM_SMALL.settings.vocabulary == 8192
+    assert train_lm.LM_SMALL.settings.steps == 300
+
+
+def test_train_lm_repeats_itself_and_takes_a_subset(train_lm, small, tmp_path):
+    arguments = small(5, "--optimizers", "collins", "--rates", "1e-2", "--out", str(tmp_path / "loss.png"))
     (first,), (second,) = train_lm.main(arguments), train_lm.main(arguments)
-    assert first.losses == second.losses
+    assert first["validation"] == second["validation"]
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--width", "65"], ["--lr", "sgd=1"], ["--optimizers", "sgd"], ["--lr", "fast"], ["--memory", "disk"]]
+    ("wrong", "named"),
+    [
+        (["--set", "hidden=65"], "hidden must be a multiple of twice heads, got 65 and 3"),
+        (["--rates", "sgd=1"], "'sgd=1' is of an optimizer that is not compared"),
+        (["--optimizers", "sgd"], "'sgd' is not an optimizer"),
+        (["--rates", "fast"], "must be a number above 0, or NAME=NUMBER, got 'fast'"),
+        (["--memory", "disk"], "argument --memory: memory must be"),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["--text", "nowhere"], "must be a folder, got nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_train_lm_refuses_what_it_cannot_run(train_lm, wrong, capsys):
+def test_train_lm_refuses_what_it_cannot_run(train_lm, wrong, named, capsys):
     with pytest.raises(SystemExit):
         train_lm.main(wrong)
-    assert wrong[1].partition("=")[0] in capsys.readouterr().err
+    assert named in " ".join(capsys.readouterr().err.split())
 
 
-def test_train_lm_takes_a_policy_file_and_trains_alike(train_lm, tmp_path, capsys):
+def test_train_lm_takes_a_policy_file_and_trains_alike(train_lm, small, tmp_path, capsys):
     policy = tmp_path / "policy.toml"
     policy.write_text('[collins.memory]\ntier = "host"\ntransfer_size = "8KiB"\n')
-    arguments = ["--steps", "5", "--optimizers", "collins", "--out", str(tmp_path / "loss.png"), *TINY]
+    arguments = small(5, "--optimizers", "collins", "--rates", "1e-2", "--out", str(tmp_path / "loss.png"))
     (resident,), (housed,) = train_lm.main(arguments), train_lm.main([*arguments, "--memory", str(policy)])
-    assert housed.losses == resident.losses
-    assert resident.placement == ()
-    (plan,) = housed.placement
-    assert {row.tier for row in plan.rows} == {"host"}
-    assert plan.summary() in capsys.readouterr().out
+    assert housed["validation"] == resident["validation"]
+    assert housed["optimizer"] == resident["optimizer"] == "collins"
+    assert resident["placement"] == []
+    (plan,) = housed["placement"]
+    assert "host" in plan
+    assert f"collins, lr 0.01: where its tables are\n{plan}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tier", [["--tier", "host"], ["--tier", "auto"]], ids=" ".join)
