@@ -311,8 +311,10 @@ def check_moments(name: str, where: str, found: Mapping[str, Any], shapes: dict[
             raise ValueError(f"{name} must have a {key} that is a dense tensor with data; {where} holds {problem}")
     got = {key: tuple(value.shape) for key, value in found.items()}
     if got != shapes:
+        hint = ". Version 0.2 kept vectors in tables too, as role='matrix' does" if DENSE[0] in shapes else ""
         raise ValueError(
-            f"{name} has moments {shapes} under its group's role, compress_ratio, min_K and hash; {where} holds {got}"
+            f"{name} has moments {shapes} under its group's role, compress_ratio, min_K and hash; {where} holds"
+            f" {got}{hint if TABLES[0] in got else ''}"
         )
 
 

@@ -157,7 +157,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         self.in_backward = False  # until all groups have been accepted
         self.memory = None if memory is None else MemoryPolicy.of(memory)
         self._clipping = Clipping(max_norm_of(max_grad_norm), in_backward)
-        self._start()
+        self._start(Carried())
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -183,7 +183,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         if in_backward:
             self._step_in_backward()
 
-    def _start(self, carried: Carried = Carried()) -> None:  # noqa: B008
+    def _start(self, carried: Carried) -> None:
         """What is made anew in every process and every copy: compiled code, host memory, hooks."""
         self.step_number = register(self)
         self._stepper = Stepper(self.seed, self.compile, self.memory, self._clipping, carried)
