@@ -15,12 +15,12 @@ from collins.checkpoint import WITH_STATE, CheckedStateDict, ExpectedState, as_d
 from collins.compile.tracing import register, trace_step
 from collins.entries import Carried, Hash, ParamEntry
 from collins.groups import params_of, take_group
+from collins.loading import load_into
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
 from collins.options import check_options, require, seed_of
 from collins.parameter import expected_state
 from collins.report import MemoryReport, report_row
-from collins.sharding import local
 from collins.stepper import BackwardSteps, Stepper
 
 
@@ -302,47 +302,7 @@ class Collins(Optimizer):
             ValueError: when the state dict was saved under another bucketing, hash, seed or order of parameters, naming
                 the parameter and the difference. The optimizer is then as it was.
         """
-        self._stepper.store.drain()
-        entries = list(self._members())
-        before = [dict(self.state.get(entry.p, {})) for entry in entries]
-        rates = [group["lr"] for group in self.param_groups]
-        after: list[dict[str, Any]] = []
-
-        def set_aside(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            # All that can fail happens here, before anything has changed.
-            found = self._loadable(given)
-            for entry, saved in zip(entries, found.states, strict=True):
-                if saved and saved.key is not None:
-                    entry.key, entry.spec = saved.key, None
-            self._stepper.place(
-                [entry for entry, saved in zip(entries, found.states, strict=True) if saved], loading=True
-            )
-            for entry, state, saved in zip(entries, before, found.states, strict=True):
-                after.append({**saved.others_on(entry.p.device), **self._stepper.room(entry, state)} if saved else {})
-            for entry, state, saved in zip(entries, after, found.states, strict=True):
-                entry.forget()
-                if saved:
-                    state["step"].fill_(saved.step)
-                    for name, moment in zip(self._stepper.spec(entry).tensors, saved.moments, strict=True):
-                        local(state[name]).copy_(moment)
-            return {**given, "param_groups": found.groups, "state": found.rest}
-
-        def put_back(_: Optimizer) -> None:
-            self.state.update({entry.p: state for entry, state in zip(entries, after, strict=True) if state})
-            for group, rate in zip(self.param_groups, rates, strict=True):
-                if isinstance(rate, Tensor):  # whoever holds on to it, a captured graph say, goes on seeing the rate
-                    group["lr"] = rate.fill_(float(group["lr"]))
-
-        hooks = (
-            self.register_load_state_dict_pre_hook(set_aside),
-            self.register_load_state_dict_post_hook(put_back, prepend=True),
-        )
-        try:
-            with torch.no_grad():  # state that requires gradients is overwritten as well
-                super().load_state_dict(as_dict(state_dict))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        load_into(self, as_dict(state_dict), list(self._members()), self._stepper, self._loadable)
 
     def _loadable(self, state_dict: Mapping[str, Any]) -> CheckedStateDict:
         return loadable(state_dict, self.param_groups, tuple(self.defaults), self.expected_states())
