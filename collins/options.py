@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections import ChainMap
+from collections.abc import Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from collins.bucketing import HASHES, NONFINITE
-from collins.formats import FORMATS, FloatFormat
+from collins.formats import FORMATS, FloatFormat, NoFormat
 from collins.roles import ROLES
-from collins.rule import DECODES
+from collins.rule import DECODES, ORTHOGONAL
 
 TABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 OF_THE_WHOLE = frozenset({"compile", "in_backward", "memory", "seed"})  # options that no group has
@@ -99,6 +100,17 @@ def _check_whole(group: dict[str, Any], name: str, accepted: str) -> None:
         group[name] = int(value)
 
 
+def _check_row_parts(group: dict[str, Any]) -> None:
+    """Makes `row_parts` an int, or a tuple of ints where it is a sequence of at least two."""
+    value, name = group["row_parts"], "row_parts"
+    accepted = "an int of at least 1, or at least two of them"
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        require(len(value) > 1 and all(_whole(rows) and rows >= 1 for rows in value), name, value, accepted)
+        group[name] = tuple(map(int, value))
+    else:
+        _check_whole(group, name, accepted)
+
+
 def check_options(group: dict[str, Any]) -> None:
     """Raises a ValueError that names the first option of a parameter group that is out of range.
 
@@ -139,6 +151,9 @@ def check_options(group: dict[str, Any]) -> None:
     _check_whole(group, "min_K", "an int of at least 1")
     for name, values in _CHOICES:
         require(isinstance(group[name], str) and group[name] in values, name, group[name], listed(tuple(values)))
+    whole = group["decode"] != ORTHOGONAL or group["hash"] == "block"
+    require(whole, "hash", group["hash"], f"'block' for decode='{ORTHOGONAL}'")
+    _check_row_parts(group)
     _check_range(group, "residual_square")
     if group["residual_weight"] is not None:
         _check_range(group, "residual_weight", "None, or finite and at least 0")
@@ -146,7 +161,7 @@ def check_options(group: dict[str, Any]) -> None:
         _check_whole(group, "rehash_period", "None or an int of at least 1")
         require(group["rehash_period"] < 2**31, "rehash_period", group["rehash_period"], "None or an int below 2**31")
     dtype = group["table_dtype"]
-    named = isinstance(dtype, str) and dtype in FORMATS and not isinstance(FORMATS[dtype], FloatFormat)
+    named = isinstance(dtype, str) and dtype in FORMATS and not isinstance(FORMATS[dtype], FloatFormat | NoFormat)
     chosen = dtype is None and second is not None
     require(not chosen, "v_compress_ratio", second, "None without a table_dtype: compress_ratio chooses both loads")
     require(not named or group["hash"] == "block", "hash", group["hash"], f"'block' for tables in {dtype}")
@@ -161,4 +176,5 @@ def check_options(group: dict[str, Any]) -> None:
     require(not waits, "nonfinite", group["nonfinite"], "propagate or skip with capturable=True, which cannot wait")
 
 
-_CHOICES = (("role", ROLES), ("hash", HASHES), ("decode", DECODES), ("nonfinite", NONFINITE))
+_DECODES: Mapping[str, Any] = ChainMap[str, Any]({ORTHOGONAL: None}, DECODES)
+_CHOICES = (("role", ROLES), ("hash", HASHES), ("decode", _DECODES), ("nonfinite", NONFINITE))

@@ -28,7 +28,7 @@ class UpdateSpec(NamedTuple):
 
     hash: str | None  # as in Bucketing
     load: float  # c, of the first moment's buckets
-    decode: str  # a key of `collins.rule.DECODES`
+    decode: str  # a key of `collins.rule.DECODES`, or "orthogonal"
     rehash: bool  # whether signs are ever drawn anew
     rounding: bool  # stochastic, for whatever is stored in 16 bits
     maximize: bool
@@ -37,6 +37,7 @@ class UpdateSpec(NamedTuple):
     v_format: str = "float32"
     v_load: float | None = None  # of the second moment's buckets, where it differs
     hints: Hints = NO_HINTS  # for the compiler
+    row_parts: tuple[int, ...] = ()  # rows of the matrices that lie one below another, under decode="orthogonal"
 
     @property
     def loads(self) -> tuple[float, float]:
@@ -69,8 +70,9 @@ class UpdateTask(NamedTuple):
     start: the number of the first element, where p, m and v are slices of the parameter's, at a whole bucket; a 0-d
         tensor in compiled code, whose slices hold whole buckets only.
     launch: the engine's own: what `Engine.launch_of` returned, None for what no kernel takes.
-    skipped: with `spec.skip`, what counts the buckets of v, or elements of dense moments, that steps leave out: int64,
-        shape (1,), on the device of p; of several rows for `update_rows_`, (n,). None to count nothing.
+    skipped: with `spec.skip`, what counts the buckets of v, or elements of dense moments, or matrices under
+        decode="orthogonal", that steps leave out: int64, shape (1,), on the device of p; of several rows for
+        `update_rows_`, (n,). None to count nothing.
     """
 
     p: Tensor

@@ -8,7 +8,7 @@ computed before the first of them is written. Every number that differs between 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -35,7 +35,16 @@ from collins.task import (
     writes_of,
 )
 
-__all__ = ["EagerUpdate", "HashKeys", "UpdateSpec", "UpdateTask", "update_", "update_rows_"]
+__all__ = [
+    "EagerUpdate",
+    "HashKeys",
+    "PiecewiseUpdate",
+    "UpdateSpec",
+    "UpdateTask",
+    "Values",
+    "update_",
+    "update_rows_",
+]
 
 
 def update_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
@@ -50,24 +59,24 @@ def update_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
         values = piece()
         for target, value in values.writes:
             target.copy_(value)
-        _count(task, values)
+        _count(task.skipped, values)
 
 
-class EagerUpdate:
-    """One parameter's eager step, which is made as a whole or not at all.
+class PiecewiseUpdate:
+    """A step in pieces, which is made as a whole or not at all.
 
     An error while the first piece is computed leaves everything as it was. Once a piece is being written, the step can
     only be finished: `finish` computes what is missing, and writes again what may have been written already.
 
     Args:
-        task, g, hp: as for `update_`.
-        chunk: about how many elements to work on at a time; None takes the tensor whole.
+        pieces: each computes what is to be written; none depends on what another one writes.
+        skipped: as in `UpdateTask`.
     """
 
-    def __init__(self, task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None = None) -> None:
-        self._task, self._pieces = task, _pieces_of(task, g, hp, chunk)
+    def __init__(self, pieces: Sequence[Callable[[], Values]], skipped: Tensor | None) -> None:
+        self._pieces, self._skipped = pieces, skipped
         self._next = 0
-        self._values: _Values | None = None  # of the next piece, once they are computed
+        self._values: Values | None = None  # of the next piece, once they are computed
         self.begun = False  # whether anything has been written, or is about to be
 
     def prepare(self) -> None:
@@ -84,7 +93,7 @@ class EagerUpdate:
             values = self._values
             foreach_copy_([target for target, _ in values.writes], [value for _, value in values.writes])
             self._next, self._values = self._next + 1, None
-            _count(self._task, values)
+            _count(self._skipped, values)
 
     def finish(self) -> None:
         """Performs what is left after an error: temporaries that found no memory may find it now that others are gone.
@@ -101,19 +110,31 @@ class EagerUpdate:
             ) from error
 
 
-class _Values(NamedTuple):
+class EagerUpdate(PiecewiseUpdate):
+    """One parameter's eager step.
+
+    Args:
+        task, g, hp: as for `update_`.
+        chunk: about how many elements to work on at a time; None takes the tensor whole.
+    """
+
+    def __init__(self, task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None = None) -> None:
+        super().__init__(_pieces_of(task, g, hp, chunk), task.skipped)
+
+
+class Values(NamedTuple):
     """What one piece comes to."""
 
     writes: list[Write]
     finite: Tensor | None = None  # what of it is not left out, where something may be
 
 
-_Compute = Callable[[], _Values]  # of one piece
+_Compute = Callable[[], Values]  # of one piece
 
 
-def _count(task: UpdateTask, values: _Values) -> None:
-    if values.finite is not None and task.skipped is not None:
-        task.skipped.add_((~values.finite).sum(-1))
+def _count(skipped: Tensor | None, values: Values) -> None:
+    if values.finite is not None and skipped is not None:
+        skipped.add_((~values.finite).sum(-1))
 
 
 def _pieces_of(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
@@ -129,7 +150,7 @@ def _dense_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | Non
     return [partial(_dense_piece, piece, task, hp) for piece in pieces(task, g, chunk, unit)]
 
 
-def _dense_piece(piece: Piece, task: UpdateTask, hp: StepScalars) -> _Values:
+def _dense_piece(piece: Piece, task: UpdateTask, hp: StepScalars) -> Values:
     offset, p, grad = piece
     (m_format, v_format), count, v_load = task.spec.formats, p.numel(), int(task.spec.loads[1])
     v_count = -(-count // v_load)
@@ -152,7 +173,7 @@ def update_rows_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
     written = _dense_writes(task.p, task.m, task.v, values, task.start, task, hp)
     for target, value in written.writes:
         target.copy_(value)
-    _count(task, written)
+    _count(task.skipped, written)
 
 
 def _dense(p: Tensor, g: Tensor, m: Tensor, v: Tensor, hp: StepScalars, spec: UpdateSpec) -> tuple[Tensor, ...]:
@@ -196,7 +217,7 @@ def _dense_writes(
     first: int | Tensor,
     task: UpdateTask,
     hp: StepScalars,
-) -> _Values:
+) -> Values:
     new, first_moment, second_moment, *finite = values
     m_format, v_format = task.spec.formats
     writes = [
@@ -204,7 +225,7 @@ def _dense_writes(
         *writes_of(m_format, m, first_moment, first, FIRST, task, hp),
         *writes_of(v_format, v, second_moment, first // int(task.spec.loads[1]), SECOND, task, hp),
     ]
-    return _Values(writes, *finite)
+    return Values(writes, *finite)
 
 
 def _block_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
@@ -212,7 +233,7 @@ def _block_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | Non
     return [partial(_block_piece, piece, task, hp) for piece in pieces(task, g, chunk, unit)]
 
 
-def _block_piece(piece: Piece, task: UpdateTask, hp: StepScalars) -> _Values:
+def _block_piece(piece: Piece, task: UpdateTask, hp: StepScalars) -> Values:
     offset, p, g_piece = piece
     spec, hints = task.spec, task.spec.hints
     m_format, v_format = spec.formats
@@ -258,7 +279,7 @@ def _block_piece(piece: Piece, task: UpdateTask, hp: StepScalars) -> _Values:
     new = updated(old, signed(change, masks, bitwise=bitwise), hp)
     new = _where(None if m_finite is None else m_finite[:, None], new, old)
     writes += writes_of(FloatFormat(p.dtype), (p,), new.view(-1)[:count], task.start + offset, PARAM, task, hp)
-    return _Values(writes, finite)
+    return Values(writes, finite)
 
 
 def _along(x: Tensor, rows: int) -> Tensor:
@@ -288,21 +309,21 @@ def _universal_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int |
     second_moment = decay(v_format.load(task.v, buckets, dtype), q, hp.beta2, hp.one_minus_beta2, finite=finite)
     m_b, v_b = _scaled(first_moment, second_moment, (load, load), spec, hp)
 
-    def piece_of(piece: Piece) -> _Values:
+    def piece_of(piece: Piece) -> Values:
         first, p, grad = piece
         signed_grad, bucket, masks = hashed(first, grad)
         r = signed_grad - mu[bucket] if DECODES[spec.decode].residual else None
         old = flat(p, signed_grad.dtype)
         new = updated(old, signed(direction(m_b[bucket], v_b[bucket], r, hp), masks, bitwise=bitwise), hp)
         new = _where(None if finite is None else finite[bucket], new, old)
-        return _Values(writes_of(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp))
+        return Values(writes_of(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp))
 
-    def tables() -> _Values:
+    def tables() -> Values:
         writes = [
             *writes_of(m_format, task.m, first_moment, 0, FIRST, task, hp),
             *writes_of(v_format, task.v, second_moment, 0, SECOND, task, hp),
         ]
-        return _Values(writes, finite)
+        return Values(writes, finite)
 
     return [*(partial(piece_of, piece) for piece in pieces(task, g, chunk)), tables]
 
