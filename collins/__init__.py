@@ -10,7 +10,8 @@ and writes the results (rounding). Where moments live is a store's to say (`coll
 
 State dicts are checked against the optimizer before anything changes (checkpoint), by what each parameter's tables mean
 (fingerprint). `save` and `load` (files) keep them in files that are whole or refused, `whole_folder` (folders) those
-that many ranks write; `convert` (conversion) makes AdamW's, and those of other settings, loadable.
+that many ranks write; `convert` (conversion) makes AdamW's, and those of other settings, loadable. Frameworks that
+choose their optimizer in a configuration file find what they need in `collins.integrations`.
 """
 
 from pathlib import Path
@@ -24,6 +25,7 @@ from collins.files import CheckpointError, load, save  # noqa: E402
 from collins.folders import whole_folder  # noqa: E402
 from collins.groups import param_groups  # noqa: E402
 from collins.hashing import BlockHash, UniversalHash  # noqa: E402
+from collins.integrations import register  # noqa: E402
 from collins.optimizer import Collins  # noqa: E402
 from collins.report import MemoryReport, ParameterRow  # noqa: E402
 
@@ -37,6 +39,7 @@ __all__ = [
     "convert",
     "load",
     "param_groups",
+    "register",
     "save",
     "whole_folder",
 ]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from collins._torch_internals import tree_leaves, tree_map, tree_map_only
+from collins.clipping import LAST_NORM
 from collins.fingerprint import LAYOUT, Fingerprint, unpacked
 from collins.formats import FORMATS, TensorSpec, format_name
 from collins.hashing import BlockHash, UniversalHash
@@ -109,6 +110,7 @@ def loadable(
         rest = {name: theirs[name] for name in theirs if name not in left_out}
         group = copied(f"parameter group {number}", {**rest, **kept})
         check_options(group)
+        _check_last_norm(number, group.get(LAST_NORM, 0.0))
         groups.append({**group, "params": theirs["params"]})
     for number, group in enumerate(saved):
         _check_complete(number, group, state)
@@ -120,6 +122,16 @@ def loadable(
     states = _numbered(states)
     known = {place for place, _ in places}
     return CheckedStateDict(groups, states, {key: value for key, value in state.items() if key not in known})
+
+
+def _check_last_norm(number: int, value: Any) -> None:
+    if isinstance(value, Tensor) and uncopied(value) is None and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ValueError(
+            f"state_dict['param_groups'][{number}] must have a {LAST_NORM} that is finite and at least 0, got"
+            f" {shown(value)}"
+        )
 
 
 def _numbered(states: Sequence[SavedState | None]) -> list[SavedState | None]:

@@ -8,6 +8,7 @@ follows from the parameter's shape and its group's options; it is made anew when
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,14 @@ class ParamSpec:
         own = self.slice.shape
         shapes = (own if spec.shape == self.size else (own[0], *spec.shape[1:]) for spec in self.tensors.values())
         return tuple(map(TensorSpec, shapes, (spec.dtype for spec in self.tensors.values())))
+
+    @property
+    def skippable(self) -> int:
+        """How much a step may leave out of this rank's part, as `UpdateTask.skipped` counts it."""
+        if not self.update.skip:
+            return 0
+        count = self.numel if self.slice is None else math.prod(self.slice.shape)
+        return count if self.update.hash == "universal" else -(-count // int(self.update.loads[1]))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

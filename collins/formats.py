@@ -237,6 +237,11 @@ def format_name(table_dtype: torch.dtype | str) -> str:
 
 
 def dense_format(dtype: torch.dtype, table_dtype: torch.dtype | str) -> str:
-    """The format of dense moments of a parameter of `dtype`: never narrower than the parameter."""
+    """The format of dense moments of a parameter of `dtype`: never narrower than the parameter.
+
+    What is frozen may be of a dtype that no moment has; it counts as float32.
+    """
+    if format_name(dtype) not in FORMATS:
+        dtype = torch.float32
     stored = table_dtype if isinstance(table_dtype, torch.dtype) else FORMATS[table_dtype].dtype
     return format_name(torch.promote_types(dtype, stored))

@@ -12,19 +12,22 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from collins.checkpoint import WITH_STATE, CheckedStateDict, ExpectedState, as_dict, loadable
-from collins.compile.tracing import register, trace_step
+from collins.clipping import LAST_NORM, Clipping
+from collins.compile.tracing import register, trace_step, untraced
 from collins.entries import Carried, Hash, ParamEntry
+from collins.fused_backward import FusedBackward
 from collins.groups import params_of, take_group
 from collins.loading import load_into
+from collins.measured import Measured
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
-from collins.options import check_options, require, seed_of
+from collins.options import check_options, max_norm_of, read_whole_options
 from collins.parameter import expected_state
 from collins.report import MemoryReport, report_row
 from collins.stepper import BackwardSteps, Stepper
 
 
-class Collins(Optimizer):
+class Collins(Measured, FusedBackward, Optimizer):
     r"""AdamW whose moments live in Count-Sketch tables, `compress_ratio` times smaller than AdamW's in fp32.
 
     With h, s the position and sign hashes of a parameter, c the load of a bucket, which V has more of than M, and g its
@@ -92,6 +95,13 @@ class Collins(Optimizer):
             the whole matrix that decode="orthogonal" steps. "error": a FloatingPointError before anything changes;
             reads gradients once more and waits for the device. With in_backward=True, parameters whose gradients came
             earlier have been stepped by then.
+        max_grad_norm: the largest norm that the gradients of one step may have together, over all groups, devices and
+            ranks: larger ones are multiplied by min(1, max_grad_norm / (norm + 1e-6)) inside the step, which is that
+            after `torch.nn.utils.clip_grad_norm_`. None for any; inf to measure `grad_norm` alone. With
+            in_backward=True each is multiplied, as it arrives, by min(1, max_grad_norm / (max(n, s) + 1e-6)): n is the
+            norm of the last step (0 in the first), s that of what has arrived in this step, itself included;
+            parameters sharded over several ranks are refused. `collins.clipping` has what that bounds, and what a norm
+            does that is not finite.
         memory: where moments live: None beside their parameters; else a `MemoryPolicy`, a tier's name ("auto",
             "device", "host"), a mapping of the policy's arguments, or the path of a TOML file. Decided at the first
             step, when the activations' peak has been seen; `placement` tells what was decided.
@@ -99,10 +109,10 @@ class Collins(Optimizer):
             backward; the results are the same to the bit, but for the order of sums in products of small matrices on
             CUDA devices under decode="orthogonal" (`collins.compile.matrices`). `step` then ends the step: call it
             after every backward. Closures, gradients accumulated over several backward passes and a GradScaler are
-            refused. Clipping by the global norm finds no gradients any more and does nothing: it cannot be noticed
-            here.
+            refused. Clip with `max_grad_norm`: `clip_grad_norm_` finds no gradients any more and does nothing.
 
-    All but `compile`, `seed`, `memory` and `in_backward` may be set per group.
+    All but `compile`, `seed`, `max_grad_norm`, `memory` and `in_backward` may be set per group. Strings as in
+    configuration files will do for all of them: lr="3e-3", betas="0.9,0.95", table_dtype="bfloat16", maximize="true".
 
     Raises:
         ValueError, TypeError: for an option, parameter or gradient that cannot be used, naming it, its value and what
@@ -129,7 +139,7 @@ class Collins(Optimizer):
         scalable for LLM training" (2025).
     """
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def __init__(
         self,
         params: ParamsT | nn.Module,
@@ -155,15 +165,14 @@ class Collins(Optimizer):
         compile: bool | None = None,
         capturable: bool = False,
         nonfinite: str = "propagate",
+        max_grad_norm: float | None = None,
         memory: MemoryPolicy | str | Mapping[str, Any] | PathLike[str] | None = None,
         in_backward: bool = False,
     ) -> None:
-        require(compile is None or isinstance(compile, bool), "compile", compile, "True, False or None")
-        require(isinstance(in_backward, bool), "in_backward", in_backward, "True or False")
-        self.seed = seed_of(seed)
-        self.compile = compile
+        self.compile, in_backward, self.seed, memory = read_whole_options(compile, in_backward, seed, memory)
         self.in_backward = False  # until all groups have been accepted
         self.memory = None if memory is None else MemoryPolicy.of(memory)
+        self._clipping = Clipping(max_norm_of(max_grad_norm), in_backward)
         self._start()
         defaults = {
             "lr": lr,
@@ -194,13 +203,13 @@ class Collins(Optimizer):
     def _start(self, carried: Carried = Carried()) -> None:  # noqa: B008
         """What is made anew in every process and every copy: compiled code, host memory, hooks."""
         self.step_number = register(self)
-        self._stepper = Stepper(self.seed, self.compile, self.memory, carried)
+        self._stepper = Stepper(self.seed, self.compile, self.memory, self._clipping, carried)
         self._backward: BackwardSteps | None = None
         self._grad_hooks: GradHooks | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         self._stepper.store.drain()
-        own = {name: getattr(self, name) for name in ("seed", "compile", "in_backward", "memory")}
+        own = {name: getattr(self, name) for name in ("seed", "compile", "in_backward", "memory", "_clipping")}
         list(self._members())  # what is known is known of the parameters of now
         return {**super().__getstate__(), **own, "_carried": self._stepper.carried()}
 
@@ -209,6 +218,7 @@ class Collins(Optimizer):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # the base class adds it here, for its own optimizers
         if "_stepper" not in self.__dict__:  # unpickled or copied
+            self.__dict__.setdefault("_clipping", Clipping())  # as pickled by version 0.2
             self._start(carried)
             list(self._members())  # keys go by the order of now, which may change before the next step
             if self.in_backward:
@@ -262,8 +272,8 @@ class Collins(Optimizer):
         if closure is None and not self.in_backward and torch.compiler.is_dynamo_compiling():
             trace_step(self)
             return None
-        if self.in_backward:
-            self._check_in_backward(closure)
+        if self._backward is not None:
+            self._backward.check(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -302,6 +312,8 @@ class Collins(Optimizer):
         result = super().state_dict()
         for group, own in zip(result["param_groups"], self.param_groups, strict=True):
             group["table_dtype"] = group["table_dtype"] and str(group["table_dtype"])
+            if LAST_NORM in group:  # a number, which no later step overwrites
+                group[LAST_NORM] = float(group[LAST_NORM])
             group[WITH_STATE] = sum(bool(self.state.get(p)) for p in own["params"])
         return result
 
@@ -321,6 +333,7 @@ class Collins(Optimizer):
                 the parameter and the difference. The optimizer is then as it was.
         """
         load_into(self, as_dict(state_dict), list(self._members()), self._stepper, self._loadable)
+        self._clipping.adopt(self.param_groups)
 
     def _loadable(self, state_dict: Mapping[str, Any]) -> CheckedStateDict:
         return loadable(state_dict, self.param_groups, tuple(self.defaults), self.expected_states())
@@ -356,11 +369,6 @@ class Collins(Optimizer):
     def _watch(self) -> None:
         if self._grad_hooks is not None:
             self._grad_hooks.watch((entry.name, entry.p) for entry in self._members())
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _check_in_backward(self, closure: object) -> None:
-        assert self._backward is not None
-        self._backward.check(self, closure)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update_one(self, p: Tensor) -> None:

@@ -214,8 +214,8 @@ def expected_state(entry: ParamEntry, seed: int) -> ExpectedState:
     )
 
 
-def task_of(entry: ParamEntry) -> UpdateTask:
-    """A parameter's part of every step, over this rank's parts of its moments."""
+def task_of(entry: ParamEntry, skipped: Tensor | None = None) -> UpdateTask:
+    """A parameter's part of every step, over this rank's parts of its moments; `skipped` is `UpdateTask`'s."""
     if entry.task is not None:
         return entry.task
     spec, moments = entry.known_spec, [local(moment) for moment in entry.moments or ()]
@@ -225,7 +225,7 @@ def task_of(entry: ParamEntry) -> UpdateTask:
     if spec.slice is not None:
         p, start = local(p), spec.slice.start
     m, v = tuple(moments[: spec.first_count]), tuple(moments[spec.first_count :])
-    task = UpdateTask(p, m, v, spec.update, keys, spec.numel, start, spec.launch)
+    task = UpdateTask(p, m, v, spec.update, keys, spec.numel, start, spec.launch, skipped)
     if spec.slice is None:  # a sharded parameter may have another local tensor in the next step
         entry.task = task
     return task

@@ -70,9 +70,9 @@ class UpdateTask(NamedTuple):
     start: the number of the first element, where p, m and v are slices of the parameter's, at a whole bucket; a 0-d
         tensor in compiled code, whose slices hold whole buckets only.
     launch: the engine's own: what `Engine.launch_of` returned, None for what no kernel takes.
-    skipped: with `spec.skip`, what counts the buckets of v, or elements of dense moments, or matrices under
-        decode="orthogonal", that steps leave out: int64, shape (1,), on the device of p; of several rows for
-        `update_rows_`, (n,). None to count nothing.
+    skipped: with `spec.skip`, what counts the buckets of v that steps leave out - of hash="universal", where some are
+        empty, the elements; of decode="orthogonal" those of m, all of a matrix -: int64, shape (1,), on the device of
+        p; for `update_rows_`, (n,). None to count nothing.
     """
 
     p: Tensor

@@ -127,14 +127,19 @@ class Values(NamedTuple):
 
     writes: list[Write]
     finite: Tensor | None = None  # what of it is not left out, where something may be
+    left_out: Tensor | None = None  # or else how much is
 
 
 _Compute = Callable[[], Values]  # of one piece
 
 
 def _count(skipped: Tensor | None, values: Values) -> None:
-    if values.finite is not None and skipped is not None:
+    if skipped is None:
+        return
+    if values.finite is not None:
         skipped.add_((~values.finite).sum(-1))
+    if values.left_out is not None:
+        skipped.add_(values.left_out)
 
 
 def _pieces_of(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
@@ -315,15 +320,16 @@ def _universal_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int |
         r = signed_grad - mu[bucket] if DECODES[spec.decode].residual else None
         old = flat(p, signed_grad.dtype)
         new = updated(old, signed(direction(m_b[bucket], v_b[bucket], r, hp), masks, bitwise=bitwise), hp)
-        new = _where(None if finite is None else finite[bucket], new, old)
-        return Values(writes_of(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp))
+        own = None if finite is None else finite[bucket]
+        new = _where(own, new, old)
+        return Values(writes_of(FloatFormat(p.dtype), (p,), new, first, PARAM, task, hp), own)
 
     def tables() -> Values:
         writes = [
             *writes_of(m_format, task.m, first_moment, 0, FIRST, task, hp),
             *writes_of(v_format, task.v, second_moment, 0, SECOND, task, hp),
         ]
-        return Values(writes, finite)
+        return Values(writes)
 
     return [*(partial(piece_of, piece) for piece in pieces(task, g, chunk)), tables]
 

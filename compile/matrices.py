@@ -108,13 +108,14 @@ class MatrixSteps:
             task, own = member.task, slice(at, at + member.stacked)
             if skips:
                 flags = finite[own] if member.alone else finite[own].all()[None]
-                left_out.append(flags)
+                buckets = -(-task.p.numel() // int(task.spec.load))
+                left_out.append((~flags).sum() * (buckets // len(flags)))
             new = self._moved(member, Q[own].view(-1), scale, flags, scalars)
             writes.append((task.p, new.view(task.p.shape)))
             for target, value in zip(task.m, new_m, strict=True):
                 writes.append((target, value if flags is None else kept(flags, value, target)))
             at += member.stacked
-        return Values(writes, torch.cat(left_out) if skips else None)
+        return Values(writes, left_out=torch.stack(left_out).sum() if skips else None)
 
     def _encoded(self, member: Member, scalars: ScalarTensors) -> tuple[Tensor, list[Tensor]]:
         """X of a member, flat, and what its first moment is stored in after the step."""

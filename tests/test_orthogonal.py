@@ -326,26 +326,17 @@ def test_maximizing_is_stepping_with_the_opposite_gradient():
     assert same(stepped(maximize=True)[0][0], stepped(scale=-1.0)[0][0])
 
 
-def test_gradients_are_scaled_where_they_are_read():
-    ps, qs = (parameters(torch.float32, SHAPES[:1]) for _ in range(2))
-    executors, opts = [], [Collins(own, **OPTIONS) for own in (ps, qs)]
-    give_gradients(0, ps, qs)
-    ps[0].grad[3].mul_(3)
-    qs[0].grad[3].mul_(3)
-    for opt in opts:
+def test_gradients_are_clipped_where_they_are_read():
+    plain, clipped = stepped(max_grad_norm=math.inf)[0], stepped(max_grad_norm=1.0)[0]
+    assert [torch.equal(a, b) for a, b in zip(plain[::3], clipped[::3], strict=False)].count(False) > 0
+    ps, qs = (parameters(torch.float32, SHAPES) for _ in range(2))
+    opt, other = Collins(ps, **OPTIONS, max_grad_norm=1.0), Collins(qs, **OPTIONS)
+    for step in range(3):
+        give_gradients(step, ps, qs)
+        torch.nn.utils.clip_grad_norm_(qs, 1.0)
         opt.step()
-    for opt, own, scale in zip(opts, (ps, qs), (0.25, 1.0), strict=True):
-        give_gradients(1, own)
-        opt._stepper.update(opt.param_groups, opt.state)
-        executors.append((opt._stepper._build(opt.param_groups, opt.state, [], repeats=False)[0], scale))
-    from collins.compile.program import scalars_under
-
-    for (program, scale), own in zip(executors, (ps, qs), strict=True):
-        grads = [own[0].grad / scale]
-        program.run(
-            program.bind(grads), lambda group, t, scale=scale: scalars_under(group, t)._replace(grad_scale=scale)
-        )
-    assert torch.equal(ps[0], qs[0])
+        other.step()
+    close([p.detach() for p in ps], [q.detach() for q in qs], 2e-4)
 
 
 # Gradients that are not finite.
@@ -387,20 +378,21 @@ def test_skip_leaves_a_stack_out_whose_matrices_share_a_scale():
     assert same_snapshots((ps[0], state), before[0])
 
 
-def test_what_is_left_out_is_counted():
-    ps = parameters(torch.float32, [(4, 16, 32), (4, 5, 7)], "cpu")
-    opt = Collins(ps, **OPTIONS, nonfinite="skip", compile=False)
-    give_gradients(0, ps)
-    opt.step()
-    skipped = torch.zeros(1, dtype=torch.int64)
-    for p in ps:
-        p.grad[1, 3, 5] = math.nan
-        p.grad[2, 3, 5] = math.nan
-    for entry in opt._members():
-        entry.task = entry.task._replace(skipped=skipped)
-    opt._stepper._program = None
-    opt.step()
-    assert skipped.item() == 3  # two of the one stack, and the other as a whole
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_what_is_left_out_is_counted_in_buckets(in_backward):
+    ps = parameters(torch.float32, [(4, 16, 32), (4, 5, 7)])
+    opt = Collins(ps, **OPTIONS, nonfinite="skip", in_backward=in_backward)
+    skips = opt._stepper.statistics.skips
+    go_on(ps, opt, range(2))
+    assert (int(skips.buckets), int(skips.steps)) == (0, 0)
+    for wrong, buckets, steps in (([1, 2], 2 * 16 * 32 // 2 + 4 * 5 * 7 // 2, 0), ([0, 1, 2, 3], 1024 + 70, 1)):
+        before = int(skips.buckets)
+        factor = torch.ones(4, 1, 1, device=DEVICE)
+        factor[wrong] = math.nan
+        opt.zero_grad()
+        sum((p * factor).sum() for p in ps).backward()
+        opt.step()
+        assert (int(skips.buckets) - before, int(skips.steps)) == (buckets, steps)
 
 
 def test_propagate_spreads_within_a_matrix():
@@ -560,12 +552,11 @@ def test_dense_moments_alone_are_converted_too():
     [
         ({"hash": "universal"}, "hash must be 'block' for decode='orthogonal'"),
         ({"row_parts": 0}, "row_parts must be an int of at least 1"),
-        ({"row_parts": "3"}, "row_parts must be an int of at least 1"),
+        ({"row_parts": "x"}, "row_parts must be an int of at least 1"),
         ({"row_parts": 2.0}, "row_parts must be an int of at least 1"),
         ({"row_parts": True}, "row_parts must be an int of at least 1"),
         ({"row_parts": (32,)}, "row_parts must be an int of at least 1"),
         ({"row_parts": (31, 0)}, "row_parts must be an int of at least 1"),
-        ({"table_dtype": "none"}, "table_dtype must be"),
         ({"role": "matrix", "row_parts": 5}, "row_parts must divide the 32 rows of parameter 0, got 5"),
         (
             {"role": "matrix", "row_parts": [16, 8]},
@@ -577,6 +568,12 @@ def test_dense_moments_alone_are_converted_too():
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Collins(parameters(torch.float32, [(32, 64)]), **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize(("text", "meant"), [("4", 4), ("16, 8,8", (16, 8, 8)), ("[16,16]", (16, 16))])
+def test_row_parts_may_be_written_out(text, meant):
+    opt = Collins(parameters(torch.float32, [(32, 64)]), **OPTIONS, row_parts=text)
+    assert opt.param_groups[0]["row_parts"] == meant
 
 
 def test_parameters_without_matrices_are_refused_before_anything_changes():

@@ -15,7 +15,7 @@ SPACING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2.0**-7, t
 
 def pair(p, options):
     """An optimizer for `p` alone, and its twin."""
-    opt = Collins([p], lr=1e-2, **options)
+    opt = Collins([p], lr=1e-2, **{"table_dtype": torch.float32, **options})
     group, hash = opt.param_groups[0], opt.hash_of(p)
     twin_hash = None
     if isinstance(hash, BlockHash):

@@ -365,7 +365,7 @@ def test_groups_of_a_model_have_vectors_norms_and_biases_without_decay():
         (["layers.*.fc*"], ["layers.0.fc.weight", "layers.1.fc.weight"]),
         (["*ea*"], ["head.weight"]),
         (["ead", "c.weight", "layers.1.f", "eights"], []),
-        (iter(["emb"]), ["emb.weight"]),
+        pytest.param(iter(["emb"]), ["emb.weight"], id="an iterator"),
     ],
     ids=str,
 )
