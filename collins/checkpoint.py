@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from collins._torch_internals import tree_leaves, tree_map, tree_map_only
+from collins.clipping import LAST_NORM
 from collins.fingerprint import LAYOUT, Fingerprint, unpacked
 from collins.formats import FORMATS, TensorSpec, format_name
 from collins.hashing import BlockHash, UniversalHash
@@ -29,7 +30,7 @@ from collins.update import UpdateSpec
 DENSE, TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
 
 # What a state dict sets: the numbers that schedules change. The other options stay as the optimizer was built.
-ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight")
+ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight", "residual_square")
 
 WITH_STATE = "with_state"  # in a saved group: how many of its parameters had a state
 
@@ -38,9 +39,8 @@ LARGEST_STEP = 2**24  # the next whole number is none of the counter's, which is
 
 def part_of(name: object) -> str | None:
     """The moment that a state keeps, or keeps a part of, under this name; None for another name."""
-    if name in DENSE or name in TABLES:
-        return str(name)
-    return next((table for table in TABLES if isinstance(name, str) and name.startswith(f"{table}_")), None)
+    moments = sorted((*DENSE, *TABLES), key=len, reverse=True)  # "exp_avg" begins "exp_avg_sq"
+    return next((m for m in moments if isinstance(name, str) and (name == m or name.startswith(f"{m}_"))), None)
 
 
 def is_moment(name: object) -> bool:
@@ -110,6 +110,7 @@ def loadable(
         rest = {name: theirs[name] for name in theirs if name not in left_out}
         group = copied(f"parameter group {number}", {**rest, **kept})
         check_options(group)
+        _check_last_norm(number, group.get(LAST_NORM, 0.0))
         groups.append({**group, "params": theirs["params"]})
     for number, group in enumerate(saved):
         _check_complete(number, group, state)
@@ -121,6 +122,16 @@ def loadable(
     states = _numbered(states)
     known = {place for place, _ in places}
     return CheckedStateDict(groups, states, {key: value for key, value in state.items() if key not in known})
+
+
+def _check_last_norm(number: int, value: Any) -> None:
+    if isinstance(value, Tensor) and uncopied(value) is None and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ValueError(
+            f"state_dict['param_groups'][{number}] must have a {LAST_NORM} that is finite and at least 0, got"
+            f" {shown(value)}"
+        )
 
 
 def _numbered(states: Sequence[SavedState | None]) -> list[SavedState | None]:
@@ -271,10 +282,9 @@ def writable(value: object, shape: tuple[int, ...], dtype: torch.dtype, device: 
 
 def check_shape(name: str, where: str, state: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     """Raises a ValueError for the state of a parameter that had another shape."""
-    was = None
-    for key in DENSE:
-        if was is None and uncopied(state.get(key)) is None and tuple(state[key].shape) != shape:
-            was = f"{key} of the shape {tuple(state[key].shape)}"
+    was, first = None, state.get(DENSE[0])
+    if uncopied(first) is None and not _may_be_first(first, shape):
+        was = f"{DENSE[0]} of the shape {tuple(first.shape)}"  # type: ignore[union-attr]
     if LAYOUT in state:
         saved = fingerprint_in(name, state)
         if (saved.numel, saved.rows) != (math.prod(shape), shape[0] if shape else 1):
@@ -286,6 +296,13 @@ def check_shape(name: str, where: str, state: Mapping[str, Any], shape: tuple[in
         )
 
 
+def _may_be_first(m: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a dense first moment, which integers may be stored in, may be of a parameter of this shape."""
+    if m.is_floating_point():
+        return bool(tuple(m.shape) == shape)
+    return bool(m.numel() == (math.prod(shape) if m.dtype is torch.int8 else -(-math.prod(shape) // 2)))
+
+
 def check_moments(name: str, where: str, found: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises a ValueError unless these moments, and no others, are there in these shapes, to be copied."""
     for key, value in found.items():
@@ -294,8 +311,10 @@ def check_moments(name: str, where: str, found: Mapping[str, Any], shapes: dict[
             raise ValueError(f"{name} must have a {key} that is a dense tensor with data; {where} holds {problem}")
     got = {key: tuple(value.shape) for key, value in found.items()}
     if got != shapes:
+        hint = ". Version 0.2 kept vectors in tables too, as role='matrix' does" if DENSE[0] in shapes else ""
         raise ValueError(
-            f"{name} has moments {shapes} under its group's compress_ratio, min_K and hash; {where} holds {got}"
+            f"{name} has moments {shapes} under its group's role, compress_ratio, min_K and hash; {where} holds"
+            f" {got}{hint if TABLES[0] in got else ''}"
         )
 
 

@@ -20,8 +20,8 @@ under other coefficients: both are refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,6 +46,7 @@ from collins.checkpoint import (
     uncopied,
 )
 from collins.fingerprint import LAYOUT, Fingerprint
+from collins.formats import FORMATS, NONE, IntFormat
 from collins.hashing import BlockHash, UniversalHash
 from collins.options import OF_THE_WHOLE, check_options, shown
 from collins.sharding import is_sharded
@@ -66,14 +67,17 @@ def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]
     | saved | wanted | M | V |
     |---|---|---|---|
     | dense moments | dense moments, in any dtype | the same | the same |
-    | dense moments | tables of any hash | exact | exact |
+    | dense moments | tables of any hash; a coarser second moment | exact | exact |
     | tables | tables that mean the same, in any dtype | the same | the same |
-    | tables of hash="block" | as coarse or coarser, any seed, place and period | restarts at 0 | exact |
+    | tables of hash="block" | as coarse or coarser a second moment, any seed and period | restarts at 0 | exact |
+    | dense moments, or M alone | M alone, as decode="orthogonal" keeps it, dense or in tables | exact | left out |
+    | tables, or M alone | tables of M alone | the same where it means the same, else restarts at 0 | left out |
 
     What else a parameter's state holds (a wrapper's slow weights) comes along as it is.
 
-    "Exact" is to the rounding of the tables' dtype, to nearest. Anything else is refused. lr, betas, eps, weight_decay
-    and maximize are those saved; a learning rate of AdamW is lower than what Collins trains best at.
+    "Exact" is to the rounding of the format that is wanted, to nearest, and of the saved one. Anything else is refused.
+    lr, betas, eps, weight_decay and maximize are those saved; a learning rate of AdamW is lower than what Collins
+    trains best at.
 
     Args:
         state_dict: of an optimizer with the same groups of parameters in the same order. It is not changed.
@@ -152,10 +156,7 @@ def _converted(state: Mapping[str, Any], expected: ExpectedState) -> dict[str, A
             )
     step = step_of(expected.name, state)
     check_shape(expected.name, "state_dict", state, expected.param_shape)
-    if TABLES[0] in state:
-        m, v = _from_tables(state, expected)
-    else:
-        m, v = _from_dense(state, expected, int(step))
+    m, v = (_from_tables if TABLES[0] in state else _from_dense)(state, expected, int(step))
     moments = {name: torch.zeros(t.shape, dtype=t.dtype, device=m.device) for name, t in expected.tensors.items()}
     parts = {name: [t.view(-1) for key, t in moments.items() if part_of(key) == name] for name in _names(expected)}
     for name, format, values in zip(parts, expected.update.formats, (m, v), strict=True):
@@ -171,19 +172,106 @@ def _names(expected: ExpectedState) -> tuple[str, str]:
 
 
 def _from_dense(state: Mapping[str, Any], expected: ExpectedState, step: int) -> tuple[Tensor, Tensor]:
-    found = {name: state[name] for name in DENSE if name in state}
-    check_moments(expected.name, "state_dict", found, dict.fromkeys(DENSE, expected.param_shape))
-    m, v = (state[name].detach() for name in DENSE)
-    if expected.hash is None:
-        return m.clone(), v.clone()
-    return _means(m, expected.hash, step, signed=True), _means(v, _second_hash(expected), step, signed=False)
+    numel, hash = math.prod(expected.param_shape), expected.hash
+    if not _keeps_second(state, expected, DENSE[1]):
+        m = _first_moment(expected.name, state, DENSE, numel, expected.param_shape, None)
+        return m if hash is None else _means(m, hash, step, signed=True), m[:0]
+    v = state.get(DENSE[1])
+    v_load = 1
+    while isinstance(v, Tensor) and v.numel() < -(-numel // v_load):
+        v_load *= 2
+    m = _first_moment(expected.name, state, DENSE, numel, expected.param_shape, -(-numel // v_load))
+    if isinstance(hash, UniversalHash):
+        if v_load > 1:
+            raise _undivided(expected.name, f"a second moment for each {v_load} elements")
+        return _means(m, hash, step, signed=True), _means(state[DENSE[1]].detach(), hash, step, signed=False)
+    return m if hash is None else _means(m, hash, step, signed=True), _coarser(state[DENSE[1]], v_load, expected)
 
 
-def _second_hash(expected: ExpectedState) -> BlockHash | UniversalHash:
-    """What the second moment's buckets are; its signs are of no use."""
-    hash, load = expected.hash, expected.update.loads[1]
-    assert hash is not None
-    return hash if isinstance(hash, UniversalHash) else replace(hash, block=int(load))
+def _keeps_second(state: Mapping[str, Any], expected: ExpectedState, name: str) -> bool:
+    """Whether a second moment, saved under `name`, is wanted.
+
+    Raises:
+        ValueError: where it is, and there is none.
+    """
+    keeps = expected.update.v_format != NONE
+    if keeps and name not in state:
+        raise ValueError(
+            f"{expected.name} cannot be converted: it keeps a second moment here, and state_dict holds none, as under"
+            " decode='orthogonal'. Remove that state to start anew"
+        )
+    return keeps
+
+
+def _first_moment(
+    name: str,
+    state: Mapping[str, Any],
+    names: tuple[str, str],
+    count: int,
+    shape: tuple[int, ...] | None,
+    v_count: int | None,
+) -> Tensor:
+    """The `count` entries of a saved first moment, flat; both moments have been checked then.
+
+    Args:
+        names: of both moments.
+        shape: of a first moment that is not of integers; None for any.
+        v_count: entries of the second; None where that is left out.
+    """
+    found = {key: state[key] for key in state if part_of(key) in (names if v_count is not None else names[:1])}
+    integers = found.get(names[0])
+    stored = isinstance(integers, Tensor) and integers.dtype in (torch.int8, torch.uint8)
+    if stored:
+        format = _int_format(cast(Tensor, integers), found.get(names[0] + "_scale"), count)
+        shapes = {names[0] + suffix: spec.shape for suffix, spec in format.parts((count,)).items()}
+    else:
+        shapes = {names[0]: (count,) if shape is None else shape}
+    whole = {key: t.reshape(-1) if uncopied(t) is None and (stored or shape is None) else t for key, t in found.items()}
+    if v_count is not None:
+        shapes[names[1]] = (v_count,)
+        if uncopied(found.get(names[1])) is None:
+            whole[names[1]] = found[names[1]].reshape(-1)
+    check_moments(name, "state_dict", whole, shapes)
+    if stored:
+        stored_in = [whole[names[0] + suffix].detach() for suffix in format.parts((count,))]
+        return format.load(stored_in, count, torch.float32)
+    return cast(Tensor, whole[names[0]]).detach().reshape(-1).clone()
+
+
+def _int_format(integers: Tensor, scales: Any, count: int) -> IntFormat:
+    """The format of `count` saved integers, by their dtype and the number of their scales."""
+    bits = 8 if integers.dtype is torch.int8 else 4
+    formats = [format for format in FORMATS.values() if isinstance(format, IntFormat) and format.bits == bits]
+    entries = scales.numel() if isinstance(scales, Tensor) else 0
+    fit = [format for format in formats if -(-count // format.block) == entries]
+    return (fit or formats)[0]
+
+
+def _undivided(name: str, what: str) -> ValueError:
+    return ValueError(
+        f"{name} cannot be converted: state_dict has {what}; buckets cannot be divided: a mean does not tell its"
+        " elements apart"
+    )
+
+
+def _coarser(v: Tensor, load: int, expected: ExpectedState) -> Tensor:
+    """A second moment of so many elements an entry as the one that is expected, which is as coarse or coarser.
+
+    A mean of means, each counted with its bucket's load.
+    """
+    v, own, numel = v.detach().reshape(-1), int(expected.update.loads[1]), math.prod(expected.param_shape)
+    if own % load:
+        raise _undivided(expected.name, f"a second moment for each {load} elements where this optimizer has {own}")
+    if own == load:
+        return v.clone()
+    loads = torch.full_like(v, load, dtype=torch.float64)
+    loads[-1] = numel - (len(v) - 1) * load
+    buckets = torch.arange(len(v), device=v.device) // (own // load)
+    sums, counts = torch.zeros(2, -(-numel // own), dtype=torch.float64, device=v.device)
+    sums.index_add_(0, buckets, loads * v.double())
+    counts.index_add_(0, buckets, loads)
+    means: Tensor = sums / counts
+    return means
 
 
 def _means(x: Tensor, hash: BlockHash | UniversalHash, step: int, *, signed: bool) -> Tensor:
@@ -207,30 +295,28 @@ def _pieces(x: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield first, x[first : first + _PIECE]
 
 
-def _from_tables(state: Mapping[str, Any], expected: ExpectedState) -> tuple[Tensor, Tensor]:
+def _from_tables(state: Mapping[str, Any], expected: ExpectedState, step: int) -> tuple[Tensor, Tensor]:
+    name = expected.name
     if LAYOUT not in state:
-        raise ValueError(f"{expected.name} has tables in state_dict without the {LAYOUT!r} that says what they mean")
-    saved, own = fingerprint_in(expected.name, state), expected.fingerprint
-    found = {name: state[name] for name in TABLES if name in state}
-    found = {name: table.reshape(-1) if uncopied(table) is None else table for name, table in found.items()}
-    v_buckets, v_load = _second_buckets(saved, found.get(TABLES[1]))
-    check_moments(expected.name, "state_dict", found, dict(zip(TABLES, ((saved.buckets,), (v_buckets,)), strict=True)))
-    m, v = (found[name].detach() for name in TABLES)
-    if own is None:
-        raise ValueError(f"{expected.name} keeps dense moments here; tables of bucket means cannot be told apart again")
-    own_load = int(expected.update.loads[1])
-    if saved.difference(own) is None and (saved.load == 0 or v_load == own_load):
-        return m.clone(), v.clone()
-    first = m.clone() if saved.difference(own) is None else torch.zeros(own.buckets, device=v.device)
-    _check_coarsening(expected.name, saved._replace(load=v_load), own._replace(load=own_load if own.load else 0))
-    hash = cast(BlockHash, _second_hash(expected))
-    V = torch.zeros(hash.buckets, dtype=torch.float64, device=v.device)
-    loads = torch.full_like(v, v_load, dtype=torch.float64)
-    loads[-1] = saved.numel - (v_buckets - 1) * v_load
-    coarse = torch.arange(v_buckets, device=v.device) // (own_load // v_load)
-    V.index_add_(0, coarse, loads * v.double())
-    V /= _loads(hash, v.device)
-    return first, V
+        raise ValueError(f"{name} has tables in state_dict without the {LAYOUT!r} that says what they mean")
+    saved, own = fingerprint_in(name, state), expected.fingerprint
+    if not _keeps_second(state, expected, TABLES[1]):
+        m = _first_moment(name, state, TABLES, saved.buckets, None, None)
+        if own is None or saved.difference(own) is not None:
+            m = torch.zeros(saved.numel if own is None else own.buckets, device=m.device)
+        return m, m[:0]
+    v_buckets, v_load = _second_buckets(saved, state.get(TABLES[1]))
+    m = _first_moment(name, state, TABLES, saved.buckets, None, v_buckets)
+    same, own_load = own is not None and saved.difference(own) is None, int(expected.update.loads[1])
+    if same and saved.load == 0:
+        return m, state[TABLES[1]].detach().reshape(-1).clone()
+    if own is not None:
+        _check_coarsening(name, saved._replace(load=v_load), own._replace(load=own_load if own.load else 0))
+    elif saved.load == 0 or own_load == 1:
+        raise ValueError(f"{name} keeps dense moments here; tables of bucket means cannot be told apart again")
+    v = _coarser(state[TABLES[1]], v_load, expected)
+    entries = math.prod(expected.param_shape) if own is None else own.buckets
+    return m if same else torch.zeros(entries, device=v.device), v
 
 
 def _second_buckets(saved: Fingerprint, v: Tensor | None) -> tuple[int, int]:

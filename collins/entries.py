@@ -1,22 +1,26 @@
 """What is known of an optimizer's parameters from step to step.
 
 A `ParamEntry` stays with a parameter for as long as it is in the optimizer, and its hash key for as long as its state
-is kept: freezing, appending and reordering parameters leave the keys of all others as they were. A `ParamSpec` is what
+is kept: freezing, appending and reordering parameters leave the keys of all others as they were. So it is with the role
+that was found for a parameter, from the first step on, whatever is added to the optimizer later. A `ParamSpec` is what
 follows from the parameter's shape and its group's options; it is made anew when one of these changes.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from collins.formats import TensorSpec
 from collins.hashing import BlockHash, UniversalHash, name_key
+from collins.roles import Role, found_roles
 from collins.sharding import Slice
 from collins.update import HashKeys, UpdateSpec, UpdateTask
 
@@ -32,6 +36,7 @@ class ParamSpec:
     size: torch.Size
     dtype: torch.dtype
     device: torch.device
+    role: Role
     update: UpdateSpec
     keys: HashKeys
     hash: Hash | None  # None for dense moments
@@ -44,12 +49,19 @@ class ParamSpec:
     @property
     def local_tensors(self) -> tuple[TensorSpec, ...]:
         """This rank's part of each tensor of the state."""
-        if self.slice is None:
+        if self.slice is None or self.slice.shape == self.size:
             return tuple(self.tensors.values())
-        if self.hash is None:
-            return tuple(TensorSpec(self.slice.shape, spec.dtype) for spec in self.tensors.values())
-        rows = self.slice.shape[0]
-        return tuple(TensorSpec((rows, *spec.shape[1:]), spec.dtype) for spec in self.tensors.values())
+        own = self.slice.shape
+        shapes = (own if spec.shape == self.size else (own[0], *spec.shape[1:]) for spec in self.tensors.values())
+        return tuple(map(TensorSpec, shapes, (spec.dtype for spec in self.tensors.values())))
+
+    @property
+    def skippable(self) -> int:
+        """How much a step may leave out of this rank's part, as `UpdateTask.skipped` counts it."""
+        if not self.update.skip:
+            return 0
+        count = self.numel if self.slice is None else math.prod(self.slice.shape)
+        return count if self.update.hash == "universal" else -(-count // int(self.update.loads[1]))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -75,6 +87,8 @@ class ParamEntry:
         group: its group.
         key: what its hashes derive from.
         name: for errors.
+        found: its role, as far as its group says nothing else; None until `ParamEntries.find_roles` is asked.
+        settled: whether that role stays.
         spec: as of the last step.
         step: the counter in its state, and `moments`: the tensors of its state, as they were adopted; None before.
         task: of the update, over these moments.
@@ -85,22 +99,26 @@ class ParamEntry:
     __slots__ = (
         "_held",
         "counter",
+        "found",
         "group",
         "key",
         "moments",
         "name",
         "p",
         "program",
+        "settled",
         "spec",
         "step",
         "task",
         "universal",
     )
 
-    def __init__(self, p: Tensor, key: int, universal: UniversalHash | None = None) -> None:
+    def __init__(self, p: Tensor, key: int, universal: UniversalHash | None = None, found: Role | None = None) -> None:
         self.p = p
         self.key = key
         self.universal = universal
+        self.found = found
+        self.settled = found is not None
         self.group: dict[str, Any] = {}
         self.name = ""
         self.spec: ParamSpec | None = None
@@ -143,17 +161,26 @@ class ParamEntry:
         return self.spec
 
 
+class Carried(NamedTuple):
+    """What the copy of an optimizer, by deepcopy or pickle, knows of its parameters from the original."""
+
+    entries: Sequence[tuple[int, UniversalHash | None, Role | None]] = ()  # key, hash, and the role that stays
+    by_module: Mapping[str, Role] = {}  # what modules say of parameters, by name
+
+
 class ParamEntries:
     """The parameters of an optimizer's groups, whose lists others may change between steps.
 
     A parameter that is taken out keeps its key for as long as the optimizer keeps its state.
 
     Args:
-        known: of each parameter, in the order of the groups, the key and the universal hash of a copied optimizer.
+        carried: of the original, where the optimizer is a copy.
     """
 
-    def __init__(self, known: Sequence[tuple[int, UniversalHash | None]] = ()) -> None:
-        self._copied = list(known)
+    def __init__(self, carried: Carried) -> None:
+        self._copied = list(carried.entries)
+        self._by_module = dict(carried.by_module)
+        self._found = False  # whether the roles of all entries are known
         self._absent: list[ParamEntry] = []  # of parameters that have been taken out
         self._groups: list[tuple[dict[str, Any], list[Tensor]]] = []
         self._entries: list[list[ParamEntry]] = []
@@ -167,7 +194,44 @@ class ParamEntries:
             present = set(map(id, flattened(self._entries)))
             self._absent = [entry for entry in before if id(entry) not in present and entry.p in states]
             self._groups = [(group, list(group["params"])) for group in groups]
+            self._found = False
         return self._entries
+
+    def carried(self) -> Carried:
+        """What a copy is to know."""
+        return Carried(
+            [
+                (entry.key, entry.universal, entry.found if entry.settled else None)
+                for entry in flattened(self._entries)
+            ],
+            self._by_module,
+        )
+
+    def told(self, by_module: Mapping[str, Role]) -> None:
+        """Takes what the modules of parameters say of them, by name. Where they disagree on a name, neither counts."""
+        for name, role in by_module.items():
+            if self._by_module.setdefault(name, role) != role:
+                del self._by_module[name]
+        self._found = False
+
+    def find_roles(self) -> None:
+        """Finds the role of each entry that has none which stays."""
+        if self._found:
+            return
+        names = [group.get("param_names") or [None] * len(params) for group, params in self._groups]
+        entries = list(flattened(self._entries))
+        shapes = [tuple(entry.p.shape) for entry in entries]
+        roles = found_roles(list(zip(chain(*names), shapes, strict=True)), self._by_module)
+        for entry, role in zip(entries, roles, strict=True):
+            if not entry.settled and entry.found != role:
+                entry.found, entry.spec = role, None
+        self._found = True
+
+    def settle(self) -> None:
+        """From now on the roles stay: moments are about to be made or loaded."""
+        self.find_roles()
+        for entry in flattened(self._entries):
+            entry.settled = True
 
     def kept(self) -> Iterator[ParamEntry]:
         """The entries of all parameters whose state the optimizer keeps, also of those that have been taken out."""
@@ -176,8 +240,8 @@ class ParamEntries:
     def _made(self, groups: Sequence[dict[str, Any]], known: Mapping[int, ParamEntry]) -> list[list[ParamEntry]]:
         params = [p for group in groups for p in group["params"]]
         found = [known.get(id(p)) for p in params]
-        for number, (key, universal) in enumerate(self._copied[: len(params)]):
-            found[number] = ParamEntry(params[number], key, universal)
+        for number, carried in enumerate(self._copied[: len(params)]):
+            found[number] = ParamEntry(params[number], *carried)
         self._copied = []
         taken = {entry.key for entry in found if entry is not None}
         made, number = [], 0

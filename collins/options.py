@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Set
+import re
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence, Set
 from numbers import Integral, Real
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from collins.bucketing import HASHES, NONFINITE
-from collins.formats import FORMATS, FloatFormat
-from collins.rule import DECODES
+from collins.formats import FORMATS, FloatFormat, NoFormat
+from collins.roles import ROLES
+from collins.rule import DECODES, ORTHOGONAL
 
 TABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-OF_THE_WHOLE = frozenset({"compile", "in_backward", "memory", "seed"})  # options that no group has
+OF_THE_WHOLE = frozenset({"compile", "in_backward", "max_grad_norm", "memory", "seed"})  # options that no group has
 _LIMIT = 2**63  # torch passes an int to its kernels in 64 bits
 _DIGITS = 4096  # bits of an int that Python prints, whatever limit is set
 
@@ -47,7 +52,20 @@ def seed_of(value: object) -> int:
     return seed
 
 
-def check_table_dtype(name: str, dtype: torch.dtype, table_dtype: torch.dtype | str) -> None:
+def max_norm_of(value: object) -> float | None:
+    """The largest norm of all gradients together, of any library's numbers, as Python's; None for None.
+
+    Raises:
+        ValueError: for anything but a number above 0, infinity among them.
+    """
+    value = read("max_grad_norm", value)
+    norm = None if value is None else _number(value)
+    accepted = "None or a number above 0, inf to measure the norm alone"
+    require(norm is None or norm > 0, "max_grad_norm", value, accepted)
+    return norm
+
+
+def check_table_dtype(name: str, dtype: torch.dtype, table_dtype: torch.dtype | str | None) -> None:
     """Raises a ValueError for float64 tables of the parameter `name` of another `dtype`.
 
     Means of its gradients are float32, and the kernel computes all of its step in float32: twice the bytes would hold
@@ -58,6 +76,102 @@ def check_table_dtype(name: str, dtype: torch.dtype, table_dtype: torch.dtype | 
             f"table_dtype must be torch.float32 or torch.bfloat16 for {name} of {dtype}, got torch.float64: steps are"
             " computed in float64 for parameters of torch.float64 only"
         )
+
+
+def read(name: str, value: Any) -> Any:
+    """What a string means for the option `name`, as configuration files and command lines give it.
+
+    Numbers, truth values, pairs of numbers and dtypes may be written out, and so may None where it is accepted ("none"
+    or "null"). What an option may be is read from its annotation in `Collins`, so that a new option needs no entry
+    here. A string that means nothing, and anything that is no string, is returned as it is: to be accepted or refused
+    like any other value.
+    """
+    if not isinstance(value, str):
+        return value
+    kinds = _kinds().get(name, ())
+    if type(None) in kinds and value.strip().lower() in ("none", "null"):
+        return None
+    for kind, reader in _READERS.items():
+        if kind in kinds:
+            return reader(value)
+    return value
+
+
+@functools.cache
+def _kinds() -> dict[str, tuple[Any, ...]]:
+    """Of each option, the types that its annotation names."""
+    from collins.optimizer import Collins  # which imports this module
+
+    found = {}
+    for name, hint in get_type_hints(Collins.__init__).items():
+        members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        found[name] = tuple(get_origin(member) or member for member in members)
+    return found
+
+
+def _read_number(text: Any) -> Any:
+    try:
+        return float(text) if isinstance(text, str) else text
+    except ValueError:
+        return text
+
+
+def _read_whole(text: str) -> Any:
+    try:
+        return int(text)
+    except ValueError:  # YAML takes 1e3 for a string
+        number = _read_number(text)
+        return int(number) if isinstance(number, float) and number.is_integer() else text
+
+
+def _read_wholes(text: str) -> Any:
+    """An int, or several with commas between them."""
+    parts = [_read_whole(part) for part in text.strip().strip("[]()").split(",")]
+    return text if any(isinstance(part, str) for part in parts) else parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _read_flag(text: str) -> Any:
+    return {"true": True, "false": False}.get(text.strip().lower(), text)
+
+
+def _read_pair(text: str) -> Any:
+    parts = re.fullmatch(r"\s*[\[(]?([^,]+),([^,]+?)[\])]?\s*", text)
+    pair = tuple(map(_read_number, parts.groups())) if parts else ()
+    return pair if pair and not any(isinstance(each, str) for each in pair) else text
+
+
+def _read_dtype(text: str) -> Any:
+    """A dtype by its name in torch, or by a short one; the name of a format that is no dtype stays."""
+    name = text.strip().removeprefix("torch.")
+    if name in FORMATS and not isinstance(FORMATS[name], FloatFormat):
+        return name
+    dtype = getattr(torch, _SHORT.get(name, name), None)
+    return dtype if isinstance(dtype, torch.dtype) else text
+
+
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+# In the order in which the types of an option are looked for; what any string is accepted for has none of them.
+_READERS: dict[Any, Callable[[str], Any]] = {
+    torch.dtype: _read_dtype,
+    tuple: _read_pair,
+    Sequence: _read_wholes,
+    bool: _read_flag,
+    int: _read_whole,
+    float: _read_number,
+}
+
+
+def read_whole_options(compile: Any, in_backward: Any, seed: Any, memory: Any) -> tuple[bool | None, bool, int, Any]:
+    """The options that no group has, as `Collins` is given them; `memory` is its own to accept or refuse.
+
+    Raises:
+        ValueError: for one that is not accepted.
+    """
+    compile, in_backward = read("compile", compile), read("in_backward", in_backward)
+    require(compile is None or isinstance(compile, bool), "compile", compile, "True, False or None")
+    require(isinstance(in_backward, bool), "in_backward", in_backward, "True or False")
+    return compile, in_backward, seed_of(read("seed", seed)), read("memory", memory)
 
 
 def _number(value: object) -> float:
@@ -77,7 +191,11 @@ def _two_numbers(value: Any) -> tuple[float, ...]:
     if isinstance(value, str | bytes | Mapping | Set) or not hasattr(value, "__getitem__"):
         return ()
     try:
-        return tuple(map(_number, value)) if len(value) == 2 else ()
+        return (
+            tuple(_number(_read_number(each) if isinstance(each, str) else each) for each in value)
+            if len(value) == 2
+            else ()
+        )
     except TypeError:  # an array without dimensions
         return ()
 
@@ -98,11 +216,23 @@ def _check_whole(group: dict[str, Any], name: str, accepted: str) -> None:
         group[name] = int(value)
 
 
+def _check_row_parts(group: dict[str, Any]) -> None:
+    """Makes `row_parts` an int, or a tuple of ints where it is a sequence of at least two."""
+    value, name = group["row_parts"], "row_parts"
+    accepted = "an int of at least 1, or at least two of them"
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        require(len(value) > 1 and all(_whole(rows) and rows >= 1 for rows in value), name, value, accepted)
+        group[name] = tuple(map(int, value))
+    else:
+        _check_whole(group, name, accepted)
+
+
 def check_options(group: dict[str, Any]) -> None:
     """Raises a ValueError that names the first option of a parameter group that is out of range.
 
     Numbers of other libraries become Python's in `group`, so that every step computes with the same ones and every way
     of saving takes them: betas, given as any sequence of two, a tuple of two floats; numpy's scalars floats and ints.
+    So do strings that mean such a value (`read`).
     """
     if not OF_THE_WHOLE.isdisjoint(group):
         name = min(OF_THE_WHOLE & group.keys())
@@ -110,6 +240,9 @@ def check_options(group: dict[str, Any]) -> None:
             f"{name} is an option of the whole optimizer, got {name}={shown(group[name])} in a parameter group: give it"
             " to Collins beside params"
         )
+    for name, value in group.items():
+        if isinstance(value, str):
+            group[name] = read(name, value)
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor):
         one = lr.numel() == 1 and lr.layout == torch.strided and not lr.is_meta and not lr.is_complex()
@@ -138,15 +271,21 @@ def check_options(group: dict[str, Any]) -> None:
     _check_whole(group, "min_K", "an int of at least 1")
     for name, values in _CHOICES:
         require(isinstance(group[name], str) and group[name] in values, name, group[name], listed(tuple(values)))
+    whole = group["decode"] != ORTHOGONAL or group["hash"] == "block"
+    require(whole, "hash", group["hash"], f"'block' for decode='{ORTHOGONAL}'")
+    _check_row_parts(group)
+    _check_range(group, "residual_square")
     if group["residual_weight"] is not None:
         _check_range(group, "residual_weight", "None, or finite and at least 0")
     if group["rehash_period"] is not None:
         _check_whole(group, "rehash_period", "None or an int of at least 1")
         require(group["rehash_period"] < 2**31, "rehash_period", group["rehash_period"], "None or an int below 2**31")
     dtype = group["table_dtype"]
-    named = isinstance(dtype, str) and dtype in FORMATS and not isinstance(FORMATS[dtype], FloatFormat)
+    named = isinstance(dtype, str) and dtype in FORMATS and not isinstance(FORMATS[dtype], FloatFormat | NoFormat)
+    chosen = dtype is None and second is not None
+    require(not chosen, "v_compress_ratio", second, "None without a table_dtype: compress_ratio chooses both loads")
     require(not named or group["hash"] == "block", "hash", group["hash"], f"'block' for tables in {dtype}")
-    known = named or (isinstance(dtype, torch.dtype) and dtype in TABLE_DTYPES)
+    known = dtype is None or named or (isinstance(dtype, torch.dtype) and dtype in TABLE_DTYPES)
     require(known, "table_dtype", dtype, listed(TABLE_DTYPES))
     require(isinstance(group["maximize"], bool), "maximize", group["maximize"], "True or False")
     rounding = group["stochastic_rounding"]
@@ -157,4 +296,5 @@ def check_options(group: dict[str, Any]) -> None:
     require(not waits, "nonfinite", group["nonfinite"], "propagate or skip with capturable=True, which cannot wait")
 
 
-_CHOICES = (("hash", HASHES), ("decode", DECODES), ("nonfinite", NONFINITE))
+_DECODES: Mapping[str, Any] = ChainMap[str, Any]({ORTHOGONAL: None}, DECODES)
+_CHOICES = (("role", ROLES), ("hash", HASHES), ("decode", _DECODES), ("nonfinite", NONFINITE))

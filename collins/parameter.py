@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 
 from collins._torch_internals import is_fsdp_flattened
-from collins.bucketing import Bucketing, bucketing_of, moment_shape, within_rows
+from collins.bucketing import Bucketing, moment_shape
 from collins.checkpoint import DENSE, TABLES, ExpectedState, check_moments, check_shape, is_moment
 from collins.entries import Hash, ParamEntry, ParamSpec
 from collins.fingerprint import LAYOUT, Fingerprint, fingerprint, unpacked
-from collins.formats import FORMATS, TensorSpec, dense_format, format_name
+from collins.formats import FORMATS, TensorSpec
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.options import check_table_dtype, listed
+from collins.orthogonal import parts_of_rows
+from collins.roles import Role, found_roles, role_under
 from collins.rounding import ROUNDED
-from collins.sharding import Slice, is_placed_like, is_sharded, local, local_gradient, slice_of
+from collins.rule import ORTHOGONAL
+from collins.schemes import Scheme, decode_of, scheme_under
+from collins.sharding import Slice, check_whole, is_placed_like, is_sharded, local, local_gradient, slice_of
 from collins.update import HashKeys, UpdateSpec, UpdateTask
 
 LaunchOf = Callable[[UpdateSpec, Tensor, int], Any]
@@ -29,11 +33,13 @@ PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The group options that a ParamSpec depends on.
 PLANNED = (
+    "role",
     "compress_ratio",
     "v_compress_ratio",
     "min_K",
     "hash",
     "decode",
+    "row_parts",
     "rehash_period",
     "table_dtype",
     "maximize",
@@ -74,8 +80,12 @@ def check_param(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
     if p.requires_grad or p.grad is not None:
         _check_dtype(name, p)
         check_table_dtype(name, p.dtype, group["table_dtype"])
+        (found,) = found_roles([(None, tuple(p.shape))])  # by its shape: the other parameters are not known yet
+        role = role_under(found, p.numel(), group).kind
+        if group["role"] != "auto":
+            row_parts_of(name, p, group, role)
         if is_sharded(p):
-            slice_under(name, p, group)
+            slice_under(name, p, group, role)
 
 
 def _check_dtype(name: str, p: Tensor) -> None:
@@ -83,23 +93,15 @@ def _check_dtype(name: str, p: Tensor) -> None:
         raise TypeError(f"{name} has dtype {p.dtype}; Collins accepts {listed(PARAM_DTYPES)}")
 
 
-def bucketings_under(p: Tensor, group: Mapping[str, Any]) -> tuple[Bucketing, Bucketing]:
-    """How the elements of `p` are divided into buckets for each of its moments."""
-    first = bucketing_of(p.numel(), compress_ratio=group["compress_ratio"], min_K=group["min_K"], hash=group["hash"])
-    first = within_rows(first, tuple(p.shape)) if is_sharded(p) else first
-    if group["v_compress_ratio"] is None or first.hash != "block":
-        return first, first
-    second = bucketing_of(p.numel(), compress_ratio=group["v_compress_ratio"], min_K=1, hash="block")
-    second = within_rows(second, tuple(p.shape)) if is_sharded(p) else second
-    return first, second if second.hash and second.load >= first.load else first
+def role_of(entry: ParamEntry) -> Role:
+    """The role of a parameter under the options of its group."""
+    assert entry.found is not None
+    return role_under(entry.found, entry.p.numel(), entry.group)
 
 
-def formats_under(p: Tensor, group: Mapping[str, Any], bucketing: Bucketing) -> tuple[str, str]:
-    """The formats of both moments of `p`."""
-    if bucketing.hash is None:
-        return (dense_format(p.dtype, group["table_dtype"]),) * 2
-    first = format_name(group["table_dtype"])
-    return first, FORMATS[first].second or first
+def scheme_of(p: Tensor, group: Mapping[str, Any], role: str) -> Scheme:
+    """How the moments of `p`, a parameter of this role, are stored."""
+    return scheme_under(tuple(p.shape), p.dtype, group, role, sharded=is_sharded(p))
 
 
 def rounds(p: Tensor, formats: Iterable[str], group: Mapping[str, Any]) -> bool:
@@ -108,19 +110,31 @@ def rounds(p: Tensor, formats: Iterable[str], group: Mapping[str, Any]) -> bool:
     return group["stochastic_rounding"] is not False and rounded
 
 
-def slice_under(name: str, p: Tensor, group: Mapping[str, Any]) -> Slice | None:
-    """This rank's part of `p`; None for an ordinary tensor."""
-    bucketing, _ = bucketings_under(p, group)
-    return slice_of(name, p, bucketing, rounding=rounds(p, formats_under(p, group, bucketing), group))
+def row_parts_of(name: str, p: Tensor, group: Mapping[str, Any], role: str) -> tuple[int, ...]:
+    """The rows of the matrices that `p`, a parameter of this role, is cut into; () where it is not orthogonalised."""
+    if decode_of(group, role) != ORTHOGONAL:
+        return ()
+    return parts_of_rows(name, tuple(p.shape), group["row_parts"])
 
 
-def state_tensors(p: Tensor, group: Mapping[str, Any]) -> tuple[dict[str, TensorSpec], int]:
-    """The tensors in which both moments of `p` are kept, by the names of its state; how many are the first one's."""
-    bucketings = bucketings_under(p, group)
-    names = DENSE if bucketings[0].hash is None else TABLES
-    formats = formats_under(p, group, bucketings[0])
+def slice_under(name: str, p: Tensor, group: Mapping[str, Any], role: str) -> Slice | None:
+    """This rank's part of `p`, a parameter of this role; None for an ordinary tensor."""
+    scheme = scheme_of(p, group, role)
+    if decode_of(group, role) == ORTHOGONAL:
+        check_whole(name, p)
+    return slice_of(name, p, scheme.v, rounding=rounds(p, scheme.formats, group))
+
+
+def state_tensors(p: Tensor, group: Mapping[str, Any], role: str) -> tuple[dict[str, TensorSpec], int]:
+    """The tensors in which both moments of `p`, a parameter of this role, are kept, by the names of its state.
+
+    Returns:
+        Them, and how many are the first moment's.
+    """
+    scheme = scheme_of(p, group, role)
+    names = DENSE if scheme.m.hash is None else TABLES
     found: list[dict[str, TensorSpec]] = []
-    for name, bucketing, format in zip(names, bucketings, formats, strict=True):
+    for name, bucketing, format in zip(names, (scheme.m, scheme.v), scheme.formats, strict=True):
         parts = FORMATS[format].parts(moment_shape(bucketing, tuple(p.shape)))
         found.append({name + suffix: spec for suffix, spec in parts.items()})
     return {**found[0], **found[1]}, len(found[0])
@@ -132,26 +146,30 @@ def spec_of(entry: ParamEntry, settings: tuple[Any, ...], seed: int, launch_of: 
     if p.requires_grad or p.grad is not None:
         _check_dtype(entry.name, p)
         check_table_dtype(entry.name, p.dtype, group["table_dtype"])
-    first, second = bucketings_under(p, group)
+    role = role_of(entry)
+    scheme = scheme_of(p, group, role.kind)
+    first, second = scheme.m, scheme.v
     period, hash = group["rehash_period"], _hash_of(entry, first, seed)
-    formats = formats_under(p, group, first)
     rehash = first.hash == "block" and period is not None
     update = UpdateSpec(
         first.hash,
         first.load,
-        group["decode"],
+        decode_of(group, role.kind),
         rehash,
-        rounds(p, formats, group),
+        rounds(p, scheme.formats, group),
         group["maximize"],
         group["nonfinite"] == "skip",
-        *formats,
+        scheme.m_format,
+        scheme.v_format,
         None if first.load == second.load else second.load,
+        row_parts=row_parts_of(entry.name, p, group, role.kind),
     )
     sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
-    part = slice_under(entry.name, p, group)
-    tensors, first_count = state_tensors(p, group)
+    part = slice_under(entry.name, p, group, role.kind)
+    tensors, first_count = state_tensors(p, group, role.kind)
     return ParamSpec(
         settings=settings,
+        role=role,
         kind=type(p),
         size=p.shape,
         dtype=p.dtype,
@@ -196,8 +214,8 @@ def expected_state(entry: ParamEntry, seed: int) -> ExpectedState:
     )
 
 
-def task_of(entry: ParamEntry) -> UpdateTask:
-    """A parameter's part of every step, over this rank's parts of its moments."""
+def task_of(entry: ParamEntry, skipped: Tensor | None = None) -> UpdateTask:
+    """A parameter's part of every step, over this rank's parts of its moments; `skipped` is `UpdateTask`'s."""
     if entry.task is not None:
         return entry.task
     spec, moments = entry.known_spec, [local(moment) for moment in entry.moments or ()]
@@ -207,7 +225,7 @@ def task_of(entry: ParamEntry) -> UpdateTask:
     if spec.slice is not None:
         p, start = local(p), spec.slice.start
     m, v = tuple(moments[: spec.first_count]), tuple(moments[spec.first_count :])
-    task = UpdateTask(p, m, v, spec.update, keys, spec.numel, start, spec.launch)
+    task = UpdateTask(p, m, v, spec.update, keys, spec.numel, start, spec.launch, skipped)
     if spec.slice is None:  # a sharded parameter may have another local tensor in the next step
         entry.task = task
     return task

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from collins.entries import ParamEntry
-from collins.parameter import bucketings_under, state_tensors
+from collins.formats import NONE
+from collins.parameter import scheme_of, state_tensors
+from collins.roles import Role
 from collins.table import as_table, shape_text
 
 
@@ -17,8 +19,13 @@ class ParameterRow:
 
     name: str
     shape: tuple[int, ...]
-    hash: str | None  # None: dense moments
-    load: float  # elements per bucket, c
+    role: str | None  # "matrix", "tokens" or "exact"; None for a frozen parameter
+    reason: str  # how the role was found
+    hash: str | None  # None: a first moment for each element
+    load: float  # elements per bucket of the first moment, c
+    v_load: float  # and of the second
+    m_format: str  # keys of `collins.formats.FORMATS`, "none" for no moment; empty for a frozen parameter
+    v_format: str
     state_bytes: int
     adamw_bytes: int  # what torch.optim.AdamW keeps: two moments in the parameter's dtype
 
@@ -44,34 +51,49 @@ class MemoryReport:
         """adamw_bytes / state_bytes."""
         return self.adamw_bytes / self.state_bytes if self.state_bytes else 1.0
 
+    @staticmethod
+    def _moments(row: ParameterRow) -> tuple[str, ...]:
+        """Formats and loads of both moments, as text."""
+        pairs = ((row.m_format, row.load), (row.v_format, row.v_load))
+        return tuple(f"{format} / {load:g}" if load > 1 and format != NONE else format for format, load in pairs)
+
     def __str__(self) -> str:
-        heads = ("parameter", "shape", "state", "load", "bytes", "AdamW bytes")
+        heads = ("parameter", "shape", "role", "found by", "M", "V", "bytes", "AdamW bytes")
         lines = [
             (
                 row.name,
                 shape_text(row.shape),
-                row.hash or "dense",
-                f"{row.load:g}",
+                row.role or "frozen",
+                row.reason,
+                *self._moments(row),
                 f"{row.state_bytes:,}",
                 f"{row.adamw_bytes:,}",
             )
             for row in self.rows
         ]
-        lines.append(("total", "", "", f"{self.ratio:.2f}x less", f"{self.state_bytes:,}", f"{self.adamw_bytes:,}"))
-        return as_table(heads, lines, left=3)
+        lines.append(
+            ("total", "", "", "", "", f"{self.ratio:.2f}x less", f"{self.state_bytes:,}", f"{self.adamw_bytes:,}")
+        )
+        return as_table(heads, lines, left=6)
 
 
-def report_row(entry: ParamEntry) -> ParameterRow:
-    """The state of a parameter; none where it is frozen, since what is never stepped has none."""
+def report_row(entry: ParamEntry, role: Role) -> ParameterRow:
+    """The state of a parameter of this role; none where it is frozen, since what is never stepped has none."""
     p, step_bytes = entry.p, torch.float32.itemsize
-    bucketing, _ = bucketings_under(p, entry.group)
     if not (p.requires_grad or p.grad is not None):
-        return ParameterRow(entry.name, tuple(p.shape), None, 1, 0, 0)
+        return ParameterRow(entry.name, tuple(p.shape), None, "", None, 1, 1, "", "", 0, 0)
+    scheme = scheme_of(p, entry.group, role.kind)
+    tensors, _ = state_tensors(p, entry.group, role.kind)
     return ParameterRow(
         name=entry.name,
         shape=tuple(p.shape),
-        hash=bucketing.hash,
-        load=bucketing.load,
-        state_bytes=step_bytes + sum(spec.nbytes for spec in state_tensors(p, entry.group)[0].values()),
+        role=role.kind,
+        reason=role.reason,
+        hash=scheme.m.hash,
+        load=scheme.m.load,
+        v_load=scheme.v.load,
+        m_format=scheme.m_format,
+        v_format=scheme.v_format,
+        state_bytes=step_bytes + sum(spec.nbytes for spec in tensors.values()),
         adamw_bytes=step_bytes + 2 * p.numel() * p.dtype.itemsize,
     )

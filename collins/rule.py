@@ -1,6 +1,6 @@
 """The update rule: one line of mathematics, shared by dense, residual and published parameters.
 
-    p <- (1 - lr wd) p - lr (m_hat + rho r) / (sqrt(v_hat + r^2) + eps)
+    p <- (1 - lr wd) p - lr (m_hat + rho r) / (sqrt(v_hat + kappa r^2) + eps)
 
 | state | m_hat | v_hat | r |
 |---|---|---|---|
@@ -49,6 +49,10 @@ DECODES = {
 }
 
 
+ORTHOGONAL = "orthogonal"  # the decode of whole matrices: see `collins.orthogonal`
+ELEMENTWISE = "residual"  # what parameters that are no matrices are stepped by beside it
+
+
 class StepScalars(NamedTuple):
     """What one step's formulas need besides tensors: Python numbers, or 0-d tensors, which compiled code takes."""
 
@@ -63,6 +67,8 @@ class StepScalars(NamedTuple):
     inv_bias_correction2: Scalar  # 1 / (1 - beta2^t)
     eps: Scalar
     rho: Scalar
+    kappa: Scalar
+    grad_scale: Scalar = 1.0  # what every gradient is multiplied by before it is used
 
 
 def step_scalars(
@@ -73,6 +79,8 @@ def step_scalars(
     eps: float,
     weight_decay: float,
     residual_weight: float | None,
+    residual_square: float,
+    grad_scale: Scalar = 1.0,
 ) -> StepScalars:
     """The `StepScalars` of step t = `step`, counted from 1; as a float tensor it stays on its device.
 
@@ -82,19 +90,20 @@ def step_scalars(
     beta1, beta2 = betas
     averages = beta1, 1 - beta1, beta2, 1 - beta2
     rho = math.sqrt((1 - beta1) / (1 + beta1)) if residual_weight is None else residual_weight
+    others = eps, rho, residual_square, grad_scale
     if isinstance(step, Tensor):
         exact = step.to(torch.float64)
         on_device = 1 / (1 - beta1**exact), 1 / (1 - beta2**exact)
-        return StepScalars(step.to(torch.int64), lr, 1 - lr * weight_decay, *averages, *on_device, eps, rho)
+        return StepScalars(step.to(torch.int64), lr, 1 - lr * weight_decay, *averages, *on_device, *others)
     inverses = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
-    return StepScalars(step, lr, 1 - lr * weight_decay, *averages, *inverses, eps, rho)
+    return StepScalars(step, lr, 1 - lr * weight_decay, *averages, *inverses, *others)
 
 
 def direction(m_hat: Tensor, v_hat: Tensor, r: Tensor | None, hp: StepScalars) -> Tensor:
-    """(m_hat + rho r) / (sqrt(v_hat + r^2) + eps); all tensors broadcast."""
+    """(m_hat + rho r) / (sqrt(v_hat + kappa r^2) + eps); all tensors broadcast."""
     if r is None:
         return m_hat / (v_hat.sqrt() + hp.eps)
-    return (m_hat + hp.rho * r) / (torch.sqrt(v_hat + r * r) + hp.eps)
+    return (m_hat + hp.rho * r) / (torch.sqrt(v_hat + hp.kappa * (r * r)) + hp.eps)
 
 
 def updated(p: Tensor, direction: Tensor, hp: StepScalars) -> Tensor:

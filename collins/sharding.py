@@ -10,6 +10,7 @@ Nothing here imports DTensor before somebody else has: without it there is no sh
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from collins._torch_internals import dtensor, local_extent, split_factor, waited
 from collins.bucketing import Bucketing
 
 _MODULE = "torch.distributed.tensor"
+_DEEPSPEED = "deepspeed.runtime.base_optimizer"
 
 
 class Slice(NamedTuple):
@@ -46,12 +48,28 @@ def local(t: Tensor) -> Tensor:
     return waited(part)
 
 
+def check_whole(name: str, p: Tensor) -> None:
+    """Raises a ValueError, naming the parameter, for one of which this rank may have a part only."""
+    if not is_sharded(p):
+        return
+    found: Any = p
+    sizes = [
+        found.device_mesh.size(dim) for dim, placement in enumerate(found.placements) if not placement.is_replicate()
+    ]
+    if math.prod(sizes) > 1:
+        raise ValueError(
+            f"{name} is a DTensor placed as {_text(found.placements)} over {math.prod(sizes)} ranks, and decode is"
+            " 'orthogonal', which takes the whole matrix at once: Collins accepts it on one rank, or replicated. In a"
+            " group of its own give it decode='residual'"
+        )
+
+
 def slice_of(name: str, p: Tensor, layout: Bucketing, *, rounding: bool) -> Slice | None:
     """Which part of the parameter `p` is here, or None for an ordinary tensor.
 
     Args:
         name: for errors.
-        layout: of the parameter's moments.
+        layout: of the parameter's second moment, the coarser one.
         rounding: whether the step rounds stochastically, with random bits for each element.
 
     Raises:
@@ -170,6 +188,21 @@ def agreed(flags: Sequence[bool], params: Sequence[Tensor]) -> list[bool]:
     return result
 
 
+def sharded_over(p: Tensor) -> tuple[Any, tuple[int, ...]] | None:
+    """The mesh of a DTensor, and those of its dimensions that `p` is cut along; None if it is whole on every rank."""
+    like: Any = p
+    dims = tuple(dim for dim, placement in enumerate(like.placements) if not placement.is_replicate())
+    return (like.device_mesh, dims) if math.prod(like.device_mesh.size(dim) for dim in dims) > 1 else None
+
+
+def norm_over(norm: Tensor, mesh: Any, dims: Sequence[int]) -> Tensor:
+    """The norm of what is cut along dimensions of a mesh, from that of this rank's part: a collective for each."""
+    squares = norm.to(mesh.device_type, torch.float64).square()
+    for dim in dims:
+        torch.distributed.all_reduce(squares, group=mesh.get_group(dim))
+    return squares.sqrt().to(norm.dtype)
+
+
 def _extent(p: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shape of this rank's part of a tensor of global `shape` placed like `p`, and where in it that part begins."""
     like: Any = p
@@ -201,3 +234,25 @@ def _partial(placements: Sequence[Any]) -> bool:
 
 def _text(placements: Sequence[Any]) -> str:
     return f"({', '.join(map(repr, placements))})"
+
+
+def refuse_flat_partitions(groups: Sequence[dict[str, Any]]) -> None:
+    """Raises a RuntimeError if DeepSpeed has put flat partitions in the place of the parameters of these groups.
+
+    ZeRO of every stage concatenates the parameters of a group and gives the optimizer this rank's part of that as one
+    vector. It has neither rows nor names, biases and norms are compressed along with everything else, and its buckets
+    go by the number of ranks. DeepSpeed's own optimizers, which hold the group, are looked for among all objects: call
+    this when parameters have changed.
+    """
+    deepspeed = sys.modules.get(_DEEPSPEED)
+    if deepspeed is None:
+        return
+    for wrapper in [one for one in gc.get_objects() if issubclass(type(one), deepspeed.DeepSpeedOptimizer)]:
+        flat = isinstance(wrapper, deepspeed.ZeROOptimizer) or hasattr(wrapper, "fp32_groups_flat")
+        if flat and getattr(getattr(wrapper, "optimizer", None), "param_groups", None) is groups:
+            raise RuntimeError(
+                f"{type(wrapper).__name__} of DeepSpeed has put flat partitions in the place of parameters: Collins"
+                " needs whole parameters, whose rows, names and sizes decide how their moments are kept. Set ZeRO"
+                " stage 0, or shard the model by torch.distributed.fsdp.fully_shard. Tables of 0.25 byte per parameter"
+                " leave ZeRO stage 1 little to divide"
+            )

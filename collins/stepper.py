@@ -6,6 +6,7 @@ the same program is run again. A step in backward is a program of one parameter,
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from collins.checkpoint import writable
+from collins.clipping import UNSCALED, Clipping, warn_of_lost_clipping
 from collins.compile import Engine
-from collins.compile.program import ProgramGroup, StepProgram, scalars_under
-from collins.entries import Hash, ParamEntries, ParamEntry, ParamSpec, flattened
+from collins.compile.program import ProgramGroup, ScalarsOf, StepProgram, scalars_under
+from collins.entries import Carried, Hash, ParamEntries, ParamEntry, ParamSpec, flattened
 from collins.formats import TensorSpec
+from collins.fused_backward import LoneSteps
 from collins.hashing import UniversalHash
 from collins.interrupts import HeldInterrupts
 from collins.offload import MemoryPolicy
@@ -25,10 +28,13 @@ from collins.offload.backward import refuse_replicas
 from collins.offload.staging import StateRequest
 from collins.offload.tiers import ResidentStore, Store, TieredStore
 from collins.options import check_options
-from collins.parameter import check_state, gradient_of, has_moments, settings_of, spec_of, task_of
+from collins.parameter import check_state, gradient_of, has_moments, role_of, settings_of, spec_of, task_of
+from collins.roles import Role
 from collins.rule import StepScalars
-from collins.sharding import is_placed_like, local, placed
+from collins.sharding import is_placed_like, is_sharded, local, placed, refuse_flat_partitions, sharded_over
 from collins.state import StepCounters, adopt, drop, mark
+from collins.statistics import Statistics, is_capturing
+from collins.update import UpdateTask
 
 Groups = Sequence[dict[str, Any]]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -38,8 +44,8 @@ class Stepper:
     """Steps the parameters of one optimizer, whose groups and state it is given at each call.
 
     Args:
-        seed, compile, memory: the optimizer's.
-        known: of each parameter of a copied optimizer, in the order of its groups, the key and the universal hash.
+        seed, compile, memory, clipping: the optimizer's.
+        carried: what is known of the parameters of an optimizer that has been copied.
     """
 
     def __init__(
@@ -47,12 +53,16 @@ class Stepper:
         seed: int,
         compile: bool | None,
         memory: MemoryPolicy | None,
-        known: Sequence[tuple[int, UniversalHash | None]] = (),
+        clipping: Clipping,
+        carried: Carried,
     ) -> None:
         self.seed = seed
+        self.clipping = clipping
+        self.statistics = Statistics()
         self.engine = Engine(compile, busy_link=memory is not None)
         self.store: Store = ResidentStore() if memory is None else TieredStore(memory)
-        self._entries = ParamEntries(known)
+        self.lone_steps = LoneSteps()
+        self._entries = ParamEntries(carried)
         self._counters = StepCounters()
         self._known_roster: list[list[ParamEntry]] = []
         self._settings: list[tuple[Any, ...]] = []
@@ -63,16 +73,32 @@ class Stepper:
         """The parameters of all groups."""
         return flattened(self._roster(groups, states))
 
+    def role(self, entry: ParamEntry) -> Role:
+        """The role of a parameter under the options of now."""
+        self._entries.find_roles()
+        return role_of(entry)
+
+    def told(self, by_module: Mapping[str, Role]) -> None:
+        """Takes what modules say of the parameters with these names."""
+        self._entries.told(by_module)
+
+    def carried(self) -> Carried:
+        """What a copy of the optimizer is to know of its parameters."""
+        return self._entries.carried()
+
     def _roster(self, groups: Groups, states: States) -> list[list[ParamEntry]]:
-        known = self._known_roster
-        self._known_roster = roster = self._entries.by_group(groups, states)
-        if roster is not known:  # nothing keeps what has been taken out
+        roster = self._entries.by_group(groups, states)
+        if roster is not self._known_roster:
+            refuse_flat_partitions(groups)
+            self._known_roster = roster
+            # Nothing keeps what has been taken out.
             self.store.retain(entry.p for entry in self._entries.kept())
             self._program, self._last = None, []
         return roster
 
     def spec(self, entry: ParamEntry, settings: tuple[Any, ...] | None = None) -> ParamSpec:
         """The spec of a parameter under the options of now."""
+        self._entries.find_roles()
         settings = self._settings_of(entry.group) if settings is None else settings
         if entry.spec is None or not entry.spec.fits(entry.p, settings):
             entry.respec(spec_of(entry, settings, self.seed, self.engine.launch_of))
@@ -90,20 +116,40 @@ class Stepper:
         raise ValueError(f"param must be a parameter of this optimizer, got a {tuple(param.shape)} tensor that is not")
 
     def update(self, groups: Groups, states: States, *, repeats: bool = True) -> None:
-        """Performs a step of all parameters that have a gradient.
+        """Performs a step of all parameters that have a gradient: of all, or of those that backward has left.
 
         Args:
             groups, states: the optimizer's.
             repeats: whether later steps may run the program of this one.
         """
+        alone = self.lone_steps.end()
         self.store.refresh()
+        self.statistics.begin(groups, anew=repeats and not alone)
         bound = self.matching(groups, states)
         if bound is not None:
             assert self._program is not None
-            self._program.run(bound, scalars_under)
+            self._run(self._program, bound, groups)
         else:
             self._update_anew(groups, states, repeats=repeats)
+        self.end(groups, states)
         self.store.finish()
+
+    def end(self, groups: Groups, states: States) -> None:
+        """The step has ended, and what is to be known of it is."""
+        if self.clipping.max_norm is not None:
+            self.clipping.end((entry.p for entry in self.entries(groups, states)), groups)
+        self.statistics.end(groups)
+
+    def _run(self, program: StepProgram, bound: Any, groups: Groups) -> None:
+        scalars_of: ScalarsOf = scalars_under
+        if self.clipping.max_norm is not None:
+            self.clipping.adopt(groups)
+            grads, _ = bound
+            # Asked first once the program has found nothing to refuse.
+            scale = functools.cache(lambda: self.clipping.scale([entry.p for entry in program.entries], grads))
+            scalars_of = lambda group, step: scalars_under(group, step, scale().of(group))  # noqa: E731
+        with self.statistics.stepping(program.entries, program.skippable):
+            program.run(bound, scalars_of)
 
     def _update_anew(self, groups: Groups, states: States, *, repeats: bool) -> None:
         """A step whose program is made for it. State that it makes goes again for whoever is not stepped."""
@@ -111,7 +157,7 @@ class Stepper:
         program = None
         try:
             program, bound = self._build(groups, states, new, repeats=repeats)
-            program.run(bound, scalars_under)
+            self._run(program, bound, groups)
         except BaseException:
             stepped = {program.entries[number] for number in program.stepped} if program else set()
             drop([entry for entry in new if entry not in stepped], states)
@@ -121,7 +167,7 @@ class Stepper:
         """What the last step's program takes for this step's gradients; None if it cannot be run again."""
         same = self._roster(groups, states) is (self._program and self._program.roster)
         program = self._program
-        if program is None or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        if program is None or is_capturing():
             return None
         for group in program.groups:
             check_options(group.options)
@@ -143,7 +189,7 @@ class Stepper:
         Returns:
             The program, and what it takes for this step's gradients.
         """
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        capturing = is_capturing()
         roster = self._roster(groups, states)
         found: list[ProgramGroup] = []
         grads: list[Tensor] = []
@@ -162,7 +208,7 @@ class Stepper:
             found.append(ProgramGroup(group, settings, own))
         stepping = [entry for group in found for entry in group.entries]
         self._adopt(stepping, states, flattened(roster), new)
-        executor = self.store.executor(self.engine, list(map(task_of, stepping)), [e.p for e in stepping], grads)
+        executor = self.store.executor(self.engine, list(map(self._task, stepping)), [e.p for e in stepping], grads)
         program = StepProgram(found, executor, self._counters, roster)
         # While gradients come and go no step is repeated, and guards would take as long as the step itself.
         settled, self._last = stepping == self._last, stepping
@@ -196,7 +242,9 @@ class Stepper:
 
     def place(self, entries: Iterable[ParamEntry], *, early: bool = False, loading: bool = False) -> None:
         """Finds memory for the moments of entries that have none; see `collins.offload.tiers.Store`."""
-        requests = [StateRequest(entry.name, entry.p, self.spec(entry).local_tensors) for entry in entries]
+        self._entries.settle()
+        specs = [(entry, self.spec(entry)) for entry in entries]
+        requests = [StateRequest(entry.name, entry.p, spec.local_tensors, spec.role) for entry, spec in specs]
         self.store.place(requests, early=early, loading=loading)
 
     def room(self, entry: ParamEntry, present: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,16 +280,25 @@ class Stepper:
     def begin(self, groups: Groups, states: States) -> dict[int, ParamEntry]:
         """All parameters that backward may step, by identity, checked and placed before the first one is stepped."""
         self.store.refresh()
+        self.statistics.begin(groups)
+        self.clipping.adopt(groups)
         pending: dict[int, ParamEntry] = {}
         for entries in filter(None, self._roster(groups, states)):
             check_options(entries[0].group)
             settings = self._settings_of(entries[0].group)
             for entry in filter(can_step, entries):
                 self._check(entry, states, settings)
+                if self.clipping.max_norm is not None and is_sharded(entry.p) and sharded_over(entry.p):
+                    raise RuntimeError(_sharded(entry.name))
                 pending[id(entry.p)] = entry
         if any(entry.moments is None for entry in pending.values()):
             self.place(pending.values(), early=True)
         return pending
+
+    def check(self, entry: ParamEntry, states: States) -> None:
+        """Raises for a parameter that cannot be stepped under the options and the state of now."""
+        check_options(entry.group)
+        self._check(entry, states, self._settings_of(entry.group))
 
     def update_one(
         self,
@@ -263,28 +320,36 @@ class Stepper:
 
         def shared(group: dict[str, Any], step: int | Tensor) -> StepScalars:
             if isinstance(step, Tensor):
-                return scalars_under(group, step)
+                return scalars_under(group, step, scale.of(group))
             if (id(group), step) not in scalars:
                 scalars[id(group), step] = scalars_under(group, step)
-            return scalars[id(group), step]
+            own = scalars[id(group), step]
+            return own if scale is UNSCALED else own._replace(grad_scale=scale.of(group))
 
         grads = [gradient_of(entry, g)]
+        scale = self.clipping.scale_of_one(entry.p, grads[0])
         new: list[ParamEntry] = []
         program: StepProgram | None = None
-        try:
-            self._adopt([entry], states, [entry], new)
-            program = entry.program or self._program_of_one(entry)
-            program.run(program.bind(grads), shared)
-            stepped(entry)
-        except BaseException:
-            if program is not None and program.stepped:
-                stepped(entry)
-            else:
-                drop(new, states)
-            raise
+        with HeldInterrupts():
+            try:
+                self._adopt([entry], states, [entry], new)
+                program = entry.program or self._program_of_one(entry)
+                with self.statistics.stepping(program.entries, program.skippable):
+                    program.run(program.bind(grads), shared)
+                    stepped(entry)
+            except BaseException:
+                if program is not None and program.stepped:
+                    stepped(entry)
+                else:
+                    drop(new, states)
+                raise
+
+    def _task(self, entry: ParamEntry) -> UpdateTask:
+        skips = entry.known_spec.update.skip
+        return task_of(entry, self.statistics.skips.counter(local(entry.p).device) if skips else None)
 
     def _program_of_one(self, entry: ParamEntry) -> StepProgram:
-        executor = self.store.executor_of_one(self.engine, task_of(entry), entry.p)
+        executor = self.store.executor_of_one(self.engine, self._task(entry), entry.p)
         group = ProgramGroup(entry.group, entry.known_spec.settings, [entry])
         program = StepProgram([group], executor, self._counters, [])
         if entry.known_spec.slice is None:  # a sharded parameter may have another local tensor in the next step
@@ -301,6 +366,7 @@ class BackwardSteps:
         self._stepped: dict[int, ParamEntry] = {}
         self._scalars: dict[tuple[int, int], StepScalars] = {}
         self._alone = False  # whether replicas have been looked for
+        self._begun = False  # whether a step has been ended
 
     def receive(self, p: Tensor, stepper: Stepper, groups: Groups, states: States) -> None:
         """Steps a parameter whose gradient is complete, and frees the gradient."""
@@ -320,13 +386,13 @@ class BackwardSteps:
             if id(p) in self._stepped:
                 p.grad = None
                 raise RuntimeError(_twice(entry.name))
-            with HeldInterrupts():
-                stepper.update_one(entry, g, states, self._scalars, self._receive_no_more)
+            stepper.update_one(entry, g, states, self._scalars, self._receive_no_more)
 
     def _receive_no_more(self, entry: ParamEntry) -> None:
         self._stepped[id(entry.p)] = entry
         entry.p.grad = None
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, owner: object, closure: object) -> None:
         """Raises a RuntimeError for what steps in backward cannot work with, when `step` is called."""
         if closure is not None:
@@ -334,6 +400,9 @@ class BackwardSteps:
                 "closure must be None with in_backward=True, where parameters are stepped during backward: evaluate the"
                 " model before step(), or build Collins with in_backward=False"
             )
+        if not self._begun and getattr(owner, "max_grad_norm", None) is None:
+            warn_of_lost_clipping()
+        self._begun = True
         if hasattr(owner, "found_inf"):
             owner.__dict__.pop("found_inf", None)
             owner.__dict__.pop("grad_scale", None)
@@ -358,6 +427,14 @@ class BackwardSteps:
 def can_step(entry: ParamEntry) -> bool:
     """Whether a parameter may be stepped: what is frozen needs no moments."""
     return entry.p.requires_grad or entry.p.grad is not None
+
+
+def _sharded(name: str) -> str:
+    return (
+        f"max_grad_norm must be None with in_backward=True, and for step_parameter, where {name} is sharded over"
+        " several ranks: each sees its part of a gradient, and uses it before the norm over all ranks is known. Step"
+        " after backward, which clips by that norm"
+    )
 
 
 def _twice(name: str) -> str:

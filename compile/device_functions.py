@@ -88,6 +88,13 @@ def rounded(x, noise, TO: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def add_count(counter, x):  # type: ignore[no-untyped-def]
+    """Adds to a counter how much of x is true. Integers come to the same sum in any order."""
+    count = tl.sum(tl.ravel(x).to(tl.int32), axis=0).to(tl.int64)
+    tl.atomic_add(counter, count, mask=count > 0, sem="relaxed")
+
+
+@triton.jit
 def along(x, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
     """What holds for each bucket, for each of its rows."""
     if WORDS > 1:
@@ -114,31 +121,54 @@ def nearest(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def integers(base, index, held, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Entries of a table in integers, as `collins.formats.IntFormat` stores them."""
-    if BITS == 8:
-        q = tl.load(base + index, mask=held, other=0).to(tl.int32)
+def load_integers(  # type: ignore[no-untyped-def]
+    base, scales, first, end, BITS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Entries number `first` to `first + COUNT`, those before `end`, as `collins.formats.IntFormat` stores them.
+
+    Args:
+        WHOLE: whether the table is made of whole words of 32 bits, and lies at a multiple of four bytes.
+    """
+    block = tl.arange(0, COUNT // BLOCK)
+    scale = tl.load(scales + first // BLOCK + block, mask=first + block * BLOCK < end, other=0.0)
+    if WHOLE:
+        PER_WORD: tl.constexpr = 32 // BITS
+        place = tl.arange(0, COUNT // PER_WORD)
+        words = base.to(tl.pointer_type(tl.int32)) + first // PER_WORD
+        word = tl.load(words + place, mask=first + place * PER_WORD < end, other=0)
+        above = 32 - BITS - BITS * tl.arange(0, PER_WORD)  # bits above an entry; the shift back extends its sign
+        q = tl.reshape((word[:, None] << above[None, :]) >> (32 - BITS), (COUNT,))
     else:
-        pair = tl.load(base + index // 2, mask=held, other=0).to(tl.int32)
-        q = (((pair >> ((index & 1) * 4)) & 15) ^ 8) - 8  # two's complement
-    return q.to(tl.float32)
+        entry = first + tl.arange(0, COUNT)
+        if BITS == 8:
+            q = tl.load(base + entry, mask=entry < end, other=0).to(tl.int32)
+        else:
+            pair = tl.load(base + entry // 2, mask=entry < end, other=0).to(tl.int32)
+            q = (((pair >> ((entry & 1) * 4)) & 15) ^ 8) - 8  # two's complement
+    return q.to(tl.float32) * along(scale, COUNT, BLOCK)
 
 
 @triton.jit
-def store_integers(base, scales, first, M, count, BITS: tl.constexpr, BUCKETS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Writes entries number `first` on, of which `count` are there, and the scale of each block of them."""
+def store_integers(  # type: ignore[no-untyped-def]
+    base, scales, first, end, M, BITS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Writes the entries M where `load_integers` reads them, and the scale of each block."""
     LIMIT: tl.constexpr = 127.0 if BITS == 8 else 7.0
-    BLOCKS: tl.constexpr = BUCKETS // BLOCK
-    blocks = tl.reshape(M, (BLOCKS, BLOCK))
+    blocks = tl.reshape(M, (COUNT // BLOCK, BLOCK))
     largest = tl.max(tl.abs(blocks), axis=1)
     inverse = LIMIT / tl.maximum(largest, _SMALLEST)
     q = nearest(blocks * inverse[:, None]).to(tl.int32)
-    block = tl.arange(0, BLOCKS)
-    tl.store(scales + first // BLOCK + block, largest / LIMIT, mask=block * BLOCK < count)
-    if BITS == 8:
-        entry = tl.arange(0, BUCKETS)
-        tl.store(base + first + entry, tl.reshape(q, (BUCKETS,)).to(tl.int8), mask=entry < count)
+    block = tl.arange(0, COUNT // BLOCK)
+    tl.store(scales + first // BLOCK + block, largest / LIMIT, mask=first + block * BLOCK < end)
+    # Words are written where there are none but whole ones; else what an entry, or two of 4 bits, takes.
+    WIDTH: tl.constexpr = 32 if WHOLE else 8
+    PER_WORD: tl.constexpr = WIDTH // BITS
+    place = tl.arange(0, COUNT // PER_WORD)
+    if PER_WORD > 1:
+        low = tl.reshape(q, (COUNT // PER_WORD, PER_WORD)) & ((1 << BITS) - 1)
+        q = tl.sum(low << (tl.arange(0, PER_WORD) * BITS)[None, :], axis=1)
+    if WHOLE:
+        base = base.to(tl.pointer_type(tl.int32))
     else:
-        half = tl.arange(0, BUCKETS // 2)
-        pairs = (tl.reshape(q, (BUCKETS // 2, 2)) & 15) << (tl.arange(0, 2) * 4)[None, :]
-        tl.store(base + first // 2 + half, tl.sum(pairs, axis=1).to(tl.uint8), mask=half * 2 < count)
+        q = tl.reshape(q, (COUNT // PER_WORD,)).to(base.dtype.element_ty)
+    tl.store(base + first // PER_WORD + place, q, mask=first + place * PER_WORD < end)

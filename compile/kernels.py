@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,9 +23,10 @@ from triton.compiler import CompiledKernel
 
 from collins._torch_internals import current_raw_stream
 from collins.compile.device_functions import (
+    add_count,
     along,
     flipped,
-    integers,
+    load_integers,
     mix,
     noise,
     quotient,
@@ -64,9 +65,9 @@ _WIDTH = tl.constexpr(len(COLUMNS))
 _SCALARS = tl.constexpr(len(StepScalars._fields))
 
 
-@triton.jit(do_not_specialize_on_alignment=["owners", "table", "grads", "scalars"])
+@triton.jit(do_not_specialize_on_alignment=["owners", "table", "grads", "scalars", "skipped"])
 def _step(  # type: ignore[no-untyped-def]
-    owners, table, grads, scalars,
+    owners, table, grads, scalars, skipped,
     P: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, DENSE: tl.constexpr, LOAD: tl.constexpr, V_LOAD: tl.constexpr,
     M_SCALE: tl.constexpr, V_SCALE: tl.constexpr, RESIDUAL: tl.constexpr,
     REHASH: tl.constexpr, ROUND_P: tl.constexpr, ROUND_T: tl.constexpr, MAXIMIZE: tl.constexpr,
@@ -89,10 +90,9 @@ def _step(  # type: ignore[no-untyped-def]
         m_base = tl.load(entry + 1).to(tl.pointer_type(tl.int8 if BITS == 8 else tl.uint8))
         scales = tl.load(entry + 13).to(tl.pointer_type(tl.float32)) + offset // LOAD // INT_BLOCK
     v_base = tl.load(entry + 2).to(tl.pointer_type(T))
+    m_base, v_base = m_base + offset // LOAD * (BITS if BITS else 8) // 8, v_base + offset // V_LOAD
     if DENSE:
-        m_base, v_base = tl.multiple_of(m_base + offset, 16), tl.multiple_of(v_base + offset, 16)
-    else:
-        m_base, v_base = m_base + offset // LOAD * (BITS if BITS else 8) // 8, v_base + offset // V_LOAD
+        m_base, v_base = tl.multiple_of(m_base, 16), tl.multiple_of(v_base, 16)
     start = tl.load(entry + 5) + offset
     round0, round1 = tl.load(entry + 9).to(tl.uint32), tl.load(entry + 10).to(tl.uint32)
     scalars += tl.load(entry + 12) * _SCALARS
@@ -107,6 +107,8 @@ def _step(  # type: ignore[no-untyped-def]
     inv_bias_correction2 = tl.load(scalars + 8).to(tl.float32)
     eps = tl.load(scalars + 9).to(tl.float32)
     lr_rho = tl.load(scalars + 10).to(tl.float32) * lr
+    kappa = tl.load(scalars + 11).to(tl.float32)
+    grad_scale = tl.load(scalars + 12).to(tl.float32)
     tick = step * _STRIDE
 
     LANES: tl.constexpr = 32 if DENSE or LOAD > 32 else LOAD
@@ -115,15 +117,13 @@ def _step(  # type: ignore[no-untyped-def]
     WORDS: tl.constexpr = LOAD // LANES  # rows in a bucket
     V_BUCKETS: tl.constexpr = TILE // V_LOAD
     V_WORDS: tl.constexpr = V_LOAD // LANES
-    row = tl.arange(0, ROWS)
-    lane = tl.arange(0, LANES)
-    place = row[:, None] * LANES + lane[None, :]
-    column = lane.to(tl.uint32)[None, :]
+    element = tl.arange(0, TILE)
+    bucket, v_bucket = tl.arange(0, BUCKETS), tl.arange(0, V_BUCKETS)
+    first_bucket = (start // LOAD).to(tl.uint32)
+    beyond = tl.load(entry + 6) - start
+    m_end = tl.cdiv(end, LOAD)
     if not DENSE:
-        bucket = tl.arange(0, BUCKETS)
-        v_bucket = tl.arange(0, V_BUCKETS)
-        first_bucket = (start // LOAD).to(tl.uint32)
-        beyond = tl.load(entry + 6) - start
+        row, lane = tl.arange(0, ROWS), tl.arange(0, LANES)
         sign0, sign1 = tl.load(entry + 7).to(tl.uint32), tl.load(entry + 8).to(tl.uint32)
         if REHASH:
             period = tl.load(entry + 11).to(tl.uint32)
@@ -133,52 +133,40 @@ def _step(  # type: ignore[no-untyped-def]
 
     # The interpreter takes no bounds but constants; past the end nothing is read or written.
     for at in tl.range(0, end if FAST else SPAN, TILE, num_stages=STAGES):
-        # Where rows are whole, a mask that is the same along a row lets it be read in wide words.
-        inside = tl.broadcast_to((row * LANES < end - at)[:, None], (ROWS, LANES)) if EVEN else place < end - at
-        g = widened(tl.load(g_base + at + place, mask=inside, other=0.0), FAST)
-        p = widened(tl.load(p_base + at + place, mask=inside, other=0.0), FAST)
+        # Elements are read in wide words, whatever the rows are that they are computed in: where tensors are made of
+        # whole words of signs, so is the mask.
+        inside = element // 32 * 32 < end - at if EVEN else element < end - at
+        g = widened(tl.load(g_base + at + element, mask=inside, other=0.0), FAST) * grad_scale
+        p = widened(tl.load(p_base + at + element, mask=inside, other=0.0), FAST)
         if MAXIMIZE:
             g = -g
-        if DENSE:
-            old_m = tl.load(m_base + at + place, mask=inside, other=0.0).to(tl.float32)
-            old_v = tl.load(v_base + at + place, mask=inside, other=0.0).to(tl.float32)
-            M = beta1 * old_m + one_minus_beta1 * g
-            V = beta2 * old_v + one_minus_beta2 * g * g
-            if SKIP:
-                finite = g * g < float("inf")
-                M, V = tl.where(finite, M, old_m), tl.where(finite, V, old_v)
-            if ROUND_T:
-                index = (start // 32).to(tl.uint32) + (at // 32 + row).to(tl.uint32)[:, None]
-                tl.store(m_base + at + place, rounded(M, noise(index, column, tick, round0, round1, _FIRST), T), inside)
-                tl.store(
-                    v_base + at + place, rounded(V, noise(index, column, tick, round0, round1, _SECOND), T), inside
-                )
-            else:
-                tl.store(m_base + at + place, M.to(T), mask=inside)
-                tl.store(v_base + at + place, V.to(T), mask=inside)
-            change = quotient(M * step1, V * inv_bias_correction2, eps, FAST)
+        held = inside if LOAD == 1 else bucket * LOAD < end - at
+        v_held = inside if V_LOAD == 1 else v_bucket * V_LOAD < end - at
+        m_here, v_here = m_base + at // LOAD + bucket, v_base + at // V_LOAD + v_bucket
+        if BITS == 0:
+            old_m = tl.load(m_here, mask=held, other=0.0).to(tl.float32)
         else:
-            held, v_held = bucket * LOAD < end - at, v_bucket * V_LOAD < end - at
-            m_here, v_here = m_base + at // LOAD + bucket, v_base + at // V_LOAD + v_bucket
-            if BITS == 0:
-                old_m = tl.load(m_here, mask=held, other=0.0).to(tl.float32)
-            else:
-                scale = tl.load(scales + (at // LOAD + bucket) // INT_BLOCK, mask=held, other=0.0)
-                old_m = integers(m_base, at // LOAD + bucket, held, BITS) * scale
-            old_v = tl.load(v_here, mask=v_held, other=0.0).to(tl.float32)
-            number = first_bucket + (at // LOAD + bucket).to(tl.uint32)
-            if EVEN:
-                load: tl.constexpr = LOAD * 1.0
-                root: tl.constexpr = LOAD**0.5
-                v_load: tl.constexpr = V_LOAD * 1.0
-                v_root: tl.constexpr = V_LOAD**0.5
-            else:
-                size = (tl.minimum(beyond - at, TILE).to(tl.int32) - bucket * LOAD).to(tl.float32)
-                load = tl.minimum(tl.maximum(size, 1.0), LOAD * 1.0)
-                root = tl.sqrt(load)
-                v_size = (tl.minimum(beyond - at, TILE).to(tl.int32) - v_bucket * V_LOAD).to(tl.float32)
-                v_load = tl.minimum(tl.maximum(v_size, 1.0), V_LOAD * 1.0)
-                v_root = tl.sqrt(v_load)
+            old_m = load_integers(m_base, scales, at // LOAD, m_end, BITS, BUCKETS, INT_BLOCK, EVEN)
+        old_v = tl.load(v_here, mask=v_held, other=0.0).to(tl.float32)
+        number = first_bucket + (at // LOAD + bucket).to(tl.uint32)
+        v_number = (start // V_LOAD).to(tl.uint32) + (at // V_LOAD + v_bucket).to(tl.uint32)
+        if EVEN:
+            load: tl.constexpr = LOAD * 1.0
+            root: tl.constexpr = LOAD**0.5
+            v_load: tl.constexpr = V_LOAD * 1.0
+            v_root: tl.constexpr = V_LOAD**0.5
+        else:
+            left = tl.minimum(beyond - at, TILE).to(tl.int32)
+            size = (left - bucket * LOAD).to(tl.float32)
+            load = tl.minimum(tl.maximum(size, 1.0), LOAD * 1.0)
+            root = tl.sqrt(load)
+            v_load = tl.minimum(tl.maximum((left - v_bucket * V_LOAD).to(tl.float32), 1.0), V_LOAD * 1.0)
+            v_root = tl.sqrt(v_load)
+        if DENSE:
+            mu, q = g, g * g
+            if V_LOAD > 1:
+                q = tl.sum(tl.reshape(q, (V_BUCKETS, V_LOAD)), axis=1) * (1 / v_load)
+        else:
             if REHASH:
                 past = tl.umulhi((number + sign0) * _GOLDEN, period) + passed
                 ticks = tl.where(past >= period, old_tick + _STRIDE, old_tick)
@@ -191,8 +179,10 @@ def _step(  # type: ignore[no-untyped-def]
                 ticks = sign1
             of_row = (start // LANES).to(tl.uint32) + (at // LANES + row).to(tl.uint32) if WORDS > 1 else number
             word = mix((of_row + sign0) ^ ticks)
+            column = lane.to(tl.uint32)[None, :]
             shift = (number * LOAD & 31)[:, None] + column if LANES < 32 else column
             flips = word[:, None] << (31 - shift)
+            g = tl.reshape(g, (ROWS, LANES))
             signed = flipped(g, flips, FAST)
             total, squares = tl.sum(signed, axis=1), tl.sum(g * g, axis=1)
             if WORDS > 1:
@@ -200,48 +190,51 @@ def _step(  # type: ignore[no-untyped-def]
             if V_WORDS > 1:
                 squares = tl.sum(tl.reshape(squares, (V_BUCKETS, V_WORDS)), axis=1)
             mu, q = total * (1 / load), squares * (1 / v_load)
-            M = beta1 * old_m + one_minus_beta1 * mu
-            V = beta2 * old_v + one_minus_beta2 * q
-            if SKIP:
-                v_finite = q < float("inf")
-                V = tl.where(v_finite, V, old_v)
-                M = tl.where(along(v_finite, BUCKETS, V_LOAD // LOAD), M, old_m)
-                finite = tl.broadcast_to(along(v_finite, ROWS, V_WORDS)[:, None], (ROWS, LANES))
-            if ROUND_T:
-                index, spot = number // 32, number & 31
-                tl.store(m_here, rounded(M, noise(index, spot, tick, round0, round1, _FIRST), T), mask=held)
-                v_number = (start // V_LOAD).to(tl.uint32) + (at // V_LOAD + v_bucket).to(tl.uint32)
-                index, spot = v_number // 32, v_number & 31
-                tl.store(v_here, rounded(V, noise(index, spot, tick, round0, round1, _SECOND), T), mask=v_held)
-            else:
-                if BITS == 0:
-                    tl.store(m_here, M.to(T), mask=held)
-                else:
-                    # Buckets past the end hold no elements: their mean is 0, and no block's largest.
-                    count = tl.cdiv(end - at, LOAD)
-                    store_integers(m_base, scales, at // LOAD, M, count, BITS, BUCKETS, INT_BLOCK)
-                tl.store(v_here, V.to(T), mask=v_held)
+        M = beta1 * old_m + one_minus_beta1 * mu
+        V = beta2 * old_v + one_minus_beta2 * q
+        if SKIP:
+            v_finite = q < float("inf")
+            V = tl.where(v_finite, V, old_v)
+            M = tl.where(along(v_finite, BUCKETS, V_LOAD // LOAD), M, old_m)
+            finite = along(v_finite, TILE, V_LOAD)
+            add_count(skipped, v_held & ~v_finite)
+        if BITS != 0:
+            # Buckets past the end hold no elements: their mean is 0, and no block's largest.
+            store_integers(m_base, scales, at // LOAD, m_end, M, BITS, BUCKETS, INT_BLOCK, EVEN)
+        elif ROUND_T:
+            index, spot = number // 32, number & 31
+            tl.store(m_here, rounded(M, noise(index, spot, tick, round0, round1, _FIRST), T), mask=held)
+        else:
+            tl.store(m_here, M.to(T), mask=held)
+        if ROUND_T:
+            index, spot = v_number // 32, v_number & 31
+            tl.store(v_here, rounded(V, noise(index, spot, tick, round0, round1, _SECOND), T), mask=v_held)
+        else:
+            tl.store(v_here, V.to(T), mask=v_held)
+        if DENSE:
+            change = quotient(M * step1, along(V * inv_bias_correction2, TILE, V_LOAD), eps, FAST)
+        else:
             # All in the frame of the signs: s r = s g - mu.
             m_b = M * scaled(step1, load, root, M_SCALE)
             v_b = V * scaled(inv_bias_correction2, v_load, v_root, V_SCALE)
             if RESIDUAL:
                 m_b, v_b = along(m_b, ROWS, WORDS)[:, None], along(v_b, ROWS, V_WORDS)[:, None]
                 r = signed - along(mu, ROWS, WORDS)[:, None]
-                change = quotient(m_b + lr_rho * r, v_b + r * r, eps, FAST)
+                change = quotient(m_b + lr_rho * r, v_b + kappa * (r * r), eps, FAST)
             else:
                 change = quotient(m_b, along(v_b, BUCKETS, V_LOAD // LOAD), eps, FAST)
                 change = tl.broadcast_to(along(change, ROWS, WORDS)[:, None], (ROWS, LANES))
-            change = flipped(change, flips, FAST)
+            change = tl.reshape(flipped(change, flips, FAST), (TILE,))
 
         new = p * decay_factor - change
         if SKIP:
             new = tl.where(finite, new, p)
         if ROUND_P:
-            index = (start // 32).to(tl.uint32) + ((at + row * LANES) // 32).to(tl.uint32)[:, None]
-            spot = column if LANES == 32 else (row * LANES & 31).to(tl.uint32)[:, None] + column
-            tl.store(p_base + at + place, rounded(new, noise(index, spot, tick, round0, round1, _PARAM), P), inside)
+            index = (start // 32).to(tl.uint32) + (at // 32 + element // 32).to(tl.uint32)
+            spot = (element & 31).to(tl.uint32)
+            tl.store(p_base + at + element, rounded(new, noise(index, spot, tick, round0, round1, _PARAM), P), inside)
         else:
-            tl.store(p_base + at + place, new.to(P), mask=inside)
+            tl.store(p_base + at + element, new.to(P), mask=inside)
 
 
 _DTYPES = {
@@ -256,9 +249,21 @@ LARGEST_LOAD = 1024
 
 # PTX for division and square root; other compilers and the interpreter spell them out.
 _FAST = torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") != "1"
-_THREADS = 128  # of a program
-# Registers for six programs on a multiprocessor.
-OPTIONS = {"num_warps": _THREADS // 32, **({"maxnreg": 80} if _FAST else {})}
+_SMALL_TILE = 1024  # elements
+
+
+class Tiling(NamedTuple):
+    """How a program works through its span.
+
+    Attributes:
+        tile: elements that are computed at a time.
+        stages: how many tiles are under way at once.
+        options: of the launch: warps of a program, and the most registers that a thread takes.
+    """
+
+    tile: int
+    stages: int
+    options: dict[str, int]
 
 
 def int_bits(format: str) -> int:
@@ -280,16 +285,19 @@ def decode_constants(decode: str) -> tuple[float, float, bool]:
     return float(found.m_scale), float(found.v_scale), found.residual
 
 
-def tiling(itemsize: int, load: int, even: bool) -> tuple[int, int]:
-    """Elements of a tile, and how many tiles a program has under way at once.
+def tiling(itemsize: int, even: bool) -> Tiling:
+    """The tiling for parameters of so many bytes an element.
 
     The next two tiles can be copied to shared memory, where they take no registers. That pays where a thread copies
     `WIDE` bytes at a time, which it does twice for a tile. Elsewhere it reads 8 elements and computes them, and what
-    waits for memory is other programs.
+    waits for memory is other programs. Warps and registers are the fastest of fourteen pairs on an H100, for tables in
+    int4: a step in 16 bits is held up by its arithmetic, one in 32 bits by memory.
     """
-    if even and (load == 1 or load * itemsize >= WIDE):
-        return 2 * WIDE * _THREADS // itemsize, 3
-    return 8 * _THREADS, 1
+    warps, registers = (8, 80) if itemsize == 4 else (4, 96)
+    if not even:
+        warps, registers = 4, 80
+    options = {"num_warps": warps, **({"maxnreg": registers} if _FAST else {})}
+    return Tiling(2 * WIDE * 32 * warps // itemsize, 3, options) if even else Tiling(_SMALL_TILE, 1, options)
 
 
 def step_(
@@ -300,6 +308,7 @@ def step_(
     table: Tensor,
     grads: Tensor,
     scalars: Tensor,
+    skipped: Tensor,
     bits: int,
     load: int,
     v_load: int,
@@ -322,6 +331,7 @@ def step_(
         table: a row of `COLUMNS` for each tensor.
         grads: addresses of the gradients, int64; or the gradient itself, of the only tensor.
         scalars: rows of `collins.rule.StepScalars`, float64.
+        skipped: counts what `skip` leaves out, as in `collins.update.UpdateTask`; any int64 tensor without `skip`.
         bits: of the integers in which the first moment is stored; 0 for floating-point numbers, of the second's dtype.
         load, v_load: c of both moments' buckets; 1 for dense moments.
         m_scale, v_scale, residual: as in `collins.rule.Decode`.
@@ -336,15 +346,15 @@ def step_(
         if key in _COMPILED:
             constants, kernel = _COMPILED[key]
             stream = current_raw_stream(owners.device.index)
-            kernel[grid](owners, table, grads, scalars, *constants, stream=stream)
+            kernel[grid](owners, table, grads, scalars, skipped, *constants, stream=stream)
             return
-        tile, stages = tiling(param.itemsize, load, even)
+        tile, stages, options = tiling(param.itemsize, even)
         constants = (
             _DTYPES[param], _DTYPES[moment], bits, load == 1, load, v_load, *decode, rehash,
             rounding and param in ROUNDED, rounding and moment in ROUNDED, maximize, skip, even, one, _FAST, tile,
             SPAN // param.itemsize, stages,
         )  # fmt: skip
-        kernel = _step[grid](owners, table, grads, scalars, *constants, **OPTIONS)
+        kernel = _step[grid](owners, table, grads, scalars, skipped, *constants, **options)
         if isinstance(kernel, CompiledKernel):
             _COMPILED[key] = constants, kernel
 
@@ -361,8 +371,8 @@ _COMPILED: dict[tuple[Any, ...], tuple[tuple[Any, ...], CompiledKernel]] = {}
 _LIBRARY = torch.library.Library("collins", "DEF")
 _LIBRARY.define(
     "step_(Tensor(a!)[] p, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
-    "Tensor scalars, int bits, int load, int v_load, float m_scale, float v_scale, bool residual, bool rehash, "
-    "bool rounding, bool maximize, bool skip, bool even) -> ()"
+    "Tensor scalars, Tensor(d!) skipped, int bits, int load, int v_load, float m_scale, float v_scale, bool residual, "
+    "bool rehash, bool rounding, bool maximize, bool skip, bool even) -> ()"
 )
 for _key in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
     _LIBRARY.impl("step_", step_, _key)

@@ -82,6 +82,7 @@ class Batch:
     v: tuple[Tensor, ...] = ()
     scales: tuple[Tensor, ...] = ()  # of first moments in integers
     keys: tuple[HashKeys, ...] = ()
+    skipped: Tensor | None = None
     sizes: tuple[int, ...] = ()
     addresses: tuple[list[int], ...] = ()  # of p, m, v and the scales of m
     gradients: Sequence[int] | np.ndarray = ()  # addresses of this step's
@@ -94,6 +95,7 @@ class Batch:
         self.v = tuple(task.v[0] for task in self.tasks)
         self.scales = tuple(task.m[1] for task in self.tasks if len(task.m) == 2)
         self.keys = tuple(task.keys for task in self.tasks)
+        self.skipped = self.tasks[0].skipped if self.tasks else None  # of one device
         self.sizes = tuple(map(Tensor.numel, self.p))
         self.addresses = self.addresses_now()
         self.rows = [0] * len(self.tasks)
@@ -206,7 +208,7 @@ class KernelLaunch:
     """
 
     def __init__(self, spec: UpdateSpec, *, even: bool, uploader: ArgUploader) -> None:
-        self.dense = spec.hash is None
+        self.dense, self._skips = spec.hash is None, spec.skip
         load, v_load = map(int, spec.loads)
         self._constants = (
             kernels.int_bits(spec.m_format), load, v_load, *kernels.decode_constants(spec.decode),
@@ -226,7 +228,7 @@ class KernelLaunch:
             key = batch.keys, batch.sizes, *map(tuple, fixed)
             self._last = known, *self._description(batch.tasks, fixed, key)
         _, owners, table = self._last
-        self._step(batch.p, batch.m, batch.v, owners, table, args.gradients, args.scalars)
+        self._step(batch.p, batch.m, batch.v, owners, table, args.gradients, args.scalars, batch.skipped)
 
     def reads(self, task: UpdateTask, g: Tensor) -> bool:
         """Whether the kernel can read these tensors as they lie in memory."""
@@ -251,7 +253,7 @@ class KernelLaunch:
         described = self._tables.get(key)
         if described is None:
             described = self._description([task], [[address] for address in (*at, 0)], key)
-        self._step((p,), (m,), (v,), *described, g, self.uploader.scalars(hp))
+        self._step((p,), (m,), (v,), *described, g, self.uploader.scalars(hp), task.skipped)
         return True
 
     def _step(
@@ -263,8 +265,11 @@ class KernelLaunch:
         table: Tensor,
         gradients: Tensor,
         scalars: Tensor,
+        skipped: Tensor | None,
     ) -> None:
-        kernels.step_(p, m, v, owners, table, gradients, scalars, *self._constants)
+        if skipped is None:  # nobody asks, and a kernel that skips nothing does not touch it
+            skipped = torch.zeros_like(table[:1]) if self._skips else table
+        kernels.step_(p, m, v, owners, table, gradients, scalars, skipped, *self._constants)
         torch.autograd.graph.increment_version(p)
         if self.uploader.capturing():
             self._captured.append((owners, table))

@@ -8,6 +8,7 @@ wrong with what cannot be stepped.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple, Protocol, cast
@@ -25,7 +26,7 @@ from collins.state import StepCounters
 
 _grad = attrgetter("grad")
 
-ScalarsOf = Callable[[dict[str, Any], int], StepScalars]
+ScalarsOf = Callable[[dict[str, Any], int | Tensor], StepScalars]
 
 
 class Executor(Protocol):
@@ -80,6 +81,11 @@ class StepProgram:
         self._requires_finite = any(group.options["nonfinite"] == "error" for group in groups)
         self._guards: _Guards | None = None
         self.stepped: list[int] = []  # the numbers of the entries that the last run has stepped
+
+    @functools.cached_property
+    def skippable(self) -> int:
+        """How much of the entries nonfinite="skip" may leave out; see `ParamSpec.skippable`."""
+        return sum(entry.known_spec.skippable for entry in self.entries)
 
     def guard(self, grads: Sequence[Tensor], others: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Has later steps run this program again, for as long as `matches` finds that nothing has changed.
@@ -146,7 +152,7 @@ class StepProgram:
         if options["capturable"]:
             steps = torch.stack([entry.step for entry in group.entries if entry.step is not None]) + 1
             columns = [
-                x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * count for x in scalars_under(options, steps)
+                x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * count for x in scalars_of(options, steps)
             ]
             scalars += (StepScalars(*row) for row in zip(*columns, strict=True))
             rows += range(first, first + count)
@@ -188,7 +194,7 @@ class StepProgram:
         require_finite([(entry.name, g) for entry, g in guarded], lambda finite: agreed(finite, params))
 
 
-def scalars_under(group: Mapping[str, Any], step: int | Tensor) -> StepScalars:
+def scalars_under(group: Mapping[str, Any], step: int | Tensor, grad_scale: float | Tensor = 1.0) -> StepScalars:
     """The scalars of a group at a step, counted from 1; a float tensor of steps stays on its device."""
     lr = group["lr"]
     return step_scalars(
@@ -198,6 +204,8 @@ def scalars_under(group: Mapping[str, Any], step: int | Tensor) -> StepScalars:
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         residual_weight=group["residual_weight"],
+        residual_square=group["residual_square"],
+        grad_scale=grad_scale,
     )
 
 

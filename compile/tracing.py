@@ -10,10 +10,18 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untraced(function: F) -> F:
+    """`torch.compiler.disable`, with types: a class whose constructor it decorates would be of any type to others."""
+    kept: F = torch.compiler.disable(function)
+    return kept
 
 
 class Steps(Protocol):

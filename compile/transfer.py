@@ -53,7 +53,7 @@ class ArgUploader:
     def __init__(self, device: torch.device, *, busy_link: bool = False) -> None:
         self._device = device
         self._buffers: dict[Any, _ArgBuffer] = {}  # on the device, by what they hold and stream
-        self._alone: dict[int, dict[int, tuple[StepScalars, Tensor]]] = {}  # by stream and identity
+        self._alone: dict[int, dict[StepScalars, Tensor]] = {}  # by stream
         self._spares: dict[int, Tensor] = {}  # on the host, by size
         self._pool = PinnedBufferPool() if busy_link else None
         self._captured: list[Any] = []
@@ -74,17 +74,21 @@ class ArgUploader:
 
     def scalars(self, hp: StepScalars) -> Tensor:
         """The scalars of tasks that come alone, on the device: uploaded for the first of them."""
-        capturing, kept = self.capturing(), self._alone.setdefault(self._stream(), {})
-        found = kept.get(id(hp))
-        if found is not None and found[0] is hp and not capturing:
-            return found[1]
+        if isinstance(hp.grad_scale, Tensor):  # each task's own, and already there
+            values = self.scalars(hp._replace(grad_scale=1.0)).clone()
+            values[0, -1].copy_(hp.grad_scale)
+            return values
+        kept = self._alone.setdefault(self._stream(), {})
+        fixed = not (self.capturing() or any(isinstance(x, Tensor) for x in hp))
+        if fixed and hp in kept:
+            return kept[hp]
         buffer = self._buffer(((0, 1),))
-        self._upload(buffer[0], [((), [hp])], capturing)
+        self._upload(buffer[0], [((), [hp])], self.capturing())
         values = buffer[1][0].scalars
-        if not (capturing or any(isinstance(x, Tensor) for x in hp)):
+        if fixed:
             if len(kept) == _SETS:
                 del kept[next(iter(kept))]
-            kept[id(hp)] = hp, values
+            kept[hp] = values
         return values
 
     def to_device(self, host: Tensor) -> Tensor:
@@ -147,6 +151,10 @@ def _fill(values: Tensor, rows: Sequence[tuple[Any, ...]]) -> None:
     on_device = [(row, i) for row, column in enumerate(rows) for i, x in enumerate(column) if isinstance(x, Tensor)]
     for i in dict.fromkeys(i for _, i in on_device):
         places = [row for row, j in on_device if j == i]
+        first = rows[places[0]][i]
+        if len(places) == len(rows) and all(row[i] is first for row in rows):
+            values[:, i].copy_(first)
+            continue
         found = torch.stack([rows[row][i].to(torch.float64) for row in places])
         if len(places) == len(rows):
             values[:, i] = found

@@ -6,15 +6,14 @@ Parameters come in the order of `collins.offload.shapes.llama`: a plan made from
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
+from chunked_loss import chunked_loss
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 _EPS = 1e-5
-_BASE = 500_000.0  # of the rotary positions
 
 
 class Block(nn.Module):
@@ -55,13 +54,24 @@ class Llama(nn.Module):
         layers, hidden, ffn, heads, kv_heads, vocab: its shape; `hidden` is a multiple of twice `heads`, and `heads` of
             `kv_heads`.
         checkpointed: whether blocks keep their input alone for backward and are computed anew there.
+        rotary_base: the slowest channels turn once in about 2 pi `rotary_base` positions.
     """
 
     def __init__(
-        self, layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int, *, checkpointed: bool = True
+        self,
+        layers: int,
+        hidden: int,
+        ffn: int,
+        heads: int,
+        kv_heads: int,
+        vocab: int,
+        *,
+        checkpointed: bool = True,
+        rotary_base: float = 500_000.0,
     ) -> None:
         super().__init__()
         self.width = hidden // heads
+        self.rotary_base = rotary_base
         self.checkpointed = checkpointed
         self.token = nn.Embedding(vocab, hidden)
         self.blocks = nn.ModuleList(Block(hidden, ffn, heads, kv_heads) for _ in range(layers))
@@ -83,60 +93,32 @@ class Llama(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False)
 
-    def loss(self, tokens: Tensor, chunks: int) -> Tensor:
-        """Mean cross-entropy in nats of each token given those before it; `tokens` (batch, length + 1), int64."""
-        x = self.token(tokens[:, :-1])
-        cos, sin = rotations(x.shape[1], self.width, x)
+    def features(self, tokens: Tensor) -> Tensor:
+        """What the head reads: (batch, length, hidden) of `tokens` (batch, length), int64."""
+        x = self.token(tokens)
+        cos, sin = rotations(x.shape[1], self.width, x, self.rotary_base)
         for block in self.blocks:
             if self.checkpointed:  # nothing is random in a block
                 x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cos, sin)
-        targets = tokens[:, 1:].flatten()
-        loss: Tensor = ChunkedLoss.apply(self.norm(x).flatten(0, 1), self.head.weight, targets, chunks)  # type: ignore[no-untyped-call]
-        return loss
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def loss(self, tokens: Tensor, chunks: int) -> Tensor:
+        """Mean cross-entropy in nats of each token given those before it; `tokens` (batch, length + 1), int64."""
+        x, targets = self.features(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        return chunked_loss(x, self.head.weight, targets, chunks)
 
 
-def rotations(length: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotations(length: int, width: int, like: Tensor, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary positions, each (length, width / 2), in the dtype and on the device of `like`."""
-    frequency = _BASE ** -(torch.arange(0, width, 2, device=like.device, dtype=torch.float32) / width)
+    frequency = base ** -(torch.arange(0, width, 2, device=like.device, dtype=torch.float32) / width)
     angle = torch.arange(length, device=like.device, dtype=torch.float32)[:, None] * frequency
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair of channels (i, i + width / 2) turned by its position's angle."""
+    """Each pair of channels (i, i + width / 2) turned by its position's angle, in the dtype of `x`."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy of a linear head over chunks of tokens, with the logits of one chunk at a time.
-
-    Left to autograd, each chunk would bring a gradient of the head's own size. Here all add to one.
-
-        forward(x (tokens, hidden), head (vocab, hidden), targets (tokens,), chunks) -> scalar, float32
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, chunks: int) -> Tensor:
-        ctx.save_for_backward(x, head, targets)
-        ctx.chunks = chunks
-        pairs = zip(x.chunk(chunks), targets.chunk(chunks), strict=True)
-        losses = [functional.cross_entropy((part @ head.T).float(), target, reduction="sum") for part, target in pairs]
-        return torch.stack(losses).sum() / len(x)
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, head, targets = ctx.saved_tensors
-        grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head)
-        parts = zip(x.chunk(ctx.chunks), grad_x.chunk(ctx.chunks), targets.chunk(ctx.chunks), strict=True)
-        for part, grad_part, target in parts:
-            logits = (part @ head.T).float()
-            logits.sub_(logits.logsumexp(1, keepdim=True)).exp_()  # probabilities
-            logits[torch.arange(len(part), device=x.device), target] -= 1
-            grad = logits.mul_(scale / len(x)).to(x.dtype)
-            del logits
-            torch.mm(grad, head, out=grad_part)
-            grad_head.addmm_(grad.T, part)
-        return grad_x, grad_head, None, None
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -13,12 +13,14 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from collins.offload.shapes import Shapes, Transformer
+from collins.roles import roles_of_modules
 
 _IN_BLOCK = re.compile(r"(.*?)\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(.*experts)\.(\d+)\..+")
@@ -80,7 +82,8 @@ def from_transformers(
             with torch.device("meta"):
                 model = build.from_config(config, attn_implementation="eager")
         shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-        return _transformer(text, shapes, (*notes, *_defaults(text, values)))
+        known = _transformer(text, shapes, (*notes, *_defaults(text, values)))
+        return replace(known, by_module=roles_of_modules(model))
     except _NoDecoderError:
         raise ValueError(
             f"{where}: model_type must be one with a causal language model in transformers {version}, got {kind!r}; a"

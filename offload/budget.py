@@ -28,6 +28,7 @@ import torch
 from collins.offload.plan import Request
 from collins.offload.shapes import Transformer, numel
 from collins.parameter import state_tensors
+from collins.roles import found_roles, role_under
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,21 @@ def requests_of(
     compress_ratio: float,
     min_K: int,
     hash: str,
-    table_dtype: torch.dtype,
+    table_dtype: torch.dtype | None,
 ) -> Iterator[Request]:
     """What `place` is asked for when `Collins` optimizes `model` in `dtype` with these options."""
     options = {
+        "role": "auto",
         "compress_ratio": compress_ratio,
         "v_compress_ratio": None,
         "min_K": min_K,
         "hash": hash,
         "table_dtype": table_dtype,
+        "decode": "residual",
     }
-    for name, shape in model.parameters():
+    params = list(model.parameters())
+    for (name, shape), found in zip(params, found_roles(params, model.by_module), strict=True):
         p = torch.empty(shape, dtype=dtype, device="meta")
-        yield Request(name, shape, sum(spec.nbytes for spec in state_tensors(p, options)[0].values()))
+        role = role_under(found, p.numel(), options)
+        tensors, _ = state_tensors(p, options, role.kind)
+        yield Request(name, shape, sum(spec.nbytes for spec in tensors.values()), role)

@@ -111,7 +111,11 @@ def _add_tables(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--ratio", type=_ratio, default=32, metavar="C", help="compress_ratio (%(default)s)")
     plan.add_argument("--min-K", type=_least(1), default=1024, metavar="N", help="min_K (%(default)s)")
     plan.add_argument("--hash", choices=HASHES, default="block", help="(%(default)s)")
-    plan.add_argument("--table-dtype", choices=_TABLE_DTYPES, default="float32", help="(%(default)s)")
+    plan.add_argument(
+        "--table-dtype",
+        choices=_TABLE_DTYPES,
+        help="formats by role and ratio where it is not given",
+    )
 
 
 def _least(lowest: int) -> Callable[[str], int]:
@@ -150,7 +154,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             compress_ratio=arguments.ratio,
             min_K=arguments.min_K,
             hash=arguments.hash,
-            table_dtype=_TABLE_DTYPES[arguments.table_dtype],
+            table_dtype=_TABLE_DTYPES.get(arguments.table_dtype),
         ),
         (False, True) if arguments.in_backward is None else (arguments.in_backward,),
     )

@@ -43,6 +43,13 @@ class _Slot:
     touched: int = 0
 
 
+class Traffic:
+    """What has been copied between host and device, in both directions."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+
 class Pipeline:
     """Stages transfers of moments on the device, and writes them back.
 
@@ -85,6 +92,7 @@ class Pipeline:
         self._expected: dict[int, int] = {}  # places of the transfers in the order that this step should take
         self._seen: dict[int, None] = {}  # the order that this step has taken so far
         self._clock = 0
+        self.traffic = Traffic()
 
         self.slot_bytes = max(slab.nbytes for slab in self.slabs)
         stride = -(-self.slot_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
@@ -191,6 +199,7 @@ class Pipeline:
         for part in parts:
             if part not in keep:
                 self.streams.copy(StreamKind.H2D, slot.tensors[part], self.slabs[transfer].tensors[part])
+                self.traffic.nbytes += slot.tensors[part].nbytes
         self.streams.record(slot.computed, StreamKind.H2D)
         slot.user = None
 
@@ -290,6 +299,7 @@ class Pipeline:
         if self._back[transfer] > slot.back:
             self.streams.wait(StreamKind.H2D, self._written[transfer], WaitFor.WRITTEN_BACK)
         self.streams.copy(StreamKind.H2D, slot.memory[: self.slabs[transfer].nbytes], self.slabs[transfer].bytes)
+        self.traffic.nbytes += self.slabs[transfer].nbytes
         self.streams.record(slot.staged, StreamKind.H2D)
         key = transfer, slot.memory.data_ptr()
         if key not in self._views:
@@ -310,6 +320,7 @@ class Pipeline:
         self._mark(slot)
         self.streams.wait(StreamKind.D2H, slot.computed, WaitFor.COMPUTED)
         self.streams.copy(StreamKind.D2H, self.slabs[transfer].bytes, slot.memory[: self.slabs[transfer].nbytes])
+        self.traffic.nbytes += self.slabs[transfer].nbytes
         self._backs += 1
         self._back[transfer] = slot.back = self._backs
         slot.free = self._written[transfer]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from collins.offload.policy import MemoryPolicy
 from collins.offload.sizes import size_text
+from collins.roles import Role
 from collins.table import as_table, shape_text
 
 _ROOM = "makes room on the device"
@@ -26,6 +27,7 @@ class Request(NamedTuple):
     name: str
     shape: tuple[int, ...]  # the parameter's
     bytes: int
+    role: Role | None = None  # the parameter's, where it is known
 
 
 class PlacementRow(NamedTuple):
@@ -34,6 +36,7 @@ class PlacementRow(NamedTuple):
     name: str
     shape: tuple[int, ...]
     bytes: int
+    role: Role | None
     tier: str
     why: str
 
@@ -126,15 +129,16 @@ class PlacementPlan:
         return replace(self, rows=(*self.rows[:cut], *moved))
 
     def __str__(self) -> str:
-        lines = [(row.name, shape_text(row.shape), row.tier, row.why, f"{row.bytes:,}") for row in self.rows]
-        lines.append(("total", "", "", "", f"{self.bytes:,}"))
-        return f"{as_table(('parameter', 'shape', 'tier', 'why', 'bytes'), lines, left=4)}\n{self.totals()}"
+        lines = [(row.name, *_cells(row), f"{row.bytes:,}") for row in self.rows]
+        lines.append(("total", *[""] * len(_CELLS), f"{self.bytes:,}"))
+        heads = ("parameter", *_CELLS, "bytes")
+        return f"{as_table(heads, lines, left=1 + len(_CELLS))}\n{self.totals()}"
 
     def summary(self) -> str:
-        """The table with one line for all parameters of one shape, tier and reason, in the order they first appear."""
+        """The table with one line for all parameters that differ in name alone, in the order they first appear."""
         groups: dict[tuple[str, ...], list[PlacementRow]] = {}
         for row in self.rows:
-            groups.setdefault((shape_text(row.shape), row.tier, row.why), []).append(row)
+            groups.setdefault(_cells(row), []).append(row)
         lines = [
             (
                 rows[0].name + (" ..." if len(rows) > 1 else ""),
@@ -144,9 +148,9 @@ class PlacementPlan:
             )
             for key, rows in groups.items()
         ]
-        lines.append(("total", "", "", "", f"{len(self.rows):,}", f"{self.bytes:,}"))
-        heads = ("parameter", "shape", "tier", "why", "count", "bytes")
-        return f"{as_table(heads, lines, left=4)}\n{self.totals()}"
+        lines.append(("total", *[""] * len(_CELLS), f"{len(self.rows):,}", f"{self.bytes:,}"))
+        heads = ("parameter", *_CELLS, "count", "bytes")
+        return f"{as_table(heads, lines, left=1 + len(_CELLS))}\n{self.totals()}"
 
     def totals(self) -> str:
         """Two lines: what each memory takes of what it may, and the staging ring."""
@@ -168,6 +172,14 @@ class PlacementPlan:
                 f" ({_kept(self.host_free, 'host_reserve', policy.host_reserve)}){pinned}",
             )
         )
+
+
+_CELLS = ("shape", "role", "found by", "tier", "why")
+
+
+def _cells(row: PlacementRow) -> tuple[str, ...]:
+    """What a table tells of a row in the columns `_CELLS`."""
+    return shape_text(row.shape), *(row.role or ("", "")), row.tier, row.why
 
 
 class Limits(NamedTuple):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+
+from collins.roles import Role
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 LARGE_VOCABULARY = 262_144  # the largest that is in wide use: Gemma 3's
@@ -29,6 +31,7 @@ class Transformer:
     counted: bool = False  # made from a number of parameters alone: no shape is the model's own
     positions: int | None = field(default=None, compare=False)  # the longest sequence it is configured for
     notes: tuple[str, ...] = field(default=(), compare=False)  # what a reader of the plan must know, one line each
+    by_module: Mapping[str, Role] = field(default_factory=dict, compare=False)  # what modules say, by name
 
     def parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of every parameter, in the order in which the model has them."""

@@ -22,6 +22,7 @@ from collins.offload.pipeline import Pipeline
 from collins.offload.plan import PlacementPlan
 from collins.offload.slabs import Slab, grouped, set_pin_limit
 from collins.offload.streams import Streams, streams_for
+from collins.roles import Role
 from collins.rule import StepScalars
 from collins.update import UpdateTask
 
@@ -32,6 +33,7 @@ class StateRequest(NamedTuple):
     name: str
     p: Tensor
     tensors: tuple[TensorSpec, ...]  # in which both moments are stored
+    role: Role | None = None
 
     @property
     def nbytes(self) -> int:

@@ -24,6 +24,7 @@ from collins.compile import Engine
 from collins.compile.program import Executor
 from collins.formats import TensorSpec
 from collins.offload.memory import host_memory_total
+from collins.offload.pipeline import Traffic
 from collins.offload.plan import PlacementPlan, Request, place, ring_bytes
 from collins.offload.policy import MemoryPolicy
 from collins.offload.sizes import size_text
@@ -51,6 +52,10 @@ class Store(Protocol):
 
     @property
     def plans(self) -> Sequence[PlacementPlan]: ...
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes of moments that have been copied between host and device, in both directions."""
 
     def place(self, requests: Sequence[StateRequest], *, early: bool = False, loading: bool = False) -> None:
         """Finds memory for the moments of parameters that have none yet.
@@ -98,6 +103,7 @@ class ResidentStore:
     """Moments beside their parameters, owned by the optimizer's state."""
 
     plans: Sequence[PlacementPlan] = ()
+    link_bytes = 0
 
     def place(self, requests: Sequence[StateRequest], *, early: bool = False, loading: bool = False) -> None:
         pass
@@ -153,11 +159,16 @@ class TieredStore:
         self._backend = backend
         self._placed: dict[Tensor, Placed] = {}
         self._hosts: weakref.WeakSet[HostTier] = weakref.WeakSet()
+        self._traffic: list[Traffic] = []  # of all host tiers, also of those that are gone
         self._plans: list[PlacementPlan] = []
 
     @property
     def plans(self) -> Sequence[PlacementPlan]:
         return self._plans
+
+    @property
+    def link_bytes(self) -> int:
+        return sum(traffic.nbytes for traffic in self._traffic)
 
     def place(self, requests: Sequence[StateRequest], *, early: bool = False, loading: bool = False) -> None:
         if loading and self._policy.tier == "auto":
@@ -183,6 +194,7 @@ class TieredStore:
                 self._placed[request.p] = Placed(tensors, None, 0, request.p.device)
             if host is not None:
                 self._hosts.add(host)
+                self._traffic.append(host.pipeline.traffic)
                 for region, request in enumerate(placing[len(on_device) :]):
                     self._placed[request.p] = Placed(host.tensors(region), host, region, request.p.device)
 
@@ -295,7 +307,7 @@ def planned(
     backend: Backend,
 ) -> tuple[PlacementPlan, int]:
     """The plan for one device, and the bytes of it that are free now and must be so when all tables are there."""
-    requests = [Request(t.name, tuple(t.p.shape), t.nbytes) for t in state_requests]
+    requests = [Request(t.name, tuple(t.p.shape), t.nbytes, t.role) for t in state_requests]
     free, total, leave = None, None, 0
     if device.type == "cuda":
         figures = backend.measure(device)

@@ -1,4 +1,6 @@
-"""What the tests of training frameworks share: a tiny language model, and a twin that shows what a framework did."""
+"""What the tests of training frameworks share: a tiny network, and a twin that shows what a framework did."""
+
+import importlib
 
 import torch
 from helpers import same
@@ -13,6 +15,12 @@ def network():
 
 def inputs(step, dtype=torch.float32):
     return torch.randn(4, 32, generator=torch.Generator().manual_seed(step)).to(dtype)
+
+
+def component(path):
+    """What a configuration names, as all frameworks that import it find it."""
+    module, name = path.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
 
 
 class Twin:
@@ -60,3 +68,18 @@ def steps_taken(optimizer):
     """The number of steps that all parameters have seen."""
     (steps,) = {int(state["step"]) for state in optimizer.state.values()}
     return steps
+
+
+class Asked:
+    """`Collins.statistics` as it is called: which steps it was asked of, and after which ones to measure the next."""
+
+    def __init__(self, monkeypatch):
+        self.read, self.measured = [], []
+        statistics = Collins.statistics
+
+        def recorded(opt, updates=False):
+            taken = {int(state["step"]) for state in opt.state.values()}
+            (self.measured if updates else self.read).append(max(taken, default=0))
+            return statistics(opt, updates)
+
+        monkeypatch.setattr(Collins, "statistics", recorded)

@@ -3,6 +3,8 @@
 import gc
 import importlib.util
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -98,3 +100,22 @@ def reproducible():
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     return torch.device(request.param)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts modules with some contents in the place of a framework's, for the module of Collins that imports it."""
+
+    def put(name, **contents):
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            module = types.ModuleType(".".join(parts[:end]))
+            module.__path__ = []
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        vars(module).update(contents)
+        ours = f"collins.integrations.{parts[0]}"
+        monkeypatch.setitem(sys.modules, ours, None)  # which puts back what was there, if anything
+        del sys.modules[ours]
+        return module
+
+    return put

@@ -112,11 +112,12 @@ class Reference:
     """
 
     def __init__(self, p, hash=None, decode="residual", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
-                 residual_weight=None, v_hash=None, kept=None):  # fmt: skip
+                 residual_weight=None, residual_square=2.0, v_hash=None, kept=None):  # fmt: skip
         self.p = np.array(p, dtype=np.float64).reshape(-1)
         self.decode, self.kept = DECODES.get(decode, decode), kept
         self.hash, self.lr, self.betas, self.eps, self.wd = hash, lr, betas, eps, weight_decay
         self.rho = math.sqrt((1 - betas[0]) / (1 + betas[0])) if residual_weight is None else residual_weight
+        self.kappa = residual_square
         if hash is None:
             self.M, self.V, self.t = np.zeros(self.p.size), np.zeros(self.p.size), 0
             return
@@ -125,8 +126,8 @@ class Reference:
         self.h, self.h_v = (np.array([f.h(i) for i in range(self.p.size)], dtype=int) for f in (hash, v_hash))
         self.c, self.c_v = (np.array([f.load(b) for b in range(f.K)]) for f in (hash, v_hash))
 
-    def step(self, g):
-        g = np.array(g, dtype=np.float64).reshape(-1)
+    def step(self, g, grad_scale=1.0):
+        g = np.array(g, dtype=np.float64).reshape(-1) * grad_scale
         self.t += 1
         t, (beta1, beta2), hash = self.t, self.betas, self.hash
         correct1, correct2 = 1 - beta1**t, 1 - beta2**t
@@ -149,6 +150,56 @@ class Reference:
             m = s * (c**m_scale * self.M)[h] / correct1
             v = (c_v**v_scale * self.V)[h_v] / correct2
             r = g - s * mu[h] if residual else 0
-        self.p = (1 - self.lr * self.wd) * self.p - self.lr * (m + self.rho * r) / (np.sqrt(v + r**2) + self.eps)
+        self.p = (1 - self.lr * self.wd) * self.p - self.lr * (m + self.rho * r) / (
+            np.sqrt(v + self.kappa * r**2) + self.eps
+        )
+        if self.kept is not None and hash is not None:
+            self.M = self.kept(self.M)
+
+
+def newton_schulz(X):
+    """Five steps for one matrix, from whichever side is wider."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = X / max(np.sqrt((X**2).sum()), 1e-7)
+    if X.shape[0] > X.shape[1]:
+        return newton_schulz_wide(X.T, a, b, c).T
+    return newton_schulz_wide(X, a, b, c)
+
+
+def newton_schulz_wide(X, a, b, c):
+    for _ in range(5):
+        A = X @ X.T
+        X = a * X + (b * A + c * A @ A) @ X
+    return X
+
+
+class OrthogonalReference(Reference):
+    """A parameter of decode="orthogonal", which consists of the matrices that `cut` makes of it."""
+
+    def __init__(self, p, hash=None, cut=lambda x: [x], **options):
+        super().__init__(p, hash, **options)
+        self.shape, self.cut = p.shape, cut
+
+    def step(self, g, grad_scale=1.0):
+        g = np.array(g, dtype=np.float64).reshape(-1) * grad_scale
+        self.t += 1
+        beta1, hash = self.betas[0], self.hash
+        if hash is None:
+            self.M = beta1 * self.M + (1 - beta1) * g
+            X = self.M
+        else:
+            h, c = self.h, self.c
+            s = np.array([hash.s(i, self.t) for i in range(g.size)])
+            mu = np.zeros(self.M.size)
+            np.add.at(mu, h, s * g / c[h])
+            for b in range(hash.K):
+                if hash.fresh(b, self.t):
+                    self.M[b] = 0
+            self.M = beta1 * self.M + (1 - beta1) * mu
+            X = s * (np.sqrt(c) * self.M)[h] + self.rho * (g - s * mu[h])
+        update = np.zeros(self.shape)
+        for own, matrix in zip(self.cut(update), self.cut(X.reshape(self.shape)), strict=True):
+            own[...] = 0.2 * np.sqrt(max(matrix.shape)) * newton_schulz(matrix)
+        self.p = (1 - self.lr * self.wd) * self.p - self.lr * update.reshape(-1)
         if self.kept is not None and hash is not None:
             self.M = self.kept(self.M)

@@ -149,15 +149,78 @@ def train_sharded(rank, sizes):
             assert moment.placements == p.placements
     single = network()
     expected = trained(single, options_of(single), slice(None), clip=0.05)
+    model = sharded(mesh)
+    opt = options_of(model, max_grad_norm=0.05)
+    inside = trained(model, opt, mine(rank))
     before = list(network().parameters())
-    for a, b, start in zip(found, expected, before, strict=True):
+    for a, b, c, start in zip(found, expected, inside, before, strict=True):
         assert (b - start).abs().max() > 1e-3
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(c, b, rtol=1e-4, atol=2e-5)
+    return opt.grad_norm
+
+
+def clip_what_is_placed_in_many_ways(rank):
+    """The norm is that of whole gradients, each counted once, and takes a collective for each way to cut them."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    ways = [None, (Shard(0), Shard(0)), (Replicate(), Shard(0)), (Shard(0), Replicate()), (Replicate(), Replicate())]
+    grads = [values(shape, number) for number, shape in enumerate([(64, 32), (8, 32), (5, 32), (96,), (3,)])]
+    params = []
+    for g, way in zip(grads, ways, strict=True):
+        place = (lambda t: t) if way is None else (lambda t, way=way: distribute_tensor(t, mesh, way))
+        params.append(nn.Parameter(place(torch.ones_like(g))))
+        params[-1].grad = place(g)
+    opt = Collins(params, **EXACT, max_grad_norm=1.0)
+    with CommDebugMode() as talk:
+        opt.step()
+    expected = torch.stack([g.norm() for g in grads]).norm()
+    torch.testing.assert_close(opt.grad_norm, expected, rtol=1e-6, atol=0)
+    assert talk.get_total_counts() == 4  # two dimensions, and one, and one
+    return opt.grad_norm
+
+
+def test_the_norm_counts_each_element_once_however_it_is_placed(tmp_path):
+    norms = run(4, clip_what_is_placed_in_many_ways, folder=tmp_path)
+    assert all(torch.equal(norm, norms[0]) for norm in norms)
+
+
+def refuse_to_clip_in_backward(rank):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = sharded(mesh)
+    opt = options_of(model, max_grad_norm=0.05, in_backward=True)
+    before = [whole(p.detach()) for p in model.parameters()]
+    message = "does not say"
+    try:
+        model(batch(0)[mine(rank)]).square().mean().backward()
+        opt.step()
+    except RuntimeError as error:
+        message = str(error)
+    assert all(torch.equal(whole(p.detach()), old) for p, old in zip(model.parameters(), before, strict=True))
+    return message
+
+
+def test_clipping_in_backward_is_refused_where_a_rank_sees_a_part_alone(tmp_path):
+    for message in run(2, refuse_to_clip_in_backward, folder=tmp_path / "2"):
+        assert message.startswith(
+            "max_grad_norm must be None with in_backward=True, and for step_parameter, where param"
+        )
+    assert run(1, clip_alone, folder=tmp_path / "1") == [True]
+
+
+def clip_alone(rank):
+    """One rank has all of each gradient."""
+    model = sharded(init_device_mesh("cpu", (1,)))
+    opt = options_of(model, max_grad_norm=0.05, in_backward=True)
+    model(batch(0)).square().mean().backward()
+    opt.step()
+    return bool(opt.grad_norm > 0.05)
 
 
 @pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2)], ids=str)
 def test_fully_shard_trains_as_one_process_does(sizes, tmp_path):
-    run(math.prod(sizes), train_sharded, sizes, folder=tmp_path)
+    norms = run(math.prod(sizes), train_sharded, sizes, folder=tmp_path)
+    assert 0 < norms[0] < math.inf
+    assert all(torch.equal(norm, norms[0]) for norm in norms)
 
 
 def train_in_mixed_precision(rank):

@@ -154,7 +154,9 @@ def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
 def test_a_smaller_parameter_in_the_same_memory_has_a_table_of_its_own(alone):
     spec = UpdateSpec("block", 32, "residual", True, False, False)
     keys = HashKeys(hash_key(0, 0, "sign"), hash_key(0, 0, "round"), (0, 0, 0, 0), 3)
-    hp = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None)
+    hp = step_scalars(
+        1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None, residual_square=1.0
+    )
     launches, sides = KernelLaunches(DEVICE), []
     for through_kernel in (True, False):
         p, g = torch.ones(2, 64 * 96, device=DEVICE).cumsum(1)
@@ -177,6 +179,46 @@ def test_a_smaller_parameter_in_the_same_memory_has_a_table_of_its_own(alone):
         sides.append((p, m, v))
     for launched, eager in zip(*sides, strict=True):
         torch.testing.assert_close(launched, eager)
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("load", [1, 32])
+def test_a_scale_is_applied_where_gradients_are_read(load, on_device):
+    """As if they had been multiplied before, and nothing is written to them; a scale of 1 changes no bit."""
+    keys = HashKeys(hash_key(0, 0, "sign"), hash_key(0, 0, "round"), (0, 0, 0, 0), 3)
+    spec, launches = (
+        UpdateSpec("block" if load > 1 else None, load, "residual", load > 1, False, True),
+        KernelLaunches(DEVICE),
+    )
+
+    def stepped(scale, before=1.0, kernel=False):
+        p, g = torch.linspace(-1, 2, 64 * 96, device=DEVICE), torch.linspace(3, -2, 64 * 96, device=DEVICE)
+        m, v = torch.zeros(2, 64 * 96 // load, device=DEVICE)
+        scale = torch.tensor(scale, device=DEVICE) if on_device else scale
+        hp = step_scalars(
+            1,
+            lr=0.1,
+            betas=(0.9, 0.99),
+            eps=1e-3,
+            weight_decay=0.1,
+            residual_weight=None,
+            residual_square=1.0,
+            grad_scale=scale,
+        )
+        task, g = UpdateTask(p, (m,), (v,), spec, keys, p.numel()), g * before
+        given = g.clone()
+        if kernel:
+            assert launches.of(spec, p, 0).run_one(task, g, hp)
+        else:
+            update_(task, g, hp)
+        assert torch.equal(g, given)
+        return p, m, v
+
+    for kernel in (False, True):
+        assert all(map(torch.equal, stepped(0.25, kernel=kernel), stepped(1.0, 0.25, kernel=kernel)))
+        assert all(map(torch.equal, stepped(1.0, kernel=kernel), stepped(0.25, 4.0, kernel=kernel)))
+    for eager, launched in zip(stepped(0.3), stepped(0.3, kernel=True), strict=True):
+        torch.testing.assert_close(eager, launched)
 
 
 def test_each_parameter_alone_keeps_its_own_table(monkeypatch):
@@ -256,30 +298,33 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from collins.compile import kernels
 
-def ptx(param, moment, load, rounding, one, size, tile, stages):
+def ptx(param, moment, bits, load, v_load, rounding, one, size, tiling):
     fixed = dict(
-        P=param, T=moment, BITS=0, DENSE=load == 1, LOAD=load, V_LOAD=load, M_SCALE=0.5, V_SCALE=0.0, RESIDUAL=True,
-        REHASH=load > 1, ROUND_P=rounding, ROUND_T=False, MAXIMIZE=False, SKIP=True, EVEN=True, ONE=one, FAST=True,
-        TILE=tile, SPAN=kernels.SPAN // size, STAGES=stages,
+        P=param, T=moment, BITS=bits, DENSE=load == 1, LOAD=load, V_LOAD=v_load, M_SCALE=0.5, V_SCALE=0.0,
+        RESIDUAL=True, REHASH=load > 1, ROUND_P=rounding, ROUND_T=False, MAXIMIZE=False, SKIP=True, EVEN=True,
+        ONE=one, FAST=True,
+        TILE=tiling.tile, SPAN=kernels.SPAN // size, STAGES=tiling.stages,
     )
     names = kernels._step.arg_names
     addresses = {"owners": "*i32", "table": "*i64", "grads": f"*{param}" if one else "*i64", "scalars": "*fp64"}
+    addresses["skipped"] = "*i64"
     signature = {**addresses, **dict.fromkeys(fixed, "constexpr")}
     constants = {(names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(kernels._step, signature=signature, constexprs=constants)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options=kernels.OPTIONS).asm["ptx"]
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=tiling.options).asm["ptx"]
 
-for param, moment, load, rounding, one in (
-    (tl.float32, tl.float32, 32, False, False), (tl.bfloat16, tl.float32, 32, True, False),
-    (tl.float32, tl.float32, 128, False, True), (tl.bfloat16, tl.bfloat16, 16, True, True),
-    (tl.float32, tl.float32, 1, False, True),
+for param, moment, bits, load, v_load, rounding, one in (
+    (tl.float32, tl.float32, 0, 32, 32, False, False), (tl.bfloat16, tl.float32, 0, 32, 32, True, False),
+    (tl.float32, tl.float32, 0, 128, 128, False, True), (tl.bfloat16, tl.bfloat16, 0, 16, 16, True, True),
+    (tl.float32, tl.float32, 4, 4, 128, False, False), (tl.bfloat16, tl.float32, 4, 4, 128, True, False),
+    (tl.float32, tl.float32, 0, 1, 1, False, True),
 ):
-    threads, wide, size = 128, 16, param.primitive_bitwidth // 8
-    tile, stages = kernels.tiling(size, load, True)
-    code = ptx(param, moment, load, rounding, one, size, tile, stages)
+    wide, size = 16, param.primitive_bitwidth // 8
+    tiling = kernels.tiling(size, True)
+    code = ptx(param, moment, bits, load, v_load, rounding, one, size, tiling)
     copies = len(re.findall(r"cp\\.async\\.cg\\.shared\\.global .*, 0x10,", code))
     reads, writes = (len(re.findall(way + r"\\.global\\.v4\\.b32", code)) for way in ("ld", "st"))
-    print(tile * size // threads // wide, stages, copies, reads, writes, load)
+    print(tiling.tile * size // (32 * tiling.options["num_warps"]) // wide, tiling.stages, copies, reads, writes, load)
 """
 
 
@@ -293,7 +338,7 @@ def test_compiled_for_a_gpu_each_tensor_is_read_and_written_once_in_wide_words()
         each, stages, copies, reads, writes, load = map(int, re.findall(r"\d+", line))
         places, written = (4, 3) if load == 1 else (2, 1)  # dense moments are as large as the parameter
         assert (copies, reads, writes) == (stages * places * each, 0, written * each)
-    assert len(lines) == 5
+    assert len(lines) == 7
 
 
 def test_the_operator_is_the_kernel_that_a_step_calls(monkeypatch):
@@ -388,7 +433,7 @@ def test_memory_for_a_capture_is_ready_after_a_step_outside_of_it(busy_link, mon
     monkeypatch.setattr("collins.compile.transfer.fetch", lambda source, target: target.copy_(source))
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
     uploader = ArgUploader(torch.device("cpu"), busy_link=busy_link)
-    hp = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=0, weight_decay=0, residual_weight=None)
+    hp = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=0, weight_decay=0, residual_weight=None, residual_square=1.0)
     args = [([16, 32], [hp])]
     for step in range(2):
         with monkeypatch.context() as patched:

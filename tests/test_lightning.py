@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from clients import Twin, network, steps_taken
+from clients import Asked, Twin, network, steps_taken
 from helpers import OPTIONS, same
 
 from collins import Collins
+from collins.offload import MemoryPolicy
 
 lightning = pytest.importorskip("lightning")
 
@@ -143,3 +144,80 @@ def test_in_backward_refuses_the_closures_of_lightning_before_anything_changes(t
         fit(module, tmp_path)
     assert module.losses == []
     assert same(module.net.state_dict(), network().state_dict())
+
+
+def test_the_command_line_names_it_and_reads_its_options(monkeypatch):
+    cli = pytest.importorskip("lightning.pytorch.cli")
+    pytest.importorskip("jsonargparse")
+
+    class Bare(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+    given = [
+        "--optimizer=collins.Collins",
+        "--optimizer.lr=3e-3",
+        "--optimizer.betas=[0.9,0.95]",
+        "--optimizer.table_dtype=bfloat16",
+        "--optimizer.compress_ratio=16",
+        "--optimizer.rehash_period=null",
+        "--optimizer.maximize=false",
+        "--optimizer.memory={tier: host, transfer_size: 1MiB}",
+        "--lr_scheduler=torch.optim.lr_scheduler.ExponentialLR",
+        "--lr_scheduler.gamma=0.5",
+    ]
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
+    monkeypatch.setattr("sys.argv", ["train.py", *given])
+    line = cli.LightningCLI(
+        Bare, run=False, save_config_callback=None, seed_everything_default=0, trainer_defaults=quiet
+    )
+    (optimizer,), _ = line.model.configure_optimizers()
+    assert type(optimizer) is Collins
+    group = optimizer.param_groups[0]
+    names = ("lr", "betas", "table_dtype", "compress_ratio", "rehash_period", "maximize")
+    assert [group[name] for name in names] == [3e-3, (0.9, 0.95), torch.bfloat16, 16, None, False]
+    assert optimizer.memory == MemoryPolicy("host", transfer_size="1MiB")
+
+
+class Recorder(lightning.pytorch.loggers.logger.Logger):
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    name, version = "recorder", 0
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.told.append((step, metrics))
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_statistics_are_logged_where_lightning_logs_and_asked_for_nowhere_else(tmp_path, monkeypatch, rounds):
+    from collins.integrations.lightning import StatisticsCallback
+
+    asked = Asked(monkeypatch)
+    module, recorder = Module(max_grad_norm=1.0), Recorder()
+    lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=2 * rounds,
+        accumulate_grad_batches=rounds,
+        log_every_n_steps=3,
+        logger=recorder,
+        callbacks=[StatisticsCallback()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    ).fit(module, batches())
+    assert asked.read == [3, 6]
+    assert sorted(set(asked.measured)) == [2, 5]
+    told = [(step, metrics) for step, metrics in recorder.told if "collins/grad_norm" in metrics]
+    assert [step for step, _ in told] == [2, 5]  # Lightning counts steps from 0
+    for _, metrics in told:
+        assert metrics["collins/grad_norm"] > 0
+        assert metrics["collins/update_rms/0"] > 0

@@ -213,17 +213,28 @@ def test_memory_report_is_what_is_held():
 
 def test_memory_report_reads_as_a_table():
     lines = str(Collins(small_model().named_parameters(), min_K=16).memory_report()).splitlines()
-    assert lines[0].split() == ["parameter", "shape", "state", "load", "bytes", "AdamW", "bytes"]
-    assert lines[2].split() == ["parameter", "'0.weight'", "128x64", "block", "32", "2,052", "65,540"]
+    assert lines[0].split() == ["parameter", "shape", "role", "found", "by", "state", "load", "bytes", "AdamW", "bytes"]
+    assert lines[2].split() == [
+        "parameter",
+        "'0.weight'",
+        "128x64",
+        "matrix",
+        "shape",
+        "block",
+        "32",
+        "2,052",
+        "65,540",
+    ]
     assert lines[-1].startswith("total")
     assert len(lines) == 3 + 4
+    assert lines[3].split()[2:6] == ["128", "exact", "vector", "dense"]
 
 
 def test_memory_report_of_meta_parameters_and_of_none():
     with torch.device("meta"):
         net = torch.nn.Linear(4096, 4096)
     opt = Collins(net.parameters())
-    assert opt.memory_report().state_bytes == 2 * 4 * (2**24 // 32) + 2 * 4 * 2**12 // 4 + 8
+    assert opt.memory_report().state_bytes == 2 * 4 * (2**24 // 32) + 2 * 4 * 2**12 + 8
     empty = Collins([torch.nn.Parameter(torch.zeros(0))]).memory_report()
     assert empty.ratio == 1.0
 

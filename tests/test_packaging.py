@@ -1,5 +1,6 @@
 """What a wheel and an editable install put where."""
 
+import importlib.metadata
 import os
 import sys
 import sysconfig
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, output_of
+
+from collins import Collins
 
 # From each folder in a process of its own, as Python starts there with -c; torch is imported once for all of them.
 IMPORTS = """
@@ -75,7 +78,8 @@ def found_from(python, *folders, **options):
 def test_a_wheel_has_one_top_level_name(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"collins"}
-    for expected in ("py.typed", "__main__.py", "optimizer.py", "compile/engine.py", "offload/memory.py"):
+    modules = ("optimizer.py", "compile/engine.py", "offload/memory.py", "integrations/transformers.py")
+    for expected in ("py.typed", "__main__.py", *modules):
         assert f"collins/{expected}" in names
 
 
@@ -94,6 +98,14 @@ def test_the_wheel_states_name_licence_and_needs(wheel):
         "Provides-Extra: examples",
     ):
         assert line in lines
+
+
+def test_llm_foundry_finds_the_optimizer_by_its_name(wheel):
+    """Its registry is one of `catalogue`, which loads such entry points (0.22.0: llmfoundry/registry.py, line 109)."""
+    (distribution,) = importlib.metadata.distributions(path=[str(wheel)])  # a wheel is searched as a folder is
+    (found,) = distribution.entry_points.select(group="llmfoundry_optimizers")
+    assert found.name == "collins"
+    assert found.load() is Collins
 
 
 def test_installed_it_imports_from_any_folder(wheel, environment, tmp_path):

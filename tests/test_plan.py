@@ -79,7 +79,7 @@ def test_placed_whole_in_order_within_every_limit_or_refused_when_impossible(cas
         return
     plan = place(requests(sizes), policy, **figures)
     assert plan == place(requests(sizes), policy, **figures)
-    assert [row[:3] for row in plan.rows] == requests(sizes)
+    assert [row[:4] for row in plan.rows] == requests(sizes)
     tiers = [row.tier for row in plan.rows]
     cut = tiers.count("device")
     assert tiers == ["device"] * cut + ["host"] * (len(sizes) - cut)
@@ -115,7 +115,7 @@ def test_a_spill_goes_on_where_the_device_has_shown_room(case, data):
     cut = [row.tier for row in spilled.rows].count("device")
     assert cut <= ran_out
     assert [row.tier for row in spilled.rows] == ["device"] * cut + ["host"] * (len(sizes) - cut)
-    assert [row[:3] for row in spilled.rows] == requests(sizes)
+    assert [row[:4] for row in spilled.rows] == requests(sizes)
     assert cut == 0 or spilled.device_bytes + spilled.staging_bytes <= shown
     assert spilled.host_bytes <= plan.limits.host
     for before, after in zip(plan.rows, spilled.rows, strict=True):

@@ -15,7 +15,7 @@ SPACING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2.0**-7, t
 
 def pair(p, options):
     """An optimizer for `p` alone, and its twin."""
-    opt = Collins([p], lr=1e-2, **options)
+    opt = Collins([p], lr=1e-2, **{"table_dtype": torch.float32, **options})
     group, hash = opt.param_groups[0], opt.hash_of(p)
     twin_hash = None
     if isinstance(hash, BlockHash):
@@ -24,7 +24,7 @@ def pair(p, options):
         twin_hash = Universal(p.numel(), hash.buckets, hash.a, hash.b, hash.c, hash.d)
     v_ratio = group["v_compress_ratio"]
     v_hash = None if v_ratio is None or hash is None else Block(p.numel(), int(v_ratio))
-    names = ("lr", "betas", "eps", "weight_decay", "residual_weight", "decode")
+    names = ("lr", "betas", "eps", "weight_decay", "residual_weight", "residual_square", "decode")
     return opt, Reference(flat(p), twin_hash, v_hash=v_hash, **{name: group[name] for name in names})
 
 

@@ -135,15 +135,15 @@ def test_a_parameter_that_the_state_dict_does_not_know_starts_anew():
 
 
 OTHERS = [
-    ({"compress_ratio": 64}, "bucket load c 32 where this optimizer has 64"),
-    ({"compress_ratio": 8}, "bucket load c 32 where this optimizer has 8"),
-    ({"min_K": 300}, "bucket load c 32 where this optimizer has 16"),
+    ({"compress_ratio": 64}, "bucket load c 4 where this optimizer has 8"),
+    ({"compress_ratio": 8}, "has moments {'m_table': .* state_dict holds {.*'m_table_scale'"),
+    ({"table_dtype": torch.float32}, "bucket load c 4 where this optimizer has 32"),
     ({"hash": "universal"}, "hash 'block' where this optimizer has 'universal'"),
     ({"seed": 7}, "seed 0 where this optimizer has 7"),
     ({"seed": -(2**70)}, "signs"),
-    ({"rehash_period": 50}, "rehash_period 100 where this optimizer has 50"),
-    ({"rehash_period": None}, "rehash_period 100 where this optimizer has None"),
-    ({"table_dtype": torch.bfloat16}, "keeps m_table in torch.bfloat16, .* state_dict holds torch.float32"),
+    ({"rehash_period": 50}, "rehash_period 400 where this optimizer has 50"),
+    ({"rehash_period": None}, "rehash_period 400 where this optimizer has None"),
+    ({"table_dtype": torch.bfloat16, "compress_ratio": 4}, "keeps m_table in torch.bfloat16|has moments"),
     ({"compress_ratio": 1}, "has moments {'exp_avg': .* state_dict holds {'m_table'"),
 ]
 
@@ -209,9 +209,25 @@ def test_dense_moments_are_those_of_adamw_and_need_no_fingerprint():
 
 def test_schedules_come_from_the_state_dict_and_everything_else_stays_as_built():
     net, other = small_model(), small_model()
-    source = Collins(net.parameters(), lr=0.5, betas=(0.8, 0.9), min_K=16, decode="sketch", eps=1e-3, weight_decay=0.3)
+    source = Collins(
+        net.parameters(),
+        lr=0.5,
+        betas=(0.8, 0.9),
+        min_K=16,
+        rehash_period=100,
+        decode="sketch",
+        eps=1e-3,
+        weight_decay=0.3,
+    )
     torch.optim.lr_scheduler.StepLR(source, 3)
-    opt = Collins(other.parameters(), min_K=16, stochastic_rounding=False, nonfinite="skip")
+    opt = Collins(
+        other.parameters(),
+        min_K=16,
+        table_dtype=torch.float32,
+        rehash_period=100,
+        stochastic_rounding=False,
+        nonfinite="skip",
+    )
     train(net, source, 1)
     opt.load_state_dict(source.state_dict())
     group = opt.param_groups[0]

@@ -19,6 +19,7 @@ from collins.offload.memory import DeviceFigures
 from collins.offload.staging import Backend, StateRequest, zeros
 from collins.offload.streams import HostStreams, StreamKind, WaitFor
 from collins.offload.tiers import device_room
+from collins.roles import Role
 from collins.update import update_
 
 CASES = [
@@ -105,10 +106,10 @@ class FakeExecutor:
 
     def run(self, grads, scalars, rows, done):
         for number, (task, g) in enumerate(zip(self.tasks, grads, strict=True)):
-            other = task._replace(p=None, m=None, v=None)  # which keeps no tensor alive
+            other, count = task._replace(p=None, m=None, v=None), len(task.m)  # which keeps no tensor alive
 
-            def kernel(p, g, m, v, task=other, hp=scalars[rows[number]]):
-                update_(task._replace(p=p, m=(m,), v=(v,)), g, hp)
+            def kernel(p, g, *moments, task=other, count=count, hp=scalars[rows[number]]):
+                update_(task._replace(p=p, m=moments[:count], v=moments[count:]), g, hp)
 
             self.fake.launch(kernel, *(t.detach() for t in (task.p, g, *task.m, *task.v)))
             done.append(number)
@@ -390,7 +391,8 @@ def test_neither_tier_can_hold_the_tables(tier, in_backward):
 
 def test_nobody_moves_in_when_one_device_cannot_be_served():
     """What the first device's tables take of the host is gone for the second's."""
-    opt = Collins([nn.Parameter(torch.ones(64, 64, device=device)) for device in ("cpu", "meta")], memory="auto")
+    ps = [nn.Parameter(torch.ones(64, 64, device=device)) for device in ("cpu", "meta")]
+    opt = Collins(ps, memory="auto", table_dtype=torch.float32)
     for p in opt.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
     assert [row.state_bytes - 4 for row in opt.memory_report().rows] == [8192, 8192]
@@ -512,7 +514,7 @@ def test_a_card_that_holds_the_ring_but_no_margin_is_used_from_the_host(early, t
     machine = Backend(measure=lambda device: spare)
     p = torch.empty(GIB // 2, device="meta", dtype=torch.bfloat16)  # 1 GiB
     moments = (TensorSpec((2**24,), torch.float32),) * 2
-    requests = [StateRequest(str(i), p, moments) for i in range(8)]  # of 1 GiB in all
+    requests = [StateRequest(str(i), p, moments, Role("matrix", "shape")) for i in range(8)]  # of 1 GiB in all
     plan, leave = tiers.planned(MemoryPolicy(), torch.device("cuda"), requests, 64 * GIB, early, machine)
     assert [row.tier for row in plan.rows] == 8 * [tier]
     assert leave == 4 * GIB - plan.limits.device  # of what is free: for activations, the gradients to come, a reserve

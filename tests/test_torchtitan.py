@@ -9,18 +9,11 @@ from helpers import OPTIONS, same
 from collins import Collins
 
 titan = pytest.importorskip("torchtitan.components.optimizer")
+ours = pytest.importorskip("collins.integrations.torchtitan")
 
 STEPS = 8
 TABLES = {**OPTIONS, "weight_decay": 0.1}
 IMPLEMENTATIONS = ("for-loop", "foreach", "fused")  # put into every group, whatever the optimizer
-
-
-class Container(titan.OptimizersContainer):
-    """As torchtitan documents it: a subclass says what else an optimizer's name may mean."""
-
-    @staticmethod
-    def _resolve_optimizer_factory(name):
-        return Collins if name == "Collins" else titan.OptimizersContainer._resolve_optimizer_factory(name)
 
 
 class Run:
@@ -29,7 +22,7 @@ class Run:
     def __init__(self, implementation="for-loop", parts=None, biases="Collins", seed=0, **options):
         self.parts = parts or [network()]
         exact = {"lr": 5e-3, "compress_ratio": 1} if biases == "Collins" else {"lr": 5e-3}
-        config = Container.Config(
+        config = ours.CollinsOptimizers.Config(
             param_groups=[
                 titan.ParamGroupConfig(pattern=r"bias$", optimizer_name=biases, optimizer_kwargs=exact),
                 titan.ParamGroupConfig(pattern=r".*", optimizer_name="Collins", optimizer_kwargs={**TABLES, **options}),
@@ -37,7 +30,7 @@ class Run:
             implementation=implementation,
             optimizer_factory_kwargs_by_name={"Collins": {"seed": seed}},
         )
-        self.container = Container(config, model_parts=self.parts)
+        self.container = config.build(model_parts=self.parts)
         self.schedules = titan.LRSchedulersContainer.Config(warmup_steps=2).build(
             optimizers=self.container, training_steps=STEPS
         )
@@ -91,7 +84,8 @@ def test_flat_state_exists_before_the_first_step_and_making_it_changes_nothing()
     flat = run.container.state_dict()
     assert same(run.weights(), untouched.weights())
     assert all(p.grad is None for p in run.parts[0].parameters())
-    for name, moments in (("0.weight", ("m_table", "v_table", "layout")), ("0.bias", ("exp_avg", "exp_avg_sq"))):
+    tables = ("m_table", "m_table_scale", "v_table", "layout")
+    for name, moments in (("0.weight", tables), ("0.bias", ("exp_avg", "exp_avg_sq"))):
         assert {key for key in flat if key.startswith(f"state.{name}.")} == {
             f"state.{name}.{key}" for key in ("step", *moments)
         }
@@ -162,3 +156,18 @@ def test_a_flat_state_of_a_pipeline_cut_elsewhere_goes_on_to_the_bit():
     for side in (run, other):
         side.train(2, STEPS)
     assert same({name: value for weights in run.weights() for name, value in weights.items()}, other.weights()[0])
+
+
+def test_the_default_configuration_is_collins_for_all_parameters():
+    config = ours.default_collins(lr=1e-2, min_K=16, weight_decay=0.2, seed=3, memory="host")
+    container = config.build(model_parts=[network()])
+    assert type(container) is ours.CollinsOptimizers
+    (optimizer,) = container
+    assert type(optimizer) is Collins
+    (group,) = optimizer.param_groups
+    assert [group[name] for name in ("lr", "betas", "weight_decay", "min_K")] == [1e-2, (0.9, 0.95), 0.2, 16]
+    assert group["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert (optimizer.seed, optimizer.memory.tier) == (3, "host")
+    container.model_parts[0](inputs(0)).square().mean().backward()
+    container.step()
+    assert steps_taken(optimizer) == 1

@@ -1,13 +1,16 @@
 """Hugging Face `Trainer` trains with Collins, in both ways to hand it an optimizer, and resumes to the bit."""
 
 import math
+import pickle
+import re
 
 import pytest
 import torch
-from clients import Twin, steps_taken
+from clients import Asked, Twin, component, steps_taken
 from helpers import OPTIONS, same
 
-from collins import Collins
+from collins import Collins, register
+from collins.integrations import NAME
 
 transformers = pytest.importorskip("transformers")
 
@@ -15,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 STEPS, CLIP = 8, 0.5
 WAYS = ("optimizers", "optimizer_cls_and_kwargs")
+BY_NAME = {"optim": "collins", "optim_args": "min_K=16, rehash_period=3", "learning_rate": OPTIONS["lr"]}
 PRECISIONS = {
     "float32": (torch.float32, {}),
     "autocast": (torch.float32, {"bf16": True}),
@@ -53,7 +57,10 @@ def trainer(folder, way="optimizers", precision="float32", options=None, **argum
         **arguments,
     }
     options = {**OPTIONS, **(options or {})}
-    if way == "optimizers":
+    if way == "name":
+        register()
+        chosen, settings = {}, {**settings, **BY_NAME, **arguments}
+    elif way == "optimizers":
         chosen = {"optimizers": (Collins(model.named_parameters(), **options), None)}
     else:
         chosen = {"optimizer_cls_and_kwargs": (Collins, options)}
@@ -74,7 +81,7 @@ def logged(run, key):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "name"])
 def test_the_trainer_steps_as_by_hand_with_clipping_and_its_schedule(tmp_path, way, precision):
     run = trainer(tmp_path, way, precision, save_strategy="no")
     twin = Twin(run.create_optimizer())
@@ -82,7 +89,8 @@ def test_the_trainer_steps_as_by_hand_with_clipping_and_its_schedule(tmp_path, w
     assert collins_of(run) is twin.first
     assert twin.agrees
     assert len(twin.norms) == steps_taken(twin.first) == STEPS
-    assert all("m_table" in state for p, state in twin.first.state.items() if p.numel() >= 512)
+    compressed = {"m_table", "exp_avg_scale"}  # of matrices, and of token tables
+    assert all(compressed & state.keys() for p, state in twin.first.state.items() if p.numel() >= 512)
     for before, after in zip(logged(run, "grad_norm"), twin.norms, strict=True):
         assert before > CLIP
         assert after == pytest.approx(CLIP, rel=2e-2 if precision == "bfloat16" else 1e-4)
@@ -92,8 +100,9 @@ def test_the_trainer_steps_as_by_hand_with_clipping_and_its_schedule(tmp_path, w
     assert logged(run, "learning_rate") == pytest.approx(rates)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "precision"), [*((way, precision) for way in WAYS for precision in PRECISIONS), ("name", "bfloat16")]
+)
 def test_a_resumed_run_ends_in_the_bits_of_one_that_was_never_stopped(tmp_path, way, precision):
     whole, resumed = (trainer(tmp_path, way, precision) for _ in range(2))
     whole.train()
@@ -138,6 +147,28 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_clipping_in_backward_is_asked_of_the_optimizer(tmp_path):
+    """The Trainer clips what has been used by then: one warning says so, unless the optimizer clips itself."""
+    ended = []
+    for limit in (None, CLIP):
+        run = trainer(
+            tmp_path,
+            options={"in_backward": True, "max_grad_norm": limit},
+            max_grad_norm=CLIP,
+            gradient_accumulation_steps=1,
+            save_strategy="no",
+        )
+        if limit is None:
+            with pytest.warns(UserWarning, match=rf"^Trainer clips .* Give Collins max_grad_norm={CLIP}") as told:
+                run.train()
+            assert len([w for w in told if "max_grad_norm" in str(w.message)]) == 1
+        else:
+            run.train()
+            assert float(collins_of(run).grad_norm) > CLIP
+        ended.append(run.model.state_dict())
+    assert not same(*ended)
+
+
 def test_steps_in_backward_are_those_after_it(tmp_path):
     ended = []
     for in_backward in (False, True):
@@ -154,3 +185,161 @@ def test_steps_in_backward_are_those_after_it(tmp_path):
         assert not same(before, run.model.state_dict())
         ended.append((run.model.state_dict(), collins_of(run).state_dict()["state"], logged(run, "loss")))
     assert same(*ended)
+
+
+def test_by_name_it_has_the_options_of_the_arguments_and_the_names_of_the_model(tmp_path):
+    options = "compress_ratio=16,table_dtype=bfloat16,rehash_period=none,maximize=false,memory=host,seed=3"
+    run = trainer(tmp_path, "name", optim_args=options, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
+    opt = run.create_optimizer()
+    assert type(opt) is Collins
+    assert (opt.seed, opt.memory.tier) == (3, "host")
+    expected = {
+        "lr": OPTIONS["lr"],
+        "betas": (0.8, 0.95),
+        "eps": 1e-6,
+        "compress_ratio": 16,
+        "table_dtype": torch.bfloat16,
+        "rehash_period": None,
+        "maximize": False,
+    }
+    for group, decay in zip(opt.param_groups, (0.1, 0.0), strict=True):
+        assert {name: group[name] for name in expected} == expected
+        assert group["weight_decay"] == decay
+    names = {name for group in opt.param_groups for name in group["param_names"]}
+    assert names == {name for name, _ in run.model.named_parameters()}
+    rows = {row.name: row for row in opt.memory_report().rows}
+    assert rows["parameter 'model.embed_tokens.weight'"].role == "tokens"
+
+
+@pytest.mark.parametrize("given", ["lr=1", "betas=0.9", "eps=1", "weight_decay=0.1"])
+def test_what_training_arguments_have_fields_for_is_refused_among_optim_args(tmp_path, given):
+    run = trainer(tmp_path, "name", optim_args=f"min_K=16,{given}")
+    with pytest.raises(ValueError, match=f"optim_args must leave .* to TrainingArguments, .*, got {given}"):
+        run.create_optimizer()
+
+
+def test_an_option_that_collins_does_not_have_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'compression'"):
+        trainer(tmp_path, "name", optim_args="compression=16").create_optimizer()
+
+
+def test_the_name_is_a_choice_on_the_command_line_and_survives_copies(tmp_path):
+    register()
+    register()
+    parser = transformers.HfArgumentParser(transformers.TrainingArguments)
+    (arguments,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--optim", "collins", "--optim_args", "min_K=16", "--use_cpu"]
+    )
+    assert arguments.optim == "collins"
+    assert arguments.to_dict()["optim"] == "collins"
+    assert pickle.loads(pickle.dumps(arguments)).optim is arguments.optim
+    names = [member.value for member in type(arguments.optim)]
+    assert names.count("collins") == 1
+    with pytest.raises(ValueError, match="collin is not a valid OptimizerNames"):
+        transformers.TrainingArguments(str(tmp_path), optim="collin", use_cpu=True)
+
+
+def test_without_a_table_of_optimizers_the_other_way_is_named(monkeypatch):
+    monkeypatch.delattr("transformers.trainer_optimizer._OPTIMIZER_HANDLERS")
+    with pytest.raises(
+        RuntimeError, match=re.escape(f"transformers {transformers.__version__} has no table of")
+    ) as error:
+        register("transformers")
+    assert "Trainer(optimizer_cls_and_kwargs=(Collins, " in str(error.value)
+
+
+def test_another_framework_is_refused():
+    with pytest.raises(ValueError, match="hosts must be 'transformers' or 'timm', got 'keras'"):
+        register("keras")
+
+
+class Reporter(transformers.TrainerCallback):
+    """Keeps what reporters are told, as TensorBoard's callback is."""
+
+    def __init__(self):
+        self.told = []
+
+    def on_log(self, args, state, control, logs=None, **others):
+        self.told.append((state.global_step, dict(logs)))
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_statistics_are_logged_where_the_trainer_logs_and_taken_nowhere_else(tmp_path, monkeypatch, strategy):
+    from collins.integrations.transformers import log_statistics
+
+    asked, reporter = Asked(monkeypatch), Reporter()
+    options = {**BY_NAME, "optim_args": BY_NAME["optim_args"] + ",max_grad_norm=0.5"}
+    run = trainer(
+        tmp_path,
+        "name",
+        **options,
+        max_grad_norm=0,
+        logging_steps=3,
+        logging_first_step=True,
+        logging_strategy=strategy,
+        max_steps=-1,
+        num_train_epochs=1,
+        save_strategy="no",
+    )  # of 12 steps
+    run.add_callback(reporter)
+    log_statistics(run)
+    run.train()
+    steps = [1, 3, 6, 9, 12] if strategy == "steps" else [1, 12]
+    assert asked.read == steps
+    assert asked.measured == ([step - 1 for step in steps] if strategy == "steps" else [0, 1])
+    told = [(step, logs) for step, logs in reporter.told if "loss" in logs]
+    kept = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [step for step, _ in told] == [entry["step"] for entry in kept] == steps
+    for logs in (*(logs for _, logs in told), *kept):
+        assert logs["collins/grad_norm"] > 0.5
+        assert (logs["collins/update_rms/0"] > 0) == (logs["learning_rate"] > 0)
+        assert all(type(value) is float for name, value in logs.items() if name.startswith("collins/"))
+
+
+def test_a_norm_that_nothing_computes_is_not_logged(tmp_path):
+    from collins.integrations.transformers import log_statistics
+
+    run = trainer(tmp_path, "name", max_steps=2, save_strategy="no")
+    log_statistics(run)
+    run.train()
+    assert "collins/grad_norm" not in run.state.log_history[0]
+    assert "collins/weight_rms/1" in run.state.log_history[0]
+
+
+def test_other_optimizers_have_no_statistics_to_log(tmp_path):
+    from collins.integrations.transformers import log_statistics
+
+    run = trainer(tmp_path, "name", optim="adamw_torch", optim_args=None, save_strategy="no", max_steps=2)
+    log_statistics(run)
+    run.train()
+    assert type(run.optimizer.optimizer) is torch.optim.AdamW
+    assert not [name for entry in run.state.log_history for name in entry if name.startswith("collins/")]
+
+
+# axolotl 0.19.0: integrations/base.py, `load_plugin` and `PluginManager`; cli/config.py, `prepare_plugins`;
+# core/builders/base.py, `_configure_optimizer`, lines 466 to 480.
+
+
+def test_axolotl_loads_the_plugin_and_names_the_optimizer(stand_in, tmp_path):
+    stand_in("axolotl.integrations.base", BasePlugin=type("BasePlugin", (), {"__init__": lambda self: None}))
+    cfg = {
+        "plugins": ["collins.integrations.axolotl.CollinsPlugin"],
+        "optimizer": NAME,
+        "optim_args": {"compress_ratio": 16, "min_K": 16, "table_dtype": "bfloat16", "memory": "host"},
+    }
+    plugins = [component(name)() for name in cfg["plugins"]]
+    for plugin in plugins:
+        plugin.register(cfg)
+    options = ",".join(f"{key}={value}" for key, value in cfg["optim_args"].items())
+    run = trainer(tmp_path, "name", optim=cfg["optimizer"], optim_args=options)
+    for plugin in plugins:
+        plugin.post_trainer_create(cfg, run)
+    opt = run.create_optimizer()
+    assert type(opt) is Collins
+    assert opt.memory.tier == "host"
+    assert {group["compress_ratio"] for group in opt.param_groups} == {16}
+    first = run.callback_handler.callbacks[0]
+    assert type(first) is component("collins.integrations.transformers.StatisticsCallback")
+    for plugin in plugins:
+        plugin.post_trainer_create({**cfg, "optimizer": "adamw_torch"}, run)
+    assert run.callback_handler.callbacks.count(first) == 1

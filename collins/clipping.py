@@ -1,0 +1,250 @@
+"""Clipping by the global norm of all gradients, inside the step: gradients are read once more and never written.
+
+A step after backward is that of `torch.nn.utils.clip_grad_norm_` followed by `step`: with C = max_grad_norm and n_t the
+norm of all gradients of step t, over all groups, devices and ranks, each gradient is multiplied by
+
+    min(1, C / (n_t + 1e-6))
+
+where the step reads it. In backward n_t is not known before the last gradient has arrived, so gradient i, as it
+arrives, is multiplied by
+
+    min(1, C / (max(n', s_i) + 1e-6))         s_i^2 = ||g_1||^2 + ... + ||g_i||^2
+
+with n' the norm of the last step whose norm was finite, 0 before there was one, and s_i the norm of what has arrived
+of this step on the device of g_i, itself included. Where norms change little this is exact clipping, one step late; and
+whatever a step brings, the norm of what it uses is at most C sqrt(1 + 2 ln(n_t / ||g_1||)) on one device, since
+sum_i ||g_i||^2 / s_i^2 <= 1 + ln(s_n^2 / s_1^2). n' is kept in the parameter groups, so that it travels with them.
+
+A norm that is not finite multiplies by 0, or by NaN where it is NaN, as `clip_grad_norm_` does; under nonfinite="skip"
+it leaves out the whole step - in backward the parameter whose gradient brought it - and in backward it enters neither
+n' nor a later s_i. C = inf measures the norm and multiplies by nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collins._torch_internals import foreach_norm
+from collins.sharding import is_sharded, norm_over, sharded_over
+
+LAST_NORM = "last_grad_norm"  # in every group of an optimizer that has clipped in backward: n'
+
+_EPS = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm
+
+
+class Scale:
+    """What gradients are multiplied by, by the options of their group.
+
+    Args:
+        factor: for most groups.
+        norm: which it follows from; None where it follows from none.
+    """
+
+    def __init__(self, factor: float | Tensor = 1.0, norm: Tensor | None = None) -> None:
+        self._factor, self._norm = factor, norm
+        self._skipping: float | Tensor | None = factor if norm is None else None
+
+    def of(self, group: Mapping[str, Any]) -> float | Tensor:
+        """The factor for a group; under nonfinite="skip" NaN, which leaves out all of it, if the norm is not finite."""
+        if group["nonfinite"] != "skip":
+            return self._factor
+        if self._skipping is None:
+            assert self._norm is not None
+            self._skipping = torch.where(self._norm.isfinite(), self._factor, math.nan)
+        return self._skipping
+
+
+UNSCALED = Scale()
+
+
+class Clipping:
+    """The gradient norms of one optimizer, and what gradients are multiplied by for them.
+
+    All of it stays on the device, and the host waits for nothing.
+
+    Args:
+        max_norm: C; None for no norms at all.
+        in_backward: whether gradients are used as they arrive.
+    """
+
+    def __init__(self, max_norm: float | None = None, in_backward: bool = False) -> None:
+        self.max_norm, self.in_backward = max_norm, in_backward
+        self._norm: Tensor | None = None  # of the last step
+        self._last: Tensor | None = None  # n', the tensor in the groups, which a captured graph may read and write
+        self._begin()
+
+    def _begin(self) -> None:
+        self._arrived: dict[int, Tensor] = {}  # norms of this step's gradients, by their parameters' identity
+        self._together: dict[torch.device, Tensor] = {}  # s_i
+        self._limits: dict[torch.device, tuple[Tensor, Tensor]] = {}  # C, and what divides it at least
+        self._rest: Tensor | None = None  # the norm of what is stepped at once
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("max_norm", "in_backward", "_norm")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _last=None)
+        self._begin()
+
+    @property
+    def norm(self) -> Tensor | None:
+        """The norm of the last step, a copy; None before the first, or without `max_norm`."""
+        return None if self._norm is None else self._norm.clone()
+
+    def scale(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Scale:
+        """For gradients that are stepped at once, of these parameters; of a sharded one, this rank's part."""
+        if self.max_norm is None or not grads:
+            return UNSCALED
+        self._rest = norm = global_norm(params, grads)
+        if self.max_norm == math.inf:
+            return UNSCALED
+        if self.in_backward or self._together:
+            return self._bounded(_norm_of([*self._together.values(), norm]))
+        return Scale((self.max_norm / (norm + _EPS)).clamp(max=1.0), norm)
+
+    def scale_of_one(self, p: Tensor, g: Tensor) -> Scale:
+        """For a gradient that has arrived in backward."""
+        if self.max_norm is None:
+            return UNSCALED
+        (own,) = _norms([g])
+        self._arrived[id(p)] = own
+        if self.max_norm == math.inf:
+            return UNSCALED
+        before = self._together.get(g.device)
+        norm = own if before is None else torch.hypot(before, own)
+        self._together[g.device] = torch.where(norm.isfinite(), norm, 0.0 if before is None else before)
+        return self._bounded(norm)
+
+    def _bounded(self, norm: Tensor) -> Scale:
+        """In backward, where so much has arrived."""
+        if norm.device not in self._limits:
+            last: Tensor | float = 0.0 if self._last is None else self._last
+            last = torch.full_like(norm, float(last)) if not isinstance(last, Tensor) or last.is_cpu else last.to(norm)
+            limit = torch.full_like(norm, self.max_norm)  # type: ignore[arg-type]
+            self._limits[norm.device] = limit, torch.maximum(last + _EPS, limit)
+        limit, floor = self._limits[norm.device]
+        return Scale(limit / torch.maximum(norm + _EPS, floor), norm)
+
+    def end(self, params: Iterable[Tensor], groups: Sequence[dict[str, Any]]) -> None:
+        """The step has ended, and its norm is known.
+
+        Args:
+            params: all of the optimizer's, in the order in which norms are added up.
+            groups: the optimizer's.
+        """
+        found = [self._arrived[id(p)] for p in params if id(p) in self._arrived] if self._arrived else []
+        found += [] if self._rest is None else [self._rest]
+        if found:
+            norm = _norm_of(found)
+            self._norm = _over(self._norm, norm)
+            if (self.in_backward or self._arrived) and self.max_norm != math.inf:
+                before = 0.0 if self._last is None else self._last.to(norm)
+                self._last = _over(self._last, torch.where(norm.isfinite(), norm, before))
+                self._publish(groups)
+        self._begin()
+
+    def adopt(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Takes over what the groups hold as n': a state dict was loaded, or the optimizer is a copy."""
+        found = groups[0].get(LAST_NORM) if groups else None
+        if self.max_norm is None or found is self._last:
+            return
+        value = 0.0 if found is None else found
+        value = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+        self._last = value.clone() if self._last is None else self._last.copy_(value)
+        self._publish(groups)
+
+    def _publish(self, groups: Sequence[dict[str, Any]]) -> None:
+        for group in groups:
+            group[LAST_NORM] = self._last
+
+
+def global_norm(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients together, over all ranks that share one of them: 0-d, in float32 or wider.
+
+    A collective operation for each way in which parameters are sharded, none without sharded parameters.
+
+    Args:
+        params: the parameters.
+        grads: their gradients, this rank's parts.
+    """
+    own = _norms(grads)
+    found: list[Tensor] = []
+    by_ranks: dict[Any, list[int]] = {}
+    for place, p in enumerate(params):
+        ranks = sharded_over(p) if is_sharded(p) else None
+        if ranks:
+            by_ranks.setdefault(ranks, []).append(place)
+        else:
+            found.append(own[place])
+    found += (norm_over(_norm_of([own[place] for place in places]), *ranks) for ranks, places in by_ranks.items())
+    return _norm_of(found)
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each, in float32 or wider; what is on meta has none."""
+    found: list[Tensor] = [torch.zeros((), device="cpu")] * len(tensors)
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, t in enumerate(tensors):
+        if not t.is_meta:
+            alike.setdefault((t.device, t.dtype), []).append(place)
+    for (_, dtype), places in alike.items():
+        norms = foreach_norm([tensors[place] for place in places], 2, torch.promote_types(dtype, torch.float32))
+        for place, norm in zip(places, norms, strict=True):
+            found[place] = norm
+    return found
+
+
+def _norm_of(norms: Sequence[Tensor]) -> Tensor:
+    """The norm of what has these norms: on the first of their devices that is not the CPU."""
+    device = next((norm.device for norm in norms if not norm.is_cpu), norms[0].device)
+    dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    result: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device, dtype) for norm in norms]))
+    return result
+
+
+def _over(old: Tensor | None, new: Tensor) -> Tensor:
+    """`new`, in the memory of `old` if it fits, where a captured graph finds it."""
+    same = old is not None and (old.device, old.dtype) == (new.device, new.dtype)
+    return old.copy_(new) if same and old is not None else new.clone()
+
+
+# Trainers that clip before they call `step`: by their package, where they keep the largest norm.
+_TRAINERS = {"transformers": attrgetter("args.max_grad_norm"), "torchtitan": attrgetter("config.training.max_norm")}
+
+
+def warn_of_lost_clipping() -> None:
+    """Warns if a trainer calls `step` that means to have clipped gradients which backward has used and freed.
+
+    It is looked for among the callers. A loop that calls `clip_grad_norm_` itself, as with Accelerate, cannot be
+    noticed: the norm that it gets is 0.
+    """
+    frame, callers = inspect.currentframe(), []
+    while frame is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package in _TRAINERS:
+            callers.append((frame, _TRAINERS[package]))
+        frame = frame.f_back
+    # Up to Python 3.12 a frame whose variables are read holds on to them until it returns: those of the outermost one
+    # last as long as training does anyway.
+    for caller, norm_of in reversed(callers):
+        trainer = caller.f_locals.get("self")
+        try:
+            norm = norm_of(trainer)
+        except AttributeError:
+            continue
+        if isinstance(norm, int | float) and 0 < norm < math.inf:
+            warnings.warn(
+                f"{type(trainer).__name__} clips gradients to the norm {norm}, which does nothing with"
+                f" in_backward=True: they have been used and freed by then. Give Collins max_grad_norm={norm}, which"
+                " clips in backward",
+                stacklevel=2,
+            )
+        return

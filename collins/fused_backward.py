@@ -1,0 +1,107 @@
+"""What training programs ask that step each parameter in a hook of their own, as soon as its gradient has arrived.
+
+OneTrainer and the optimizers written for it have a property `supports_fused_back_pass` and a method
+`step_parameter(p, group, i)`. The program registers the hooks, clips or unscales each gradient, and frees it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from collins.compile.tracing import untraced
+from collins.entries import ParamEntry
+
+if TYPE_CHECKING:
+    from collins.stepper import Stepper
+
+
+class FusedBackward:
+    """The two names, for an optimizer that has a `Stepper`."""
+
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
+    in_backward: bool
+    max_grad_norm: float | None
+    _stepper: Stepper
+
+    @property
+    def supports_fused_back_pass(self) -> bool:
+        """Whether `step_parameter` may be called."""
+        return not self.in_backward and self.max_grad_norm is None
+
+    @torch.no_grad()
+    @untraced
+    def step_parameter(self, p: Tensor, group: dict[str, Any] | None = None, i: int | None = None) -> None:
+        """Steps one parameter with the gradient it has, to the same bits as `step` would.
+
+        For programs that call it in hooks of their own, which free the gradient afterwards; those without use
+        `in_backward=True`. Nothing happens without a gradient. `step` may follow, for parameters that still have one.
+
+        Args:
+            p: the parameter.
+            group, i: its group and its number there, which such programs pass; not needed.
+
+        Raises:
+            RuntimeError: with in_backward=True, where the optimizer has hooks of its own, and with `max_grad_norm`.
+            ValueError, TypeError: as `step` does, and for a parameter that is not in this optimizer.
+        """
+        if self.in_backward:
+            raise RuntimeError(
+                "step_parameter cannot be used with in_backward=True, where Collins steps parameters in hooks of its"
+                " own: build it with in_backward=False"
+            )
+        if self.max_grad_norm is not None:
+            raise RuntimeError(
+                f"max_grad_norm must be None for step_parameter, got {self.max_grad_norm}: the norm of all gradients is"
+                " not known yet. Clip each in the hook that calls this, or let Collins do it with in_backward=True"
+            )
+        if p.grad is not None:
+            self._stepper.lone_steps.step(p, p.grad, self._stepper, self.param_groups, self.state)
+
+
+class LoneSteps:
+    """Steps of single parameters, from the first one until the optimizer's step, or a parameter's second, ends them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # gradients on several devices arrive in as many threads
+        self._known: dict[int, ParamEntry] = {}
+        self._stepped: set[int] = set()
+
+    def step(
+        self,
+        p: Tensor,
+        g: Tensor,
+        stepper: Stepper,
+        groups: Sequence[dict[str, Any]],
+        states: MutableMapping[Tensor, Any],
+    ) -> None:
+        """Steps a parameter with its gradient."""
+        with self._lock:
+            if id(p) in self._stepped:
+                stepper.end(groups, states)
+            if id(p) not in self._known or id(p) in self._stepped:
+                if self.end():
+                    stepper.end(groups, states)
+                self._known = stepper.begin(groups, states)
+            if id(p) not in self._known:
+                raise ValueError(f"p must be a parameter of this optimizer, got a {tuple(p.shape)} tensor that is not")
+            entry = self._known[id(p)]
+            stepper.check(entry, states)
+            # Scalars are computed anew for each: nobody says when a learning rate has changed.
+            stepper.update_one(entry, g, states, {}, self._note)
+
+    def _note(self, entry: ParamEntry) -> None:
+        self._stepped.add(id(entry.p))
+
+    def end(self) -> bool:
+        """Parameters, groups and states may be others from here on. Returns whether any has been stepped until now."""
+        any_stepped = bool(self._stepped)
+        self._known = {}
+        self._stepped.clear()
+        return any_stepped

@@ -1,0 +1,71 @@
+"""A state dict loaded into an optimizer: all of it or nothing, into the tensors that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from collins.checkpoint import CheckedStateDict
+from collins.entries import ParamEntry
+from collins.sharding import local
+from collins.stepper import Stepper
+
+
+def load_into(
+    optimizer: Optimizer,
+    state_dict: dict[str, Any],
+    entries: Sequence[ParamEntry],
+    stepper: Stepper,
+    check: Callable[[Mapping[str, Any]], CheckedStateDict],
+) -> None:
+    """Loads a state dict bit for bit, by way of `torch.optim.Optimizer.load_state_dict` and the hooks on it.
+
+    Args:
+        optimizer: whose groups and state it becomes.
+        state_dict: as `check` accepts it.
+        entries: the optimizer's parameters.
+        stepper: the optimizer's.
+        check: raises for what does not fit; called before anything changes.
+    """
+    stepper.store.drain()
+    before = [dict(optimizer.state.get(entry.p, {})) for entry in entries]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    after: list[dict[str, Any]] = []
+
+    def set_aside(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        # All that can fail happens here, before anything has changed.
+        found = check(given)
+        for entry, saved in zip(entries, found.states, strict=True):
+            if saved and saved.key is not None:
+                entry.key, entry.spec = saved.key, None
+        stepper.place([entry for entry, saved in zip(entries, found.states, strict=True) if saved], loading=True)
+        for entry, state, saved in zip(entries, before, found.states, strict=True):
+            after.append({**saved.others_on(entry.p.device), **stepper.room(entry, state)} if saved else {})
+        for entry, state, saved in zip(entries, after, found.states, strict=True):
+            entry.forget()
+            if saved:
+                state["step"].fill_(saved.step)
+                for name, moment in zip(stepper.spec(entry).tensors, saved.moments, strict=True):
+                    local(state[name]).copy_(moment)
+        return {**given, "param_groups": found.groups, "state": found.rest}
+
+    def put_back(_: Optimizer) -> None:
+        optimizer.state.update({entry.p: state for entry, state in zip(entries, after, strict=True) if state})
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            if isinstance(rate, Tensor):  # whoever holds on to it, a captured graph say, goes on seeing the rate
+                group["lr"] = rate.fill_(float(group["lr"]))
+
+    hooks = (
+        optimizer.register_load_state_dict_pre_hook(set_aside),
+        optimizer.register_load_state_dict_post_hook(put_back, prepend=True),
+    )
+    try:
+        with torch.no_grad():  # state that requires gradients is overwritten as well
+            Optimizer.load_state_dict(optimizer, state_dict)
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,137 @@
+"""Vision: a small ViT on the 1,797 images of 8 x 8 pixels of handwritten digits that scikit-learn has."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compare.tasks import Place, Settings, Task, TaskError, Workload
+
+_SIDE, _PATCH, _CLASSES, _HELD_OUT = 8, 2, 10, 360
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsSettings(Settings):
+    """Also the model's shape; images are moved by up to one pixel each way in training."""
+
+    hidden: int
+    layers: int
+    heads: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden must be a multiple of heads, got {self.hidden} and {self.heads}")
+
+
+class VisionTransformer(nn.Module):
+    """Patches of 2 x 2 pixels, pre-norm blocks, the mean of all patches, a linear head; images (batch, 8, 8)."""
+
+    def __init__(self, hidden: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.patches = nn.Linear(_PATCH**2, hidden)
+        self.positions = nn.Parameter(torch.empty((_SIDE // _PATCH) ** 2, hidden))
+        nn.init.normal_(self.positions, std=0.02)
+        block = nn.TransformerEncoderLayer(
+            hidden, heads, 4 * hidden, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
+        for name, p in self.blocks.named_parameters():  # the encoder's layers are copies of one
+            if p.dim() == 2:
+                depth = 2 * layers if name.endswith(("out_proj.weight", "linear2.weight")) else 1
+                nn.init.normal_(p, std=1 / math.sqrt(p.shape[1] * depth))
+        self.norm = nn.LayerNorm(hidden)
+        self.head = nn.Linear(hidden, _CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        cut = images.unfold(1, _PATCH, _PATCH).unfold(2, _PATCH, _PATCH).flatten(3).flatten(1, 2)
+        x = self.blocks(self.patches(cut) + self.positions)
+        logits: Tensor = self.head(self.norm(x.mean(1)))
+        return logits
+
+
+class DigitsWorkload(Workload):
+    """A batch is images and classes side by side, int64 (batch, 65): the last column is the class."""
+
+    def __init__(self, settings: DigitsSettings, device: torch.device, weights: torch.dtype, seed: int) -> None:
+        self.settings, self.weights = settings, weights
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = VisionTransformer(settings.hidden, settings.layers, settings.heads)
+        self.model = model.to(device, weights)
+        data = _digits().to(device)
+        self.held_out, self.train = data[:_HELD_OUT], data[_HELD_OUT:]
+
+    def batches(self, seed: int) -> Iterator[Tensor]:
+        """Each pass takes the images in a new order; every image of a batch is moved by a pixel, or is not."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.empty(0, dtype=torch.long)
+        for _ in range(self.settings.steps):
+            while len(order) < self.settings.batch:
+                order = torch.cat((order, torch.randperm(len(self.train), generator=generator)))
+            chosen, order = order[: self.settings.batch], order[self.settings.batch :]
+            moves = torch.randint(3, (len(chosen), 2, 1), generator=generator).to(self.train.device)
+            yield _moved(self.train[chosen.to(self.train.device)], moves)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return functional.cross_entropy(self._logits(batch), batch[:, -1])
+
+    def measure(self) -> dict[str, float]:
+        logits, classes = self._logits(self.held_out), self.held_out[:, -1]
+        right = (logits.argmax(1) == classes).float().mean()
+        return {"loss": functional.cross_entropy(logits, classes).item(), "accuracy": right.item()}
+
+    def _logits(self, batch: Tensor) -> Tensor:
+        images = batch[:, :-1].view(-1, _SIDE, _SIDE).to(self.weights) / 8 - 1  # of 16 shades, to [-1, 1]
+        logits: Tensor = self.model(images).float()
+        return logits
+
+
+def _moved(batch: Tensor, moves: Tensor) -> Tensor:
+    """Images cut out of a frame of one empty pixel at offsets 0 to 2; moves (batch, 2, 1)."""
+    framed = functional.pad(batch[:, :-1].view(-1, _SIDE, _SIDE), (1, 1, 1, 1))
+    span = torch.arange(_SIDE, device=batch.device)
+    rows, columns = (moves[:, 0] + span)[:, :, None], (moves[:, 1] + span)[:, None, :]
+    images = framed[torch.arange(len(batch), device=batch.device)[:, None, None], rows, columns]
+    return torch.cat((images.flatten(1), batch[:, -1:]), 1)
+
+
+@lru_cache(maxsize=1)
+def _digits() -> Tensor:
+    """All images and classes, int64 (1797, 65), in an order that is drawn once and for all."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    data = torch.cat((torch.from_numpy(found.data), torch.from_numpy(found.target)[:, None]), 1).long()
+    return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits(Task):
+    """Classifies digits."""
+
+    settings: DigitsSettings
+
+    def prepare(self, place: Place) -> str:
+        if importlib.util.find_spec("sklearn") is None:
+            raise TaskError(f"{self.name} needs scikit-learn, which has the images: pip install scikit-learn")
+        return ""
+
+    def workload(self, place: Place, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
+        return DigitsWorkload(self.settings, device, weights, seed)
+
+
+DIGITS = Digits(
+    name="digits",
+    about="a ViT of 0.8M parameters on the digits of scikit-learn; a minute a run on one core",
+    unit="nats",
+    rates=(5e-4, 1e-3, 2e-3, 4e-3),
+    settings=DigitsSettings(steps=600, batch=64, hidden=128, layers=4, heads=4),
+)

@@ -1,0 +1,298 @@
+"""Language models: LLaMA decoders over byte-level BPE tokens, from random weights or from weights trained on code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from corpus import batches
+from llama import Llama
+from torch import Tensor
+from torch.nn import functional
+
+from compare.tasks import Place, Preparation, Settings, Task, TaskError, Workload
+from compare.text import Corpus, Tokens, installed, standard_library
+from compare.training import AfterBackward, Follower, train
+
+_ROTARY_BASE = 10_000.0  # enough for contexts of a few hundred tokens
+_PIECE = 128  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageSettings(Settings):
+    """Also the decoder's shape; a step sees `batch` windows of `context` tokens, validation `held_out` such batches."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    context: int
+    held_out: int = 24
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"hidden must be a multiple of twice heads, got {self.hidden} and {self.heads}")
+        if not 257 <= self.vocabulary <= 65_536:
+            raise ValueError(f"vocabulary must be 257 to 65536, all bytes and the end of a text, got {self.vocabulary}")
+
+    def decoder(self, weights: torch.dtype, device: torch.device, seed: int) -> Llama:
+        """With random weights, drawn on the CPU: the same ones on every device."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            sizes = (self.layers, self.hidden, self.ffn, self.heads, self.heads, self.vocabulary)
+            model = Llama(*sizes, checkpointed=False, rotary_base=_ROTARY_BASE)
+            model.fill()
+        return model.to(device, weights)
+
+
+class LanguageWorkload(Workload):
+    """A decoder and windows of text; on a GPU its blocks and its loss are compiled."""
+
+    model: Llama
+
+    def __init__(self, settings: LanguageSettings, model: Llama, text: tuple[Tensor, Tensor]) -> None:
+        self.settings, self.model = settings, model
+        self.train, self.held_out = text
+        self.device = model.head.weight.device
+        self.head_loss: Callable[..., Tensor] = HeadLoss.apply
+        if self.device.type == "cuda":
+            model.compile_blocks()
+            self.head_loss = _compiled_head_loss()
+
+    def batches(self, seed: int) -> Iterator[Tensor]:
+        s = self.settings
+        yield from batches(self.train, s.steps, s.batch, s.context, seed, self.device)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        features = self.model.features(batch[:, :-1]).flatten(0, 1)
+        return self.head_loss(features, self.model.head.weight, batch[:, 1:].flatten())
+
+    def measure(self) -> dict[str, float]:
+        s = self.settings
+        windows = batches(self.held_out, s.held_out, s.batch, s.context, 1, self.device)
+        return {"loss": statistics.fmean(self.loss(tokens).item() for tokens in windows)}
+
+
+def head_loss(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats: features (tokens, hidden), head (vocabulary, hidden), targets (tokens,)."""
+    return functional.cross_entropy(functional.linear(features, head).float(), targets)
+
+
+@lru_cache(maxsize=1)
+def _compiled_head_loss() -> Callable[..., Tensor]:
+    """One for all runs of a process."""
+    return torch.compile(head_loss, dynamic=False)
+
+
+class HeadLoss(torch.autograd.Function):
+    """`head_loss` in pieces that stay in a CPU's cache, with the gradients made on the way: half its time there."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        wanted = any(ctx.needs_input_grad)
+        losses, grads = [], []
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if wanted else None
+        for x, target in zip(features.split(_PIECE), targets.split(_PIECE), strict=True):
+            logits = functional.linear(x, head).float()
+            p = logits.softmax(1)
+            rows = torch.arange(len(x))
+            # The normaliser by way of the likeliest token, whose probability does not underflow.
+            losses.append(logits.amax(1) - p.amax(1).log() - logits[rows, target])
+            if grad_head is not None:
+                p[rows, target] -= 1
+                grads.append(p.to(head.dtype) @ head)
+                grad_head.addmm_(p.T, x.float())
+        if grad_head is not None:
+            ctx.save_for_backward(torch.cat(grads), grad_head.to(head.dtype))
+        return torch.cat(losses).mean()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_features, grad_head = ctx.saved_tensors
+        scale = scale / len(grad_features)
+        return grad_features * scale.to(grad_features.dtype), grad_head * scale.to(grad_head.dtype), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel(Task):
+    """Trains a decoder from random weights.
+
+    Args:
+        packages: whether text of all installed packages is taken; else the sources of the standard library alone,
+            which take seconds to be made tokens of.
+    """
+
+    settings: LanguageSettings
+    packages: bool
+    unit: str = "nats per token"
+
+    def corpus(self, place: Place) -> Corpus:
+        if place.text:
+            return Corpus(self.settings.vocabulary, place.text, place.text)
+        roots = installed() if self.packages else (standard_library(),)
+        return Corpus(self.settings.vocabulary, roots, roots if self.packages else ())
+
+    def tokens(self, place: Place) -> Tokens:
+        return self.corpus(place).tokens(place.cache)
+
+    def text(self, place: Place, kinds: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tokens to train on, and those held out."""
+        tokens = self.tokens(place)
+        train, valid = (tokens.load(part, kinds, device) for part in ("train", "valid"))
+        return train, valid
+
+    def prepare(self, place: Place) -> str:
+        tokens = self.tokens(place)
+        for kind in tokens.kinds:
+            count = min(tokens.count(part, kind) for part in ("train", "valid"))
+            if count <= self.settings.context:
+                raise TaskError(
+                    f"{self.name} needs more {kind}: {count} tokens are not enough for windows of"
+                    f" {self.settings.context}; give folders with more text"
+                )
+        return tokens.digest()
+
+    def workload(self, place: Place, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
+        text = self.text(place, self.tokens(place).kinds, device)
+        return LanguageWorkload(self.settings, self.settings.decoder(weights, device, seed), text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(LanguageSettings):
+    """Also how the weights it begins with were trained: by AdamW, on code."""
+
+    pretraining_steps: int
+    pretraining_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(LanguageModel):
+    """Goes on, with all weights, from a decoder that was trained on code; on documents."""
+
+    settings: FinetuneSettings
+    optimizers: tuple[str, ...] = ("adamw", "adamw@bf16", "collins@bf16")
+
+    def corpus(self, place: Place) -> Corpus:
+        return super().corpus(place) if place.text else replace(super().corpus(place), prose=installed())
+
+    def preparation(self, place: Place) -> Preparation:
+        s = self._pretraining()
+        identity = json.dumps([asdict(s), self.settings.pretraining_rate, self.tokens(place).digest()], sort_keys=True)
+        name = f"{self.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.pt"
+        return Preparation(f"{self.name}: weights trained on code", place.cache / name, s.steps)
+
+    def make(self, place: Place, device: torch.device, follower: Follower) -> None:
+        s, path = self._pretraining(), self.preparation(place).path
+        model = s.decoder(torch.float32, device, seed=0)
+        workload = LanguageWorkload(s, model, self.text(place, ("code",), device))
+        decay = [p for p in model.parameters() if p.dim() > 1]
+        rest = [p for p in model.parameters() if p.dim() <= 1]
+        groups: list[dict[str, Any]] = [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
+        adamw = torch.optim.AdamW(groups, self.settings.pretraining_rate, weight_decay=s.weight_decay, fused=True)
+        precision = torch.bfloat16 if self.casts(device, torch.float32) else None
+        train(workload, s, AfterBackward(model, [adamw], s.clip), seed=0, autocast=precision, follower=follower)
+        scratch = path.with_suffix(".making")
+        torch.save({name: value.cpu() for name, value in model.state_dict().items()}, scratch)
+        scratch.replace(path)
+
+    def workload(self, place: Place, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
+        model = self.settings.decoder(torch.float32, device, seed)
+        model.load_state_dict(torch.load(self.preparation(place).path, weights_only=True))
+        return LanguageWorkload(self.settings, model.to(weights), self.text(place, ("prose",), device))
+
+    def _pretraining(self) -> LanguageSettings:
+        known = {field.name: getattr(self.settings, field.name) for field in fields(LanguageSettings)}
+        return LanguageSettings(**{**known, "steps": self.settings.pretraining_steps})
+
+
+LM_SMALL = LanguageModel(
+    name="lm-small",
+    about="a decoder of 1.8M parameters over the sources of the standard library; a minute a run on one core",
+    packages=False,
+    rates=(1e-3, 2e-3, 4e-3, 8e-3),
+    settings=LanguageSettings(
+        steps=300,
+        batch=16,
+        context=64,
+        vocabulary=8192,
+        hidden=96,
+        layers=2,
+        heads=3,
+        ffn=256,
+        held_out=16,
+        points=6,
+    ),
+)
+
+LANGUAGE_TASKS: tuple[Task, ...] = (
+    LM_SMALL,
+    LanguageModel(
+        name="lm-60m",
+        about="LLaMA 60M over the text of installed packages; a minute a run on an H100",
+        packages=True,
+        rates=(1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3),
+        beta2s=(0.95, 0.99, 0.999),
+        autocast=True,
+        settings=LanguageSettings(
+            steps=3000, batch=64, context=256, vocabulary=32_000, hidden=512, layers=8, heads=8, ffn=1376
+        ),
+    ),
+    LanguageModel(
+        name="lm-130m",
+        about="LLaMA 130M over the same text",
+        packages=True,
+        rates=(1e-3, 1.4e-3, 2e-3, 2.8e-3),
+        beta2s=(0.95, 0.99, 0.999),
+        autocast=True,
+        settings=LanguageSettings(
+            steps=5000, batch=64, context=256, vocabulary=32_000, hidden=768, layers=12, heads=12, ffn=2048
+        ),
+    ),
+    Finetune(
+        name="finetune",
+        about="LLaMA 60M trained on code, then on documents",
+        packages=True,
+        rates=(1e-4, 2e-4, 4e-4, 8e-4),
+        autocast=True,
+        settings=FinetuneSettings(
+            steps=1000,
+            batch=64,
+            context=256,
+            vocabulary=32_000,
+            hidden=512,
+            layers=8,
+            heads=8,
+            ffn=1376,
+            pretraining_steps=3000,
+            pretraining_rate=1e-3,
+        ),
+    ),
+    Finetune(
+        name="finetune-small",
+        about="the decoder of lm-small trained on the standard library, then on documents of packages",
+        packages=False,
+        rates=(5e-4, 1e-3, 2e-3, 4e-3),
+        settings=FinetuneSettings(
+            steps=150,
+            batch=16,
+            context=64,
+            vocabulary=8192,
+            hidden=96,
+            layers=2,
+            heads=3,
+            ffn=256,
+            held_out=16,
+            points=6,
+            pretraining_steps=300,
+            pretraining_rate=2e-3,
+        ),
+    ),
+)

@@ -1,0 +1,354 @@
+"""The optimizers that are compared: how each is made, what it needs, and over which rates it is swept.
+
+All of them get one learning rate for the whole model, and weight decay on everything but vectors. Those whose packages
+are not installed are left out, with the reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from collins import Collins, param_groups
+from compare.peers import Scale
+from compare.training import AfterBackward, Drive, InBackward
+
+Groups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The parameters of a model by what they are: embeddings, output head, other matrices, vectors."""
+
+    embeddings: list[Tensor]
+    head: list[Tensor]
+    matrices: list[Tensor]
+    vectors: list[Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Split:
+        """The output head is the layer that a model calls `head`."""
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        last = getattr(model, "head", None)
+        heads = {id(last.weight)} if isinstance(last, nn.Linear) else set()
+        split = cls([], [], [], [])
+        for p in model.parameters():
+            kind = split.vectors if p.dim() < 2 else split.matrices
+            if id(p) in tables:
+                kind = split.embeddings
+            elif id(p) in heads:
+                kind = split.head
+            kind.append(p)
+        return split
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an optimizer is made of in one run."""
+
+    model: nn.Module
+    lr: float
+    beta2: float | None
+    weight_decay: float
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def split(self) -> Split:
+        return Split.of(self.model)
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        return 0.9, 0.999 if self.beta2 is None else self.beta2
+
+    def groups(self) -> Groups:
+        """All parameters in two groups, of which vectors are not decayed: those that Collins gets, without names."""
+        return [
+            {**group, "params": [p for _, p in group["params"]]}
+            for group in param_groups(self.model, weight_decay=self.weight_decay)
+        ]
+
+
+_UNDECAYED = {"weight_decay": 0.0}
+
+
+def groups(*parts: tuple[list[Tensor], Mapping[str, Any]]) -> Groups:
+    """Parameter groups; those without parameters are left out."""
+    return [{"params": params, **options} for params, options in parts if len(params) > 0]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An optimizer by name.
+
+    Args:
+        name: what it is called on the command line.
+        about: one line on it.
+        make: from the setup of a run, the optimizers that step its parameters: one, or one for each part.
+        has_beta2: whether it has a decay of second moments to sweep.
+        unit: its rates over AdamW's: a sweep that names no rates multiplies the task's by it, and divides weight decay.
+        package, pip: what has to be installed for it, if anything, and what pip calls that where it is another name.
+        torch_class: of `torch.optim`, where some versions of torch do not have it.
+        on_gpu: whether it needs one.
+        options: names of options that may be given to it, as `NAME:OPTION=VALUE`.
+        settled: options that it is made with, beyond what its name says: they are part of what a run was.
+        computed: bytes of its state, known from shapes alone; None where that is not known.
+        drive: what takes a step with it; see `compare.training.Drive`.
+    """
+
+    name: str
+    about: str
+    make: Callable[[Setup], Sequence[Optimizer]]
+    has_beta2: bool = True
+    unit: float = 1.0
+    package: str | None = None
+    pip: str | None = None
+    torch_class: str | None = None
+    on_gpu: bool = False
+    options: frozenset[str] = frozenset()
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    computed: Callable[[Setup], int] | None = None
+    drive: Callable[[nn.Module, Sequence[Optimizer], float], Drive] = AfterBackward
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why it cannot be used here, if it cannot."""
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed: pip install {self.pip or self.package}"
+        if self.torch_class is not None and not hasattr(torch.optim, self.torch_class):
+            return f"torch {torch.__version__} has no torch.optim.{self.torch_class}"
+        return "it needs a GPU" if self.on_gpu and device.type != "cuda" else None
+
+
+def _adamw(setup: Setup) -> Sequence[Optimizer]:
+    return [AdamW(setup.groups(), lr=setup.lr, betas=setup.betas, fused=True, **setup.options)]
+
+
+def _adamw_bytes(setup: Setup) -> int:
+    return sum(map(_adam_bytes, setup.model.parameters()))
+
+
+def _adam_bytes(p: Tensor) -> int:
+    """Two moments and a step."""
+    return 2 * p.nbytes + _STEP
+
+
+_STEP = torch.float32.itemsize
+
+
+def _muon(setup: Setup) -> Sequence[Optimizer]:
+    """Matrices by Muon, scaled to the RMS of AdamW's updates so that one rate serves both; the rest by AdamW."""
+    split, decay = setup.split, {"weight_decay": setup.weight_decay}
+    rest = groups(([*split.embeddings, *split.head], decay), (split.vectors, _UNDECAYED))
+    optimizers: list[Optimizer] = [AdamW(rest, lr=setup.lr, betas=setup.betas, fused=True)] if rest else []
+    if split.matrices:
+        muon = torch.optim.Muon(
+            split.matrices,
+            lr=setup.lr,
+            weight_decay=setup.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        optimizers.insert(0, muon)
+    return optimizers
+
+
+def _muon_bytes(setup: Setup) -> int:
+    """Momentum of matrices."""
+    split = setup.split
+    rest = (*split.embeddings, *split.head, *split.vectors)
+    return sum(p.nbytes for p in split.matrices) + sum(map(_adam_bytes, rest))
+
+
+def _adafactor(setup: Setup) -> Sequence[Optimizer]:
+    return [torch.optim.Adafactor(setup.groups(), lr=setup.lr)]
+
+
+def _adafactor_bytes(setup: Setup) -> int:
+    """Means over rows and over columns; of vectors, the second moment itself."""
+    total = 0
+    for p in setup.model.parameters():
+        *before, rows, columns = (1, 1, *p.shape)
+        kept = math.prod(before) * (rows + columns) if p.dim() > 1 else columns
+        total += kept * p.itemsize + _STEP
+    return total
+
+
+def _scale(setup: Setup) -> Sequence[Optimizer]:
+    split, decay = setup.split, {"weight_decay": setup.weight_decay}
+    parts = (
+        (split.matrices, decay),
+        (split.embeddings, {**decay, "inputs": 0}),
+        (split.head, {**decay, "momentum": 0.9}),
+    )
+    vectors = groups((split.vectors, _UNDECAYED))
+    adamw: list[Optimizer] = [AdamW(vectors, lr=setup.lr, betas=setup.betas, fused=True)] if vectors else []
+    return [Scale(groups(*parts), lr=setup.lr), *adamw]
+
+
+def _scale_bytes(setup: Setup) -> int:
+    split = setup.split
+    return sum(p.nbytes for p in split.head) + sum(map(_adam_bytes, split.vectors))
+
+
+def _bitsandbytes(setup: Setup) -> Sequence[Optimizer]:
+    from bitsandbytes.optim import AdamW8bit
+
+    return [AdamW8bit(setup.groups(), lr=setup.lr, betas=setup.betas)]
+
+
+def _torchao(bits: int) -> Callable[[Setup], Sequence[Optimizer]]:
+    def make(setup: Setup) -> Sequence[Optimizer]:
+        import torchao.optim
+
+        cls = getattr(torchao.optim, f"AdamW{bits}bit")
+        half = any(p.dtype == torch.bfloat16 for p in setup.model.parameters())
+        return [cls(setup.groups(), lr=setup.lr, betas=setup.betas, bf16_stochastic_round=half)]
+
+    return make
+
+
+def _apollo(setup: Setup) -> Sequence[Optimizer]:
+    """As its authors run it: a scale from a projection of rank 1 for matrices, AdamW for the rest."""
+    from apollo_torch import APOLLOAdamW
+
+    split, decay = setup.split, {"weight_decay": setup.weight_decay}
+    projected = {"rank": 1, "proj": "random", "scale_type": "tensor", "scale": 128, "update_proj_gap": 200}
+    parts = (
+        ([*split.embeddings, *split.head], decay),
+        (split.vectors, _UNDECAYED),
+        (split.matrices, {**decay, **projected, "proj_type": "std"}),
+    )
+    return [APOLLOAdamW(groups(*parts), lr=setup.lr, betas=setup.betas)]
+
+
+def _stable_spam(setup: Setup) -> Sequence[Optimizer]:
+    from pytorch_optimizer import StableSPAM
+
+    return [StableSPAM(setup.groups(), lr=setup.lr, betas=setup.betas, foreach=True)]
+
+
+_PLACES = frozenset({"memory"})  # options that change no result
+_GIVEN = frozenset({"params", "lr", "betas", "weight_decay", "seed", "in_backward"})  # by the run or the spec
+
+
+def _collins(name: str, about: str, *, in_backward: bool = False, **settled: Any) -> Spec:
+    """Collins; every default is among the options that identify a run, so that others are not taken for it."""
+    known = {option: p.default for option, p in inspect.signature(Collins).parameters.items() if option not in _GIVEN}
+
+    def built(setup: Setup, *, in_backward: bool) -> Collins:
+        options = {**settled, **setup.options, "in_backward": in_backward}
+        params = param_groups(setup.model, weight_decay=setup.weight_decay)
+        optimizer: Collins = Collins(params, lr=setup.lr, betas=setup.betas, seed=setup.seed, **options)
+        return optimizer
+
+    return Spec(
+        name,
+        about,
+        lambda setup: [built(setup, in_backward=in_backward)],
+        options=frozenset(known),
+        settled={**known, **settled},
+        computed=lambda setup: built(setup, in_backward=False).memory_report().state_bytes,
+        drive=InBackward if in_backward else AfterBackward,
+    )
+
+
+OPTIMIZERS: dict[str, Spec] = {
+    spec.name: spec
+    for spec in (
+        Spec("adamw", "torch.optim.AdamW", _adamw, options=frozenset({"eps"}), computed=_adamw_bytes),
+        _collins("collins", "Collins with its defaults"),
+        _collins("collins-8", "Collins at ratio 8", compress_ratio=8),
+        _collins("collins-128", "Collins at ratio 128", compress_ratio=128),
+        _collins("collins-published", "the published Collins v0.1 update", hash="universal", decode="sketch"),
+        _collins("collins-in-backward", "Collins, stepping in backward: gradients are not clipped", in_backward=True),
+        Spec(
+            "muon",
+            "torch.optim.Muon for matrices, AdamW for the rest",
+            _muon,
+            torch_class="Muon",
+            computed=_muon_bytes,
+        ),
+        Spec(
+            "adafactor",
+            "torch.optim.Adafactor",
+            _adafactor,
+            has_beta2=False,
+            unit=20.0,  # its rates are shares of a tensor's RMS
+            computed=_adafactor_bytes,
+        ),
+        Spec(
+            "scale",
+            "SCALE: normalised gradients, momentum in the head",
+            _scale,
+            has_beta2=False,
+            computed=_scale_bytes,
+        ),
+        Spec("bitsandbytes-8bit", "bitsandbytes AdamW8bit", _bitsandbytes, package="bitsandbytes", on_gpu=True),
+        Spec("torchao-8bit", "torchao AdamW8bit", _torchao(8), package="torchao"),
+        Spec("torchao-4bit", "torchao AdamW4bit", _torchao(4), package="torchao"),
+        Spec("apollo-mini", "APOLLO-Mini", _apollo, package="apollo_torch", pip="apollo-torch"),
+        Spec("stable-spam", "Stable-SPAM", _stable_spam, package="pytorch_optimizer", pip="pytorch_optimizer"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An optimizer as it was asked for: `NAME[:OPTION=VALUE,...][@bf16]`.
+
+    `@bf16` stores the weights in bfloat16, without a copy in float32; else they are float32. The optimizer is kept by
+    name, so that processes can tell each other of it.
+    """
+
+    optimizer: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weights: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, text: str) -> Choice:
+        """Raises ValueError for what there is not, saying what there is."""
+        head, at, weights = text.partition("@")
+        if at and weights != "bf16":
+            raise ValueError(f"weights of {text!r} must be bf16, or float32 where nothing is said")
+        name, _, rest = head.partition(":")
+        if name not in OPTIMIZERS:
+            raise ValueError(f"{name!r} is not an optimizer: choose from {', '.join(OPTIMIZERS)}")
+        spec, options = OPTIMIZERS[name], {}
+        for item in filter(None, rest.split(",")):
+            option, equals, value = item.partition("=")
+            if option not in spec.options or not equals:
+                known = ", ".join(sorted(spec.options)) or "none"
+                raise ValueError(f"{item!r} is not an option of {name}, OPTION=VALUE: it takes {known}")
+            options[option] = _value(value)
+        return cls(name, options, torch.bfloat16 if at else torch.float32)
+
+    @property
+    def spec(self) -> Spec:
+        return OPTIMIZERS[self.optimizer]
+
+    @property
+    def name(self) -> str:
+        options = ",".join(f"{name}={value}" for name, value in self.options.items() if name not in _PLACES)
+        return self.optimizer + (f":{options}" if options else "") + ("" if self.weights == torch.float32 else "@bf16")
+
+    def described(self) -> dict[str, str]:
+        """All options that it is made with."""
+        return {name: str(value) for name, value in sorted({**self.spec.settled, **self.options}.items())}
+
+
+def _value(text: str) -> Any:
+    found = getattr(torch, text.removeprefix("torch."), None)
+    if isinstance(found, torch.dtype):
+        return found
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

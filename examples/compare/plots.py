@@ -1,0 +1,110 @@
+"""Figures of the results: loss against steps, loss against bytes of state, loss against the learning rate."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from compare.report import Cell, Group, grouped
+from compare.runs import Record
+
+
+def missing() -> str | None:
+    """Why there are no figures, where there are none."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "no figures: matplotlib is not installed (pip install matplotlib)"
+    return None
+
+
+def figures(records: Iterable[Record], stem: Path) -> list[Path]:
+    """A PNG file for each group of results, with all three side by side: `stem` and the name of the task."""
+    plt = _pyplot()
+    paths: list[Path] = []
+    for group in grouped(records):
+        name = f"{stem.name}-{re.sub(r'[^a-z0-9]+', '-', group.task)}"
+        again = sum(path.stem.startswith(name) for path in paths)
+        path = stem.with_name(f"{name}{f'-{again + 1}' if again else ''}.png")
+        figure, axes = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
+        curves(axes[0], group)
+        against_bytes(axes[1], group)
+        against_rates(axes[2], group)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+        paths.append(path)
+    return paths
+
+
+def curves_alone(records: Iterable[Record], path: Path, title: str) -> None:
+    """One figure of loss against steps, each optimizer at its best rate, for results of one group."""
+    plt = _pyplot()
+    (group,) = grouped(records)
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    curves(axes, group)
+    axes.set(title=title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def curves(axes: Any, group: Group) -> None:
+    for cell in _best(group):
+        axes.plot(cell.records[0]["steps"], _mean_curve(cell), marker="o", markersize=3, label=_label(cell))
+    axes.set(xlabel="step", ylabel="validation loss (nats)", title=group.task)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def against_bytes(axes: Any, group: Group) -> None:
+    for cell in _best(group):
+        record = cell.records[-1]
+        axes.plot(record["state_bytes"] / record["parameters"], cell.mean, marker="o", linestyle="")
+        axes.annotate(
+            cell.optimizer,
+            (record["state_bytes"] / record["parameters"], cell.mean),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize="small",
+        )
+    axes.set_xscale("symlog", linthresh=0.01)  # some keep next to nothing
+    axes.set(xlabel="bytes of state per parameter", ylabel="validation loss (nats), best rate")
+    axes.grid(alpha=0.3)
+
+
+def against_rates(axes: Any, group: Group) -> None:
+    for name in group.optimizers:
+        best = group.best(name)
+        cells = [cell for cell in group.of(name) if cell.beta2 == best.beta2 and cell.mean < float("inf")]
+        axes.plot(
+            [cell.lr for cell in cells], [cell.mean for cell in cells], marker="o", label=_label(best, rate=False)
+        )
+    axes.set_xscale("log")
+    axes.set(xlabel="learning rate", ylabel="validation loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _best(group: Group) -> list[Cell]:
+    """Those that did not diverge."""
+    cells = [group.best(name) for name in group.optimizers]
+    return [cell for cell in cells if cell.mean < float("inf")]
+
+
+def _mean_curve(cell: Cell) -> list[float]:
+    return [statistics.fmean(values) for values in zip(*(r["validation"] for r in cell.records), strict=True)]
+
+
+def _label(cell: Cell, *, rate: bool = True) -> str:
+    beta2 = "" if cell.beta2 is None else f", beta2 {cell.beta2:g}"
+    return f"{cell.optimizer}{f', lr {cell.lr:g}' if rate else ''}{beta2}"

@@ -1,0 +1,119 @@
+"""A recommender whose parameters are embeddings, on interactions drawn from a generator with a structure to be found.
+
+Users and items have hidden vectors of `rank` numbers. User u takes item i with probability
+
+    p(i | u) = softmax over i of (log popularity_i + affinity u . v_i),     popularity_i = 1 / (i + 10)
+
+so that items follow Zipf's law and a few rows get most gradients. A model knows a user and the item that the user took
+before, and is to give the next one; the cross-entropy that the generator itself would reach is known (`floor`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compare.tasks import Place, Settings, Task, Workload
+
+_SEED = 20_261_126  # of the generator: the same interactions in every run
+_CHUNK = 1024  # users drawn for at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommenderSettings(Settings):
+    """Also the generator's and the model's sizes; `held_out` interactions of each user are validated on."""
+
+    users: int
+    items: int
+    interactions: int
+    hidden: int
+    rank: int = 8
+    affinity: float = 1.0
+    held_out: int = 2
+
+
+class Recommender(nn.Module):
+    """Embeddings of the user and of the item before, through a small network, against the items' embeddings."""
+
+    def __init__(self, users: int, items: int, hidden: int) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(users, hidden), nn.Embedding(items, hidden)
+        self.network = nn.Sequential(nn.Linear(2 * hidden, 4 * hidden), nn.GELU(), nn.Linear(4 * hidden, hidden))
+        self.popularity = nn.Parameter(torch.zeros(items))
+        for table in (self.user, self.item):
+            nn.init.normal_(table.weight, std=0.1)
+
+    def forward(self, user: Tensor, before: Tensor) -> Tensor:
+        query = self.network(torch.cat((self.user(user), self.item(before)), 1))
+        return functional.linear(query, self.item.weight, self.popularity)
+
+
+class RecommenderWorkload(Workload):
+    """A batch is int64 (batch, 3): user, the item before, the item taken."""
+
+    def __init__(self, settings: RecommenderSettings, device: torch.device, weights: torch.dtype, seed: int) -> None:
+        self.settings = settings
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Recommender(settings.users, settings.items, settings.hidden)
+        self.model = model.to(device, weights)
+        train, held_out, self.floor = interactions(settings)
+        self.train, self.held_out = train.to(device), held_out.to(device)
+
+    def batches(self, seed: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(self.settings.steps):
+            chosen = torch.randint(len(self.train), (self.settings.batch,), generator=generator)
+            yield self.train[chosen.to(self.train.device)]
+
+    def loss(self, batch: Tensor) -> Tensor:
+        user, before, taken = batch.unbind(1)
+        return functional.cross_entropy(self.model(user, before).float(), taken)
+
+    def measure(self) -> dict[str, float]:
+        parts = self.held_out.split(self.settings.batch)
+        total = sum(self.loss(part).item() * len(part) for part in parts)
+        return {"loss": total / len(self.held_out), "floor": self.floor}
+
+
+@lru_cache(maxsize=1)
+def interactions(settings: RecommenderSettings) -> tuple[Tensor, Tensor, float]:
+    """Rows (user, item before, item taken) to train on and held out, and the least cross-entropy on the latter."""
+    generator = torch.Generator().manual_seed(_SEED)
+    items = torch.randn(settings.items, settings.rank, generator=generator)
+    popularity = -(torch.arange(settings.items, dtype=torch.float32) + 10).log()
+    train, held_out, floors = [], [], []
+    for first in range(0, settings.users, _CHUNK):
+        users = torch.arange(first, min(first + _CHUNK, settings.users))
+        tastes = torch.randn(len(users), settings.rank, generator=generator) / settings.rank**0.5
+        logits = torch.log_softmax(settings.affinity * tastes @ items.T + popularity, 1)
+        drawn = torch.multinomial(logits.exp(), settings.interactions + 1, replacement=True, generator=generator)
+        rows = torch.stack((users[:, None].expand_as(drawn[:, 1:]), drawn[:, :-1], drawn[:, 1:]), 2)
+        train.append(rows[:, settings.held_out :].flatten(0, 1))
+        held_out.append(rows[:, : settings.held_out].flatten(0, 1))
+        floors.append(-logits.gather(1, drawn[:, 1 : 1 + settings.held_out]).flatten())
+    return torch.cat(train), torch.cat(held_out), torch.cat(floors).mean().item()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation(Task):
+    """Predicts the item a user takes next."""
+
+    settings: RecommenderSettings
+
+    def workload(self, place: Place, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
+        return RecommenderWorkload(self.settings, device, weights, seed)
+
+
+RECOMMENDER = Recommendation(
+    name="recommender",
+    about="embeddings of 8,192 users and 8,192 items on generated interactions; a minute a run on one core",
+    unit="nats per interaction",
+    rates=(1e-3, 2e-3, 4e-3, 8e-3),
+    settings=RecommenderSettings(steps=600, batch=512, users=8192, items=8192, interactions=64, hidden=64),
+)

@@ -1,0 +1,173 @@
+"""What the results say, as tables in Markdown: each optimizer at its best, and the loss at every rate."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from compare.runs import Record
+
+_REFERENCE = "adamw"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs that differ in their seeds alone."""
+
+    optimizer: str
+    beta2: float | None
+    lr: float
+    records: tuple[Record, ...]
+
+    @property
+    def losses(self) -> list[float]:
+        """Of each seed; infinite where it diverged."""
+        found = [record["validation_loss"] for record in self.records]
+        return [float("inf") if loss is None else loss for loss in found]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.losses)
+
+    @property
+    def shown(self) -> str:
+        return "diverged" if self.mean == float("inf") else f"{self.mean:.3f}"
+
+    @property
+    def spread(self) -> str:
+        """The standard deviation of its seeds, where there are several."""
+        several = len(self.losses) > 1 and self.mean < float("inf")
+        return f"{statistics.stdev(self.losses):.3f}" if several else ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Results that can be compared: one task, with the same settings, over the same data."""
+
+    task: str
+    settings: Record
+    data: str
+    cells: tuple[Cell, ...]
+    left_out: int = 0  # runs of these optimizers under other options, or in another precision, than their last ones
+
+    @property
+    def optimizers(self) -> list[str]:
+        """In the order in which they were first run."""
+        return list(dict.fromkeys(cell.optimizer for cell in self.cells))
+
+    def of(self, optimizer: str) -> list[Cell]:
+        return [cell for cell in self.cells if cell.optimizer == optimizer]
+
+    def best(self, optimizer: str) -> Cell:
+        """Of those with the most seeds the one with the least mean: a lucky seed does not beat an average."""
+        cells = self.of(optimizer)
+        most = max(len(cell.records) for cell in cells)
+        return min((cell for cell in cells if len(cell.records) == most), key=lambda cell: cell.mean)
+
+    @property
+    def title(self) -> str:
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return f"{self.task} ({settings}{f'; data {self.data}' if self.data else ''})"
+
+
+def grouped(records: Iterable[Record]) -> list[Group]:
+    """Groups in the order of their first records; of two records of one run the later counts."""
+    runs: dict[str, Record] = {}
+    for record in records:
+        runs.pop(record["key"], None)  # so that its place is that of the later one too
+        runs[record["key"]] = record
+    groups: dict[str, list[Record]] = {}
+    for record in runs.values():
+        identity = json.dumps([record["task"], record["settings"], record["data"]], sort_keys=True)
+        groups.setdefault(identity, []).append(record)
+    return [_group(members) for members in groups.values()]
+
+
+def _group(records: Sequence[Record]) -> Group:
+    made = {record["optimizer"]: _made(record) for record in records}  # the last ones stay
+    cells: dict[tuple[str, float | None, float], list[Record]] = {}
+    for record in sorted(records, key=lambda record: record["seed"]):
+        if _made(record) == made[record["optimizer"]]:
+            cells.setdefault((record["optimizer"], record["beta2"], record["lr"]), []).append(record)
+    found = [Cell(*cell, tuple(members)) for cell, members in cells.items()]
+    order = list(made)
+    found.sort(key=lambda cell: (order.index(cell.optimizer), cell.beta2 or 0.0, cell.lr))
+    shown = sum(len(cell.records) for cell in found)
+    first = records[0]
+    return Group(first["task"], first["settings"], first["data"], tuple(found), len(records) - shown)
+
+
+def _made(record: Record) -> tuple[Record, str]:
+    """What an optimizer of one name was made with: its defaults may have changed between runs."""
+    return record["options"], record["precision"]
+
+
+def tables(records: Iterable[Record]) -> str:
+    """For each group a heading, each optimizer at its best, and all that was tried."""
+    return "\n".join(_tables(group) for group in grouped(records))
+
+
+def _tables(group: Group) -> str:
+    note = f"\nLeft out, since made with other options or in another precision: {group.left_out} runs.\n"
+    return f"## {group.title}\n\n{best_of(group)}\n{rates_of(group)}{note if group.left_out else ''}"
+
+
+def best_of(group: Group) -> str:
+    """Each optimizer at its best rate and beta2, the best ones first."""
+    heads = (
+        "optimizer",
+        "beta2",
+        "lr",
+        "seeds",
+        "validation loss",
+        "deviation",
+        f"beyond {_REFERENCE}",
+        "state bytes",
+        "per parameter",
+        "for a 7B LLaMA",
+        "weights, bytes per parameter",
+        "ms per optimizer step",
+    )
+    best = sorted((group.best(name) for name in group.optimizers), key=lambda cell: cell.mean)
+    reference = next((cell.mean for cell in best if cell.optimizer == _REFERENCE), None)
+    lines = []
+    for cell in best:
+        record = cell.records[-1]
+        known = reference is not None and max(cell.mean, reference) < float("inf")
+        lines.append(
+            (
+                cell.optimizer,
+                "" if cell.beta2 is None else f"{cell.beta2:g}",
+                f"{cell.lr:g}",
+                str(len(cell.records)),
+                cell.shown,
+                cell.spread,
+                f"{cell.mean - (reference or 0):+.3f}" if known else "",
+                f"{record['state_bytes']:,}",
+                f"{record['state_bytes'] / record['parameters']:.2f}",
+                "" if record["state_bytes_7b"] is None else f"{record['state_bytes_7b'] / 1e9:.2f} GB",
+                f"{record['weight_bytes'] / record['parameters']:.2f}",
+                f"{statistics.median(record['optimizer_ms'] for record in cell.records):.1f}",
+            )
+        )
+    return markdown(heads, lines)
+
+
+def rates_of(group: Group) -> str:
+    """The mean loss of each optimizer and beta2 at each rate, the best of the optimizer in bold."""
+    rates = sorted({cell.lr for cell in group.cells})
+    lines = []
+    for name in group.optimizers:
+        best = group.best(name)
+        for beta2 in dict.fromkeys(cell.beta2 for cell in group.of(name)):
+            row = {cell.lr: cell for cell in group.of(name) if cell.beta2 == beta2}
+            shown = {lr: f"**{cell.shown}**" if cell is best else cell.shown for lr, cell in row.items()}
+            lines.append((name, "" if beta2 is None else f"{beta2:g}", *(shown.get(lr, "") for lr in rates)))
+    return markdown(("optimizer", "beta2", *(f"{lr:g}" for lr in rates)), lines)
+
+
+def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

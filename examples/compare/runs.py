@@ -1,0 +1,125 @@
+"""A run: one task, one optimizer, one rate, one seed. What identifies it, and how it is carried out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from llama import Llama
+
+from compare.optimizers import Choice, Setup
+from compare.tasks import Place, Task
+from compare.training import Follower, held_bytes, train
+
+Record = dict[str, Any]  # what is kept of a finished run: a line of JSON
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be run.
+
+    Args:
+        task, choice, lr, beta2, seed: the cell of the grid; `beta2` None for optimizers that have none.
+        data: what identifies the task's data.
+        device: its type: "cpu" or "cuda".
+    """
+
+    task: Task
+    choice: Choice
+    lr: float
+    beta2: float | None
+    seed: int
+    data: str
+    device: str
+
+    @property
+    def identity(self) -> Record:
+        """All that the result depends on: two runs of one identity need not both be run."""
+        return {
+            "task": self.task.name,
+            "optimizer": self.choice.name,
+            "lr": self.lr,
+            "beta2": self.beta2,
+            "seed": self.seed,
+            "settings": asdict(self.task.settings),
+            "data": self.data,
+            "precision": self.task.precision(torch.device(self.device), self.choice.weights),
+            "options": self.choice.described(),
+        }
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def title(self) -> str:
+        beta2 = "" if self.beta2 is None else f" beta2 {self.beta2:g}"
+        return f"{self.task.name}: {self.choice.name} lr {self.lr:g}{beta2} seed {self.seed}"
+
+    @property
+    def steps(self) -> int:
+        return self.task.settings.steps
+
+    def perform(self, place: Place, device: torch.device, follower: Follower) -> Record:
+        """Trains, and returns the record of it."""
+        started = time.monotonic()
+        task, settings, spec = self.task, self.task.settings, self.choice.spec
+        workload = task.workload(place, device, self.choice.weights, self.seed)
+        decay = settings.weight_decay / spec.unit
+        setup = Setup(workload.model, self.lr, self.beta2, decay, self.seed, self.choice.options)
+        optimizers = spec.make(setup)
+        drive = spec.drive(workload.model, optimizers, settings.clip)
+        autocast = torch.bfloat16 if task.casts(device, self.choice.weights) else None
+        curve = train(workload, settings, drive, seed=self.seed, autocast=autocast, follower=follower)
+        parameters = sum(p.numel() for p in workload.model.parameters())
+        seconds = time.monotonic() - started
+        return {
+            "key": self.key,
+            **self.identity,
+            "validation_loss": None if curve.diverged else curve.last["loss"],
+            "measured": {} if curve.diverged else curve.last,
+            "diverged": curve.diverged,
+            "steps": curve.steps,
+            "training": _finite(curve.training),
+            "validation": _finite(curve.validation),
+            "parameters": parameters,
+            "weight_bytes": sum(p.nbytes for p in workload.model.parameters()),
+            "state_bytes": held_bytes(optimizers),
+            "state_bytes_7b": state_bytes_7b(self.choice),
+            "optimizer_ms": round(drive.times.median(), 3),
+            "seconds": round(seconds, 2),
+            "placement": placements(optimizers),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "versions": {"torch": torch.__version__, "collins": version("collins-optim")},
+        }
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """JSON has no infinities."""
+    return [value if abs(value) < float("inf") else None for value in values]
+
+
+def placements(optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
+    """Where tables are, for optimizers that follow a memory policy."""
+    return [plan.summary() for optimizer in optimizers for plan in getattr(optimizer, "placement", ())]
+
+
+def state_bytes_7b(choice: Choice) -> int | None:
+    """Bytes of state for a LLaMA of 6.74 billion parameters, computed from its shapes; None where that is not known."""
+    if choice.spec.computed is None:
+        return None
+    return choice.spec.computed(Setup(_llama_7b(choice.weights), 1e-3, None, 0.0, 0, choice.options))
+
+
+@lru_cache(maxsize=2)
+def _llama_7b(weights: torch.dtype) -> Llama:
+    with torch.device("meta"):
+        return Llama(32, 4096, 11008, 32, 32, 32_000, checkpointed=False).to(weights)

@@ -1,0 +1,207 @@
+"""Text that is there wherever Python is, as tokens: sources and documents of the standard library and of packages.
+
+Nothing is downloaded. Files are taken by content: each content once, in the order of its SHA-256, so that neither where
+a package lies nor when it was installed matters; contents whose digest begins with a byte under 13, 5 % of them, are
+held out. Tokens come from a byte-level BPE learnt from the rest. They are kept in a folder of the cache: delete that to
+look at the installed packages anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+CODE, PROSE = (".py", ".pyi"), (".md", ".rst", ".txt")
+_RULES = 1  # to be raised when the rules below change: tokens that were cached under others are then not found
+_SIZES = range(400, 600_000)  # bytes of a file: shorter ones are stubs, longer ones are data
+_SPACES = 1 / 60  # the least share of spaces: less is data
+_HELD_OUT = 13  # of 256
+_SAMPLE = 25_000_000  # characters that the vocabulary is learnt from
+_BATCH = 2_000  # texts that are encoded at a time
+_SKIPPED = frozenset({"__pycache__", ".git"})
+_NOT_STANDARD = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib"})
+
+
+class TextError(ValueError):
+    """There is no text, or too little, or nothing that makes tokens of it."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where text comes from, and how many tokens its vocabulary has.
+
+    Args:
+        vocabulary: tokens, 257 or more: all bytes and the end of a text.
+        code, prose: folders that are searched for sources and for documents.
+    """
+
+    vocabulary: int
+    code: tuple[Path, ...]
+    prose: tuple[Path, ...] = ()
+
+    def folder(self, cache: Path) -> Path:
+        where = json.dumps([_RULES, list(map(str, self.code)), list(map(str, self.prose))])
+        return cache / f"tokens-{self.vocabulary}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
+
+    def tokens(self, cache: Path) -> Tokens:
+        """Its tokens, from the cache or made now."""
+        folder = self.folder(cache)
+        if not (folder / "about.json").exists():
+            self._make(folder)
+        return Tokens(folder, json.loads((folder / "about.json").read_text())["digests"])
+
+    def _make(self, folder: Path) -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        kinds = {"code": (self.code, CODE), "prose": (self.prose, PROSE)}
+        texts = {kind: _texts(roots, suffixes) for kind, (roots, suffixes) in kinds.items() if roots}
+        for kind, parts in texts.items():
+            if not all(parts):
+                roots, suffixes = kinds[kind]
+                where = ", ".join(map(str, roots))
+                raise TextError(f"too few files of {kind} ({', '.join(suffixes)}) to train on and hold out in {where}")
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
+            made = Path(scratch) / "tokens"
+            made.mkdir()
+            encode = _tokenizer([train for train, _ in texts.values()], self.vocabulary, made)
+            digests = {}
+            for kind, parts in texts.items():
+                for part, values in zip(("train", "valid"), map(encode, parts), strict=True):
+                    np.save(made / f"{kind}-{part}.npy", values)
+                    digests[f"{kind}-{part}"] = hashlib.sha256(values.tobytes()).hexdigest()[:12]
+            folders = {kind: list(map(str, roots)) for kind, (roots, _) in kinds.items()}
+            about = {"folders": folders, "vocabulary": self.vocabulary, "digests": digests}
+            (made / "about.json").write_text(json.dumps(about, indent=1))
+            try:
+                made.rename(folder)
+            except OSError:  # another process was faster
+                if not (folder / "about.json").exists():
+                    raise
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens in the cache: arrays of "code" and maybe "prose", each in "train" and "valid"."""
+
+    folder: Path
+    digests: dict[str, str]
+
+    def digest(self) -> str:
+        """What identifies all of them: results over others are not comparable."""
+        return hashlib.sha256(json.dumps(self.digests, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(sorted({name.split("-")[0] for name in self.digests}))
+
+    def count(self, part: str, kind: str) -> int:
+        """How many there are, known without reading them."""
+        return len(np.load(self.folder / f"{kind}-{part}.npy", mmap_mode="r"))
+
+    def load(self, part: str, kinds: tuple[str, ...], device: torch.device) -> Tensor:
+        """All tokens of a part, "train" or "valid", one kind after the other: int32, 1-d."""
+        return _loaded(tuple(self.folder / f"{kind}-{part}.npy" for kind in kinds), device)
+
+
+@lru_cache(maxsize=2)
+def _loaded(paths: tuple[Path, ...], device: torch.device) -> Tensor:
+    """Runs of one process follow each other on the same text."""
+    arrays = [np.load(path) for path in paths]
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int32)).to(device)
+
+
+def standard_library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def installed() -> tuple[Path, ...]:
+    """The standard library, and wherever this interpreter finds packages."""
+    packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    packages |= {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
+    return (standard_library(), *sorted(Path(path) for path in packages if Path(path).is_dir()))
+
+
+def _texts(roots: tuple[Path, ...], suffixes: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """(to train on, held out)."""
+    contents = {}
+    for path in _files(roots, suffixes):
+        try:
+            content = path.read_bytes()
+        except OSError:
+            continue
+        if len(content) in _SIZES and content.count(b" ") >= _SPACES * len(content):
+            contents[hashlib.sha256(content).digest()] = content
+    train: list[str] = []
+    held_out: list[str] = []
+    for digest in sorted(contents):
+        try:
+            text = contents.pop(digest).decode()
+        except UnicodeDecodeError:
+            continue
+        (held_out if digest[0] < _HELD_OUT else train).append(text)
+    return train, held_out
+
+
+def _files(roots: tuple[Path, ...], suffixes: tuple[str, ...]) -> Iterator[Path]:
+    for root in roots:
+        skipped = _SKIPPED | (_NOT_STANDARD if root == standard_library() else frozenset())
+        for folder, folders, files in os.walk(root):
+            folders[:] = [name for name in folders if name not in skipped]
+            yield from (Path(folder, name) for name in files if name.endswith(suffixes))
+
+
+class _Encoder:
+    def __init__(self, tokenizer: Any, end: int) -> None:
+        self._tokenizer, self._end = tokenizer, end
+
+    def __call__(self, texts: list[str]) -> npt.NDArray[np.uint16]:
+        parts = [np.empty(0, dtype=np.uint16)]
+        for first in range(0, len(texts), _BATCH):
+            batch = self._tokenizer.encode_batch_fast(texts[first : first + _BATCH])
+            parts.extend(np.array([*encoded.ids, self._end], dtype=np.uint16) for encoded in batch)
+        return np.concatenate(parts)
+
+
+def _sample(kinds: list[list[str]]) -> Iterator[str]:
+    """The same share of each kind of text, of 25 million characters in all."""
+    share = _SAMPLE / max(sum(len(text) for texts in kinds for text in texts), 1)
+    for texts in kinds:
+        left = share * sum(map(len, texts))
+        for text in texts:
+            if left <= 0:
+                break
+            yield text
+            left -= len(text)
+
+
+def _tokenizer(kinds: list[list[str]], vocabulary: int, folder: Path) -> _Encoder:
+    """A byte-level BPE learnt from the texts, saved in the folder."""
+    if importlib.util.find_spec("tokenizers") is None:
+        raise TextError("language tasks need the package `tokenizers`: pip install tokenizers")
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sample(kinds), trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return _Encoder(tokenizer, end=0)  # the first special token's number

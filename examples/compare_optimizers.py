@@ -1,0 +1,173 @@
+"""Compares optimizers: tasks x optimizers x rates x seeds, on one or more GPUs or on the CPU. Nothing is downloaded.
+
+python examples/compare_optimizers.py
+python examples/compare_optimizers.py --list
+python examples/compare_optimizers.py --task lm-60m --optimizers adamw collins muon --seeds 0 1 2 --gpus all
+python examples/compare_optimizers.py --task lm-60m --optimizers adamw collins:compress_ratio=8 collins@bf16 \
+    --rates adamw=1e-3 adamw=1.4e-3 2e-3 2.8e-3 --beta2 0.99 0.999 --time-limit 540
+
+Each finished run is a line of JSON in the results file, and is not repeated: the same command goes on where it was
+stopped, and one with more rates or seeds adds them. At the end there are tables in Markdown, on standard output and in
+a file, and figures: loss against steps, against bytes of state, against the rate. Every optimizer of a task gets the
+same model, data, schedule, clipping and decay, and one learning rate for the whole model.
+
+Text comes from the installed packages, and so depends on the machine: results carry a digest of their data, and those
+over other data are not compared. `--text FOLDER` takes a folder's instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import plots, results
+from compare.arguments import at_least, cache_folder, decay, folders, pairs, rates
+from compare.devices import cpus, gpus, threads
+from compare.digits import DIGITS
+from compare.language import LANGUAGE_TASKS
+from compare.optimizers import OPTIMIZERS, Choice
+from compare.recommender import RECOMMENDER
+from compare.report import tables
+from compare.runs import Run
+from compare.schedule import Outcome, Schedule, grid, run_all
+from compare.tasks import Place, Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (*LANGUAGE_TASKS, DIGITS, RECOMMENDER)}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=["lm-small"], help="(lm-small)")
+    parser.add_argument(
+        "--optimizers", nargs="+", metavar="NAME[:OPTION=VALUE,...][@bf16]", help="(those of the task; see --list)"
+    )
+    parser.add_argument("--rates", nargs="+", default=[], metavar="RATE|NAME=RATE", help="(those of the task)")
+    parser.add_argument("--beta2", nargs="+", type=decay, help="decays of second moments (those of the task)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="(0)")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the tasks, as steps=100"
+    )
+    parser.add_argument("--gpus", nargs="+", default=["all"], metavar="all|none|NUMBER", help="(all, or the CPU)")
+    parser.add_argument("--processes", type=int, help="on the CPU (one for each core)")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="from the start: begin nothing that would end later"
+    )
+    parser.add_argument("--results", type=Path, default=Path("compare_optimizers.jsonl"), help="(%(default)s)")
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="for tokens and such (%(default)s)")
+    parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FOLDER", help="to take text from")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--list", action="store_true", help="tasks, their settings, and optimizers; and nothing else")
+    only.add_argument("--report", action="store_true", help="tables and figures of the results file, without a run")
+    args = parser.parse_args(arguments)
+
+    def checked(name: str, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except (ValueError, OSError) as error:
+            parser.error(f"argument --{name}: {error}")
+
+    if args.processes is not None:
+        checked("processes", lambda: at_least(1, args.processes))
+    if args.time_limit is not None:
+        checked("time-limit", lambda: at_least(0, args.time_limit))
+    args.gpus = checked("gpus", lambda: gpus(args.gpus))
+    args.text = checked("text", lambda: folders(args.text))
+    changes = checked("set", lambda: pairs(args.set))
+    tasks = checked("set", lambda: [TASKS[name].changed(changes) for name in args.task])
+    args.compared = checked("optimizers", lambda: [(task, choices(args.optimizers, task)) for task in tasks])
+    names = [choice.name for _, chosen in args.compared for choice in chosen]
+    args.rates = checked("rates", lambda: rates(args.rates, names))
+    checked("results", lambda: results.read(args.results))
+    return args
+
+
+def choices(named: list[str] | None, task: Task) -> list[Choice]:
+    return [Choice.of(name) for name in dict.fromkeys(task.optimizers if named is None else named)]
+
+
+def planned(args: argparse.Namespace, place: Place, device: torch.device) -> list[Run]:
+    """All runs that were asked for and that can be made here; says which cannot, and why.
+
+    Raises:
+        ValueError: for a task whose data is not to be had.
+    """
+    runs = []
+    for task, chosen in args.compared:
+        usable = []
+        for choice in chosen:
+            missing = choice.spec.missing(device)
+            if missing is None:
+                usable.append(choice)
+            else:
+                print(f"{task.name}: {choice.name} is left out: {missing}")
+        data = task.prepare(place)
+        runs += grid(task, usable, args.seeds, data=data, device=device.type, rates=args.rates, beta2s=args.beta2)
+    return runs
+
+
+def listing() -> str:
+    lines = ["tasks"]
+    for task in TASKS.values():
+        settings = ", ".join(f"{name}={value}" for name, value in vars(task.settings).items())
+        lines += [f"  {task.name}: {task.about}", f"    {settings}"]
+    lines.append("optimizers")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for spec in OPTIMIZERS.values():
+        missing = spec.missing(device)
+        lines.append(f"  {spec.name}: {spec.about}{f' (not here: {missing})' if missing else ''}")
+    return "\n".join(lines)
+
+
+def show(path: Path) -> None:
+    """Tables and figures of all results in a file."""
+    records = results.read(path)
+    text = tables(records)
+    print(f"\n{text}")
+    path.with_suffix(".md").write_text(text)
+    print(f"results: {path}, tables: {path.with_suffix('.md')}")
+    reason = plots.missing()
+    if reason is None:
+        for figure in plots.figures(records, path.with_suffix("")):
+            print(f"figure: {figure}")
+    else:
+        print(reason)
+
+
+def main(arguments: list[str] | None = None) -> Outcome:
+    started = time.time()
+    args = parse(arguments)
+    if args.list:
+        print(listing())
+        return Outcome()
+    if args.report:
+        show(args.results)
+        return Outcome()
+    place = Place(args.cache.expanduser().resolve(), args.text)
+    try:
+        runs = planned(args, place, args.gpus[0] if args.gpus else torch.device("cpu"))
+    except ValueError as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
+    cut = results.mend(args.results)
+    if cut:
+        print(f"{args.results}: its last line was cut off and is taken away ({cut} bytes)")
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    deadline = None if args.time_limit is None else started + args.time_limit
+    schedule = Schedule(runs, args.results, place, deadline)
+    devices = args.gpus or cpus(args.processes, schedule.jobs)
+    print(f"{len(runs)} runs, {len(schedule.outcome.found)} of them finished before; on {', '.join(map(str, devices))}")
+    outcome = run_all(schedule, devices, threads(devices))
+    show(args.results)
+    for title in outcome.late:
+        print(f"no time for: {title}")
+    for title, failure in outcome.failed.items():
+        print(f"failed: {title}\n{failure}", file=sys.stderr)
+    return outcome
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main().failed else 0)

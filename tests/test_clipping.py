@@ -1,0 +1,504 @@
+"""Clipping by the global norm inside the step: after backward it is `clip_grad_norm_`, in backward it is as defined."""
+
+import copy
+import io
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from helpers import OPTIONS, give_gradients, moments, parameters, same, with_kernel
+from reference import Block, Reference
+from torch import nn
+
+from collins import Collins
+from collins.clipping import LAST_NORM
+
+SHAPES = [(64, 64), (33, 37), (40,), (), (130, 32)]
+FEW = [(64, 64), (40,)]  # for what compiles, or is interpreted
+CLIP = 0.5
+WAYS = {
+    "eager": {"compile": False},
+    "compiled": {"compile": True},
+    "kernel": {},
+    "host": {"compile": False, "memory": "host"},
+    "universal": {"compile": False, "hash": "universal"},
+    "capturable": {"compile": False, "capturable": True},
+}
+
+
+def built(way, ps, **options):
+    if way == "kernel":
+        pytest.importorskip("triton")
+    opt = Collins(ps, **{**OPTIONS, **WAYS[way], **options})
+    return with_kernel(opt) if way == "kernel" else opt
+
+
+def shapes(way):
+    return FEW if way in ("compiled", "kernel") else SHAPES
+
+
+def kept(opt, ps):
+    opt.state_dict()  # waits for moments on their way to the host
+    return [t.detach().clone() for p in ps for t in (p, *moments(opt, p))]
+
+
+def norm_of(grads):
+    return math.sqrt(sum(g.double().square().sum().item() for g in grads))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_is_that_after_clip_grad_norm(way):
+    ps, copies = parameters(torch.float32, shapes(way)), parameters(torch.float32, shapes(way))
+    opt, other = built(way, ps, max_grad_norm=CLIP), built("eager", copies, hash=WAYS[way].get("hash", "block"))
+    assert opt.grad_norm is None
+    for step in range(3):
+        give_gradients(step, ps, copies)
+        given = [p.grad.clone() for p in ps]
+        norm = nn.utils.clip_grad_norm_(copies, CLIP)
+        opt.step()
+        other.step()
+        assert float(norm) > CLIP
+        assert torch.equal(opt.grad_norm, norm)
+        assert all(torch.equal(p.grad, g) for p, g in zip(ps, given, strict=True))  # nothing is written to them
+    for ours, theirs in zip(kept(opt, ps), kept(other, copies), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_norm_of_bf16_gradients_is_not_rounded_to_bf16():
+    ps = parameters(torch.bfloat16, SHAPES)
+    opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP)
+    give_gradients(0, ps)
+    opt.step()
+    assert opt.grad_norm.dtype == torch.float32
+    assert float(opt.grad_norm) == pytest.approx(norm_of([p.grad for p in ps]), rel=1e-6)
+    ps = parameters(torch.bfloat16, [(4,)]) + parameters(torch.float64, [(4,)])
+    opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP)
+    give_gradients(0, ps)
+    opt.step()
+    assert opt.grad_norm.dtype == torch.float64
+    assert float(opt.grad_norm) == pytest.approx(norm_of([p.grad for p in ps]), rel=1e-6)
+
+
+LIMITS = [(way, 1e6) for way in WAYS] + [("eager", math.inf)]
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize(("way", "limit"), LIMITS)
+def test_a_factor_of_one_changes_no_bit(way, limit, in_backward):
+    sides = []
+    for max_norm in (None, limit):
+        ps = parameters(torch.bfloat16, shapes(way))
+        opt = built(way, ps, max_grad_norm=max_norm, in_backward=in_backward)
+        for step in range(3):
+            arrive(ps, step, in_backward)
+            opt.step()
+        sides.append(kept(opt, ps))
+    assert same(*sides)
+    assert float(opt.grad_norm) == pytest.approx(norm_of([gradient(p, 2, i) for i, p in enumerate(ps)]), rel=1e-6)
+
+
+def gradient(p, step, place, scale=1.0):
+    return (scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + place))).to(p)
+
+
+def arrive(ps, step, in_backward=True, scale=1.0):
+    """Gradients of step number `step`, as backward brings them: the last parameter's first."""
+    if not in_backward:
+        for i, p in enumerate(ps):
+            p.grad = gradient(p, step, i, scale)
+        return
+    for i, p in reversed(list(enumerate(ps))):
+        (p * gradient(p, step, i, scale)).sum().backward()
+
+
+@pytest.mark.parametrize("max_norm", [CLIP, 1e3])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_steps_are_those_of_the_float64_reference(in_backward, max_norm):
+    """The factors are written out here: those of `clip_grad_norm_`, and of the definition for backward."""
+    ps = parameters(torch.float64, SHAPES, "cpu")
+    opt = Collins(ps, **OPTIONS, table_dtype=torch.float64, max_grad_norm=max_norm, in_backward=in_backward)
+    twins = []
+    for key, p in enumerate(ps):
+        hash = opt.hash_of(p)
+        twin = None if hash is None else Block(p.numel(), hash.block, 0, key, OPTIONS["rehash_period"])
+        twins.append(Reference(p.detach().numpy(), twin, lr=OPTIONS["lr"]))
+    last, factors = 0.0, []
+    for step, scale in enumerate((1.0, 1.0, 30.0, 1.0, 0.001, 1.0)):
+        grads = [gradient(p, step, i, scale) for i, p in enumerate(ps)]
+        arrive(ps, step, in_backward, scale)
+        opt.step()
+        squares = 0.0
+        for p, g, twin in reversed(list(zip(ps, grads, twins, strict=True))):
+            squares += float(g.square().sum())
+            norm = max(last, math.sqrt(squares)) if in_backward else norm_of(grads)
+            factors.append(min(1.0, max_norm / (norm + 1e-6)))
+            twin.step(g.numpy(), factors[-1])
+            np.testing.assert_allclose(p.detach().numpy().reshape(-1), twin.p, rtol=1e-9, atol=1e-12)
+        last = norm_of(grads)
+        assert opt.grad_norm.dtype == torch.float64
+        assert float(opt.grad_norm) == pytest.approx(last)
+    assert min(factors) < 1
+    assert (1.0 in factors) == (max_norm > 1 or not in_backward)
+
+
+def test_one_step_that_explodes_is_bounded_in_backward():
+    """What is used of it is at most C sqrt(1 + 2 ln(n / |g_1|)), where the step before said nothing."""
+    ps = parameters(torch.float64, [(64,)] * 40, "cpu")
+    opt = Collins(ps, lr=1.0, weight_decay=0, betas=(0, 0), min_K=1, compress_ratio=1, eps=1.0, max_grad_norm=CLIP,
+                  in_backward=True, table_dtype=torch.float64)  # fmt: skip
+    arrive(ps, 0, scale=1e-3)
+    opt.step()
+    arrive(ps, 1, scale=1e4)
+    opt.step()
+    used = math.sqrt(sum(opt.state[p]["exp_avg"].square().sum().item() for p in ps))
+    first = norm_of([gradient(ps[-1], 1, len(ps) - 1, 1e4)])
+    bound = CLIP * math.sqrt(1 + 2 * math.log(float(opt.grad_norm) / first))
+    assert CLIP < used <= bound < 3 * CLIP
+
+
+@pytest.mark.parametrize("way", ["compiled", "kernel", "host"])
+def test_in_backward_all_ways_are_the_eager_one(way):
+    sides = []
+    for each in ("eager", way):
+        ps = parameters(torch.float32, shapes(way))
+        opt = built(each, ps, max_grad_norm=CLIP, in_backward=True)
+        for step in range(3):
+            arrive(ps, step, scale=10.0**step)
+            opt.step()
+        sides.append([*kept(opt, ps), opt.grad_norm])
+    for ours, theirs in zip(*sides, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert way != "host" or same(*sides)
+
+
+def through_file(ps, opt, fresh):
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    fresh.load_state_dict(torch.load(file))
+    return fresh
+
+
+def by_torch(ps, opt, fresh, tmp_path, flat):
+    """torch.distributed.checkpoint, in both forms of its state dicts."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    form = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, other = (nn.ParameterDict({str(i): p for i, p in enumerate(own)}) for own in (ps, list(_params(fresh))))
+    dcp.save(get_optimizer_state_dict(model, opt, options=form), checkpoint_id=tmp_path, no_dist=True)
+    read = get_optimizer_state_dict(other, fresh, options=form)
+    dcp.load(read, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(other, fresh, read, options=form)
+    return fresh
+
+
+def _params(opt):
+    return (p for group in opt.param_groups for p in group["params"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process needs none
+@pytest.mark.parametrize("way", ["file", "load into a used one", "deepcopy", "pickle", "dcp", "flat dcp"])
+def test_a_resumed_run_goes_on_to_the_bit(way, tmp_path):
+    """In backward the next factor depends on the last norm."""
+
+    def made():
+        ps = parameters(torch.float32, SHAPES)
+        groups = [{"params": ps[:2]}, {"params": ps[2:], "lr": 3e-3}]
+        return ps, Collins(groups, **OPTIONS, max_grad_norm=CLIP, in_backward=True)
+
+    def run(ps, opt, first, last):
+        for step in range(first, last):
+            arrive(ps, step, scale=3.0 ** (5 - step))
+            opt.step()
+        return [*kept(opt, ps), opt.grad_norm]
+
+    ps, opt = made()
+    run(ps, opt, 0, 3)
+    last = float(opt.grad_norm)
+    if way in ("deepcopy", "pickle"):
+        both = copy.deepcopy((ps, opt)) if way == "deepcopy" else pickle.loads(pickle.dumps((ps, opt)))
+        resumed_ps, resumed = both
+    else:
+        resumed_ps, resumed = made()
+        if way == "load into a used one":
+            run(resumed_ps, resumed, 0, 2)
+        with torch.no_grad():
+            for p, q in zip(resumed_ps, ps, strict=True):
+                p.copy_(q)
+        if "dcp" in way:
+            by_torch(ps, opt, resumed, tmp_path, "flat" in way)
+        else:
+            through_file(ps, opt, resumed)
+    assert {float(group[LAST_NORM]) for group in resumed.state_dict()["param_groups"]} == {last}
+    assert type(resumed.state_dict()["param_groups"][0][LAST_NORM]) is float
+    expected = run(ps, opt, 3, 5)
+    assert same(run(resumed_ps, resumed, 3, 5), expected)
+
+
+def test_a_state_dict_without_a_norm_starts_as_the_first_step_does():
+    """As one of version 0.2, or of a run that did not clip."""
+    sides = []
+    for used in (False, True):
+        ps = parameters(torch.float32, SHAPES)
+        plain = Collins(ps, **OPTIONS)
+        arrive(ps, 0, in_backward=False)
+        plain.step()
+        saved = copy.deepcopy(plain.state_dict())
+        assert all(LAST_NORM not in group for group in saved["param_groups"])
+        opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, in_backward=True)
+        before = [p.detach().clone() for p in ps]
+        if used:
+            for p in ps:
+                p.grad = None
+            arrive(ps, 1, scale=1e3)
+            opt.step()
+            with torch.no_grad():
+                for p, q in zip(ps, before, strict=True):
+                    p.copy_(q)
+        opt.load_state_dict(saved)
+        for p in ps:
+            p.grad = None
+        arrive(ps, 2)
+        opt.step()
+        sides.append(kept(opt, ps))
+    assert same(*sides)
+
+
+@pytest.mark.parametrize(
+    "value", ["1.0", None, -1.0, math.inf, math.nan, True, torch.ones(2), torch.ones((), device="meta")]
+)
+def test_a_malformed_norm_is_refused_before_anything_changes(value):
+    ps = parameters(torch.float32, SHAPES)
+    opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, in_backward=True)
+    arrive(ps, 0)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    before = kept(opt, ps)
+    saved["param_groups"][0][LAST_NORM] = value
+    saved["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match=LAST_NORM):
+        opt.load_state_dict(saved)
+    assert same(kept(opt, ps), before)
+    assert opt.param_groups[0]["lr"] == OPTIONS["lr"]
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("wrong", [math.inf, math.nan, 1e30])
+def test_a_norm_that_is_not_finite_poisons_nothing_where_it_is_skipped(wrong, in_backward):
+    """The step is left out - in backward the parameter whose gradient it was - and the next one is as if without it."""
+    ps = parameters(torch.float32, SHAPES)
+    opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, nonfinite="skip", in_backward=in_backward)
+    for step in range(2):
+        arrive(ps, step, in_backward)
+        opt.step()
+    before, last = [p.detach().clone() for p in ps], float(opt.grad_norm)
+    for i, p in reversed(list(enumerate(ps))):
+        g = gradient(p, 2, i)
+        if i == 1:
+            g[5, 7] = wrong
+        if in_backward:
+            (p * g).sum().backward()
+        else:
+            p.grad = g
+    opt.step()
+    assert not opt.grad_norm.isfinite()
+    stood_still = [torch.equal(p, old) for p, old in zip(ps, before, strict=True)]
+    assert stood_still == ([False, True, False, False, False] if in_backward else [True] * 5)
+    assert all(t.isfinite().all() for t in kept(opt, ps))
+    if in_backward:
+        assert [float(group[LAST_NORM]) for group in opt.param_groups] == [pytest.approx(last)]
+    arrive(ps, 3, in_backward)
+    opt.step()
+    assert opt.grad_norm.isfinite()
+    assert not any(torch.equal(p, old) for p, old in zip(ps, before, strict=True))
+    assert all(t.isfinite().all() for t in kept(opt, ps))
+
+
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+def test_elsewhere_it_does_what_clip_grad_norm_does(wrong):
+    sides = []
+    for clips in (False, True):
+        ps = parameters(torch.float32, SHAPES)
+        opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP if clips else None)
+        give_gradients(0, ps)
+        ps[1].grad[5, 7] = wrong
+        if not clips:
+            nn.utils.clip_grad_norm_(ps, CLIP)
+        opt.step()
+        sides.append([p.detach().isfinite() for p in ps])
+    assert same(*sides)
+    assert sides[0][0].all() == (wrong == math.inf)
+
+
+def test_in_backward_a_norm_that_is_not_finite_is_not_carried_into_the_next_step():
+    ps = parameters(torch.float32, [(40,), (40,)])
+    opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, in_backward=True)
+    (ps[0] * math.inf).sum().backward()
+    (ps[1] * 1.0).sum().backward()
+    opt.step()
+    assert opt.grad_norm.isinf()
+    assert ps[0].isnan().all()
+    assert ps[1].isfinite().all()
+    before = ps[1].detach().clone()
+    (ps[1] * 1.0).sum().backward()
+    opt.step()
+    assert not torch.equal(before, ps[1])
+
+
+def test_parameters_without_gradients_and_steps_without_any():
+    ps = parameters(torch.float32, [(40,), (40,)])
+    opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP)
+    opt.step()
+    assert opt.grad_norm is None
+    ps[1].grad = torch.full_like(ps[1], 2.0)
+    opt.step()
+    found = opt.grad_norm
+    assert float(found) == pytest.approx(2 * math.sqrt(40))
+    ps[1].grad = torch.zeros_like(ps[1])
+    opt.step()
+    assert float(found) == pytest.approx(2 * math.sqrt(40))  # a copy
+    assert float(opt.grad_norm) == 0
+    ps[1].grad = None
+    opt.step()
+    assert float(opt.grad_norm) == 0
+
+
+def test_closures_and_compiled_steps_clip():
+    sides = []
+    for way in ("plain", "closure", "compiled"):
+        torch.manual_seed(0)
+        net = nn.Linear(32, 64)
+        opt = Collins(net.parameters(), **OPTIONS, max_grad_norm=0.01)
+
+        def loss(net=net, opt=opt):
+            opt.zero_grad()
+            value = net(torch.ones(4, 32)).square().mean()
+            value.backward()
+            return value
+
+        step = torch.compile(lambda opt=opt: opt.step(), backend="eager") if way == "compiled" else opt.step
+        for _ in range(3):
+            if way == "closure":
+                step(loss)
+            else:
+                loss()
+                step()
+        sides.append([*kept(opt, list(net.parameters())), opt.grad_norm])
+    assert same(sides[0], sides[1])
+    assert same(sides[0], sides[2])
+    assert float(opt.grad_norm) > 0.01
+
+
+def test_gradients_are_clipped_after_a_grad_scaler_has_unscaled_them():
+    sides = []
+    for scale in (1.0, 2.0**10):
+        torch.manual_seed(0)
+        net = nn.Linear(64, 64)
+        opt = Collins(net.parameters(), **OPTIONS, max_grad_norm=0.01)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+        for x in torch.randn(3, 8, 64):
+            opt.zero_grad()
+            scaler.scale(net(x).square().mean()).backward()
+            scaler.step(opt)
+            scaler.update()
+        sides.append([*kept(opt, list(net.parameters())), opt.grad_norm])
+    assert same(*sides)  # a power of two leaves no rounding
+    assert float(opt.grad_norm) > 0.01
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1, math.nan, "one", True, (1.0,), torch.ones(1)], ids=repr)
+def test_values_that_are_no_norm_are_refused(value):
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"max_grad_norm must be None or a number above 0.*got"):
+        Collins([p], max_grad_norm=value)
+    opt = Collins([p], max_grad_norm=np.float32(0.5))
+    assert type(opt.max_grad_norm) is float
+    with pytest.raises(ValueError, match="max_grad_norm must be"):
+        opt.max_grad_norm = value
+    assert opt.max_grad_norm == 0.5
+    with pytest.raises(ValueError, match="max_grad_norm is an option of the whole optimizer"):
+        Collins([{"params": [p], "max_grad_norm": 1.0}])
+
+
+def test_the_limit_may_change_between_steps():
+    sides = []
+    for way in ("changed", "by hand"):
+        ps = parameters(torch.float32, SHAPES)
+        opt = Collins(ps, **OPTIONS, max_grad_norm=1.0 if way == "changed" else None)
+        for step, limit in enumerate((1.0, 0.1, 10.0)):
+            give_gradients(step, ps)
+            if way == "changed":
+                opt.max_grad_norm = limit
+            else:
+                nn.utils.clip_grad_norm_(ps, limit)
+            opt.step()
+        sides.append(kept(opt, ps))
+    for ours, theirs in zip(*sides, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+class _Settings:
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+def _trainer(package, **settings):
+    """What stands for a trainer of that package: a method in one of its modules, and its settings."""
+    module = {"__name__": f"{package}.trainer"}
+    exec("class Trainer:\n    def train(self, opt):\n        opt.step()", module)
+    trainer = module["Trainer"]()
+    trainer.__dict__.update(settings)
+    return trainer
+
+
+TRAINERS = {
+    "transformers": lambda norm: _trainer("transformers", args=_Settings(max_grad_norm=norm)),
+    "torchtitan": lambda norm: _trainer("torchtitan", config=_Settings(training=_Settings(max_norm=norm))),
+}
+
+
+@pytest.mark.parametrize("package", TRAINERS)
+def test_a_trainer_that_clips_in_vain_is_told_once(package):
+    def stepped(norm, **options):
+        p = nn.Parameter(torch.ones(4))
+        opt = Collins([p], in_backward=True, **options)
+        trainer = TRAINERS[package](norm)
+        for _ in range(2):
+            p.sum().backward()
+            trainer.train(opt)
+
+    with pytest.warns(UserWarning, match="Trainer clips gradients to the norm 1.5, which does nothing") as told:
+        stepped(1.5)
+    assert len(told) == 1
+    for norm in (0, 0.0, None, math.inf):  # where any warning is an error
+        stepped(norm)
+    stepped(1.5, max_grad_norm=0.5)
+    stepped(1.5, max_grad_norm=math.inf)
+    TRAINERS[package](1.5).train(Collins([nn.Parameter(torch.ones(4))]))
+    _trainer(package).train(Collins([nn.Parameter(torch.ones(4))], in_backward=True))
+
+
+def test_parameters_stepped_one_by_one_are_clipped_as_in_backward():
+    sides = []
+    for by_hand in (False, True):
+        ps = parameters(torch.float32, SHAPES)
+        opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, in_backward=not by_hand)
+        for number in range(4):
+            if not by_hand:
+                arrive(ps, number, scale=10.0**number)
+                opt.step()
+                continue
+            for i, p in reversed(list(enumerate(ps))):
+                p.grad = gradient(p, number, i, 10.0**number)
+                opt.step_parameter(p)
+                p.grad = None
+        opt.step()
+        sides.append([*kept(opt, ps), opt.grad_norm])
+    assert same(*sides)

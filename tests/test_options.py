@@ -1,0 +1,127 @@
+"""Options written as strings, as configuration files and command lines give them."""
+
+import inspect
+import re
+
+import pytest
+import torch
+
+from collins import Collins
+from collins.offload import MemoryPolicy
+
+WHOLE = ("seed", "compile", "in_backward", "max_grad_norm", "memory")
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Collins.__init__).parameters.items()
+    if parameter.default is not parameter.empty
+}
+MEANT = [
+    ("lr", "3e-3", 3e-3),
+    ("lr", " 1 ", 1.0),
+    ("betas", "0.9,0.95", (0.9, 0.95)),
+    ("betas", "[0.9, 95e-2]", (0.9, 0.95)),
+    ("betas", ["0.9", "0.95"], (0.9, 0.95)),
+    ("betas", [0.9, "0.95"], (0.9, 0.95)),
+    ("eps", "1e-6", 1e-6),
+    ("compress_ratio", "16", 16.0),
+    ("v_compress_ratio", "128", 128.0),
+    ("v_compress_ratio", "none", None),
+    ("min_K", "256", 256),
+    ("min_K", "1e3", 1000),
+    ("residual_weight", "0.5", 0.5),
+    ("residual_weight", "null", None),
+    ("rehash_period", "50", 50),
+    ("rehash_period", "None", None),
+    ("table_dtype", "bfloat16", torch.bfloat16),
+    ("table_dtype", "bf16", torch.bfloat16),
+    ("table_dtype", "torch.float32", torch.float32),
+    ("table_dtype", "int8", "int8"),
+    ("table_dtype", "torch.int4", "int4"),
+    ("maximize", "true", True),
+    ("maximize", "False", False),
+    ("stochastic_rounding", "false", False),
+    ("stochastic_rounding", "none", None),
+    ("capturable", "false", False),
+    ("nonfinite", "skip", "skip"),
+    ("seed", "7", 7),
+    ("seed", str(2**80 + 1), 2**80 + 1),
+    ("compile", "false", False),
+    ("compile", "null", None),
+    ("in_backward", "false", False),
+    ("max_grad_norm", "0.5", 0.5),
+    ("max_grad_norm", "inf", float("inf")),
+    ("max_grad_norm", "none", None),
+    ("memory", "none", None),
+    ("memory", "host", MemoryPolicy("host")),
+]
+
+
+def built(**options):
+    if "v_compress_ratio" in options:
+        options.setdefault("table_dtype", "float32")
+    return Collins([torch.nn.Parameter(torch.zeros(3))], **options)
+
+
+def value_of(opt, name):
+    return getattr(opt, name) if name in WHOLE else opt.param_groups[0][name]
+
+
+def alike(one, other):
+    return type(one) is type(other) and one == other
+
+
+@pytest.mark.parametrize(("name", "text", "meant"), MEANT, ids=[f"{name}={text}"[:40] for name, text, _ in MEANT])
+def test_a_string_is_the_value_that_it_means(name, text, meant):
+    assert alike(value_of(built(**{name: text}), name), meant)
+    if name not in WHOLE:
+        later = built(**{name: meant})
+        later.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))], name: text})
+        assert alike(later.param_groups[1][name], meant)
+        later.param_groups[0][name] = text
+        later.param_groups[0]["params"][0].grad = torch.zeros(3)
+        later.step()
+        assert alike(value_of(later, name), meant)
+        assert alike(later.state_dict()["param_groups"][0][name], meant if name != "table_dtype" else str(meant))
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_every_default_may_be_written_out(name):
+    """Which holds for an option that is added later, too: what it may be is read from its annotation."""
+    value = value_of(built(**{name: str(DEFAULTS[name])}), name)
+    assert value == DEFAULTS[name]
+    assert isinstance(value, float) or type(value) is type(DEFAULTS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("lr", "fast"),
+        ("lr", ""),
+        ("lr", "none"),
+        ("betas", "0.9"),
+        ("betas", "0.9,0.95,0.99"),
+        ("betas", "0.9,high"),
+        ("min_K", "2.5"),
+        ("rehash_period", "often"),
+        ("table_dtype", "float8"),
+        ("table_dtype", "nn"),
+        ("maximize", "1"),
+        ("stochastic_rounding", "maybe"),
+        ("hash", "none"),
+        ("seed", "1.5"),
+        ("compile", "fast"),
+        ("in_backward", "none"),
+        ("max_grad_norm", "large"),
+        ("memory", "gpu"),
+    ],
+)
+def test_a_string_that_means_nothing_is_refused_as_it_came(name, text):
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {re.escape(repr(text))}"):
+        built(**{name: text})
+
+
+def test_a_number_out_of_range_is_refused_in_words_as_well():
+    with pytest.raises(ValueError, match=re.escape("betas must be two numbers in [0, 1), got (0.9, 1.5)")):
+        built(betas="0.9,1.5")
+    with pytest.raises(ValueError, match=r"lr must be finite and at least 0, got -1\.0"):
+        built(lr="-1")

@@ -1,0 +1,468 @@
+"""Which token tables are found in public architectures: by their modules, by names alone, and by shapes alone.
+
+Each is built by transformers on the meta device in its published widths, in three layers, so that the matrices of its
+blocks share their numbers of rows as they do in all of them; or it is listed by its names and shapes.
+"""
+
+import copy
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+from public_models import (
+    BLOOM,
+    COMMAND_R,
+    DEEPSEEK_67B,
+    FALCON_7B,
+    GEMMA_2_2B,
+    GEMMA_3_1B,
+    GPT_2_XL,
+    LLAMA_2_7B,
+    LLAMA_3_8B,
+    LLAMA_3_70B,
+    LLAMA_32_1B,
+    MISTRAL_7B,
+    MIXTRAL_8X7B,
+    NEOX_20B,
+    OLMOE_7B,
+    PHI_3_MINI,
+    PHI_4,
+    QWEN_3_8B,
+    QWEN_3_30B,
+    QWEN_3_600M,
+    QWEN_25_7B,
+    SMOLLM_135M,
+)
+from torch import nn
+
+from collins.roles import found_roles, roles_of_modules
+
+CAUSAL, MASKED, SEQ_TO_SEQ = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"
+IMAGES, IMAGES_AND_TEXT = "AutoModelForImageClassification", "AutoModelForImageTextToText"
+
+
+class Built(NamedTuple):
+    """A model of transformers, and the token tables that are found in it, in order."""
+
+    kind: str
+    keys: dict
+    module: list[str]
+    name: list[str] | None = None  # None: the same as by module
+    shape: list[str] | None = None
+
+
+def three(published, **more):
+    """A published configuration in three layers."""
+    layers = {key: 3 for key in ("num_hidden_layers", "n_layer") if key in published}
+    return {**published, **layers, **more}
+
+
+EMBEDDING, UNTIED = ["model.embed_tokens"], ["model.embed_tokens", "lm_head"]
+BUILT = {
+    "LLaMA 1 7B": Built(CAUSAL, three(LLAMA_2_7B), UNTIED),
+    "LLaMA 3 8B": Built(CAUSAL, three(LLAMA_3_8B), UNTIED),
+    "LLaMA 3 70B": Built(CAUSAL, three(LLAMA_3_70B), UNTIED),
+    "LLaMA 3.2 1B": Built(CAUSAL, three(LLAMA_32_1B), EMBEDDING),
+    "LLaMA 4": Built(
+        IMAGES_AND_TEXT,
+        {"model_type": "llama4", "text_config": {"num_hidden_layers": 3}, "vision_config": {"num_hidden_layers": 3}},
+        ["language_model.model.embed_tokens", "language_model.lm_head"],
+    ),
+    "Mistral 7B": Built(CAUSAL, three(MISTRAL_7B), UNTIED),
+    "Mixtral 8x7B": Built(CAUSAL, three(MIXTRAL_8X7B), UNTIED),
+    "Qwen 2 0.5B": Built(
+        CAUSAL,
+        three(
+            QWEN_25_7B,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            vocab_size=151936,
+            tie_word_embeddings=True,
+        ),
+        EMBEDDING,
+    ),
+    "Qwen 2.5 7B": Built(CAUSAL, three(QWEN_25_7B), UNTIED),
+    "Qwen 2 57B-A14B": Built(CAUSAL, {"model_type": "qwen2_moe", "num_hidden_layers": 3, "num_experts": 8}, UNTIED),
+    "Qwen 2 VL 72B": Built(
+        IMAGES_AND_TEXT,
+        {"model_type": "qwen2_vl", "text_config": {"num_hidden_layers": 3}, "vision_config": {"depth": 3}},
+        ["model.language_model.embed_tokens", "lm_head"],
+    ),
+    "Qwen 3 8B": Built(CAUSAL, three(QWEN_3_8B), UNTIED),
+    "Qwen 3 0.6B": Built(CAUSAL, three(QWEN_3_600M), EMBEDDING),
+    "Qwen 3 30B-A3B": Built(CAUSAL, three(QWEN_3_30B), UNTIED),
+    "Gemma 2 2B": Built(CAUSAL, three(GEMMA_2_2B), EMBEDDING),
+    "Gemma 3 1B": Built(CAUSAL, three(GEMMA_3_1B), EMBEDDING),
+    "Gemma 3 4B": Built(  # whose 4,096 positions of an image have the shape of a token table
+        IMAGES_AND_TEXT,
+        {
+            "model_type": "gemma3",
+            "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 3},
+            "vision_config": {
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 16,
+                "image_size": 896,
+                "patch_size": 14,
+            },
+        },
+        ["model.vision_tower.embeddings.position_embedding", "model.language_model.embed_tokens"],
+    ),
+    "Gemma 3n": Built(  # whose 35 layers are projected to in one matrix
+        CAUSAL,
+        {"model_type": "gemma3n_text", "num_hidden_layers": 35},
+        ["model.embed_tokens", "model.embed_tokens_per_layer", "model.per_layer_model_projection"],
+    ),
+    "Phi 3 mini": Built(CAUSAL, three(PHI_3_MINI), UNTIED),
+    "Phi 4": Built(CAUSAL, three(PHI_4), UNTIED),
+    "GPT-2 XL": Built(CAUSAL, three(GPT_2_XL), ["transformer.wte"]),
+    "GPT-2 XL, untied": Built(CAUSAL, three(GPT_2_XL, tie_word_embeddings=False), ["transformer.wte", "lm_head"]),
+    "GPT-NeoX 20B": Built(CAUSAL, three(NEOX_20B), ["gpt_neox.embed_in", "lm_head"]),
+    "GPT-OSS": Built(CAUSAL, {"model_type": "gpt_oss", "num_hidden_layers": 3, "num_local_experts": 8}, UNTIED),
+    "Falcon 7B": Built(CAUSAL, three(FALCON_7B), ["transformer.word_embeddings"]),
+    "BLOOM 176B": Built(CAUSAL, three(BLOOM), ["transformer.word_embeddings"]),
+    "OPT 125M": Built(CAUSAL, {"model_type": "opt", "num_hidden_layers": 3}, ["model.decoder.embed_tokens"]),
+    "SmolLM2 135M": Built(CAUSAL, three(SMOLLM_135M), EMBEDDING),
+    "OLMoE 1B-7B": Built(CAUSAL, three(OLMOE_7B), UNTIED),
+    "DeepSeek 67B": Built(CAUSAL, three(DEEPSEEK_67B), UNTIED),
+    "DeepSeek V2 Lite": Built(  # whose first layer alone is dense: two matrices share their number of rows
+        CAUSAL,
+        {
+            "model_type": "deepseek_v2",
+            "num_hidden_layers": 3,
+            "hidden_size": 2048,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "q_lora_rank": None,
+            "n_routed_experts": 8,
+            "first_k_dense_replace": 1,
+            "vocab_size": 102400,
+        },
+        UNTIED,
+        shape=[
+            "model.embed_tokens",
+            "model.layers.0.mlp.gate_proj",
+            "model.layers.0.mlp.up_proj",
+            "lm_head",
+        ],
+    ),
+    "DeepSeek V3": Built(
+        CAUSAL, {"model_type": "deepseek_v3", "num_hidden_layers": 3, "n_routed_experts": 8, "n_group": 2}, UNTIED
+    ),
+    "Command R": Built(CAUSAL, three(COMMAND_R), EMBEDDING),
+    "Mamba": Built(CAUSAL, {"model_type": "mamba", "num_hidden_layers": 3}, ["backbone.embeddings"]),
+    "RWKV 4": Built(CAUSAL, {"model_type": "rwkv", "num_hidden_layers": 3}, ["rwkv.embeddings", "head"]),
+    "T5 small": Built(SEQ_TO_SEQ, {"model_type": "t5", "num_layers": 3, "num_decoder_layers": 3}, ["shared"]),
+    "BART large": Built(SEQ_TO_SEQ, {"model_type": "bart", "encoder_layers": 3, "decoder_layers": 3}, ["model.shared"]),
+    "BERT base": Built(MASKED, {"model_type": "bert", "num_hidden_layers": 3}, ["bert.embeddings.word_embeddings"]),
+    "BERT base, untied": Built(
+        MASKED,
+        {"model_type": "bert", "num_hidden_layers": 3, "tie_word_embeddings": False},
+        ["bert.embeddings.word_embeddings", "cls.predictions.decoder"],
+    ),
+    "RoBERTa base": Built(
+        MASKED,
+        {"model_type": "roberta", "num_hidden_layers": 3, "vocab_size": 50265},
+        ["roberta.embeddings.word_embeddings"],
+    ),
+    "ALBERT": Built(  # all of whose layers are one
+        MASKED,
+        {"model_type": "albert"},
+        ["albert.embeddings.word_embeddings"],
+        shape=["albert.embeddings.word_embeddings", "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn"],
+    ),
+    "I-BERT": Built(
+        MASKED, {"model_type": "ibert", "num_hidden_layers": 3}, ["ibert.embeddings.word_embeddings"]
+    ),  # its class is its own
+    "ViT base": Built(IMAGES, {"model_type": "vit", "num_hidden_layers": 3, "num_labels": 1000}, []),
+    "ViT base, ImageNet-21k": Built(
+        IMAGES, {"model_type": "vit", "num_hidden_layers": 3, "num_labels": 21843}, ["classifier"]
+    ),
+    "MusicGen": Built(  # 2,048 tokens are too few for the shape alone
+        "MusicgenForCausalLM",
+        {"model_type": "musicgen_decoder", "num_hidden_layers": 3},
+        [*(f"model.decoder.embed_tokens.{i}" for i in range(4)), *(f"lm_heads.{i}" for i in range(4))],
+        shape=[],
+    ),
+    "CANINE": Built(  # hashes of characters, whose modules alone say what they are
+        "CanineModel",
+        {"model_type": "canine", "num_hidden_layers": 3},
+        [f"char_embeddings.HashBucketCodepointEmbedder_{i}" for i in range(8)],
+        name=[],
+        shape=[],
+    ),
+}
+
+
+def block(prefix, **shapes):
+    """Three blocks of matrices."""
+    return [
+        (f"{prefix}.{i}.{name.replace('_0', '')}.weight", shape) for i in range(3) for name, shape in shapes.items()
+    ]
+
+
+GPT = {"attn.c_attn": (2304, 768), "attn.c_proj": (768, 768), "mlp.c_fc": (3072, 768), "mlp.c_proj": (768, 3072)}
+LLAMA = {"attention.wq": (4096, 4096), "attention.wo": (4096, 4096)}
+LLAMA |= {"feed_forward.w1": (11008, 4096), "feed_forward.w2": (4096, 11008), "feed_forward.w3": (11008, 4096)}
+T5 = {"layer.0.SelfAttention.q": (768, 768), "layer.1.DenseReluDense.wi_0": (2048, 768)}
+T5 |= {"layer.1.DenseReluDense.wi_1": (2048, 768), "layer.1.DenseReluDense.wo": (768, 2048)}
+
+# Names and shapes of matrices, the token tables that names tell, and those that shapes tell (None: the same).
+LISTED = {
+    "LLaMA 2 7B, as Meta and torchtitan name it": (
+        [("tok_embeddings.weight", (32000, 4096)), *block("layers", **LLAMA), ("output.weight", (32000, 4096))],
+        ["tok_embeddings", "output"],
+        None,
+    ),
+    "nanoGPT": (
+        [
+            ("transformer.wte.weight", (50304, 768)),
+            ("transformer.wpe.weight", (1024, 768)),
+            *block("transformer.h", **GPT),
+        ],
+        ["transformer.wte"],
+        None,
+    ),
+    "GPT over bytes": (
+        [("transformer.wte.weight", (256, 768)), *block("transformer.h", **GPT), ("lm_head.weight", (256, 768))],
+        ["transformer.wte", "lm_head"],
+        [],
+    ),
+    "DeepSeek V3's own, with a module that predicts one token more": (
+        [
+            ("embed.weight", (129280, 7168)),
+            *block("layers", **LLAMA),
+            ("layers.3.embed_tokens.weight", (129280, 7168)),
+            ("layers.3.shared_head.head.weight", (129280, 7168)),
+            ("head.weight", (129280, 7168)),
+        ],
+        ["embed", "layers.3.embed_tokens", "head"],
+        [],
+    ),
+    "Megatron GPT": (
+        [
+            ("embedding.word_embeddings.weight", (50432, 1024)),
+            ("embedding.position_embeddings.weight", (8192, 1024)),
+            *block("decoder.layers", **{"mlp.linear_fc1": (4096, 1024), "mlp.linear_fc2": (1024, 4096)}),
+            ("output_layer.weight", (50432, 1024)),
+        ],
+        ["embedding.word_embeddings", "embedding.position_embeddings", "output_layer"],  # positions by their shape
+        None,
+    ),
+    "T5 1.1 base, untied": (
+        [
+            ("shared.weight", (32128, 768)),
+            *block("encoder.block", **T5),
+            ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 12)),
+            *block("decoder.block", **T5),
+            ("lm_head.weight", (32128, 768)),
+        ],
+        ["shared", "lm_head"],
+        None,
+    ),
+    "fairseq transformer": (
+        [
+            ("encoder.embed_tokens.weight", (42024, 1024)),
+            *block("encoder.layers", **{"fc1": (4096, 1024), "fc2": (1024, 4096)}),
+            ("decoder.embed_tokens.weight", (40480, 1024)),
+            ("decoder.output_projection.weight", (40480, 1024)),
+        ],
+        ["encoder.embed_tokens", "decoder.embed_tokens", "decoder.output_projection"],
+        None,
+    ),
+    "ViT-B/16 of timm": (
+        [
+            ("cls_token", (1, 1, 768)),
+            ("pos_embed", (1, 197, 768)),
+            ("patch_embed.proj.weight", (768, 3, 16, 16)),
+            *block("blocks", **{"attn.qkv": (2304, 768), "mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072)}),
+            ("head.weight", (1000, 768)),
+        ],
+        [],
+        [],
+    ),
+    "DLRM": (
+        [
+            ("emb_l.0.weight", (1460, 16)),
+            ("emb_l.1.weight", (583, 16)),
+            ("emb_l.2.weight", (10131227, 16)),
+            ("bot_l.0.weight", (512, 13)),
+            ("top_l.0.weight", (512, 367)),
+        ],
+        ["emb_l.0", "emb_l.1", "emb_l.2"],
+        ["emb_l.2"],
+    ),
+    "two towers": (
+        [
+            ("user_embedding.weight", (100000, 32)),
+            ("towers.0.item_emb.weight", (20000, 32)),
+            ("towers.0.mlp.fc.weight", (64, 32)),
+            ("towers.1.table.weight", (30000, 32)),  # within a block, a name that says nothing
+        ],
+        ["user_embedding", "towers.0.item_emb"],
+        ["user_embedding", "towers.0.item_emb", "towers.1.table"],
+    ),
+    "PEFT, fine-tuning embeddings whole": (
+        [
+            ("base_model.model.model.embed_tokens.modules_to_save.default.weight", (32000, 4096)),
+            *block("base_model.model.model.layers", **{"q.lora_A.default": (8, 4096), "q.lora_B.default": (4096, 8)}),
+            ("base_model.model.lm_head.modules_to_save.default.weight", (32000, 4096)),
+        ],
+        [f"base_model.model.{name}.modules_to_save.default" for name in ("model.embed_tokens", "lm_head")],
+        None,
+    ),
+    "a stage of a pipeline with the head alone": (
+        [*block("layers", **LLAMA), ("output.weight", (32000, 4096))],
+        ["output"],
+        None,
+    ),
+}
+
+
+def tables(params, roles):
+    """The token tables, by the names of their modules."""
+    return [
+        name.removesuffix(".weight") for (name, _), role in zip(params, roles, strict=True) if role.kind == "tokens"
+    ]
+
+
+def built(kind, keys):
+    """The model on the meta device."""
+    transformers = pytest.importorskip("transformers")
+    keys = copy.deepcopy(keys)
+    config = transformers.CONFIG_MAPPING[keys.pop("model_type")](**keys)
+    config.get_text_config().pad_token_id = 0  # some are beyond the vocabulary
+    model = getattr(transformers, kind)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.from_config(config) if kind.startswith("Auto") else model(config)
+
+
+@pytest.mark.parametrize("architecture", BUILT)
+def test_token_tables_of_a_public_architecture(architecture):
+    kind, keys, module, name, shape = BUILT[architecture]
+    model = built(kind, keys)
+    params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    assert tables(params, found_roles(params, roles_of_modules(model))) == module
+    assert tables(params, found_roles(params)) == (module if name is None else name)
+    nameless = [(None, shape) for _, shape in params]
+    assert tables(params, found_roles(nameless)) == (module if shape is None else shape)
+
+
+@pytest.mark.parametrize("architecture", LISTED)
+def test_token_tables_of_an_architecture_by_names_and_shapes(architecture):
+    params, name, shape = LISTED[architecture]
+    assert tables(params, found_roles(params)) == name
+    nameless = [(None, shape) for _, shape in params]
+    assert tables(params, found_roles(nameless)) == (name if shape is None else shape)
+
+
+@pytest.mark.parametrize(("architecture", "layers", "extra"), [
+    ("LLaMA 1 7B", 1, ["mlp.gate_proj", "mlp.up_proj"]),
+    ("LLaMA 1 7B", 2, []),
+    ("GPT-NeoX 20B", 1, ["attention.query_key_value", "mlp.dense_h_to_4h"]),
+    ("GPT-NeoX 20B", 2, ["attention.query_key_value", "mlp.dense_h_to_4h"]),
+    ("GPT-NeoX 20B", 3, []),
+])  # fmt: skip
+def test_models_of_one_or_two_layers_have_more_tables_by_their_shapes_alone(architecture, layers, extra):
+    kind, keys, module, *_ = BUILT[architecture]
+    model = built(kind, {**keys, "num_hidden_layers": layers})
+    params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    assert tables(params, found_roles(params)) == module
+    found = tables(params, found_roles([(None, shape) for _, shape in params]))
+    within = [name for name in found if name not in module]
+    assert [name.partition("layers.")[2].partition(".")[2] for name in within] == extra * layers
+
+
+@pytest.mark.parametrize("architecture", ["Mixtral 8x7B", "GPT-2 XL", "ViT base", "Mamba"])
+def test_all_other_weights_are_matrices_and_vectors_exact(architecture):
+    """Stacks of experts, transposed weights of GPT-2, convolutions and the recurrence of Mamba among them."""
+    kind, keys, module, *_ = BUILT[architecture]
+    model = built(kind, keys)
+    params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    dimensions = set()
+    for (name, shape), role in zip(params, found_roles(params, roles_of_modules(model)), strict=True):
+        if name.removesuffix(".weight") not in module:
+            vector = sum(size > 1 for size in shape) < 2
+            assert role == (("exact", "vector") if vector else ("matrix", "shape")), name
+            dimensions.add(len(shape))
+    assert dimensions >= {"Mixtral 8x7B": {1, 2, 3}, "ViT base": {1, 2, 3, 4}}.get(architecture, {1, 2})
+
+
+def test_reasons_say_by_what_a_table_was_found():
+    model = built(*BUILT["BERT base, untied"][:2])
+    assert {name: role.reason for name, role in roles_of_modules(model).items()} == {
+        "bert.embeddings.word_embeddings.weight": "module: nn.Embedding",
+        "cls.predictions.decoder.weight": "module: head as wide as word_embeddings",
+    }
+    tied = roles_of_modules(built(*BUILT["BERT base"][:2]))
+    assert [*tied.values()] == [("tokens", "module: nn.Embedding, tied to decoder")]
+    (other,) = roles_of_modules(built(*BUILT["I-BERT"][:2])).values()
+    assert other == ("tokens", "module: QuantEmbedding, tied to decoder")
+    params = [("embed.weight", (300, 32)), ("head.weight", (300, 32)), ("a", (5000, 8)), ("b", (64, 64)), ("c", (9,))]
+    assert found_roles(params) == [
+        ("tokens", "name: embed"),
+        ("tokens", "name: as many rows as embed"),
+        ("tokens", "shape"),
+        ("matrix", "shape"),
+        ("exact", "vector"),
+    ]
+
+
+@pytest.mark.parametrize(("rows", "columns", "count", "kind"), [
+    (4096, 2048, 2, "tokens"),
+    (4095, 1024, 1, "matrix"),
+    (4096, 2049, 1, "matrix"),
+    (4096, 2048, 3, "matrix"),
+])  # fmt: skip
+def test_the_shape_of_a_token_table(rows, columns, count, kind):
+    params = [(None, (rows, columns))] * count + [(None, (2048, rows)), (None, (rows,)), (None, (rows, 4, 4))]
+    assert [role.kind for role in found_roles(params)][:count] == [kind] * count
+
+
+def test_embeddings_that_are_none_of_tokens():
+    """Positions and kinds of tokens occur in every step. Many positions have the shape of a token table."""
+
+    class LearnedPositionalEmbedding(nn.Embedding):
+        pass
+
+    model = nn.ModuleDict({
+        "wpe": nn.Embedding(1024, 64),
+        "embed_positions": nn.Embedding(8192, 64),
+        "token_type_embeddings": nn.Embedding(2, 768),
+        "relative_attention_bias": nn.Embedding(32, 64),
+        "learned": LearnedPositionalEmbedding(513, 64),
+        "bags": nn.EmbeddingBag(512, 64),
+    })  # fmt: skip
+    params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    assert roles_of_modules(model).keys() == {"bags.weight"}
+    assert tables(params, found_roles(params, roles_of_modules(model))) == ["embed_positions", "bags"]
+
+
+def test_linear_layers_within_blocks_are_no_heads():
+    """As wide as the vocabulary by accident, which is as small as a feed-forward network is wide."""
+
+    def block():
+        return nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(64, 8192), nn.ReLU(), nn.Linear(8192, 64))})
+
+    model = nn.ModuleDict({"table": nn.Embedding(8192, 64), "layers": nn.ModuleList([block(), block(), block()]),
+                           "out": nn.Linear(64, 8192)})  # fmt: skip
+    params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    assert tables(params, found_roles(params, roles_of_modules(model))) == ["table", "out"]
+
+
+def test_a_parametrized_embedding_and_one_alone():
+    table = nn.Embedding(300, 32)
+    assert roles_of_modules(table) == {"weight": ("tokens", "module: nn.Embedding")}
+    nn.utils.parametrize.register_parametrization(table, "weight", nn.Identity())
+    model = nn.Sequential(table, nn.Linear(32, 300, bias=False))
+    assert roles_of_modules(model) == {
+        "0.parametrizations.weight.original": ("tokens", "module: nn.Embedding"),
+        "1.weight": ("tokens", "module: head as wide as 0"),
+    }

@@ -1,0 +1,371 @@
+"""What `statistics` tells: right in every way to step, the same bits with it and without, and nothing waited for."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from helpers import OPTIONS, give_gradients, moments, parameters, same, with_kernel
+from torch import nn
+
+from collins import Collins
+from collins.offload.streams import HostStreams
+from collins.statistics import SAMPLE, Reading
+
+SHAPES = [(64, 64), (33, 37), (40,), (), (130, 32)]
+FEW = [(64, 64), (40,)]  # for what compiles, or is interpreted
+WAYS = {
+    "eager": {"compile": False},
+    "compiled": {"compile": True},
+    "kernel": {},
+    "host": {"compile": False, "memory": "host"},
+    "universal": {"compile": False, "hash": "universal"},
+    "capturable": {"compile": False, "capturable": True},
+    "in backward": {"compile": False, "in_backward": True},
+    "host in backward": {"compile": False, "in_backward": True, "memory": "host"},
+}
+
+
+RATIOS = {"compiled": (8,), "kernel": (1, 8)}
+
+
+def built(way, params, **options):
+    if way == "kernel":
+        pytest.importorskip("triton")
+    opt = Collins(params, **{**OPTIONS, **WAYS[way], **options})
+    return with_kernel(opt) if way == "kernel" else opt
+
+
+def shapes(way):
+    return FEW if way in ("compiled", "kernel") else SHAPES
+
+
+def step(opt, ps, number, wrong=None, places=()):
+    """A step, after backward or in it, whose gradients are `wrong` at these places of every parameter."""
+    give_gradients(number, ps)
+    grads = [p.grad for p in ps]
+    for g in grads:
+        for place in places:
+            if place < g.numel():
+                g.view(-1)[place] = wrong
+    if opt.in_backward:
+        opt.zero_grad()
+        sum((p * g).sum() for p, g in zip(ps, grads, strict=True)).backward()
+    opt.step()
+
+
+def numbers(opt):
+    return {key: float(value) for key, value in opt.statistics().items()}
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize(("way", "ratio"), [(way, ratio) for way in WAYS for ratio in RATIOS.get(way, (1, 8, 32))])
+def test_what_is_left_out_is_counted(way, ratio):
+    ps = parameters(torch.float32, shapes(way))
+    opt = built(way, ps, nonfinite="skip", compress_ratio=ratio)
+    places, expected, every = (3, 5, 1000, 1200), 0, 0
+    for p in ps:
+        (entry,) = (entry for entry in opt._members() if entry.p is p)
+        load, hash = int(opt._stepper.spec(entry).update.loads[1]), opt.hash_of(p)
+        bucket = torch.arange(p.numel(), device=p.device) // load
+        if way == "universal" and hash is not None:
+            bucket = hash.bucket(torch.arange(p.numel(), device=p.device))
+            every += p.numel()
+            expected += int(torch.isin(bucket, bucket[torch.tensor([at for at in places if at < p.numel()])]).sum())
+        else:
+            every += -(-p.numel() // load)
+            expected += len({int(bucket[at]) for at in places if at < p.numel()})
+    assert 0 < expected < every
+    assert numbers(opt)["skipped_buckets"] == 0
+    step(opt, ps, 0)
+    assert numbers(opt)["skipped_buckets"] == 0
+    step(opt, ps, 1, math.nan, places)
+    assert numbers(opt)["skipped_buckets"] == expected
+    step(opt, ps, 2, math.inf, range(4160))
+    step(opt, ps, 3, math.inf, places)
+    found = opt.statistics()
+    assert int(found["skipped_buckets"]) == 2 * expected + every
+    assert int(found["skipped_steps"]) == 1
+    assert all(
+        found[key].dtype == torch.int64 and found[key].shape == () for key in ("skipped_buckets", "skipped_steps")
+    )
+
+
+def test_only_what_may_be_left_out_is_counted():
+    ps = parameters(torch.float32, FEW)
+    opt = Collins([{"params": ps[:1], "nonfinite": "skip"}, {"params": ps[1:]}], **OPTIONS)
+    step(opt, ps, 0, math.nan, range(4160))
+    assert numbers(opt)["skipped_steps"] == 1
+    plain = Collins(parameters(torch.float32, FEW), **OPTIONS)
+    step(plain, [p for group in plain.param_groups for p in group["params"]], 0, math.nan, range(4160))
+    assert numbers(plain)["skipped_buckets"] == numbers(plain)["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("way", ["eager", "in backward", "capturable"])
+def test_a_hundred_steps_of_which_nothing_was_used_are_one_warning(way):
+    ps = parameters(torch.float32, [(40,)])
+    opt = built(way, ps, nonfinite="skip")
+
+    def steps(first, last, wrong):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for number in range(first, last):
+                step(opt, ps, number, wrong, range(40))
+        return [str(each.message) for each in told if issubclass(each.category, UserWarning)]
+
+    assert steps(0, 60, math.nan) == []
+    assert steps(60, 61, 0.0) == []
+    assert steps(61, 150, math.nan) == []
+    assert int(opt.statistics()["skipped_steps"]) == 149
+    (message,) = steps(150, 220, math.nan)
+    assert "nonfinite='skip' has left out every gradient in 139 steps in a row" in message
+    assert steps(220, 400, math.nan) == []
+
+
+def test_a_norm_that_is_not_finite_counts_as_a_step_left_out():
+    ps = parameters(torch.float32, SHAPES)
+    opt = Collins(ps, **OPTIONS, nonfinite="skip", max_grad_norm=1.0)
+    step(opt, ps, 0, math.inf, [0])
+    found = opt.statistics()
+    assert int(found["skipped_steps"]) == 1
+    assert found["grad_norm"].isinf()
+
+
+def sizes(group, ps, before):
+    new, old = (torch.cat([p.detach().double().flatten() for p in each]) for each in (ps, before))
+    values = {f"update_rms/{group}": new - old, f"weight_rms/{group}": new}
+    values = {key: value.square().mean().sqrt() for key, value in values.items()}
+    return {**values, f"moved_share/{group}": (new != old).double().mean()} if ps[0].dtype == torch.bfloat16 else values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_measured_updates_are_those_made_and_measuring_changes_no_bit(way, dtype):
+    if way in ("compiled", "kernel") and dtype == torch.float32:
+        pytest.skip("as in 16 bits, and slow")
+    ps, copies = parameters(dtype, shapes(way)), parameters(dtype, shapes(way))
+    sides = [built(way, [{"params": own[:1]}, {"params": own[1:], "lr": 1e-3}, {"params": []}]) for own in (ps, copies)]
+    assert sides[0].statistics().keys() == {"grad_norm", "skipped_buckets", "skipped_steps", "link_bytes"}
+    for number in range(4):
+        before = [p.detach().double() for p in ps]
+        if number in (0, 3):
+            sides[0].statistics(updates=True)
+        for opt, own in zip(sides, (ps, copies), strict=True):
+            step(opt, own, number)
+        if number in (0, 3):
+            expected = {**sizes(0, ps[:1], before[:1]), **sizes(1, ps[1:], before[1:])}
+        found = {key: value for key, value in sides[0].statistics().items() if "/" in key}
+        assert found.keys() == expected.keys()  # of the last step that was measured
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=0)
+    for opt in sides:
+        opt.state_dict()
+    for p, q in zip(ps, copies, strict=True):
+        assert same([p.detach(), *moments(sides[0], p)], [q.detach(), *moments(sides[1], q)])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+def test_large_parameters_are_sampled(layout):
+    torch.manual_seed(0)
+    made = {
+        "contiguous": lambda: torch.randn(512, 512),
+        "transposed": lambda: torch.randn(512, 512).t(),
+        "strided": lambda: torch.randn(512, 1024)[:, ::2],
+    }[layout]()
+    p = nn.Parameter(made * torch.linspace(0.1, 2, 512))  # columns of different sizes
+    small = nn.Parameter(torch.full((8,), 100.0))
+    opt = Collins([p, small], lr=0.1)
+    p.grad, small.grad = torch.randn(512, 512), torch.zeros(8)
+    before = p.detach().clone()
+    opt.statistics(updates=True)
+    opt.step()
+    found = opt.statistics()
+    assert p.numel() > 8 * SAMPLE
+    new = torch.cat([p.detach().flatten(), small.detach()])
+    change = torch.cat([(p.detach() - before).flatten(), small.detach() - 100])
+    for name, value in (("weight_rms/0", new), ("update_rms/0", change)):
+        assert float(found[name]) == pytest.approx(float(value.square().mean().sqrt()), rel=0.03)
+
+
+def test_a_measured_step_takes_no_memory_of_the_parameters_size():
+    from helpers import Allocations
+
+    p = nn.Parameter(torch.ones(2048, 2048))
+    opt = Collins([p], compile=False)
+    peaks = []
+    for updates in (False, False, True):
+        opt.statistics(updates)
+        p.grad = torch.ones_like(p)
+        with Allocations() as seen:
+            opt.step()
+        peaks.append(seen.peak)
+    assert peaks[2] <= peaks[1] + 64 * SAMPLE
+
+
+def test_a_step_that_fails_is_not_what_the_next_one_is_measured_with():
+    ps = parameters(torch.float32, [(40,), (8,)])
+    opt = Collins(ps, **OPTIONS)
+    step(opt, ps, 0)
+    opt.statistics(updates=True)
+    give_gradients(1, ps)
+    ps[1].grad = torch.ones(8).to_sparse()
+    with pytest.raises(TypeError, match="sparse"):
+        opt.step()
+    before = torch.cat([p.detach().clone() for p in ps])
+    step(opt, ps, 1)
+    change = torch.cat([p.detach() for p in ps]) - before
+    torch.testing.assert_close(opt.statistics()["update_rms/0"], change.square().mean().sqrt())
+
+
+def narrow(way="eager", lr=1e-4, rounding=False, dtype=torch.bfloat16, **options):
+    p = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype))
+    return [p], built(way, [p], **{"lr": lr, "weight_decay": 0.0, "stochastic_rounding": rounding, **options})
+
+
+@pytest.mark.parametrize("way", ["eager", "in backward", "capturable"])
+def test_a_rate_too_small_for_nearest_rounding_is_one_warning(way):
+    ps, opt = narrow(way)
+    opt.statistics(updates=True)
+    with pytest.warns(UserWarning, match="lr is too small to move most 16-bit weights of group 0 with lr=0.0001"):
+        step(opt, ps, 0)
+    assert float(opt.statistics()["moved_share/0"]) < 0.5
+    for number in range(1, 4):  # where any warning is an error
+        opt.statistics(updates=True)
+        step(opt, ps, number)
+    assert float(opt.statistics()["moved_share/0"]) < 0.5
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"lr": 1e-1},
+        {"rounding": None},
+        {"rounding": True},
+        {"dtype": torch.float32},
+        {"lr": torch.tensor(1e-1)},
+        {"lr": 1e-2, "dtype": torch.float16},
+    ],
+    ids=str,
+)
+def test_other_rates_and_roundings_are_not_warned_of(case):
+    ps, opt = narrow(**case)
+    for number in range(3):
+        opt.statistics(updates=True)
+        step(opt, ps, number)
+
+
+def test_it_is_looked_for_once_without_being_asked():
+    ps, opt = narrow(lr=torch.tensor(1e-4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(99):
+            step(opt, ps, number)
+    assert "moved_share/0" not in opt.statistics()
+    with pytest.warns(UserWarning, match="lr is too small to move most 16-bit weights of group 0"):
+        step(opt, ps, 99)
+    for number in range(100, 210):
+        step(opt, ps, number)
+
+
+def test_bytes_over_the_link_are_those_copied(monkeypatch):
+    copied = []
+    original = HostStreams.copy
+
+    def counted(self, kind, target, source):
+        copied.append(target.nbytes)
+        original(self, kind, target, source)
+
+    monkeypatch.setattr(HostStreams, "copy", counted)
+    ps = parameters(torch.float32, SHAPES)
+    opt = Collins(ps, **OPTIONS, memory={"tier": "host", "transfer_size": 2000})
+    for number in range(3):
+        step(opt, ps, number)
+        found = opt.statistics()["link_bytes"]
+        assert type(found) is int
+        assert found == sum(copied) > 2 * number * (opt.memory_report().state_bytes - 4 * len(ps))
+    resident = Collins(ps, **OPTIONS)
+    step(resident, ps, 0)
+    assert resident.statistics()["link_bytes"] == 0
+
+
+def test_numbers_keep_their_values_and_copies_start_anew():
+    ps = parameters(torch.float32, FEW)
+    opt = Collins(ps, **OPTIONS, nonfinite="skip", max_grad_norm=1.0)
+    step(opt, ps, 0, math.nan, [0])
+    found = opt.statistics()
+    before = copy.deepcopy(found)
+    step(opt, ps, 1, math.nan, [0])
+    assert int(found["skipped_steps"]) == int(before["skipped_steps"]) == 1
+    assert int(found["skipped_buckets"]) == int(before["skipped_buckets"]) > 0
+    assert int(opt.statistics()["skipped_steps"]) == 2
+    _, other = copy.deepcopy((ps, opt))
+    assert int(other.statistics()["skipped_buckets"]) == 0
+
+
+class _Event:
+    """One that the device reaches when it is told."""
+
+    def __init__(self):
+        self.reached = False
+
+    def query(self):
+        return self.reached
+
+
+def test_a_reading_is_given_out_once_it_has_arrived():
+    reading, event = Reading(), _Event()
+    assert reading.take() is None
+    reading._under_way = torch.tensor(3), event
+    assert reading.take() is None
+    event.reached = True
+    assert int(reading.take()) == 3
+    assert reading.take() is None
+    value = torch.tensor(5)
+    reading.ask(value)
+    value.fill_(6)
+    assert int(reading.take()) == 5
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_nothing_waits_for_the_device(in_backward):
+    ps = parameters(torch.bfloat16, SHAPES, "cuda")
+    opt = Collins(ps, **OPTIONS, nonfinite="skip", max_grad_norm=1.0, in_backward=in_backward)
+    grads = [torch.randn_like(p) for p in ps]
+
+    def go():
+        if in_backward:
+            sum((p * g).sum() for p, g in zip(ps, grads, strict=True)).backward()
+        else:
+            for p, g in zip(ps, grads, strict=True):
+                p.grad = g
+        opt.step()
+
+    for _ in range(3):
+        opt.statistics(updates=True)
+        go()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(60):
+            opt.statistics(updates=True)
+            go()
+        found = opt.statistics()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(found["grad_norm"]) > 1
+    assert 0 < float(found["moved_share/0"]) <= 1
+
+
+@pytest.mark.cuda
+def test_a_device_is_read_late_and_warned_of():
+    ps = parameters(torch.float32, [(40,)], "cuda")
+    opt = Collins(ps, **OPTIONS, nonfinite="skip")
+
+    def steps():
+        for number in range(160):
+            step(opt, ps, number, math.nan, range(40))
+            torch.cuda.synchronize()
+
+    with pytest.warns(UserWarning, match="has left out every gradient in 1.. steps in a row"):
+        steps()
