@@ -127,7 +127,7 @@ def loadable(
 def _check_last_norm(number: int, value: Any) -> None:
     if isinstance(value, Tensor) and uncopied(value) is None and value.numel() == 1:
         value = value.item()
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
         raise ValueError(
             f"state_dict['param_groups'][{number}] must have a {LAST_NORM} that is finite and at least 0, got"
             f" {shown(value)}"

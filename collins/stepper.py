@@ -121,9 +121,9 @@ class Stepper:
             groups, states: the optimizer's.
             repeats: whether later steps may run the program of this one.
         """
-        self.lone_steps.end()
+        alone = self.lone_steps.end()
         self.store.refresh()
-        self.statistics.begin(groups, anew=repeats)
+        self.statistics.begin(groups, anew=repeats and not alone)
         bound = self.matching(groups, states)
         if bound is not None:
             assert self._program is not None
@@ -429,9 +429,9 @@ def can_step(entry: ParamEntry) -> bool:
 
 def _sharded(name: str) -> str:
     return (
-        f"max_grad_norm must be None with in_backward=True for {name}, which is sharded over several ranks: each sees"
-        " its part of a gradient, and uses it before the norm over all ranks is known. Build Collins with"
-        " in_backward=False, which clips by that norm"
+        f"max_grad_norm must be None with in_backward=True, and for step_parameter, where {name} is sharded over"
+        " several ranks: each sees its part of a gradient, and uses it before the norm over all ranks is known. Step"
+        " after backward, which clips by that norm"
     )
 
 
