@@ -124,7 +124,7 @@ class EagerUpdate(PiecewiseUpdate):
 
 
 class Values(NamedTuple):
-    """What one piece comes to."""
+    """The results of one piece."""
 
     writes: list[Write]
     finite: Tensor | None = None  # what of it is not left out, where something may be
