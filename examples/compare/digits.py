@@ -38,7 +38,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patches = nn.Linear(_PATCH**2, hidden)
         self.positions = nn.Parameter(torch.empty((_SIDE // _PATCH) ** 2, hidden))
-        nn.init.normal_(self.positions, std=0.02)
+        nn.init.normal_(self.positions, std=0.5)  # as large as what patches give: from less it takes long to learn them
         block = nn.TransformerEncoderLayer(
             hidden, heads, 4 * hidden, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -130,8 +130,8 @@ class Digits(Task):
 
 DIGITS = Digits(
     name="digits",
-    about="a ViT of 0.8M parameters on the digits of scikit-learn; a minute a run on one core",
+    about="a ViT of 0.4M parameters on the digits of scikit-learn; half a minute a run on one core",
     unit="nats",
-    rates=(5e-4, 1e-3, 2e-3, 4e-3),
-    settings=DigitsSettings(steps=600, batch=64, hidden=128, layers=4, heads=4),
+    rates=(1e-3, 2e-3, 4e-3, 8e-3),
+    settings=DigitsSettings(steps=600, batch=64, hidden=128, layers=2, heads=4),
 )
