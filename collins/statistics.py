@@ -64,7 +64,7 @@ class SkipCounts:
 
     def __init__(self) -> None:
         self._counters: dict[torch.device, Tensor] = {}
-        self._before, self._steps, self._in_a_row = torch.zeros(3, dtype=torch.int64, device="cpu")
+        self._before, self._steps, self._in_a_row = torch.zeros(3, dtype=torch.int64, device="cpu").unbind()
         self._due = 0  # what this step could leave out
         self._count = 0
         self._reading = Reading()
@@ -81,8 +81,10 @@ class SkipCounts:
         """How many have been left out, 0-d."""
         counters = [counter[0] for counter in self._counters.values() if not counter.is_meta]
         home = next((counter.device for counter in counters if not counter.is_cpu), torch.device("cpu"))
-        zero = torch.zeros((), dtype=torch.int64, device="cpu")
-        return torch.stack([counter.to(home) for counter in counters]).sum() if counters else zero
+        total: Tensor = torch.zeros((), dtype=torch.int64, device="cpu")
+        if counters:
+            total = torch.stack([counter.to(home) for counter in counters]).sum()
+        return total
 
     @property
     def steps(self) -> Tensor:
@@ -130,7 +132,7 @@ class _Measured(NamedTuple):
     """What a step did to parameters of one group, dtype and device."""
 
     sums: Tensor  # squares of updates, squares of weights, and weights that moved: (3,)
-    count: int  # of the weights
+    weights: int  # how many
 
 
 class UpdateSamples:
@@ -180,7 +182,7 @@ class UpdateSamples:
             sums = (torch.stack(norms).view(3, -1).square() * weights).sum(1)
             count = sum(p.numel() for p in members)
             if key in self._found:
-                sums, count = sums + self._found[key].sums, count + self._found[key].count
+                sums, count = sums + self._found[key].sums, count + self._found[key].weights
             self._found[key] = _Measured(sums, count)
 
     def end(self, groups: Groups, *, capturing: bool) -> None:
@@ -281,10 +283,11 @@ def _samples(params: Sequence[Tensor]) -> Tensor:
 
 def _sample(p: Tensor) -> Tensor:
     """Elements of a parameter, at equal distances in its memory."""
-    # An odd distance comes to all columns, of which there are mostly a power of two.
+    # An odd distance reaches all columns, since their number is mostly a power of two.
     distance = max(p.numel() // SAMPLE, 1) | 1
     if not p.is_contiguous():  # a transposed one is, in another order of its dimensions
-        p = p.permute(sorted(range(p.ndim), key=lambda dim: -p.stride(dim)))
+        strides = p.stride()
+        p = p.permute(sorted(range(p.ndim), key=lambda dim: -strides[dim]))
     return p.reshape(-1)[:: distance if p.numel() > SAMPLE else 1]
 
 
@@ -293,9 +296,9 @@ def _summary(number: int, found: Mapping[tuple[int, torch.device, torch.dtype], 
     home = next((device for _, device, _ in found if device.type != "cpu"), torch.device("cpu"))
     rounded = [each for (_, _, dtype), each in found.items() if dtype in ROUNDED]
     sums = torch.stack([each.sums.to(home) for each in found.values()]).sum(0)
-    update, weight = (sums[:2] / sum(each.count for each in found.values())).sqrt()
+    update, weight = (sums[:2] / sum(each.weights for each in found.values())).sqrt()
     values = {f"update_rms/{number}": update, f"weight_rms/{number}": weight}
     if rounded:
         moved = torch.stack([each.sums[2].to(home) for each in rounded]).sum()
-        values[f"moved_share/{number}"] = moved / sum(each.count for each in rounded)
+        values[f"moved_share/{number}"] = moved / sum(each.weights for each in rounded)
     return values

@@ -22,6 +22,7 @@ from collins.entries import Carried, Hash, ParamEntries, ParamEntry, ParamSpec, 
 from collins.formats import TensorSpec
 from collins.fused_backward import LoneSteps
 from collins.hashing import UniversalHash
+from collins.interrupts import HeldInterrupts
 from collins.offload import MemoryPolicy
 from collins.offload.backward import refuse_replicas
 from collins.offload.staging import StateRequest
@@ -121,9 +122,9 @@ class Stepper:
             groups, states: the optimizer's.
             repeats: whether later steps may run the program of this one.
         """
-        self.lone_steps.end()
+        alone = self.lone_steps.end()
         self.store.refresh()
-        self.statistics.begin(groups, anew=repeats)
+        self.statistics.begin(groups, anew=repeats and not alone)
         bound = self.matching(groups, states)
         if bound is not None:
             assert self._program is not None
@@ -329,18 +330,19 @@ class Stepper:
         scale = self.clipping.scale_of_one(entry.p, grads[0])
         new: list[ParamEntry] = []
         program: StepProgram | None = None
-        try:
-            self._adopt([entry], states, [entry], new)
-            program = entry.program or self._program_of_one(entry)
-            with self.statistics.stepping(program.entries, program.skippable):
-                program.run(program.bind(grads), shared)
-                stepped(entry)
-        except BaseException:
-            if program is not None and program.stepped:
-                stepped(entry)
-            else:
-                drop(new, states)
-            raise
+        with HeldInterrupts():
+            try:
+                self._adopt([entry], states, [entry], new)
+                program = entry.program or self._program_of_one(entry)
+                with self.statistics.stepping(program.entries, program.skippable):
+                    program.run(program.bind(grads), shared)
+                    stepped(entry)
+            except BaseException:
+                if program is not None and program.stepped:
+                    stepped(entry)
+                else:
+                    drop(new, states)
+                raise
 
     def _task(self, entry: ParamEntry) -> UpdateTask:
         skips = entry.known_spec.update.skip
@@ -429,9 +431,9 @@ def can_step(entry: ParamEntry) -> bool:
 
 def _sharded(name: str) -> str:
     return (
-        f"max_grad_norm must be None with in_backward=True for {name}, which is sharded over several ranks: each sees"
-        " its part of a gradient, and uses it before the norm over all ranks is known. Build Collins with"
-        " in_backward=False, which clips by that norm"
+        f"max_grad_norm must be None with in_backward=True, and for step_parameter, where {name} is sharded over"
+        " several ranks: each sees its part of a gradient, and uses it before the norm over all ranks is known. Step"
+        " after backward, which clips by that norm"
     )
 
 

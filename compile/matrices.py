@@ -92,7 +92,7 @@ class MatrixSteps:
                 raise
 
     def _values(self, batch: Sequence[Member], matrices: Matrices, scalars: ScalarTensors) -> Values:
-        """What a batch comes to."""
+        """The results of a batch."""
         found = [self._encoded(member, scalars) for member in batch]
         Xs = [X for X, _ in found]
         X = (Xs[0] if len(Xs) == 1 else torch.cat(Xs)).view(-1, matrices.rows, matrices.cols)

@@ -413,7 +413,7 @@ def test_gradients_are_clipped_after_a_grad_scaler_has_unscaled_them():
     assert float(opt.grad_norm) > 0.01
 
 
-@pytest.mark.parametrize("value", [0, 0.0, -1, math.nan, "1", True, (1.0,), torch.ones(1)], ids=repr)
+@pytest.mark.parametrize("value", [0, 0.0, -1, math.nan, "one", True, (1.0,), torch.ones(1)], ids=repr)
 def test_values_that_are_no_norm_are_refused(value):
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"max_grad_norm must be None or a number above 0.*got"):
@@ -483,3 +483,22 @@ def test_a_trainer_that_clips_in_vain_is_told_once(package):
     stepped(1.5, max_grad_norm=math.inf)
     TRAINERS[package](1.5).train(Collins([nn.Parameter(torch.ones(4))]))
     _trainer(package).train(Collins([nn.Parameter(torch.ones(4))], in_backward=True))
+
+
+def test_parameters_stepped_one_by_one_are_clipped_as_in_backward():
+    sides = []
+    for by_hand in (False, True):
+        ps = parameters(torch.float32, SHAPES)
+        opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, in_backward=not by_hand)
+        for number in range(4):
+            if not by_hand:
+                arrive(ps, number, scale=10.0**number)
+                opt.step()
+                continue
+            for i, p in reversed(list(enumerate(ps))):
+                p.grad = gradient(p, number, i, 10.0**number)
+                opt.step_parameter(p)
+                p.grad = None
+        opt.step()
+        sides.append([*kept(opt, ps), opt.grad_norm])
+    assert same(*sides)
