@@ -9,7 +9,7 @@ import torch
 from collins import Collins
 from collins.offload import MemoryPolicy
 
-WHOLE = ("seed", "compile", "in_backward", "memory")
+WHOLE = ("seed", "compile", "in_backward", "max_grad_norm", "memory")
 DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(Collins.__init__).parameters.items()
