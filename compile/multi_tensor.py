@@ -211,7 +211,7 @@ class KernelLaunch:
         self.dense, self._skips = spec.hash is None, spec.skip
         load, v_load = map(int, spec.loads)
         self._constants = (
-            kernels.int_bits(spec.m_format), load, v_load, *kernels.decode_constants(spec.decode),
+            *kernels.int_constants(spec.m_format), load, v_load, *kernels.decode_constants(spec.decode),
             spec.rehash, spec.rounding, spec.maximize, spec.skip, even,
         )  # fmt: skip
         self.uploader = uploader
@@ -267,7 +267,7 @@ class KernelLaunch:
         scalars: Tensor,
         skipped: Tensor | None,
     ) -> None:
-        if skipped is None:  # nobody asks, and a kernel that skips nothing does not touch it
+        if skipped is None:  # nothing is counted, and a kernel that skips nothing does not touch it
             skipped = torch.zeros_like(table[:1]) if self._skips else table
         kernels.step_(p, m, v, owners, table, gradients, scalars, skipped, *self._constants)
         torch.autograd.graph.increment_version(p)
