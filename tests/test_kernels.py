@@ -150,6 +150,23 @@ def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
         torch.testing.assert_close(p.detach(), q.detach())
 
 
+def test_tables_of_sets_that_change_from_step_to_step_are_let_go_of(monkeypatch):
+    """As where every batch chooses other experts."""
+    monkeypatch.setattr("collins.compile.multi_tensor._KEPT_SETS", 2)
+    ps, copies = parameters(torch.float32, [(64, 32)] * 4), parameters(torch.float32, [(64, 32)] * 4)
+    opt, other = with_kernel(Collins(ps, min_K=16)), Collins(copies, min_K=16, compile=False)
+    for step, chosen in enumerate(((0, 1), (1, 2), (0, 1), (0, 3), (2, 3), (0, 1))):
+        give_gradients(step, ps, copies)
+        for i in {0, 1, 2, 3} - {*chosen}:
+            ps[i].grad = copies[i].grad = None
+        opt.step()
+        other.step()
+        (launch,) = opt._stepper.engine.launches._launches.values()
+        assert len(launch._tables_of_sets) <= 2
+    for p, q in zip(ps, copies, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach())
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_smaller_parameter_in_the_same_memory_has_a_table_of_its_own(alone):
     spec = UpdateSpec("block", 32, "residual", True, False, False)
