@@ -93,7 +93,7 @@ class LoneSteps:
                 raise ValueError(f"p must be a parameter of this optimizer, got a {tuple(p.shape)} tensor that is not")
             entry = self._known[id(p)]
             stepper.check(entry, states)
-            # Scalars are computed anew for each: nobody says when a learning rate has changed.
+            # Scalars are computed anew for each: there is no event for a learning rate that has changed.
             stepper.update_one(entry, g, states, {}, self._note)
 
     def _note(self, entry: ParamEntry) -> None:

@@ -17,6 +17,7 @@ from collins.compile.tracing import register, trace_step, untraced
 from collins.entries import Carried, Hash, ParamEntry
 from collins.fused_backward import FusedBackward
 from collins.groups import params_of, take_group
+from collins.interrupts import HeldInterrupts
 from collins.loading import load_into
 from collins.measured import Measured
 from collins.offload import MemoryPolicy, PlacementPlan
@@ -252,11 +253,10 @@ class Collins(Measured, FusedBackward, Optimizer):
         """Performs one optimization step.
 
         Whatever is raised while parameters are stepped, each of them is either stepped - its weights, moments and
-        counter - or all of these are as they were, in every tier, after backward and in it. Three things are beyond
-        that: a kernel or a compiled graph that fails after it has begun to write; a KeyboardInterrupt between the
-        launch of a kernel and the note of it, or a second one while a step that was interrupted is finished; and an
-        eager step of a large parameter whose later pieces find no memory when they are tried again, which ends in a
-        RuntimeError that says so.
+        counter - or all of these are as they were, in every tier, after backward and in it. Two things are beyond that:
+        a kernel or a compiled graph that fails after it has begun to write; and an eager step of a large parameter
+        whose later pieces find no memory when they are tried again, which ends in a RuntimeError that says so. A
+        KeyboardInterrupt comes once the step has ended, unless Ctrl-C is pressed again a second later.
 
         Args:
             closure: reevaluates the model and returns the loss; it runs with gradients enabled.
@@ -352,10 +352,11 @@ class Collins(Measured, FusedBackward, Optimizer):
         Code that compiles `step` calls this as it is: the engine compiles its own graphs, which no change of learning
         rate, gradients or state invalidates.
         """
-        self._stepper.update(self.param_groups, self.state, repeats=not self.in_backward)
-        if self._backward is not None:
-            self._backward.end()
-            self._watch()  # whoever takes gradients since
+        with HeldInterrupts():
+            self._stepper.update(self.param_groups, self.state, repeats=not self.in_backward)
+            if self._backward is not None:
+                self._backward.end()
+                self._watch()  # whoever takes gradients since
 
     def _step_in_backward(self) -> None:
         """From now on parameters are stepped as their gradients arrive."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from collins._torch_internals import is_fsdp_flattened
 from collins.bucketing import Bucketing, moment_shape
@@ -80,6 +81,8 @@ def check_param(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
     if p.requires_grad or p.grad is not None:
         _check_dtype(name, p)
         check_table_dtype(name, p.dtype, group["table_dtype"])
+        if is_lazy(p):  # which has no shape before the first forward
+            return
         (found,) = found_roles([(None, tuple(p.shape))])  # by its shape: the other parameters are not known yet
         role = role_under(found, p.numel(), group).kind
         if group["role"] != "auto":

@@ -173,4 +173,4 @@ def _by_bytes(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, An
         and numel // shape[0] // recipe.m_load % FORMATS[m_format].unit
     ):
         m_format = "bfloat16" if first.hash else dense_format(dtype, torch.float32)  # rows of no whole blocks
-    return Scheme(first, second, m_format, FORMATS[recipe.m_format].second or "float32")
+    return Scheme(first, second, m_format, FORMATS[m_format].second or m_format)

@@ -158,8 +158,13 @@ def flat(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def used_gradient(g: Tensor, spec: UpdateSpec, hp: StepScalars) -> Tensor:
-    """The gradient as it is used, flat: scaled, and of the sign that descends."""
-    g, scale = flat(g, torch.promote_types(g.dtype, torch.float32)), hp.grad_scale
+    """The gradient as it is used, flat."""
+    return scaled_gradient(flat(g, torch.promote_types(g.dtype, torch.float32)), spec, hp)
+
+
+def scaled_gradient(g: Tensor, spec: UpdateSpec, hp: StepScalars) -> Tensor:
+    """The gradient scaled, and of the sign that descends."""
+    scale = hp.grad_scale
     g = -g if spec.maximize else g
     if isinstance(scale, Tensor):
         return g * scale.to(g.device)

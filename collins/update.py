@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from collins.task import (
     bucket_signs,
     flat,
     pieces,
+    scaled_gradient,
     unit_of,
     used_gradient,
     writes_of,
@@ -123,7 +124,7 @@ class EagerUpdate(PiecewiseUpdate):
 
 
 class Values(NamedTuple):
-    """What one piece comes to."""
+    """The results of one piece."""
 
     writes: list[Write]
     finite: Tensor | None = None  # what of it is not left out, where something may be
@@ -160,8 +161,8 @@ def _dense_piece(piece: Piece, task: UpdateTask, hp: StepScalars) -> Values:
     (m_format, v_format), count, v_load = task.spec.formats, p.numel(), int(task.spec.loads[1])
     v_count = -(-count // v_load)
     m, v = m_format.cut(task.m, offset, count), v_format.cut(task.v, offset // v_load, v_count)
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    values = _dense(p, grad, m_format.load(m, count, dtype), v_format.load(v, v_count, dtype), hp, task.spec)
+    old, grad = flat(p, torch.promote_types(p.dtype, torch.float32)), used_gradient(grad, task.spec, hp)
+    values = _dense(old, grad, m_format.load(m, count, old.dtype), v_format.load(v, v_count, old.dtype), hp, task.spec)
     return _dense_writes(p, m, v, values, task.start + offset, task, hp)
 
 
@@ -170,29 +171,27 @@ def update_rows_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
 
     What else is not static, the hash keys, the scalars and `start`, is columns, (n, 1).
     """
-    scalars = StepScalars(*(cast(Tensor, column)[:, 0] for column in hp))
     dtype = torch.promote_types(task.p.dtype, torch.float32)
     m, v = (parts[0].to(dtype) for parts in (task.m, task.v))  # dense moments have one part
-    dense = torch.vmap(lambda p, g, m, v, hp: _dense(p, g, m, v, hp, task.spec))
-    values = dense(task.p, g, m, v, scalars)
+    values = _dense(task.p.to(dtype), scaled_gradient(g.to(dtype), task.spec, hp), m, v, hp, task.spec)
     written = _dense_writes(task.p, task.m, task.v, values, task.start, task, hp)
     for target, value in written.writes:
         target.copy_(value)
     _count(task.skipped, written)
 
 
-def _dense(p: Tensor, g: Tensor, m: Tensor, v: Tensor, hp: StepScalars, spec: UpdateSpec) -> tuple[Tensor, ...]:
-    """The new p, m and v, flat and before they are rounded; and which gradients, or buckets of the second moment, are
-    finite, if that is asked for.
+def _dense(old: Tensor, grad: Tensor, m: Tensor, v: Tensor, hp: StepScalars, spec: UpdateSpec) -> tuple[Tensor, ...]:
+    """The new p, m and v before they are rounded; and which gradients, or buckets of the second moment, are finite, if
+    that is asked for.
+
+    All are flat, in one dtype; or rows of as many elements, with scalars in columns, where v has an entry for each.
     """
-    grad, v_load = used_gradient(g, spec, hp), int(spec.loads[1])
-    count = len(grad)
+    v_load, count = int(spec.loads[1]), len(grad)
     q = grad * grad if v_load == 1 else _means(grad * grad, v_load)
     finite = _finite(q, spec)
     own = None if finite is None else _each(finite, v_load, count)
     first_moment = decay(m, grad, hp.beta1, hp.one_minus_beta1, finite=own)
     second_moment = decay(v, q, hp.beta2, hp.one_minus_beta2, finite=finite)
-    old = flat(p, grad.dtype)
     m_hat, v_hat = first_moment * hp.inv_bias_correction1, _each(second_moment * hp.inv_bias_correction2, v_load, count)
     new = updated(old, direction(m_hat, v_hat, None, hp), hp)
     changed = _where(own, new, old), first_moment, second_moment

@@ -2,9 +2,10 @@
 
 A batch is stepped as a whole or not at all: everything that a step writes is computed before any of it is written. Its
 temporaries are X and its successor in the dtype of the products, two squares of the shorter side for each matrix, and
-the new values of what it steps; less than 16 bytes for each element of a batch, beside those of `encoded` and `moved`,
-which work in pieces where no graph is compiled. A batch has at most `BATCH` elements, or one matrix. A stack of experts
-that is larger takes several batches one after another.
+the new values of what it steps; for parameters of at most 32 bits less than 16 bytes for each element of a batch,
+beside those of `encoded` and `moved`, which work in pieces where no graph is compiled. A batch has at most `BATCH`
+elements, or one matrix, or a stack whose matrices share stored entries. A larger stack of experts takes several batches
+one after another.
 
 Sums in a product may be taken in another order in a batch of another size. So steps of matrices that are stepped in
 batches of different sizes, after backward and in it, agree to the rounding of bfloat16 where the library for products
@@ -91,7 +92,7 @@ class MatrixSteps:
                 raise
 
     def _values(self, batch: Sequence[Member], matrices: Matrices, scalars: ScalarTensors) -> Values:
-        """What a batch comes to."""
+        """The results of a batch."""
         found = [self._encoded(member, scalars) for member in batch]
         Xs = [X for X, _ in found]
         X = (Xs[0] if len(Xs) == 1 else torch.cat(Xs)).view(-1, matrices.rows, matrices.cols)

@@ -327,8 +327,6 @@ def test_maximizing_is_stepping_with_the_opposite_gradient():
 
 
 def test_gradients_are_clipped_where_they_are_read():
-    plain, clipped = stepped(max_grad_norm=math.inf)[0], stepped(max_grad_norm=1.0)[0]
-    assert [torch.equal(a, b) for a, b in zip(plain[::3], clipped[::3], strict=False)].count(False) > 0
     ps, qs = (parameters(torch.float32, SHAPES) for _ in range(2))
     opt, other = Collins(ps, **OPTIONS, max_grad_norm=1.0), Collins(qs, **OPTIONS)
     for step in range(3):
