@@ -327,3 +327,22 @@ def test_zero_gradients_and_zero_lr_create_state_and_change_nothing():
     assert same(before, [p.detach() for p in net.parameters()])
     assert len(opt.state) == 4
     assert all(not t.isnan().any() for state in opt.state.values() for t in tensors(state).values())
+
+
+@pytest.mark.parametrize(
+    ("remedy", "moves"),
+    [({}, True), ({"decode": "sketch"}, True), ({"role": "exact"}, False), ({"compress_ratio": 1}, False)],
+    ids=str,
+)
+def test_masked_elements_are_moved_by_their_neighbours_unless_moments_are_exact(remedy, moves):
+    """The limit that `Collins` names, and its remedies: weights that are pruned stay at zero."""
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(64, 64, generator=generator) < 0.5
+    p = torch.nn.Parameter(torch.randn(64, 64, generator=generator) * kept)
+    opt = Collins([{"params": [p], **remedy}], lr=0.01, min_K=16, weight_decay=0.1)
+    for _ in range(3):
+        p.grad = torch.randn(64, 64, generator=generator) * kept
+        opt.step()
+    pruned = p.detach()[~kept]
+    assert (pruned != 0).any() == moves
+    assert not moves or (pruned != 0).float().mean() > 0.5

@@ -28,9 +28,7 @@ transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 PLENTY = ["--device-memory", "1000GiB", "--host-memory", "1000GiB"]
-TABLES = partial(
-    requests_of, dtype=torch.bfloat16, compress_ratio=32, min_K=1024, hash="block", table_dtype=None
-)
+TABLES = partial(requests_of, dtype=torch.bfloat16, compress_ratio=32, min_K=1024, hash="block", table_dtype=None)
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 160,
