@@ -92,7 +92,7 @@ def loadable(
     options: Sequence[str],
     expected_states: Sequence[ExpectedState],
 ) -> CheckedStateDict:
-    """What a state dict comes to for an optimizer of the groups `own`, whose options are named `options`.
+    """The checked form of a state dict for an optimizer of the groups `own`, whose options are named `options`.
 
     Args:
         expected_states: one for each parameter, through all groups.
@@ -311,8 +311,10 @@ def check_moments(name: str, where: str, found: Mapping[str, Any], shapes: dict[
             raise ValueError(f"{name} must have a {key} that is a dense tensor with data; {where} holds {problem}")
     got = {key: tuple(value.shape) for key, value in found.items()}
     if got != shapes:
+        hint = ". Version 0.2 kept vectors in tables too, as role='matrix' does" if DENSE[0] in shapes else ""
         raise ValueError(
-            f"{name} has moments {shapes} under its group's role, compress_ratio, min_K and hash; {where} holds {got}"
+            f"{name} has moments {shapes} under its group's role, compress_ratio, min_K and hash; {where} holds"
+            f" {got}{hint if TABLES[0] in got else ''}"
         )
 
 
@@ -399,7 +401,7 @@ def _kept(what: str, value: Any) -> Any:
 def _check_table_dtype(expected: ExpectedState, saved: object) -> None:
     """Raises a ValueError for moments that were saved in another format than they arrive in.
 
-    `torch.distributed.checkpoint` reads into tensors that are there, and casts without a word what it reads.
+    `torch.distributed.checkpoint` reads into existing tensors, and casts what it reads silently.
     """
     format = format_name(str(saved))
     if format not in FORMATS:

@@ -46,7 +46,7 @@ from collins.checkpoint import (
     uncopied,
 )
 from collins.fingerprint import LAYOUT, Fingerprint
-from collins.formats import IntFormat
+from collins.formats import FORMATS, NONE, IntFormat
 from collins.hashing import BlockHash, UniversalHash
 from collins.options import OF_THE_WHOLE, check_options, shown
 from collins.sharding import is_sharded
@@ -70,6 +70,8 @@ def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]
     | dense moments | tables of any hash; a coarser second moment | exact | exact |
     | tables | tables that mean the same, in any dtype | the same | the same |
     | tables of hash="block" | as coarse or coarser a second moment, any seed and period | restarts at 0 | exact |
+    | dense moments, or M alone | M alone, as decode="orthogonal" keeps it, dense or in tables | exact | left out |
+    | tables, or M alone | tables of M alone | the same where it means the same, else restarts at 0 | left out |
 
     What else a parameter's state holds (a wrapper's slow weights) comes along as it is.
 
@@ -171,6 +173,9 @@ def _names(expected: ExpectedState) -> tuple[str, str]:
 
 def _from_dense(state: Mapping[str, Any], expected: ExpectedState, step: int) -> tuple[Tensor, Tensor]:
     numel, hash = math.prod(expected.param_shape), expected.hash
+    if not _keeps_second(state, expected, DENSE[1]):
+        m = _first_moment(expected.name, state, DENSE, numel, expected.param_shape, None)
+        return m if hash is None else _means(m, hash, step, signed=True), m[:0]
     v = state.get(DENSE[1])
     v_load = 1
     while isinstance(v, Tensor) and v.numel() < -(-numel // v_load):
@@ -183,36 +188,63 @@ def _from_dense(state: Mapping[str, Any], expected: ExpectedState, step: int) ->
     return m if hash is None else _means(m, hash, step, signed=True), _coarser(state[DENSE[1]], v_load, expected)
 
 
+def _keeps_second(state: Mapping[str, Any], expected: ExpectedState, name: str) -> bool:
+    """Whether a second moment, saved under `name`, is wanted.
+
+    Raises:
+        ValueError: where it is, and there is none.
+    """
+    keeps = expected.update.v_format != NONE
+    if keeps and name not in state:
+        raise ValueError(
+            f"{expected.name} cannot be converted: it keeps a second moment here, and state_dict holds none, as under"
+            " decode='orthogonal'. Remove that state to start anew"
+        )
+    return keeps
+
+
 def _first_moment(
     name: str,
     state: Mapping[str, Any],
     names: tuple[str, str],
     count: int,
     shape: tuple[int, ...] | None,
-    v_count: int,
+    v_count: int | None,
 ) -> Tensor:
     """The `count` entries of a saved first moment, flat; both moments have been checked then.
 
     Args:
         names: of both moments.
         shape: of a first moment that is not of integers; None for any.
-        v_count: entries of the second.
+        v_count: entries of the second; None where that is left out.
     """
-    found = {key: state[key] for key in state if part_of(key) in names}
+    found = {key: state[key] for key in state if part_of(key) in (names if v_count is not None else names[:1])}
     integers = found.get(names[0])
     stored = isinstance(integers, Tensor) and integers.dtype in (torch.int8, torch.uint8)
     if stored:
-        format = IntFormat(8 if cast(Tensor, integers).dtype is torch.int8 else 4)
+        format = _int_format(cast(Tensor, integers), found.get(names[0] + "_scale"), count)
         shapes = {names[0] + suffix: spec.shape for suffix, spec in format.parts((count,)).items()}
     else:
         shapes = {names[0]: (count,) if shape is None else shape}
     whole = {key: t.reshape(-1) if uncopied(t) is None and (stored or shape is None) else t for key, t in found.items()}
-    if uncopied(found.get(names[1])) is None:
-        whole[names[1]] = found[names[1]].reshape(-1)
-    check_moments(name, "state_dict", whole, {**shapes, names[1]: (v_count,)})
+    if v_count is not None:
+        shapes[names[1]] = (v_count,)
+        if uncopied(found.get(names[1])) is None:
+            whole[names[1]] = found[names[1]].reshape(-1)
+    check_moments(name, "state_dict", whole, shapes)
     if stored:
-        return format.load([whole[key].detach() for key in shapes], count, torch.float32)
+        stored_in = [whole[names[0] + suffix].detach() for suffix in format.parts((count,))]
+        return format.load(stored_in, count, torch.float32)
     return cast(Tensor, whole[names[0]]).detach().reshape(-1).clone()
+
+
+def _int_format(integers: Tensor, scales: Any, count: int) -> IntFormat:
+    """The format of `count` saved integers, by their dtype and the number of their scales."""
+    bits = 8 if integers.dtype is torch.int8 else 4
+    formats = [format for format in FORMATS.values() if isinstance(format, IntFormat) and format.bits == bits]
+    entries = scales.numel() if isinstance(scales, Tensor) else 0
+    fit = [format for format in formats if -(-count // format.block) == entries]
+    return (fit or formats)[0]
 
 
 def _undivided(name: str, what: str) -> ValueError:
@@ -238,7 +270,8 @@ def _coarser(v: Tensor, load: int, expected: ExpectedState) -> Tensor:
     sums, counts = torch.zeros(2, -(-numel // own), dtype=torch.float64, device=v.device)
     sums.index_add_(0, buckets, loads * v.double())
     counts.index_add_(0, buckets, loads)
-    return sums / counts
+    means: Tensor = sums / counts
+    return means
 
 
 def _means(x: Tensor, hash: BlockHash | UniversalHash, step: int, *, signed: bool) -> Tensor:
@@ -267,6 +300,11 @@ def _from_tables(state: Mapping[str, Any], expected: ExpectedState, step: int) -
     if LAYOUT not in state:
         raise ValueError(f"{name} has tables in state_dict without the {LAYOUT!r} that says what they mean")
     saved, own = fingerprint_in(name, state), expected.fingerprint
+    if not _keeps_second(state, expected, TABLES[1]):
+        m = _first_moment(name, state, TABLES, saved.buckets, None, None)
+        if own is None or saved.difference(own) is not None:
+            m = torch.zeros(saved.numel if own is None else own.buckets, device=m.device)
+        return m, m[:0]
     v_buckets, v_load = _second_buckets(saved, state.get(TABLES[1]))
     m = _first_moment(name, state, TABLES, saved.buckets, None, v_buckets)
     same, own_load = own is not None and saved.difference(own) is None, int(expected.update.loads[1])

@@ -49,7 +49,7 @@ class ParamSpec:
     @property
     def local_tensors(self) -> tuple[TensorSpec, ...]:
         """This rank's part of each tensor of the state."""
-        if self.slice is None:
+        if self.slice is None or self.slice.shape == self.size:
             return tuple(self.tensors.values())
         own = self.slice.shape
         shapes = (own if spec.shape == self.size else (own[0], *spec.shape[1:]) for spec in self.tensors.values())

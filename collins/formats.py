@@ -116,13 +116,13 @@ class FloatFormat:
         return (values.view(target.shape),)
 
 
-BLOCK = 64  # entries that share a scale
+BLOCK = 64  # entries that share a scale, where a format says nothing else
 SMALLEST = 1e-30  # a block whose entries are all smaller is stored as zeros: its scale could not be inverted
 
 
 @dataclass(frozen=True)
 class IntFormat:
-    """Each entry as a signed integer of 8 or 4 bits, with a scale in float32 for each `BLOCK` neighbours:
+    """Each entry as a signed integer of 8 or 4 bits, with a scale in float32 for each `block` neighbours:
 
         M_b = q_b scale        scale = max |M| / L over the block        L = 127 or 7
 
@@ -132,6 +132,7 @@ class IntFormat:
     """
 
     bits: int
+    block: int = BLOCK
 
     @property
     def limit(self) -> int:
@@ -148,38 +149,40 @@ class IntFormat:
 
     @property
     def unit(self) -> int:
-        return BLOCK
+        return self.block
 
     @property
     def rounds(self) -> bool:
         return False
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        whole = len(shape) == 2 and shape[1] % BLOCK == 0  # a row is made of whole blocks
+        whole = len(shape) == 2 and shape[1] % self.block == 0  # a row is made of whole blocks
         rows, count = shape if whole else ((), math.prod(shape))
         lead = (rows,) if whole else ()
         stored = torch.int8 if self.bits == 8 else torch.uint8
         return {
             "": TensorSpec((*lead, -(-count * self.bits // 8)), stored),
-            "_scale": TensorSpec((*lead, -(-count // BLOCK)), torch.float32),
+            "_scale": TensorSpec((*lead, -(-count // self.block)), torch.float32),
         }
 
     def cut(self, parts: Sequence[Tensor], first: int, count: int) -> tuple[Tensor, ...]:
         integers, scales = parts
         end = first + count
-        return integers[first * self.bits // 8 : -(-end * self.bits // 8)], scales[first // BLOCK : -(-end // BLOCK)]
+        return integers[first * self.bits // 8 : -(-end * self.bits // 8)], scales[
+            first // self.block : -(-end // self.block)
+        ]
 
     def load(self, parts: Sequence[Tensor], count: int, dtype: torch.dtype) -> Tensor:
         integers, scales = parts
         if self.bits == 4:
             pairs = torch.stack((integers & 15, integers >> 4), -1).view(-1).to(torch.int32)
             integers = (pairs ^ 8) - 8  # two's complement
-        blocks = _in_blocks(integers.to(dtype)) * scales.to(dtype)[:, None]
+        blocks = _in_blocks(integers.to(dtype), self.block) * scales.to(dtype)[:, None]
         return blocks.view(-1)[:count]
 
     def written(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> Sequence[Tensor]:
         integers, scales = parts
-        blocks = _in_blocks(values.reshape(-1))
+        blocks = _in_blocks(values.reshape(-1), self.block)
         largest = blocks.abs().amax(1)
         q = torch.round(blocks * (self.limit / largest.clamp(min=SMALLEST))[:, None]).to(torch.int32).view(-1)
         if self.bits == 4:
@@ -189,11 +192,32 @@ class IntFormat:
         return q.view(integers.shape), (largest / self.limit).view(scales.shape)
 
 
-def _in_blocks(entries: Tensor) -> Tensor:
+def _in_blocks(entries: Tensor, block: int) -> Tensor:
     """Flat entries in rows of a block each, the last one filled up with zeros."""
-    missing = -len(entries) % BLOCK
-    return (torch.nn.functional.pad(entries, (0, missing)) if missing else entries).view(-1, BLOCK)
+    missing = -len(entries) % block
+    return (torch.nn.functional.pad(entries, (0, missing)) if missing else entries).view(-1, block)
 
+
+@dataclass(frozen=True)
+class NoFormat:
+    """Nothing: the second moment of a decode that has none."""
+
+    dtype, second, unit, rounds = torch.float32, None, 1, False
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        return {}
+
+    def cut(self, parts: Sequence[Tensor], first: int, count: int) -> tuple[Tensor, ...]:
+        return ()
+
+    def load(self, parts: Sequence[Tensor], count: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(count, dtype=dtype, device="cpu")
+
+    def written(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> Sequence[Tensor]:
+        return ()
+
+
+NONE = "none"  # the key of `NoFormat`
 
 FORMATS: dict[str, TableFormat] = {
     "float64": FloatFormat(torch.float64),
@@ -202,6 +226,8 @@ FORMATS: dict[str, TableFormat] = {
     "float16": FloatFormat(torch.float16),
     "int8": IntFormat(8),
     "int4": IntFormat(4),
+    "int4_128": IntFormat(4, block=128),
+    NONE: NoFormat(),
 }
 
 

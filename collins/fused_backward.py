@@ -27,12 +27,13 @@ class FusedBackward:
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
     in_backward: bool
+    max_grad_norm: float | None
     _stepper: Stepper
 
     @property
     def supports_fused_back_pass(self) -> bool:
         """Whether `step_parameter` may be called."""
-        return not self.in_backward
+        return not self.in_backward and self.max_grad_norm is None
 
     @torch.no_grad()
     @untraced
@@ -47,13 +48,18 @@ class FusedBackward:
             group, i: its group and its number there, which such programs pass; not needed.
 
         Raises:
-            RuntimeError: with in_backward=True, where the optimizer has hooks of its own.
+            RuntimeError: with in_backward=True, where the optimizer has hooks of its own, and with `max_grad_norm`.
             ValueError, TypeError: as `step` does, and for a parameter that is not in this optimizer.
         """
         if self.in_backward:
             raise RuntimeError(
                 "step_parameter cannot be used with in_backward=True, where Collins steps parameters in hooks of its"
                 " own: build it with in_backward=False"
+            )
+        if self.max_grad_norm is not None:
+            raise RuntimeError(
+                f"max_grad_norm must be None for step_parameter, got {self.max_grad_norm}: the norm of all gradients is"
+                " not known yet. Clip each in the hook that calls this, or let Collins do it with in_backward=True"
             )
         if p.grad is not None:
             self._stepper.lone_steps.step(p, p.grad, self._stepper, self.param_groups, self.state)
@@ -80,19 +86,22 @@ class LoneSteps:
             if id(p) in self._stepped:
                 stepper.end(groups, states)
             if id(p) not in self._known or id(p) in self._stepped:
-                self.end()
+                if self.end():
+                    stepper.end(groups, states)
                 self._known = stepper.begin(groups, states)
             if id(p) not in self._known:
                 raise ValueError(f"p must be a parameter of this optimizer, got a {tuple(p.shape)} tensor that is not")
             entry = self._known[id(p)]
             stepper.check(entry, states)
-            # Scalars are computed anew for each: nobody says when a learning rate has changed.
+            # Scalars are computed anew for each: there is no event for a learning rate that has changed.
             stepper.update_one(entry, g, states, {}, self._note)
 
     def _note(self, entry: ParamEntry) -> None:
         self._stepped.add(id(entry.p))
 
-    def end(self) -> None:
-        """Parameters, groups and states may be others from here on."""
+    def end(self) -> bool:
+        """Parameters, groups and states may be others from here on. Returns whether any has been stepped until now."""
+        any_stepped = bool(self._stepped)
         self._known = {}
         self._stepped.clear()
+        return any_stepped

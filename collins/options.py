@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Set
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from collins.bucketing import HASHES, NONFINITE
-from collins.formats import FORMATS, FloatFormat
+from collins.formats import FORMATS, FloatFormat, NoFormat
 from collins.roles import ROLES
-from collins.rule import DECODES
+from collins.rule import DECODES, ORTHOGONAL
 
 TABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 OF_THE_WHOLE = frozenset({"compile", "in_backward", "max_grad_norm", "memory", "seed"})  # options that no group has
@@ -123,6 +124,12 @@ def _read_whole(text: str) -> Any:
         return int(number) if isinstance(number, float) and number.is_integer() else text
 
 
+def _read_wholes(text: str) -> Any:
+    """An int, or several with commas between them."""
+    parts = [_read_whole(part) for part in text.strip().strip("[]()").split(",")]
+    return text if any(isinstance(part, str) for part in parts) else parts[0] if len(parts) == 1 else tuple(parts)
+
+
 def _read_flag(text: str) -> Any:
     return {"true": True, "false": False}.get(text.strip().lower(), text)
 
@@ -148,6 +155,7 @@ _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "flo
 _READERS: dict[Any, Callable[[str], Any]] = {
     torch.dtype: _read_dtype,
     tuple: _read_pair,
+    Sequence: _read_wholes,
     bool: _read_flag,
     int: _read_whole,
     float: _read_number,
@@ -208,6 +216,17 @@ def _check_whole(group: dict[str, Any], name: str, accepted: str) -> None:
         group[name] = int(value)
 
 
+def _check_row_parts(group: dict[str, Any]) -> None:
+    """Makes `row_parts` an int, or a tuple of ints where it is a sequence of at least two."""
+    value, name = group["row_parts"], "row_parts"
+    accepted = "an int of at least 1, or at least two of them"
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        require(len(value) > 1 and all(_whole(rows) and rows >= 1 for rows in value), name, value, accepted)
+        group[name] = tuple(map(int, value))
+    else:
+        _check_whole(group, name, accepted)
+
+
 def check_options(group: dict[str, Any]) -> None:
     """Raises a ValueError that names the first option of a parameter group that is out of range.
 
@@ -252,6 +271,9 @@ def check_options(group: dict[str, Any]) -> None:
     _check_whole(group, "min_K", "an int of at least 1")
     for name, values in _CHOICES:
         require(isinstance(group[name], str) and group[name] in values, name, group[name], listed(tuple(values)))
+    whole = group["decode"] != ORTHOGONAL or group["hash"] == "block"
+    require(whole, "hash", group["hash"], f"'block' for decode='{ORTHOGONAL}'")
+    _check_row_parts(group)
     _check_range(group, "residual_square")
     if group["residual_weight"] is not None:
         _check_range(group, "residual_weight", "None, or finite and at least 0")
@@ -259,7 +281,7 @@ def check_options(group: dict[str, Any]) -> None:
         _check_whole(group, "rehash_period", "None or an int of at least 1")
         require(group["rehash_period"] < 2**31, "rehash_period", group["rehash_period"], "None or an int below 2**31")
     dtype = group["table_dtype"]
-    named = isinstance(dtype, str) and dtype in FORMATS and not isinstance(FORMATS[dtype], FloatFormat)
+    named = isinstance(dtype, str) and dtype in FORMATS and not isinstance(FORMATS[dtype], FloatFormat | NoFormat)
     chosen = dtype is None and second is not None
     require(not chosen, "v_compress_ratio", second, "None without a table_dtype: compress_ratio chooses both loads")
     require(not named or group["hash"] == "block", "hash", group["hash"], f"'block' for tables in {dtype}")
@@ -274,4 +296,5 @@ def check_options(group: dict[str, Any]) -> None:
     require(not waits, "nonfinite", group["nonfinite"], "propagate or skip with capturable=True, which cannot wait")
 
 
-_CHOICES = (("role", ROLES), ("hash", HASHES), ("decode", DECODES), ("nonfinite", NONFINITE))
+_DECODES: Mapping[str, Any] = ChainMap[str, Any]({ORTHOGONAL: None}, DECODES)
+_CHOICES = (("role", ROLES), ("hash", HASHES), ("decode", _DECODES), ("nonfinite", NONFINITE))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from collins._torch_internals import is_fsdp_flattened
 from collins.bucketing import Bucketing, moment_shape
@@ -19,10 +20,12 @@ from collins.fingerprint import LAYOUT, Fingerprint, fingerprint, unpacked
 from collins.formats import FORMATS, TensorSpec
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.options import check_table_dtype, listed
+from collins.orthogonal import parts_of_rows
 from collins.roles import Role, found_roles, role_under
 from collins.rounding import ROUNDED
-from collins.schemes import Scheme, scheme_under
-from collins.sharding import Slice, is_placed_like, is_sharded, local, local_gradient, slice_of
+from collins.rule import ORTHOGONAL
+from collins.schemes import Scheme, decode_of, scheme_under
+from collins.sharding import Slice, check_whole, is_placed_like, is_sharded, local, local_gradient, slice_of
 from collins.update import HashKeys, UpdateSpec, UpdateTask
 
 LaunchOf = Callable[[UpdateSpec, Tensor, int], Any]
@@ -37,6 +40,7 @@ PLANNED = (
     "min_K",
     "hash",
     "decode",
+    "row_parts",
     "rehash_period",
     "table_dtype",
     "maximize",
@@ -77,9 +81,14 @@ def check_param(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
     if p.requires_grad or p.grad is not None:
         _check_dtype(name, p)
         check_table_dtype(name, p.dtype, group["table_dtype"])
+        if is_lazy(p):  # which has no shape before the first forward
+            return
+        (found,) = found_roles([(None, tuple(p.shape))])  # by its shape: the other parameters are not known yet
+        role = role_under(found, p.numel(), group).kind
+        if group["role"] != "auto":
+            row_parts_of(name, p, group, role)
         if is_sharded(p):
-            (found,) = found_roles([(None, tuple(p.shape))])  # by its shape: the other parameters are not known yet
-            slice_under(name, p, group, role_under(found, p.numel(), group).kind)
+            slice_under(name, p, group, role)
 
 
 def _check_dtype(name: str, p: Tensor) -> None:
@@ -104,9 +113,18 @@ def rounds(p: Tensor, formats: Iterable[str], group: Mapping[str, Any]) -> bool:
     return group["stochastic_rounding"] is not False and rounded
 
 
+def row_parts_of(name: str, p: Tensor, group: Mapping[str, Any], role: str) -> tuple[int, ...]:
+    """The rows of the matrices that `p`, a parameter of this role, is cut into; () where it is not orthogonalised."""
+    if decode_of(group, role) != ORTHOGONAL:
+        return ()
+    return parts_of_rows(name, tuple(p.shape), group["row_parts"])
+
+
 def slice_under(name: str, p: Tensor, group: Mapping[str, Any], role: str) -> Slice | None:
     """This rank's part of `p`, a parameter of this role; None for an ordinary tensor."""
     scheme = scheme_of(p, group, role)
+    if decode_of(group, role) == ORTHOGONAL:
+        check_whole(name, p)
     return slice_of(name, p, scheme.v, rounding=rounds(p, scheme.formats, group))
 
 
@@ -133,19 +151,21 @@ def spec_of(entry: ParamEntry, settings: tuple[Any, ...], seed: int, launch_of: 
         check_table_dtype(entry.name, p.dtype, group["table_dtype"])
     role = role_of(entry)
     scheme = scheme_of(p, group, role.kind)
-    first, second, *formats = scheme
+    first, second = scheme.m, scheme.v
     period, hash = group["rehash_period"], _hash_of(entry, first, seed)
     rehash = first.hash == "block" and period is not None
     update = UpdateSpec(
         first.hash,
         first.load,
-        group["decode"],
+        decode_of(group, role.kind),
         rehash,
-        rounds(p, formats, group),
+        rounds(p, scheme.formats, group),
         group["maximize"],
         group["nonfinite"] == "skip",
-        *formats,
+        scheme.m_format,
+        scheme.v_format,
         None if first.load == second.load else second.load,
+        row_parts=row_parts_of(entry.name, p, group, role.kind),
     )
     sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
     part = slice_under(entry.name, p, group, role.kind)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from collins.entries import ParamEntry
+from collins.formats import NONE
 from collins.parameter import scheme_of, state_tensors
 from collins.roles import Role
 from collins.table import as_table, shape_text
@@ -23,7 +24,7 @@ class ParameterRow:
     hash: str | None  # None: a first moment for each element
     load: float  # elements per bucket of the first moment, c
     v_load: float  # and of the second
-    m_format: str  # keys of `collins.formats.FORMATS`; empty for a frozen parameter
+    m_format: str  # keys of `collins.formats.FORMATS`, "none" for no moment; empty for a frozen parameter
     v_format: str
     state_bytes: int
     adamw_bytes: int  # what torch.optim.AdamW keeps: two moments in the parameter's dtype
@@ -54,7 +55,7 @@ class MemoryReport:
     def _moments(row: ParameterRow) -> tuple[str, ...]:
         """Formats and loads of both moments, as text."""
         pairs = ((row.m_format, row.load), (row.v_format, row.v_load))
-        return tuple(f"{format} / {load:g}" if load > 1 else format for format, load in pairs)
+        return tuple(f"{format} / {load:g}" if load > 1 and format != NONE else format for format, load in pairs)
 
     def __str__(self) -> str:
         heads = ("parameter", "shape", "role", "found by", "M", "V", "bytes", "AdamW bytes")

@@ -86,12 +86,15 @@ def _by_rows(name: str | None, shape: tuple[int, ...], named: Mapping[int, str],
     """The role of a parameter of which module and name say nothing by themselves."""
     if sum(size > 1 for size in shape) < 2 and max(shape, default=1) <= LONGEST_VECTOR:
         return Role("exact", "vector")
-    if len(shape) != 2 or (name is not None and _in_block(name)):
-        return Role("matrix", "shape")
+    matrix = Role("matrix", "shape")
+    if len(shape) != 2:
+        return matrix
+    table = shape[0] >= max(TABLE_ROWS, TABLE_ASPECT * shape[1]) and rows[shape[0]] <= TABLE_SHARED
+    if not (table or shape[0] in named) or (name is not None and _in_block(name)):
+        return matrix
     if name is not None and shape[0] in named and not _OTHER.search(_module_name(name).lower()):
         return Role("tokens", f"name: as many rows as {named[shape[0]]}")
-    table = shape[0] >= max(TABLE_ROWS, TABLE_ASPECT * shape[1]) and rows[shape[0]] <= TABLE_SHARED
-    return Role("tokens" if table else "matrix", "shape")
+    return Role("tokens", "shape") if table else matrix
 
 
 def roles_of_modules(model: nn.Module) -> dict[str, Role]:

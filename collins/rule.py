@@ -49,6 +49,10 @@ DECODES = {
 }
 
 
+ORTHOGONAL = "orthogonal"  # the decode of whole matrices: see `collins.orthogonal`
+ELEMENTWISE = "residual"  # what parameters that are no matrices are stepped by beside it
+
+
 class StepScalars(NamedTuple):
     """What one step's formulas need besides tensors: Python numbers, or 0-d tensors, which compiled code takes."""
 

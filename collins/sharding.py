@@ -48,6 +48,22 @@ def local(t: Tensor) -> Tensor:
     return waited(part)
 
 
+def check_whole(name: str, p: Tensor) -> None:
+    """Raises a ValueError, naming the parameter, for one of which this rank may have a part only."""
+    if not is_sharded(p):
+        return
+    found: Any = p
+    sizes = [
+        found.device_mesh.size(dim) for dim, placement in enumerate(found.placements) if not placement.is_replicate()
+    ]
+    if math.prod(sizes) > 1:
+        raise ValueError(
+            f"{name} is a DTensor placed as {_text(found.placements)} over {math.prod(sizes)} ranks, and decode is"
+            " 'orthogonal', which takes the whole matrix at once: Collins accepts it on one rank, or replicated. In a"
+            " group of its own give it decode='residual'"
+        )
+
+
 def slice_of(name: str, p: Tensor, layout: Bucketing, *, rounding: bool) -> Slice | None:
     """Which part of the parameter `p` is here, or None for an ordinary tensor.
 

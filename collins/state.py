@@ -1,4 +1,4 @@
-"""The state of parameters: counters of steps, and moments as they are made, adopted and let go of."""
+"""The state of parameters: step counters, and creating, adopting and dropping moments."""
 
 from __future__ import annotations
 

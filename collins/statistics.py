@@ -287,7 +287,7 @@ def _samples(params: Sequence[Tensor]) -> Tensor:
 
 def _sample(p: Tensor) -> Tensor:
     """Elements of a parameter, at equal distances in its memory."""
-    # An odd distance comes to all columns, of which there are mostly a power of two.
+    # An odd distance reaches all columns, since their number is mostly a power of two.
     distance = max(p.numel() // SAMPLE, 1) | 1
     if not p.is_contiguous():  # a transposed one is, in another order of its dimensions
         strides = p.stride()

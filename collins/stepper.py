@@ -23,6 +23,7 @@ from collins.entries import Carried, Hash, ParamEntries, ParamEntry, ParamSpec, 
 from collins.formats import TensorSpec
 from collins.fused_backward import LoneSteps
 from collins.hashing import UniversalHash
+from collins.interrupts import HeldInterrupts
 from collins.offload import MemoryPolicy
 from collins.offload.backward import refuse_replicas
 from collins.offload.staging import StateRequest
@@ -122,9 +123,9 @@ class Stepper:
             groups, states: the optimizer's.
             repeats: whether later steps may run the program of this one.
         """
-        self.lone_steps.end()
+        alone = self.lone_steps.end()
         self.store.refresh()
-        self.statistics.begin(groups, anew=repeats)
+        self.statistics.begin(groups, anew=repeats and not alone)
         bound = self.matching(groups, states)
         if bound is not None:
             assert self._program is not None
@@ -330,18 +331,19 @@ class Stepper:
         scale = self.clipping.scale_of_one(entry.p, grads[0])
         new: list[ParamEntry] = []
         program: StepProgram | None = None
-        try:
-            self._adopt([entry], states, [entry], new)
-            program = entry.program or self._program_of_one(entry)
-            with self.statistics.stepping(program.entries, program.skippable):
-                program.run(program.bind(grads), shared)
-                stepped(entry)
-        except BaseException:
-            if program is not None and program.stepped:
-                stepped(entry)
-            else:
-                drop(new, states)
-            raise
+        with HeldInterrupts():
+            try:
+                self._adopt([entry], states, [entry], new)
+                program = entry.program or self._program_of_one(entry)
+                with self.statistics.stepping(program.entries, program.skippable):
+                    program.run(program.bind(grads), shared)
+                    stepped(entry)
+            except BaseException:
+                if program is not None and program.stepped:
+                    stepped(entry)
+                else:
+                    drop(new, states)
+                raise
 
     def _task(self, entry: ParamEntry) -> UpdateTask:
         skips = entry.known_spec.update.skip

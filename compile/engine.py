@@ -12,8 +12,9 @@ from torch import Tensor
 
 from collins._torch_internals import foreach_copy_, is_compile_error, version_of
 from collins.compile.graphs import Graphs, ScalarTensors, is_small, split, stack_key, whole_of
+from collins.compile.matrices import MatrixSteps
 from collins.compile.program import Executor
-from collins.rule import StepScalars
+from collins.rule import ORTHOGONAL, StepScalars
 from collins.update import EagerUpdate, UpdateSpec, UpdateTask
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Engine:
         self._compile = compile
         self._graphs = Graphs()
         self.launches = launches or (_launches(busy_link) if compile is None else None)
+        self._matrices = MatrixSteps(self._graphs, self._attempt, self._compiles, self._piece)
         self._failed: set[str] = set()
         self._largest = 0  # bytes of the largest parameter so far
 
@@ -87,14 +89,18 @@ class Engine:
             done: takes the numbers of those that have been performed.
         """
         small: dict[tuple[Any, ...], list[int]] = {}
+        whole: dict[int, UpdateTask] = {}
         scalars: ScalarTensors = {}
         for number, task in tasks.items():
-            if self._compiles(task.p.device) and is_small(task):
+            if task.spec.decode == ORTHOGONAL:
+                whole[number] = task
+            elif self._compiles(task.p.device) and is_small(task):
                 small.setdefault(stack_key(task), []).append(number)
             else:
                 self._run_one(number, task, grads[number], hps[number], scalars, done)
         for numbers in small.values():
             self._run_stacked(numbers, tasks, grads, hps, scalars, done)
+        self._matrices.run(whole, grads, hps, scalars, done)
 
     def _run_one(
         self, number: int, task: UpdateTask, g: Tensor, hp: StepScalars, scalars: ScalarTensors, done: list[int]

@@ -35,7 +35,7 @@ _OPTIONS: dict[str, Any] = {
     "deterministic": True,  # otherwise the fastest order of a sum is measured anew in every process
 }
 
-_Graph = Callable[..., None]
+Graph = Callable[..., Any]
 
 # A step's count, and its other scalars in one tensor: by identity, the dtype of the update, and the device.
 ScalarTensors = dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]]
@@ -53,7 +53,7 @@ class Graphs:
     """Compiles and keeps the graphs of one optimizer."""
 
     def __init__(self) -> None:
-        self._graphs: dict[tuple[Any, ...], _Graph] = {}
+        self._graphs: dict[tuple[Any, ...], Graph] = {}
         self._constants: dict[Any, Any] = {}
         self._stacked: dict[tuple[Any, ...], _Stacked] = {}
         self._captured: list[_Stacked] = []  # which CUDA graphs read again
@@ -75,13 +75,22 @@ class Graphs:
         m, v = (tuple(part.detach().view(-1) for part in parts) for parts in (task.m, task.v))
         tensors = (p, grad, *m, *v)
         signature = (task.spec, p.device, table, *((t.dtype, t.shape, t.stride()) for t in tensors))
+        graph = self.of(signature, lambda number: _graph_of_one(hinted(task.spec, p.device), number))
+        keys, start = self.constants(task)
+        graph(p, grad, m, v, keys, *of_step(task, hp, scalars), start, task.skipped)
+
+    def of(self, signature: tuple[Any, ...], make: Callable[[int], Graph]) -> Graph:
+        """The graph of a signature, which is made, with a number of its own, where there is none."""
+        if signature not in self._graphs:
+            self._graphs[signature] = make(len(self))
+        return self._graphs[signature]
+
+    def constants(self, task: UpdateTask) -> tuple[HashKeys, Tensor]:
+        """The keys and the start of a task as tensors: one graph serves all of them."""
         for constant in (task.keys, task.start):
             if constant not in self._constants:
                 self._constants[constant] = tree_map(_constant, constant)
-        if signature not in self._graphs:
-            self._graphs[signature] = _graph_of_one(hinted(task.spec, p.device), len(self))
-        keys, start = self._constants[task.keys], self._constants[task.start]
-        self._graphs[signature](p, grad, m, v, keys, *_of_step(task, hp, scalars), start, task.skipped)
+        return self._constants[task.keys], self._constants[task.start]
 
     def run_stacked(
         self,
@@ -98,8 +107,7 @@ class Graphs:
         """
         spec, device = batch[0].spec, batch[0].p.device
         signature = (spec, *_signature(batch[0]))
-        if signature not in self._graphs:
-            self._graphs[signature] = _graph_of_many(hinted(spec, device), len(self))
+        graph = self.of(signature, lambda number: _graph_of_many(hinted(spec, device), number))
         times = 2 if len(batch) == 1 else 1  # a size of 1 would be compiled as a constant
         doubled, grads, hps = [*batch] * times, [*grads] * times, [*hps] * times
         columns = zip(*((task.p, g, *task.m, *task.v) for task, g in zip(doubled, grads, strict=True)), strict=True)
@@ -116,12 +124,12 @@ class Graphs:
             self._captured.append(self._stacked[signature])
         _, keys, starts = self._stacked[signature]
         steps = _together([hp.step for hp in hps], torch.int64, device)[:, None]
-        others = torch.stack([_of_step(task, hp, scalars)[1] for task, hp in zip(doubled, hps, strict=True)])
+        others = torch.stack([of_step(task, hp, scalars)[1] for task, hp in zip(doubled, hps, strict=True)])
         skipped = torch.zeros(len(doubled), dtype=torch.int64, device=device)
         for stacked in (*tensors, keys, steps, others, starts, skipped):
             mark_dynamic(stacked, 0)
         p, g, m, v = tensors[0], tensors[1], tuple(tensors[2:cut]), tuple(tensors[cut:])
-        self._graphs[signature](p, g, m, v, keys, steps, others, starts, skipped if spec.skip else None)
+        graph(p, g, m, v, keys, steps, others, starts, skipped if spec.skip else None)
         changed = [stacks[0], *stacks[2:]]
         copies = [
             ([task.tensors[place] for task in batch], list(stack.unbind(0))[: len(batch)])
@@ -195,7 +203,7 @@ def _constant(value: int) -> Tensor:
     return torch.tensor(value, device="cpu")
 
 
-def _of_step(task: UpdateTask, hp: StepScalars, scalars: ScalarTensors) -> tuple[Tensor, Tensor]:
+def of_step(task: UpdateTask, hp: StepScalars, scalars: ScalarTensors) -> tuple[Tensor, Tensor]:
     """The entry in `scalars`, in the dtype of the update, so that no loop has to convert them."""
     here = id(hp), torch.promote_types(task.p.dtype, torch.float32), task.p.device
     if here not in scalars:
@@ -212,7 +220,7 @@ def _together(numbers: Sequence[float | Tensor], dtype: torch.dtype, device: tor
     return torch.stack([x.to(device, dtype) for x in made])
 
 
-def _graph_of_one(spec: UpdateSpec, number: int) -> _Graph:
+def _graph_of_one(spec: UpdateSpec, number: int) -> Graph:
     def one(
         p: Tensor,
         g: Tensor,
@@ -227,10 +235,16 @@ def _graph_of_one(spec: UpdateSpec, number: int) -> _Graph:
         task = UpdateTask(p, m, v, spec, keys, p.numel(), start, skipped=skipped)
         update_(task, g, StepScalars(step, *scalars))
 
-    return torch.compile(_with_own_code(one, number), fullgraph=True, dynamic=False, options=known_options(_OPTIONS))
+    return compiled(one, number)
 
 
-def _graph_of_many(spec: UpdateSpec, number: int) -> _Graph:
+def compiled(function: Callable[..., Any], number: int) -> Graph:
+    """A function of tensors of fixed shapes as a graph; `number` differs from those of all other graphs."""
+    own = _with_own_code(function, number)
+    return torch.compile(own, fullgraph=True, dynamic=False, options=known_options(_OPTIONS))
+
+
+def _graph_of_many(spec: UpdateSpec, number: int) -> Graph:
     structure = tree_flatten(HashKeys(HashKey(0, 0), HashKey(0, 0), (0, 0, 0, 0), 0))[1]
 
     def stacked(

@@ -293,7 +293,7 @@ def tiling(itemsize: int, even: bool) -> Tiling:
     waits for memory is other programs. Warps and registers are the fastest of fourteen pairs on an H100, for tables in
     int4: a step in 16 bits is held up by its arithmetic, one in 32 bits by memory.
     """
-    warps, registers = (8, 80) if itemsize == 4 else (4, 128)
+    warps, registers = (8, 80) if itemsize == 4 else (4, 96)
     if not even:
         warps, registers = 4, 80
     options = {"num_warps": warps, **({"maxnreg": registers} if _FAST else {})}

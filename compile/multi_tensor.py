@@ -267,7 +267,7 @@ class KernelLaunch:
         scalars: Tensor,
         skipped: Tensor | None,
     ) -> None:
-        if skipped is None:  # nobody asks, and a kernel that skips nothing does not touch it
+        if skipped is None:  # nothing is counted, and a kernel that skips nothing does not touch it
             skipped = torch.zeros_like(table[:1]) if self._skips else table
         kernels.step_(p, m, v, owners, table, gradients, scalars, skipped, *self._constants)
         torch.autograd.graph.increment_version(p)

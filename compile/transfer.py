@@ -136,7 +136,7 @@ class ArgUploader:
         return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=self._device.type == "cuda")
 
     def _spare(self, count: int) -> Tensor:
-        """Host memory that was made before, since none can be while a graph is captured, and that nobody reuses."""
+        """Host memory allocated earlier, since none can be while a graph is captured, and never reused."""
         host = self._spares.pop(count, None)
         if host is None:
             raise RuntimeError(

@@ -6,9 +6,9 @@ Parameters come in the order of `collins.offload.shapes.llama`: a plan made from
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
+from chunked_loss import chunked_loss
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -108,8 +108,7 @@ class Llama(nn.Module):
     def loss(self, tokens: Tensor, chunks: int) -> Tensor:
         """Mean cross-entropy in nats of each token given those before it; `tokens` (batch, length + 1), int64."""
         x, targets = self.features(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-        loss: Tensor = ChunkedLoss.apply(x, self.head.weight, targets, chunks)  # type: ignore[no-untyped-call]
-        return loss
+        return chunked_loss(x, self.head.weight, targets, chunks)
 
 
 def rotations(length: int, width: int, like: Tensor, base: float) -> tuple[Tensor, Tensor]:
@@ -123,35 +122,3 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair of channels (i, i + width / 2) turned by its position's angle, in the dtype of `x`."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy of a linear head over chunks of tokens, with the logits of one chunk at a time.
-
-    Left to autograd, each chunk would bring a gradient of the head's own size. Here all add to one.
-
-        forward(x (tokens, hidden), head (vocab, hidden), targets (tokens,), chunks) -> scalar, float32
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, chunks: int) -> Tensor:
-        ctx.save_for_backward(x, head, targets)
-        ctx.chunks = chunks
-        pairs = zip(x.chunk(chunks), targets.chunk(chunks), strict=True)
-        losses = [functional.cross_entropy((part @ head.T).float(), target, reduction="sum") for part, target in pairs]
-        return torch.stack(losses).sum() / len(x)
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, head, targets = ctx.saved_tensors
-        grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head)
-        parts = zip(x.chunk(ctx.chunks), grad_x.chunk(ctx.chunks), targets.chunk(ctx.chunks), strict=True)
-        for part, grad_part, target in parts:
-            logits = (part @ head.T).float()
-            logits.sub_(logits.logsumexp(1, keepdim=True)).exp_()  # probabilities
-            logits[torch.arange(len(part), device=x.device), target] -= 1
-            grad = logits.mul_(scale / len(x)).to(x.dtype)
-            del logits
-            torch.mm(grad, head, out=grad_part)
-            grad_head.addmm_(grad.T, part)
-        return grad_x, grad_head, None, None

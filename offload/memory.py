@@ -66,7 +66,7 @@ class DeviceFigures(NamedTuple):
     """What the driver and PyTorch's allocator say of one device at one moment, in bytes."""
 
     total: int  # that the device has
-    driver_free: int  # that nobody holds
+    driver_free: int  # held by no process
     fraction: float  # of the total that this process may hold (torch.cuda.set_per_process_memory_fraction)
     reserved: int  # held by the allocator
     allocated: int  # of these, in tensors

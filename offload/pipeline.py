@@ -280,7 +280,7 @@ class Pipeline:
             self._callers.add(caller)
             self.streams.hold(slot.memory, StreamKind.CURRENT)  # all slots are one stretch of it
         slot.user = caller
-        slot.held = ()  # so that nobody else takes it
+        slot.held = ()  # so that no other transfer takes it
         self._seen.setdefault(transfer)
         for following in ahead:
             room = None if following in self._staged else self._room(following, keep=ahead)

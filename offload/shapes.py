@@ -184,7 +184,8 @@ def of_count(count: int, vocabulary: int = LARGE_VOCABULARY) -> Transformer:
     - one block recomputed: a gated feed-forward network of 6 h (Gemma's is 5.3 h wide) at a = 128
     - vectors: in each layer of the thinnest 13 of h, as GPT-2 has them, and 8 of 1,024 and 8 of 128, for biases of
       key-value heads and norms within heads: what is small takes more bytes for each element
-    - embedding: the vocabulary times h at a = 256, where N allows it
+    - embedding and a head of its own: the vocabulary times h at a = 256, where N allows it; token tables take more bytes
+      for each element than matrices do
     - the rest: 15 equal blocks in two matrices, so that one has a share of N that sparse mixtures have in theirs
     """
     thin = _hidden(count, 16 if count < 3 * 10**9 else 64)
@@ -195,8 +196,8 @@ def of_count(count: int, vocabulary: int = LARGE_VOCABULARY) -> Transformer:
         number = min(number, left // length)
         vectors += number * [length]
         left -= number * length
-    rows = min(vocabulary, left // wide)
-    left -= rows * wide
+    rows = min(vocabulary, left // (2 * wide))
+    left -= 2 * rows * wide
     inner = left // (15 * 3 * thin)
     left -= inner * 15 * 3 * thin
     before: list[tuple[str, tuple[int, ...]]] = [("embedding", (rows, wide))] if rows else []
@@ -210,7 +211,7 @@ def of_count(count: int, vocabulary: int = LARGE_VOCABULARY) -> Transformer:
         recomputed=block_width(middle, 4 * middle, 6 * middle, gated=True),
         before=tuple(before),
         blocks=((("up", (2 * inner, thin)), ("down", (thin, inner))),) * 15 if inner else (),
-        after=(),
+        after=(("head", (rows, wide)),) if rows else (),
         block_name="blocks",
         counted=True,
     )

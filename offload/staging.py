@@ -33,7 +33,7 @@ class StateRequest(NamedTuple):
     name: str
     p: Tensor
     tensors: tuple[TensorSpec, ...]  # in which both moments are stored
-    role: Role
+    role: Role | None = None
 
     @property
     def nbytes(self) -> int:

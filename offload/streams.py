@@ -11,7 +11,7 @@ from torch import Tensor
 
 from collins._torch_internals import current_raw_stream
 
-Event = Any  # of the backend's own kind; one that was never recorded holds nobody up
+Event = Any  # of the backend's own kind; waiting for one that was never recorded returns at once
 Stream = Any  # likewise
 
 

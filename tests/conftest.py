@@ -58,6 +58,18 @@ def pytest_unconfigure():
     gc.unfreeze()  # before the interpreter takes modules apart
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_programs():
+    """Triton's interpreter goes through all of a program's span, also past the end of a tensor: two tiles here."""
+    if "TRITON_INTERPRET" not in os.environ or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("kernels", "multi_tensor"):
+            patched.setattr(f"collins.compile.{name}.SPAN", 8192)
+        yield
+
+
 @pytest.fixture
 def fresh_accelerate():
     """Accelerate keeps its settings in singletons and environment variables: each test begins and ends without them."""

@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import dataclasses
+import importlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -103,6 +105,20 @@ def train(model, opt, steps, first=0):
         model(x).square().mean().backward()
         opt.step()
     return [p.detach().clone() for p in model.parameters()]
+
+
+@contextlib.contextmanager
+def examples():
+    """Imports an example by its name as `python examples/NAME.py` does: with its folder on the path."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(str(EXAMPLES))
+        for name in set(sys.modules) - before:
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(EXAMPLES)):
+                del sys.modules[name]
 
 
 class Allocations(TorchDispatchMode):

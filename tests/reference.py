@@ -155,3 +155,51 @@ class Reference:
         )
         if self.kept is not None and hash is not None:
             self.M = self.kept(self.M)
+
+
+def newton_schulz(X):
+    """Five steps for one matrix, from whichever side is wider."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = X / max(np.sqrt((X**2).sum()), 1e-7)
+    if X.shape[0] > X.shape[1]:
+        return newton_schulz_wide(X.T, a, b, c).T
+    return newton_schulz_wide(X, a, b, c)
+
+
+def newton_schulz_wide(X, a, b, c):
+    for _ in range(5):
+        A = X @ X.T
+        X = a * X + (b * A + c * A @ A) @ X
+    return X
+
+
+class OrthogonalReference(Reference):
+    """A parameter of decode="orthogonal", which consists of the matrices that `cut` makes of it."""
+
+    def __init__(self, p, hash=None, cut=lambda x: [x], **options):
+        super().__init__(p, hash, **options)
+        self.shape, self.cut = p.shape, cut
+
+    def step(self, g, grad_scale=1.0):
+        g = np.array(g, dtype=np.float64).reshape(-1) * grad_scale
+        self.t += 1
+        beta1, hash = self.betas[0], self.hash
+        if hash is None:
+            self.M = beta1 * self.M + (1 - beta1) * g
+            X = self.M
+        else:
+            h, c = self.h, self.c
+            s = np.array([hash.s(i, self.t) for i in range(g.size)])
+            mu = np.zeros(self.M.size)
+            np.add.at(mu, h, s * g / c[h])
+            for b in range(hash.K):
+                if hash.fresh(b, self.t):
+                    self.M[b] = 0
+            self.M = beta1 * self.M + (1 - beta1) * mu
+            X = s * (np.sqrt(c) * self.M)[h] + self.rho * (g - s * mu[h])
+        update = np.zeros(self.shape)
+        for own, matrix in zip(self.cut(update), self.cut(X.reshape(self.shape)), strict=True):
+            own[...] = 0.2 * np.sqrt(max(matrix.shape)) * newton_schulz(matrix)
+        self.p = (1 - self.lr * self.wd) * self.p - self.lr * update.reshape(-1)
+        if self.kept is not None and hash is not None:
+            self.M = self.kept(self.M)

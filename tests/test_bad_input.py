@@ -46,7 +46,7 @@ BAD_OPTIONS = [
     ("role", None, "auto, matrix, tokens or exact"),
     ("hash", "sha256", "block or universal"),
     ("hash", ["block"], "block or universal"),
-    ("decode", "raw", "residual or sketch"),
+    ("decode", "raw", "residual, sketch or orthogonal"),
     ("residual_weight", -1.0, "None, or finite and at least 0"),
     ("residual_weight", float("nan"), "None, or finite and at least 0"),
     ("rehash_period", 0, "None or an int of at least 1"),
@@ -279,7 +279,7 @@ def test_a_gradient_that_does_not_fit_its_parameter(kind):
 
 def test_a_layout_that_no_longer_fits_its_tables():
     p = param(64, 64)
-    opt = Collins([p], min_K=16)
+    opt = Collins([p], min_K=16, table_dtype=torch.float32)
     p.grad = torch.ones_like(p)
     opt.step()
     opt.param_groups[0]["compress_ratio"] = 8
@@ -330,7 +330,7 @@ MOVED = [(what, {}) for what in MOVES] + [(what, POLICY) for what in ("size", "d
 def test_moments_that_are_no_longer_what_they_were(what, options):
     move, message = MOVES[what]
     p, other = param(64, 64), param(40)
-    opt = Collins([p, other], min_K=16, **options)
+    opt = Collins([p, other], min_K=16, table_dtype=torch.float32, **options)
     p.grad, other.grad = torch.ones_like(p), torch.ones_like(other)
     opt.step()
     move(p, opt.state[p])
@@ -356,7 +356,7 @@ def test_moments_that_are_no_longer_what_they_were_when_a_gradient_arrives(what)
 
 def test_moments_follow_their_parameter_with_a_state_dict():
     p = param(64, 64)
-    opt = Collins([p], min_K=16)
+    opt = Collins([p], min_K=16, table_dtype=torch.float32)
     p.grad = torch.ones_like(p)
     opt.step()
     opt.state[p].update({name: opt.state[p][name].to("meta") for name in ("m_table", "v_table")})
@@ -370,7 +370,7 @@ def test_moments_follow_their_parameter_with_a_state_dict():
 
 def test_other_dtypes_of_tables_come_with_new_tables_only():
     p = param(64, 64)
-    opt = Collins([p], min_K=16)
+    opt = Collins([p], min_K=16, table_dtype=torch.float32)
     p.grad = torch.ones_like(p)
     opt.step()
     opt.param_groups[0]["table_dtype"] = torch.bfloat16

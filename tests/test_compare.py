@@ -142,7 +142,7 @@ def test_each_optimizer_learns_and_holds_the_bytes_that_were_computed(compare, n
         pytest.skip(missing)
     torch.manual_seed(0)
     model = compare("llama").Llama(1, 32, 64, 2, 2, 160, checkpointed=False).to(weights)
-    setup = optimizers.Setup(model, spec.unit * 1e-2, 0.99 if spec.has_beta2 else None, 0.1, options={})
+    setup = optimizers.Setup(model, spec.unit * 1e-2, 0.99 if spec.has_beta2 else None, 0.1, clip=1.0)
     made = spec.make(setup)
     drive = spec.drive(model, made, 1.0)
     tokens = torch.randint(160, (4, 9))
@@ -510,7 +510,8 @@ def test_too_little_text_is_refused(command, arguments, tmp_path):
         (["--set", "rank=1"], "argument --set: 'rank' is not a setting of lm-small: it has steps, batch"),
         (["--set", "steps=2.5"], "argument --set: steps of lm-small must be a whole number, got '2.5'"),
         (["--set", "steps=0"], "argument --set: steps must be at least 1, got 0"),
-        (["--set", "clip=-1.0"], "argument --set: clip must be at least 0, got -1.0"),
+        (["--set", "clip=0.0"], "argument --set: clip must be above 0, got 0.0"),
+        (["--set", "weight_decay=inf"], "argument --set: weight_decay must be at least 0, got inf"),
         (["--set", "warmup=2"], "argument --set: warmup must be 0 to 1, got 2.0"),
         (["--set", "heads=5"], "argument --set: hidden must be a multiple of twice heads, got 96 and 5"),
         (["--set", "vocabulary=100"], "argument --set: vocabulary must be 257 to 65536"),

@@ -1,31 +1,25 @@
 """The examples run, at a size for tests."""
 
-import importlib
+import json
 import random
 import re
-import sys
 
 import pytest
 import torch
-from helpers import EXAMPLES, Allocations
+from helpers import Allocations, examples
 from torch.nn import functional
 
-from collins.offload.shapes import llama
-
-TINY_70B = [
-    *("--device", "cpu", "--no-compile", "--layers", "2", "--hidden", "64", "--ffn", "176", "--heads", "4"),
+TINY_CARD = [
+    *("7b", "--device", "cpu", "--no-compile", "--layers", "2", "--hidden", "64", "--ffn", "176", "--heads", "4"),
     *("--kv-heads", "2", "--vocab", "256", "--seq-len", "32", "--batch-size", "8", "--lr", "1e-2"),
 ]
+CODES = ["own", "transformers"]
 
 
 @pytest.fixture
-def load(monkeypatch):
-    """Imports an example as `python examples/NAME.py` does: with its folder on the path."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    yield importlib.import_module
-    ours = {path.stem for path in EXAMPLES.iterdir()}
-    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
-        del sys.modules[name]
+def load():
+    with examples() as import_example:
+        yield import_example
 
 
 @pytest.fixture
@@ -34,8 +28,8 @@ def train_lm(load):
 
 
 @pytest.fixture
-def train_70b(load):
-    return load("train_70b")
+def one_card(load):
+    return load("measure_one_card")
 
 
 @pytest.fixture(scope="module")
@@ -129,49 +123,85 @@ def test_train_lm_takes_a_policy_file_and_trains_alike(train_lm, small, tmp_path
     assert f"collins, lr 0.01: where its tables are\n{plan}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tier", [["--tier", "host"], ["--tier", "auto"]], ids=" ".join)
-def test_train_70b_learns_and_reports(train_70b, tier, capsys):
-    run = train_70b.main([*TINY_70B, *tier, "--steps", "15"])
+@pytest.mark.parametrize(("tier", "code"), [("host", "own"), ("auto", "own"), ("host", "transformers")])
+def test_one_card_learns_and_reports(one_card, tier, code, capsys):
+    if code == "transformers":
+        pytest.importorskip("transformers")
+    run = one_card.main([*TINY_CARD, "--code", code, "--policy", tier, "--steps", "10"])
     assert run.losses[0] == pytest.approx(5.545, abs=0.3)  # nats; a uniform guess
     assert run.losses[-1] < run.losses[0] - 1
-    assert len(run.steps) == len(run.passes) == 15
+    assert len(run.steps) == len(run.passes) == 10
     assert run.added > 0
     assert run.pinned == 0  # nothing is, on the CPU
     shown = capsys.readouterr().out
-    assert run.plan.summary().splitlines()[-1] in shown
+    (outcome,) = run.trial.outcomes()
+    assert outcome.plan.summary().splitlines()[-1] in shown
     assert shown.index("staging ring") < shown.index("tokens/s")
     assert f"{run.losses[-1]:.3f}" in shown
     (placed,) = run.placement
-    assert [row[1:4] for row in placed.rows] == [row[1:4] for row in run.plan.rows]  # shape, bytes, tier
+    placed, planned = ([(r.shape, r.bytes, r.tier) for r in plan.rows] for plan in (placed, outcome.plan))
+    assert placed == planned
+    report = json.loads(shown.splitlines()[-1])
+    assert report["losses"] == run.losses
+    assert report["tokens_per_s"] == pytest.approx(8 * 32 / report["step_s"])
+    assert report["optimizer_adds"] == pytest.approx(report["step_s"] / report["forward_backward_s"] - 1)
+    assert report["parameters"] == run.trial.model.count
+    assert report["plan"]["tables"] == report["tables_on_device"] + report["tables_on_host"]
+    assert report["plan"]["device_with_adamw"] - report["plan"]["device_with_adamw_8bit"] == 2 * report["parameters"]
+    assert ("llama.py" in report["code"]) == (code == "own")
 
 
-def test_train_70b_follows_its_policy_file(train_70b, tmp_path):
+def test_one_card_follows_its_policy_file(one_card, tmp_path):
     policy = tmp_path / "policy.toml"
     policy.write_text('[collins.memory]\ntier = "host"\nstaging_slots = 2\ntransfer_size = "32KiB"\n')
-    run = train_70b.main([*TINY_70B, "--steps", "1", "--policy", str(policy)])
+    run = one_card.main([*TINY_CARD, "--code", "own", "--steps", "1", "--policy", str(policy)])
     assert run.added is None
-    assert run.placement[0].policy == train_70b.MemoryPolicy.of(policy)
+    assert run.placement[0].policy == one_card.MemoryPolicy.of(policy)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile's own look at its inputs
-def test_train_70b_compiles_its_blocks_to_the_same_losses(train_70b):
-    compiling = [argument for argument in TINY_70B if argument != "--no-compile"]
+def test_one_card_compiles_its_layers_to_the_same_losses(one_card):
+    compiling = [argument for argument in TINY_CARD if argument != "--no-compile"]
     eager, compiled = (
-        train_70b.main([*arguments, "--tier", "host", "--steps", "3"]).losses for arguments in (TINY_70B, compiling)
+        one_card.main([*arguments, "--code", "own", "--policy", "host", "--steps", "3"]).losses
+        for arguments in (TINY_CARD, compiling)
     )
     assert compiled == pytest.approx(eager, rel=1e-2)  # in bfloat16
     assert compiled[-1] < compiled[0]
 
 
-@pytest.mark.parametrize(("vocab", "count"), [(32000, 68_976_648_192), (128256, 70_553_706_496)])
-def test_train_70b_has_the_real_shape(load, train_70b, vocab, count, monkeypatch):
+@pytest.mark.parametrize(
+    ("named", "count"),
+    [
+        ("7b", 6_738_415_616),
+        ("8b", 8_030_261_248),
+        ("13b", 13_015_864_320),
+        ("70b", 70_553_706_496),
+        ("70b --vocab 32000", 68_976_648_192),
+    ],
+)
+def test_one_card_has_the_real_shapes(load, one_card, named, count, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    args = train_70b.parse(["--vocab", str(vocab)])
+    args = one_card.parse(named.split())
+    shape = args.shape
     with torch.device("meta"):
-        model = load("llama").Llama(args.layers, args.hidden, args.ffn, args.heads, args.kv_heads, args.vocab)
+        model = load("llama").Llama(shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.vocab)
     assert sum(p.numel() for p in model.parameters()) == count
-    assert [tuple(p.shape) for p in model.parameters()] == llama(80, 8192, 28672, 1024, vocab).shapes
-    assert args.policy.tier == "host"
+    planned = one_card.shapes_of(args)
+    assert [tuple(p.shape) for p in model.parameters()] == planned.shapes
+    assert args.policy.tier == ("host" if "70b" in named else "auto")
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_one_card_takes_a_configuration(one_card, code, tmp_path, capsys):
+    if code == "transformers":
+        pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", **sizes, **heads}))
+    arguments = ["--code", code, "--device", "cpu", "--no-compile", "--seq-len", "16", "--steps", "2"]
+    one_card.main([str(tmp_path), *arguments])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["parameters"] == 63_680
 
 
 def test_the_chunked_loss_is_cross_entropy(load):
@@ -182,7 +212,7 @@ def test_the_chunked_loss_is_cross_entropy(load):
     for chunked in (False, True):
         leaves = [t.clone().requires_grad_() for t in (x, head)]
         if chunked:
-            loss = load("llama").ChunkedLoss.apply(*leaves, targets, 5)
+            loss = load("chunked_loss").chunked_loss(*leaves, targets, 5)
         else:
             loss = functional.cross_entropy(leaves[0] @ leaves[1].T, targets)
         (3 * loss).backward()
@@ -195,7 +225,7 @@ def test_the_chunked_loss_never_has_a_second_gradient_of_the_head(load):
     """No tensor of more than a chunk's logits but the head's one gradient, which the parameter takes as it is."""
     x, head = torch.randn(64, 4).requires_grad_(), torch.randn(1000, 4).requires_grad_()
     targets = torch.zeros(64, dtype=torch.long)
-    loss = load("llama").ChunkedLoss.apply(x, head, targets, 8)
+    loss = load("chunked_loss").chunked_loss(x, head, targets, 8)
     with Allocations() as seen:
         loss.backward()
     assert seen.shapes.count((1000, 4)) == 1
@@ -209,18 +239,42 @@ def test_the_chunked_loss_never_has_a_second_gradient_of_the_head(load):
         (["--hidden", "66"], "--hidden must be a multiple of twice --heads, got 66 and 4"),
         (["--kv-heads", "3"], "--heads must be a multiple of --kv-heads, got 4 and 3"),
         (["--vocab", "100"], "--vocab must be at least 256"),
-        (["--tier", "disk"], "memory must be"),
+        (["--policy", "disk"], "memory must be"),
         (["--policy", "nowhere.toml"], "not a file"),
+        (["--memory-limit", "24 cards"], "must be in one of the units"),
+        (["--memory-limit", "24GiB"], "--memory-limit must be of a CUDA device, got --device cpu"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_train_70b_refuses_what_it_cannot_run(train_70b, wrong, named, capsys):
+def test_one_card_refuses_what_it_cannot_run(one_card, wrong, named, capsys):
     with pytest.raises(SystemExit):
-        train_70b.main([*TINY_70B, *wrong])
+        one_card.main([*TINY_CARD, *wrong])
     assert re.sub(r"\s+", " ", named) in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
-def test_train_70b_says_so_when_there_is_no_room(train_70b, monkeypatch):
-    monkeypatch.setattr(train_70b, "host_memory_free", lambda: 10_000)
-    with pytest.raises(MemoryError, match="The host may give"):
-        train_70b.main([*TINY_70B, "--tier", "host"])
+def test_one_card_refuses_what_is_no_model(one_card, capsys):
+    with pytest.raises(SystemExit):
+        one_card.main(["7c"])
+    assert "model must be one of 7b, 8b, 13b, 14b, 32b, 70b, or a config.json, got '7c'" in capsys.readouterr().err
+
+
+def test_one_card_says_so_when_there_is_no_room(one_card, load, monkeypatch, capsys):
+    monkeypatch.setattr(load("finetuning.forecast"), "host_memory_free", lambda: 10_000)
+    with pytest.raises(SystemExit) as ended:
+        one_card.main([*TINY_CARD, "--policy", "host"])
+    assert ended.value.code == 1
+    assert "out of memory: the weights take 244.6 KiB, and 9.8 KiB are free" in capsys.readouterr().err
+
+
+@pytest.mark.cuda
+def test_one_card_emulates_a_smaller_one(one_card, capsys):
+    given = [*TINY_CARD, "--device", "cuda", "--code", "own", "--steps", "2", "--memory-limit", "2GiB"]
+    try:
+        run = one_card.main(given)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert run.trial.machine.device_free <= 2 << 30
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["memory_limit"] == 2 << 30
+    assert 0 < report["peak_device"] < 2 << 30
+    assert report["device"] == torch.cuda.get_device_name()

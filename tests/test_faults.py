@@ -33,6 +33,8 @@ WAYS = {
     "host": {"memory": {"tier": "host", "transfer_size": 1500, "staging_slots": 2}},
     "mixed": {"memory": {"device_budget": "7KiB", "transfer_size": 1500, "staging_slots": 2}},
     "in_backward": {"in_backward": True},
+    "orthogonal": {"decode": "orthogonal"},
+    "orthogonal host": {"decode": "orthogonal", "memory": {"tier": "host", "transfer_size": 1500, "staging_slots": 2}},
     "host in_backward": {"memory": {"tier": "host", "transfer_size": 1500, "staging_slots": 2}, "in_backward": True},
 }
 in_every_way = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)

@@ -174,8 +174,8 @@ UNFIT = {
     "sparse weight": lambda c: c["model"].update({"1.weight": c["model"]["1.weight"].to_sparse()}),
     "no model": lambda c: c.update(model=3),
     "weight: list": lambda c: c["model"].update({"1.weight": [1.0]}),
-    "sparse moment": lambda c: c["optimizer"]["state"][3].update(
-        v_table=c["optimizer"]["state"][3]["v_table"].to_sparse()
+    "sparse moment": lambda c: c["optimizer"]["state"][0].update(
+        v_table=c["optimizer"]["state"][0]["v_table"].to_sparse()
     ),
     "state: list": lambda c: c["optimizer"].update(state=[0]),
     "no optimizer": lambda c: c.update(optimizer=[1]),

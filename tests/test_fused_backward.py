@@ -94,13 +94,31 @@ def test_a_parameter_without_a_gradient_stays_and_one_that_is_added_is_stepped()
     assert moved[1] == pytest.approx(10 * moved[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("change", ["option", "gradient", "stranger", "in_backward"])
+def test_a_step_in_hooks_is_measured_whole():
+    (model, opt, _), (other, theirs, _) = pair(None, nonfinite="skip")
+    hosted(other, theirs)
+    for step in range(3):
+        for each in (opt, theirs):
+            each.statistics(updates=True)
+        stepped(model, opt, [step])
+        backward(other, step)
+        if step == 1:
+            theirs.step()
+    backward(other, 3)  # which ends the step before it
+    known, found = opt.statistics(), theirs.statistics()
+    assert known.keys() == found.keys() >= {"update_rms/0", "weight_rms/0", "skipped_steps"}
+    for name in ("update_rms/0", "weight_rms/0", "skipped_buckets", "skipped_steps"):
+        torch.testing.assert_close(found[name], known[name])
+
+
+@pytest.mark.parametrize("change", ["option", "gradient", "stranger", "in_backward", "max_grad_norm"])
 def test_what_cannot_be_stepped_is_refused_and_nothing_changes(change):
     p, stranger = (torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2))
     opt = Collins([p], in_backward=change == "in_backward")
     p.grad = stranger.grad = torch.ones(64, 64)
     if change != "in_backward":
         opt.step_parameter(p)
+    opt.max_grad_norm = 1.0 if change == "max_grad_norm" else None
     before, state = p.detach().clone(), copy.deepcopy(opt.state_dict())
     error, text, of = ValueError, "p must be a parameter of this optimizer", stranger
     if change == "option":
@@ -112,6 +130,9 @@ def test_what_cannot_be_stepped_is_refused_and_nothing_changes(change):
     elif change == "in_backward":
         assert not opt.supports_fused_back_pass
         error, text, of = RuntimeError, "in_backward=True", p
+    elif change == "max_grad_norm":
+        assert not opt.supports_fused_back_pass
+        error, text, of = RuntimeError, "max_grad_norm must be None for step_parameter, got 1", p
     with pytest.raises(error, match=text):
         opt.step_parameter(of)
     opt.param_groups[0]["decode"] = "residual"

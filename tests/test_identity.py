@@ -345,15 +345,16 @@ def test_what_is_frozen_takes_no_memory_until_it_is_trained(memory, in_backward)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn, torch.complex64, torch.int64], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_what_is_frozen_may_be_of_any_dtype_and_anywhere(memory, dtype, device):
-    base = torch.nn.Parameter(torch.zeros(2048, dtype=torch.float32).to(dtype).to(device), requires_grad=False)
+    zeros = [torch.zeros(shape, dtype=torch.float32).to(dtype).to(device) for shape in ((64, 64), (2048,), (3,))]
+    bases = [torch.nn.Parameter(each, requires_grad=False) for each in zeros]
     adapter = parameter(64, 64)
-    opt = Collins([base, adapter], memory=memory)
+    opt = Collins([*bases, adapter], memory=memory)
     for step in range(2):
         give(adapter, step)
         opt.step()
     opt.load_state_dict(opt.state_dict())
     assert list(opt.state) == [adapter]
-    assert opt.memory_report().rows[0].state_bytes == 0
+    assert [row.state_bytes for row in opt.memory_report().rows[:3]] == [0, 0, 0]
 
 
 # Defaults of the process.

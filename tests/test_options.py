@@ -48,6 +48,9 @@ MEANT = [
     ("compile", "false", False),
     ("compile", "null", None),
     ("in_backward", "false", False),
+    ("max_grad_norm", "0.5", 0.5),
+    ("max_grad_norm", "inf", float("inf")),
+    ("max_grad_norm", "none", None),
     ("memory", "none", None),
     ("memory", "host", MemoryPolicy("host")),
 ]
@@ -108,6 +111,7 @@ def test_every_default_may_be_written_out(name):
         ("seed", "1.5"),
         ("compile", "fast"),
         ("in_backward", "none"),
+        ("max_grad_norm", "large"),
         ("memory", "gpu"),
     ],
 )

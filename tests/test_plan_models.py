@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 PLENTY = ["--device-memory", "1000GiB", "--host-memory", "1000GiB"]
 TABLES = partial(
-    requests_of, dtype=torch.bfloat16, compress_ratio=32, min_K=1024, hash="block", table_dtype=torch.float32
+    requests_of, dtype=torch.bfloat16, compress_ratio=32, min_K=1024, hash="block", table_dtype=None
 )
 TINY = {
     "hidden_size": 64,
@@ -400,7 +400,8 @@ def test_a_sequence_beyond_the_models_positions_is_marked(write, capsys):
 
 def test_json_has_the_figures_of_the_text_and_keys_that_the_readme_lists(write, capsys):
     arguments = ["llama-70b", "--vocab", "128256", "--device-memory", "139.8GiB", "--host-memory", "64GiB"]
-    status, printed = run(capsys, *arguments, "--policy", "host", "--fits", "--json")
+    policy = str(ROOT / "examples" / "policies" / "70b-on-141gb.toml")
+    status, printed = run(capsys, *arguments, "--policy", policy, "--fits", "--json")
     plan = json.loads(printed)
     assert status == 0
     assert plan["fits"] is True
@@ -412,7 +413,7 @@ def test_json_has_the_figures_of_the_text_and_keys_that_the_readme_lists(write, 
     assert after["weights"] == within["weights"] == 2 * 70_553_706_496
     assert after["reason"].startswith("weights, gradients and activations alone exceed the device")
     assert within["reason"] is None
-    assert within["tables_on_host"] == plan["tables"] > 16 * GIB
+    assert within["tables_on_host"] == plan["tables"] > 13 * GIB
     held = ("weights", "gradients", "checkpoints", "recomputed_block", "logits")
     for mode in plan["modes"]:
         assert mode["left"] == plan["machine"]["device_free"] - sum(mode[key] for key in held)

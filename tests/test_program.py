@@ -23,8 +23,10 @@ class BrokenError(Exception):
 
 
 def made(memory, shapes=SHAPES, **options):
+    """With tables of vectors too, as large as those that the budgets above are for."""
     ps = parameters(torch.float32, shapes)
-    return ps, Collins(ps, lr=1e-2, min_K=16, rehash_period=3, memory=memory, **options)
+    tables = {"role": "matrix", "table_dtype": torch.float32, "min_K": 16, "rehash_period": 3}
+    return ps, Collins(ps, lr=1e-2, memory=memory, **tables, **options)
 
 
 def step(ps, opt, number):

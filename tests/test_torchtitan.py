@@ -84,7 +84,8 @@ def test_flat_state_exists_before_the_first_step_and_making_it_changes_nothing()
     flat = run.container.state_dict()
     assert same(run.weights(), untouched.weights())
     assert all(p.grad is None for p in run.parts[0].parameters())
-    for name, moments in (("0.weight", ("m_table", "v_table", "layout")), ("0.bias", ("exp_avg", "exp_avg_sq"))):
+    tables = ("m_table", "m_table_scale", "v_table", "layout")
+    for name, moments in (("0.weight", tables), ("0.bias", ("exp_avg", "exp_avg_sq"))):
         assert {key for key in flat if key.startswith(f"state.{name}.")} == {
             f"state.{name}.{key}" for key in ("step", *moments)
         }

@@ -178,7 +178,7 @@ class Finetune(LanguageModel):
     """Goes on, with all weights, from a decoder that was trained on code; on documents."""
 
     settings: FinetuneSettings
-    optimizers: tuple[str, ...] = ("adamw", "adamw@bf16", "collins@bf16")
+    optimizers: tuple[str, ...] = ("adamw", "adamw@bf16", "collins@bf16", "collins-in-backward@bf16")
 
     def corpus(self, place: Place) -> Corpus:
         return super().corpus(place) if place.text else replace(super().corpus(place), prose=installed())

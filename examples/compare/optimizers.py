@@ -59,6 +59,7 @@ class Setup:
     lr: float
     beta2: float | None
     weight_decay: float
+    clip: float
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -236,7 +237,9 @@ def _stable_spam(setup: Setup) -> Sequence[Optimizer]:
 
 
 _PLACES = frozenset({"memory"})  # options that change no result
-_GIVEN = frozenset({"params", "lr", "betas", "weight_decay", "seed", "in_backward"})  # by the run or the spec
+_GIVEN = frozenset(  # by the run or the spec
+    {"params", "lr", "betas", "weight_decay", "seed", "in_backward", "max_grad_norm"}
+)
 
 
 def _collins(name: str, about: str, *, in_backward: bool = False, **settled: Any) -> Spec:
@@ -244,7 +247,9 @@ def _collins(name: str, about: str, *, in_backward: bool = False, **settled: Any
     known = {option: p.default for option, p in inspect.signature(Collins).parameters.items() if option not in _GIVEN}
 
     def built(setup: Setup, *, in_backward: bool) -> Collins:
-        options = {**settled, **setup.options, "in_backward": in_backward}
+        options = {**settled, **setup.options}
+        if in_backward:
+            options |= {"in_backward": True, "max_grad_norm": setup.clip}
         params = param_groups(setup.model, weight_decay=setup.weight_decay)
         optimizer: Collins = Collins(params, lr=setup.lr, betas=setup.betas, seed=setup.seed, **options)
         return optimizer
@@ -268,7 +273,7 @@ OPTIMIZERS: dict[str, Spec] = {
         _collins("collins-8", "Collins at ratio 8", compress_ratio=8),
         _collins("collins-128", "Collins at ratio 128", compress_ratio=128),
         _collins("collins-published", "the published Collins v0.1 update", hash="universal", decode="sketch"),
-        _collins("collins-in-backward", "Collins, stepping in backward: gradients are not clipped", in_backward=True),
+        _collins("collins-in-backward", "Collins, stepping and clipping in backward", in_backward=True),
         Spec(
             "muon",
             "torch.optim.Muon for matrices, AdamW for the rest",

@@ -74,7 +74,7 @@ class Run:
         task, settings, spec = self.task, self.task.settings, self.choice.spec
         workload = task.workload(place, device, self.choice.weights, self.seed)
         decay = settings.weight_decay / spec.unit
-        setup = Setup(workload.model, self.lr, self.beta2, decay, self.seed, self.choice.options)
+        setup = Setup(workload.model, self.lr, self.beta2, decay, settings.clip, self.seed, self.choice.options)
         optimizers = spec.make(setup)
         drive = spec.drive(workload.model, optimizers, settings.clip)
         autocast = torch.bfloat16 if task.casts(device, self.choice.weights) else None
@@ -116,7 +116,7 @@ def state_bytes_7b(choice: Choice) -> int | None:
     """Bytes of state for a LLaMA of 6.74 billion parameters, computed from its shapes; None where that is not known."""
     if choice.spec.computed is None:
         return None
-    return choice.spec.computed(Setup(_llama_7b(choice.weights), 1e-3, None, 0.0, 0, choice.options))
+    return choice.spec.computed(Setup(_llama_7b(choice.weights), 1e-3, None, 0.0, 1.0, 0, choice.options))
 
 
 @lru_cache(maxsize=2)

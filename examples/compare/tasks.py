@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,9 +40,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if value < 0 or (isinstance(value, int) and value < 1) or (name in _SHARES and value > 1):
-                least = "0 to 1" if name in _SHARES else "at least 1" if isinstance(value, int) else "at least 0"
-                raise ValueError(f"{name} must be {least}, got {value}")
+            shares, whole = name in _SHARES, isinstance(value, int)
+            accepted = "0 to 1" if shares else "at least 1" if whole else "above 0" if name == "clip" else "at least 0"
+            least = value > 0 if whole or name == "clip" else value >= 0
+            if not (math.isfinite(value) and least and (value <= 1 or not shares)):
+                raise ValueError(f"{name} must be {accepted}, got {value}")
         if self.batch % self.accumulate:
             raise ValueError(f"batch must be a multiple of accumulate, got {self.batch} and {self.accumulate}")
 

@@ -63,7 +63,7 @@ class AfterBackward:
 class InBackward:
     """Parameters are stepped as their gradients arrive, by an optimizer that hooks into backward.
 
-    Gradients are never there together: clipping and accumulation are the optimizer's to do, or are not done.
+    Gradients are never there together: clipping is the optimizer's to do, and there is no accumulation.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], clip: float) -> None:

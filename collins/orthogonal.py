@@ -1,0 +1,236 @@
+"""Orthogonalised momentum: the update of whole matrices, from a sketched first moment and nothing else.
+
+With h, s the position and sign hashes, c the load of a bucket and g the gradient of a matrix of `rows` x `cols`:
+
+    mu_b = (1/c) sum_{h(i)=b} s(i) g_i           M_b <- beta1 M_b + (1 - beta1) mu_b
+    X_i = sqrt(c) s(i) M_{h(i)} + rho (g_i - s(i) mu_{h(i)})
+    Q = NS(X)                                    p <- (1 - lr wd) p - lr 0.2 sqrt(max(rows, cols)) Q
+
+NS takes five steps of a Newton-Schulz iteration, which raise all singular values of X / |X| towards 1 and leave its
+singular vectors as they are; they end between about 0.7 and 1.2:
+
+    A = X X^T        X <- a X + (b A + c A^2) X        (a, b, c) = (3.4445, -4.7750, 2.0315)
+
+The iteration, its coefficients and its precision, bfloat16, are those of Jordan et al., "Muon: an optimizer for hidden
+layers in neural networks" (2024); the scale of the update, under which it has the RMS of AdamW's and takes its learning
+rate and its weight decay, is that of Liu et al., "Muon is scalable for LLM training" (2025). This differs from both in
+that (1) the first moment is sketched, (2) what this step's sketch cannot represent enters with the weight rho, at which
+it has the noise of the moment, and (3) there is no Nesterov term. At c = 1 it is Muon without that term. Parameters of
+float64 are orthogonalised in float64.
+
+Which matrices a parameter consists of: a parameter of two dimensions is one matrix, of three a stack of them (experts),
+one for each index of the first. One of more is a convolution and is taken as (out, rest), as in Muon's reference. The
+rows of each may be cut into several matrices (`row_parts`), such as Q, K and V that are kept as one.
+
+What a step costs, in floating-point operations, with m the shorter and n the longer side of a matrix: 5 (4 m^2 n +
+2 m^3), which is `step_flops`. Forward and backward take 6 m n for each token, so that the step costs less than a share
+f of them from 5 (4 m + 2 m^2 / n) / (6 f) tokens a step on: `tokens_for_share`. At 3 % and 4096 x 4096 that is 683,000
+tokens, and 564,000 for a LLaMA of 7B parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from collins.formats import FloatFormat
+from collins.hashing import signed
+from collins.rounding import FIRST, PARAM
+from collins.rule import Decode, StepScalars, updated
+from collins.sketch import decay
+from collins.task import UpdateTask, Write, bucket_signs, flat, used_gradient, writes_of
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+SMALLEST_NORM = 1e-7  # a matrix of a smaller norm is taken for one of this norm: zeros stay zeros
+RMS = 0.2  # of an element of the update, about; AdamW's is 0.2 to 0.4 (Liu et al.)
+
+
+class Matrices(NamedTuple):
+    """The matrices that a parameter consists of."""
+
+    stacked: int  # how many there are in a stack
+    rows: int
+    cols: int
+    row_parts: tuple[int, ...]  # the rows of those that each one is cut into; one number for none
+
+    @property
+    def numel(self) -> int:
+        """Elements of one in the stack."""
+        return self.rows * self.cols
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all are of one shape."""
+        return len(set(self.row_parts)) == 1
+
+
+def matrices_of(shape: Sequence[int], row_parts: Sequence[int] = ()) -> Matrices:
+    """The matrices that a parameter of this shape, of two dimensions at least, consists of.
+
+    Args:
+        shape: of the parameter.
+        row_parts: the rows of each matrix that a matrix is cut into; () for none.
+    """
+    stacked, rows = (1, shape[0]) if len(shape) != 3 else (shape[0], shape[1])
+    cols = math.prod(shape[1:]) if len(shape) != 3 else shape[2]
+    return Matrices(stacked, rows, cols, tuple(row_parts) or (rows,))
+
+
+def parts_of_rows(name: str, shape: tuple[int, ...], row_parts: int | Sequence[int]) -> tuple[int, ...]:
+    """The rows of each matrix that the matrices of a parameter are cut into.
+
+    Args:
+        name: of the parameter, for errors.
+        shape: its shape.
+        row_parts: its group's option.
+
+    Raises:
+        ValueError: for a parameter without matrices, and for one whose rows are not as many as its group says.
+    """
+    if len(shape) < 2:
+        raise ValueError(
+            f"{name} has the shape {shape}, and decode is 'orthogonal', which takes parameters of at least two"
+            " dimensions: in a group of its own give it role='exact', or decode='residual'"
+        )
+    rows = matrices_of(shape).rows
+    if not isinstance(row_parts, int):
+        if sum(row_parts) != rows:
+            raise ValueError(f"row_parts must add up to the {rows} rows of {name}, got {tuple(row_parts)}")
+        return tuple(row_parts)
+    if rows % row_parts:
+        raise ValueError(f"row_parts must divide the {rows} rows of {name}, got {row_parts}")
+    return (rows // row_parts,) * row_parts
+
+
+def update_scale(rows: int, cols: int) -> float:
+    """What Q is multiplied by, beside the learning rate: 0.2 sqrt(max(rows, cols))."""
+    return RMS * math.sqrt(max(rows, cols))
+
+
+def newton_schulz(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Q for each of n matrices, and their Frobenius norms before.
+
+    Products are of the shorter side: of X X^T for wide matrices, and of X^T X, from the other side, for tall ones.
+
+    Args:
+        X: (n, rows, cols), in the dtype to compute in; its memory is used.
+
+    Returns:
+        Q, (n, rows, cols), and the norms, (n,), in float32 at least.
+    """
+    a, b, c = COEFFICIENTS
+    wide = X.shape[1] <= X.shape[2]
+    exact = torch.promote_types(X.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True, dtype=exact)
+    # Autocast would have products of another dtype than X.
+    with nullcontext() if X.is_meta else torch.autocast(X.device.type, enabled=False):
+        X = X.mul_((1 / norms.clamp(min=SMALLEST_NORM)).to(X.dtype))
+        for _ in range(STEPS):
+            A = torch.bmm(X, X.mT) if wide else torch.bmm(X.mT, X)
+            B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+            X = torch.baddbmm(X, B, X, beta=a) if wide else torch.baddbmm(X, X, B, beta=a)
+    return X, norms.view(-1)
+
+
+def orthogonalised(X: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor]:
+    """Q for the matrices of parameters of one shape, scaled alike, and for each one in a stack whether X is finite.
+
+    Args:
+        X: (n, rows, cols); its memory is used.
+        matrices: what each of the n consists of.
+
+    Returns:
+        Q (n, rows, cols), for `update_scale` of the first of the parts, and flags (n,).
+    """
+    n, parts = len(X), matrices.row_parts
+    if matrices.is_even:
+        Q, norms = newton_schulz(X.view(n * len(parts), parts[0], matrices.cols))
+        return Q.view(X.shape), torch.isfinite(norms).view(n, -1).all(1)
+    flags = []
+    for part in X.split(list(parts), 1):
+        Q, norms = newton_schulz(part.contiguous())
+        flags.append(torch.isfinite(norms))
+        rows = part.shape[1]
+        part.copy_(Q * (update_scale(rows, matrices.cols) / update_scale(parts[0], matrices.cols)))
+    return X, torch.stack(flags).all(0)
+
+
+def encoded(g: Tensor, m: tuple[Tensor, ...], task: UpdateTask, hp: StepScalars) -> tuple[Tensor, list[Write]]:
+    """X, flat and in the dtype that the step is computed in, and what is written over the first moment.
+
+    Args:
+        g: the gradient of elements from `task.start` on.
+        m: what the entries of their buckets are stored in, flat.
+        task: of the parameter; only `spec`, `keys`, `numel` and `start` are used.
+        hp: the step's scalars.
+    """
+    spec, (m_format, _), count = task.spec, task.spec.formats, g.numel()
+    grad = used_gradient(g, spec, hp)
+    if spec.hash is None:
+        M = decay(m_format.load(m, count, grad.dtype), grad, hp.beta1, hp.one_minus_beta1)
+        return M, writes_of(m_format, m, M, task.start, FIRST, task, hp)
+    load = int(spec.load)
+    rows, first, missing = -(-count // load), task.start // load, -count % load
+    if missing:  # zeros, which add nothing to the sum of the last bucket
+        grad = torch.nn.functional.pad(grad, (0, missing))
+    _, masks, resets, loads = bucket_signs(task, hp, first, rows, grad, tail=missing > 0)
+    bitwise = spec.hints.bitwise(grad, load)
+    grad = signed(grad.view(rows, load), masks, bitwise=bitwise)
+    mu = grad.sum(1) / loads
+    M = decay(m_format.load(m, rows, mu.dtype), mu, hp.beta1, hp.one_minus_beta1, resets)
+    X = Decode.scaled(M, 0.5, loads)[:, None] + hp.rho * (grad - mu[:, None])
+    return signed(X, masks, bitwise=bitwise).view(-1)[:count], writes_of(m_format, m, M, first, FIRST, task, hp)
+
+
+def moved(
+    p: Tensor, Q: Tensor, scale: float | Tensor, finite: Tensor | None, task: UpdateTask, hp: StepScalars
+) -> Tensor:
+    """The new values of p, flat and as they are stored.
+
+    Args:
+        p: the elements from `task.start` on.
+        Q: theirs.
+        scale: `update_scale`.
+        finite: one flag for each of as many stretches of p; p stays as it is in the others. None for all.
+        task, hp: as for `encoded`.
+    """
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    old = flat(p, dtype)
+    new = updated(old, flat(Q, dtype) * scale, hp)
+    if finite is not None:
+        new = kept(finite, new, old)
+    ((_, stored),) = writes_of(FloatFormat(p.dtype), (p.reshape(-1),), new, task.start, PARAM, task, hp)
+    return stored.to(p.dtype)
+
+
+def kept(finite: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new`, flat, and `old` in those of len(finite) equal stretches whose flag is not set."""
+    stretches = len(finite), -1
+    return torch.where(finite[:, None], new.view(stretches), old.view(stretches)).view(-1)
+
+
+def step_flops(shapes: Iterable[Sequence[int]]) -> int:
+    """Floating-point operations of Newton-Schulz in one step of matrices, or stacks of them, of these shapes."""
+    total = 0
+    for shape in shapes:
+        stacked, rows, cols, _ = matrices_of(shape)
+        m, n = sorted((rows, cols))
+        total += STEPS * stacked * (4 * m * m * n + 2 * m**3)
+    return total
+
+
+def tokens_for_share(shapes: Sequence[Sequence[int]], numel: int, share: float = 0.03) -> float:
+    """Tokens a step from which on `step_flops` is at most this share of forward and backward, 6 numel a token.
+
+    Args:
+        shapes: of the matrices that are orthogonalised.
+        numel: parameters that each token is multiplied by, these matrices and others.
+        share: of the operations of forward and backward.
+    """
+    return step_flops(shapes) / (6 * numel * share)

@@ -1,0 +1,922 @@
+"""`examples/finetune.py` fine-tunes tiny models of many architectures, made here."""
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import DEVICE, EXAMPLES, environment, examples
+from torch.nn import functional
+
+import collins
+from collins.offload.budget import Training
+from collins.offload.models import model_of
+from collins.offload.trial import Machine
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+tokenizers = pytest.importorskip("tokenizers")
+
+SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+VOCABULARY = 262
+COMMON = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None},
+}
+OLDER = {  # whose configurations have names of their own
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 2},
+}
+CONFIGS = {
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 8, "pad_token_id": 0, "final_logit_softcapping": 3.0},
+    "phi3": {},
+    "mixtral": {"num_local_experts": 4},
+}
+# What else the loss has to be right for: a bias of the head, a scale of the logits.
+FURTHER = {"phi": {}, "cohere": {"logit_scale": 0.3}, "granite": {"logits_scaling": 0.5}}
+# A model that reads images too, of which nothing but text is trained on.
+WITH_IMAGES = {
+    "text_config": {**COMMON, "head_dim": 8, "sliding_window": 8, "pad_token_id": 0},
+    "vision_config": {
+        **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"image_size": 28, "patch_size": 14},
+    },
+    "mm_tokens_per_image": 4,
+}
+CONFIGURED = {**CONFIGS, **FURTHER, "gpt2": {}, "opt": {}, "bert": {}, "mamba": {}, "gemma3": WITH_IMAGES}
+STEPS, EVERY, STOP = 9, 4, 6
+
+
+def tiny_tokenizer(template=TEMPLATE):
+    """Bytes, and one token of two: a space with an f."""
+    letters = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "Ġf"]
+    vocabulary = {token: number for number, token in enumerate(SPECIAL + letters)}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[("Ġ", "f")]))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=SPECIAL[2:],
+        chat_template=template,
+    )
+
+
+def tiny_model(kind, dtype=torch.bfloat16, **more):
+    """A random model of an architecture."""
+    own = CONFIGURED[kind]
+    values = own if "text_config" in own else {**COMMON, **OLDER.get(kind, {}), **own, **more}
+    config = transformers.CONFIG_MAPPING[kind](**values)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def tiny_folder(folder, kind, **more):
+    tiny_model(kind, **more).save_pretrained(folder, max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+TEXT = {"text": "the cat sat on the mat. the cat sat on the mat. "}
+COMPLETION = {"prompt": "two and two is", "completion": " four"}
+CHAT = {
+    "messages": [
+        *({"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}),
+        *({"role": "user", "content": "bye"}, {"role": "assistant", "content": "so long"}),
+    ]
+}
+
+
+def lines(path, *records):
+    path.write_text("".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def load():
+    with examples() as import_example:
+        yield import_example
+
+
+@pytest.fixture(scope="module")
+def finetune(load):
+    return load("finetune")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the data, and the models that were asked for."""
+    folder = tmp_path_factory.mktemp("finetune")
+    lines(folder / "data.jsonl", *[TEXT, COMPLETION, CHAT] * 8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(place):
+    def made(kind, **more):
+        folder = place / "-".join([kind, *more])
+        return folder if folder.exists() else tiny_folder(folder, kind, **more)
+
+    return made
+
+
+def arguments(place, model, out, *more):
+    return [
+        *(str(model), "--data", str(place / "data.jsonl"), "--out", str(out), "--device", "cpu"),
+        *("--steps", str(STEPS), "--batch-size", "2", "--seq-len", "64", "--lr", "1e-2", "--eval-fraction", "0.1"),
+        *("--save-every", str(EVERY), "--max-grad-norm", "1", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(finetune, place, source):
+    """What came of a run that was never stopped: the run, the folder, and the model as it was at the end."""
+    made = {}
+
+    def run(kind, **more):
+        key = (kind, *more.items())
+        if key not in made:
+            kept = []
+            with pytest.MonkeyPatch.context() as patch:
+                load = finetune.loaded
+                patch.setattr(finetune, "loaded", lambda job: kept.append(load(job)) or kept[0])
+                out = place / f"{'-'.join(map(str, key))}-out"
+                made[key] = finetune.main(arguments(place, source(kind, **more), out)), out, kept[0]
+        return made[key]
+
+    return run
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_fine_tunes_and_saves_what_transformers_loads(trained, source, kind):
+    run, out, language_model = trained(kind)
+    assert list(run.losses) == list(range(1, STEPS + 1))
+    assert run.losses[1] == pytest.approx(math.log(VOCABULARY), abs=0.3)
+    assert list(run.held_out) == [0, STEPS]
+    assert run.held_out[STEPS] < run.held_out[0] - 0.5
+    assert run.packed
+
+    saved, found = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert saved.dtype == torch.bfloat16
+    batch = probe(language_model)
+    with torch.no_grad():
+        language_model.model.eval()
+        assert torch.equal(saved(input_ids=batch.tokens).logits, language_model.logits(batch))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.apply_chat_template(CHAT["messages"], tokenize=False) == tiny_tokenizer().apply_chat_template(
+        CHAT["messages"], tokenize=False
+    )
+    copied = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    for name in copied:
+        assert (out / name).read_bytes() == (source(kind) / name).read_bytes()
+
+
+def probe(language_model, length=16):
+    """A batch of one row, one document, every token but the last with the next as its target."""
+    tokens = torch.arange(length) * 13 % VOCABULARY
+    trained = torch.arange(length - 1)
+    return type_of_batch(language_model)(tokens[None], torch.arange(length)[None], trained, tokens[1:])
+
+
+def type_of_batch(language_model):
+    return sys.modules[type(language_model).__module__].Batch
+
+
+class StopError(Exception):
+    """In place of a SIGKILL between two saves."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [*((kind, {}) for kind in (*CONFIGS, "gemma3")), ("gpt2", {"resid_pdrop": 0.3})],
+    ids=lambda value: str(value),
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(finetune, trained, place, source, tmp_path, monkeypatch, kind, more):
+    whole, expected, _ = trained(kind, **more)
+    given = arguments(place, source(kind, **more), tmp_path / "out", "--resume")
+    rows = sys.modules["finetuning.packing"].Rows
+    batch = rows.batch
+
+    def stopping(self, step):
+        if step == STOP:
+            raise StopError
+        return batch(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "batch", stopping)
+        with pytest.raises(StopError):
+            finetune.main(given)  # which finds nothing to go on from
+    assert sorted(path.name for path in (tmp_path / "out.checkpoints").iterdir()) == [f"step-{EVERY}"]
+    assert not (tmp_path / "out").exists()
+    run = finetune.main(given)
+    assert run.first == EVERY
+    assert run.losses == {step: loss for step, loss in whole.losses.items() if step > EVERY}
+    assert files(tmp_path / "out") == files(expected)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out.checkpoints" / f"step-{2 * EVERY}")
+
+
+KILLED = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(EXAMPLES)!r})
+import collins, finetune
+save, said = collins.save, Path(sys.argv[1])
+
+def halting(path, **parts):
+    save(path, **parts)
+    if path.parent.name.startswith(".step-{2 * EVERY}"):  # weights and optimizer are written, the folder is not whole
+        said.touch()
+        time.sleep(600)
+
+collins.save = halting
+finetune.main(sys.argv[2:])
+"""
+
+
+def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(finetune, trained, place, source, tmp_path):
+    _, expected, _ = trained("llama")
+    given, said = arguments(place, source("llama"), tmp_path / "out"), tmp_path / "said"
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(said), *given]
+    process = subprocess.Popen(command, env=environment(OMP_NUM_THREADS=str(torch.get_num_threads())))
+    try:
+        until = time.monotonic() + 120
+        while not said.exists():
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    checkpoints = tmp_path / "out.checkpoints"
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == [f".step-{2 * EVERY}.partial", f"step-{EVERY}"]
+    with pytest.raises(SystemExit):  # not without being asked to
+        finetune.main(given)
+    assert finetune.main([*given, "--resume"]).first == EVERY
+    assert files(tmp_path / "out") == files(expected)
+
+
+def test_older_checkpoints_are_removed_and_others_kept(load, tmp_path):
+    checkpoints = load("finetuning.running").Checkpoints(tmp_path / "out")
+    (tmp_path / "out.checkpoints" / "step-of-another-kind").mkdir(parents=True)
+    for step in (9, 10, 11):
+        checkpoints.save(step, lambda folder: (folder / "file").write_text("whole"), keep=2)
+    assert sorted(path.name for path in checkpoints.root.iterdir()) == ["step-10", "step-11", "step-of-another-kind"]
+    assert checkpoints.newest() == (11, checkpoints.root / "step-11")
+
+
+@pytest.mark.parametrize("changed", [["--lr", "1e-3"], ["--batch-size", "3"], ["--steps", "13"], ["--data", "other"]])
+def test_a_run_goes_on_with_the_settings_it_began_with(finetune, place, source, tmp_path, changed, capsys, monkeypatch):
+    other = lines(tmp_path / "other.jsonl", *[TEXT, COMPLETION] * 8)
+    given = arguments(place, source("llama"), tmp_path / "out", "--save-every", "1", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Rows, "batch", once(finetune.Rows.batch))
+        with pytest.raises(StopError):
+            finetune.main(given)
+    changed = [str(other) if value == "other" else value for value in changed]
+    refused(finetune, [*given, *changed], capsys, f"{changed[0]} must be", "--resume")
+
+
+def test_a_run_goes_on_with_documents_in_rows_as_it_began(finetune, load, place, source, tmp_path, capsys, monkeypatch):
+    given = arguments(place, source("llama"), tmp_path / "out", "--save-every", "1", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Rows, "batch", once(finetune.Rows.batch))
+        with pytest.raises(StopError):
+            finetune.main(given)
+    every = torch.ones(8, dtype=torch.bool)
+    monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "_influences", lambda *_: every & (every.cumsum(0) == 1))
+    refused(finetune, given, capsys, "whether documents share rows must be True, as in the run that")
+
+
+def once(batch):
+    def first_alone(self, step):
+        if step > 1:
+            raise StopError
+        return batch(self, step)
+
+    return first_alone
+
+
+def refused(finetune, given, capsys, *named):
+    with pytest.raises(SystemExit) as ended:
+        finetune.main(given)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    for text in named:
+        assert text in said
+
+
+# What a model computes
+
+
+def full_loss(language_model, batch):
+    logits = language_model.logits(batch).flatten(0, 1)[batch.trained]
+    return functional.cross_entropy(logits.float(), batch.targets)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS, *FURTHER])
+def test_the_loss_in_chunks_is_that_of_the_models_own_logits(load, kind):
+    """Value and gradients, of layers that are computed anew in backward, in float32."""
+    model = tiny_model(kind, torch.float32).train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias") or p.dim() == 1:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) / 4)
+    language_model = load("finetuning.causal_lm").CausalLM(model, chunks=3)
+    language_model.check(rows=2)
+    batch = probe(language_model)
+    batch = type(batch)(batch.tokens, batch.positions, batch.trained[3:], batch.targets[3:])
+    full = full_loss(language_model, batch)
+    expected = gradients(model, full)
+    language_model.prepare()
+    chunked = language_model.loss(batch)
+    torch.testing.assert_close(chunked, full)
+    torch.testing.assert_close(gradients(model, chunked), expected, rtol=1e-4, atol=1e-6)
+    assert expected[next(iter(expected))].any()
+
+
+def test_layers_keep_their_input_alone(load):
+    language_model = load("finetuning.causal_lm").CausalLM(tiny_model("llama", num_hidden_layers=4), chunks=2)
+    saved = {}
+    for checkpointed in (False, True):
+        if checkpointed:
+            language_model.prepare()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
+            language_model.loss(probe(language_model))
+        saved[checkpointed] = sum(kept)
+    assert saved[True] < saved[False] / 4
+
+
+def test_each_gradient_arrives_once(load):
+    """That of a head which is the embedding too, as steps in backward demand."""
+    model = tiny_model("qwen2")
+    language_model = load("finetuning.causal_lm").CausalLM(model, chunks=4)
+    language_model.prepare()
+    arrived = []
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    language_model.loss(probe(language_model)).backward()
+    assert sorted(arrived) == sorted(name for name, _ in model.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile's own look at its inputs
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # transformers' own
+def test_compiled_layers_compute_the_same_with_one_graph_for_all(load):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    model = tiny_model("gemma2", torch.float32, num_hidden_layers=4).train()
+    language_model = load("finetuning.causal_lm").CausalLM(model, chunks=2)
+    batch = probe(language_model)
+    expected = gradients(model, language_model.loss(batch))
+    language_model.prepare(backend=backend)
+    torch.testing.assert_close(gradients(model, language_model.loss(batch)), expected, rtol=1e-4, atol=1e-6)
+    assert 1 <= len(graphs) <= 2  # full attention, and in a window
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_packed_row_is_its_documents(load, kind):
+    """The loss of documents that share a row is that of each alone, to rounding, in float32."""
+    packing, data = load("finetuning.packing"), load("finetuning.data")
+    documents = data.Documents()
+    for line, length in enumerate((20, 3, 14), 1):
+        tokens = torch.arange(length).mul(7 * line).remainder(VOCABULARY).numpy()
+        documents.add(data.Tokenized(line, tokens, tokens >= 0, whole=False), 64)
+    language_model = load("finetuning.causal_lm").CausalLM(tiny_model(kind, torch.float32), chunks=2)
+    language_model.check(rows=2)
+    assert language_model.separates_documents
+    shape = {"batch_size": 1, "seed": 0}
+    (together,) = packing.Rows(documents, seq_len=40, packed=True, **shape).in_order()
+    alone = list(packing.Rows(documents, seq_len=40, packed=False, **shape).in_order())
+    assert together.tokens.shape == (1, 40)
+    assert [len(batch.targets) for batch in alone] == [19, 2, 13]
+    with torch.no_grad():
+        losses = torch.stack([language_model.loss(batch) * len(batch.targets) for batch in alone])
+        torch.testing.assert_close(language_model.loss(together), losses.sum() / 34)
+        crossing = type(together)(together.tokens, torch.arange(40)[None], together.trained, together.targets)
+        assert abs(language_model.loss(crossing) - losses.sum() / 34) > 1e-4  # what not separating them would show
+
+
+@pytest.mark.parametrize("kind", ["opt", "mamba"])
+@pytest.mark.filterwarnings("ignore::UserWarning:transformers")
+def test_where_documents_would_see_each_other_each_has_a_row(finetune, place, source, tmp_path, kind, capsys):
+    run = finetune.main(arguments(place, source(kind), tmp_path / "out", "--steps", "3"))
+    assert not run.packed
+    assert "documents that share a row would see each other" in capsys.readouterr().out
+
+
+def test_a_model_that_sees_later_tokens_is_refused(finetune, place, source, tmp_path, capsys):
+    given = arguments(place, source("bert"), tmp_path / "out")
+    refused(finetune, given, capsys, "bert is no causal language model as configured: tokens see later ones")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(finetune, place, source, tmp_path):
+    with pytest.raises(FloatingPointError, match="the loss of step 2 is"):
+        finetune.main([*arguments(place, source("llama"), tmp_path / "out", "--log-every", "1"), "--lr", "1e18"])
+    assert not (tmp_path / "out").exists()
+
+
+# What is trained on
+
+
+def documents_of(load, tmp_path, *records, seq_len=64, tokenizer=None):
+    """Each document as its tokens, and as those that are to be predicted; "·" for what is not trained on."""
+    tokenizer = tokenizer or tiny_tokenizer()
+    path = lines(tmp_path / "data.jsonl", *records)
+    found = load("finetuning.data").read_documents(path, tokenizer, seq_len=seq_len, vocabulary=VOCABULARY)
+    shown = []
+    for start, stop in zip(found.bounds, found.bounds[1:], strict=False):
+        read = tokenizer.decode(found.tokens[start:stop].tolist())
+        predicted = "".join("·" if t < 0 else tokenizer.decode([t]) for t in found.targets[start:stop])
+        shown.append((read, predicted))
+    return found, shown
+
+
+def test_text_is_trained_on_in_full(load, tmp_path):
+    _, shown = documents_of(load, tmp_path, {"text": "a cat", "id": 7})
+    assert shown == [("a cat", " cat</s>")]
+
+
+def test_a_completion_is_trained_on_and_its_prompt_is_not(load, tmp_path):
+    _, shown = documents_of(load, tmp_path, COMPLETION, {"prompt": "is ", "completion": "five"})
+    first, second = shown
+    assert first == ("two and two is four", "·" * 13 + " four</s>")
+    assert second == ("is five", "· five</s>")  # the token " f" is of both
+
+
+def test_a_chat_is_trained_on_where_the_assistant_speaks(load, tmp_path):
+    _, ((read, predicted),) = documents_of(load, tmp_path, CHAT, seq_len=99)
+    assert read == "<s><|user|>hello<|end|><|assistant|>good day<|end|><|user|>bye<|end|><|assistant|>so long"
+    assert predicted == "·" * 8 + "good day<|end|>" + "·" * 6 + "so long<|end|>"
+
+
+def test_a_templates_own_marks_count(load, tmp_path):
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
+    )
+    _, ((_, predicted),) = documents_of(load, tmp_path, CHAT, seq_len=99, tokenizer=tiny_tokenizer(template))
+    assert predicted.replace("·", "") == "good dayso long"
+
+
+def test_a_template_that_rewrites_earlier_answers_makes_a_document_of_each(load, tmp_path):
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}hm. {% endif %}"
+        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    _, (first, second) = documents_of(load, tmp_path, CHAT, seq_len=99, tokenizer=tiny_tokenizer(template))
+    assert first == ("<|user|>hello<|end|><|assistant|>hm. good day", "·" * 7 + "hm. good day<|end|>")
+    assert second[0] == "<|user|>hello<|end|><|assistant|>good day<|end|><|user|>bye<|end|><|assistant|>hm. so long"
+    assert second[1].lstrip("·") == "hm. so long<|end|>"
+
+
+def test_a_template_without_an_opening_trains_on_the_role_too(load, tmp_path):
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    _, ((_, predicted),) = documents_of(load, tmp_path, CHAT, seq_len=99, tokenizer=tiny_tokenizer(template))
+    assert predicted == "·" * 6 + "<|assistant|>good day<|end|>" + "·" * 5 + "<|assistant|>so long<|end|>"
+
+
+def test_long_text_is_cut_into_pieces_and_nothing_is_lost(load, tmp_path):
+    text = "abcdefghij" * 5
+    found, shown = documents_of(load, tmp_path, {"text": text}, seq_len=16)
+    assert found.lengths == [16, 16, 16, 2]
+    assert "".join(predicted for _, predicted in shown) == text[1:] + "</s>"
+    assert (found.cut, found.dropped) == (0, 0)
+
+
+def test_of_a_long_completion_the_end_is_left_out_and_counted(load, tmp_path):
+    lost = {"prompt": "p" * 40, "completion": "c"}
+    found, shown = documents_of(load, tmp_path, {"prompt": "pp", "completion": "c" * 30}, lost, seq_len=16)
+    assert shown == [("pp" + "c" * 14, "·" + "c" * 15)]
+    assert (found.cut, found.dropped) == (31 + 1 - 16 + 40 + 1 - 16, 1)
+
+
+def test_packing_leaves_no_document_out_and_little_room(load):
+    pack = load("finetuning.packing").pack
+    lengths = torch.randint(1, 65, (500,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = pack(lengths, 64)
+    assert sorted(document for row in rows for document in row) == list(range(500))
+    assert max(sum(lengths[document] for document in row) for row in rows) <= 64
+    assert len(rows) <= 1.05 * sum(lengths) / 64
+    assert rows == pack(lengths, 64)
+    with pytest.raises(ValueError, match="at most 63 places, got 64"):
+        pack([*lengths, 64], 63)
+
+
+def test_each_pass_takes_every_row_once_in_an_order_of_its_own(load, tmp_path):
+    found, _ = documents_of(load, tmp_path, *[TEXT, COMPLETION, CHAT] * 4)
+    rows = load("finetuning.packing").Rows(found, seq_len=64, batch_size=3, packed=True, seed=5)
+    count = len(rows)
+    assert rows.steps(3.0) == count  # three passes of `count` rows, three rows a step
+    taken = [tuple(row.tolist()) for step in range(1, count + 1) for row in rows.batch(step).tokens]
+    passes = [taken[i : i + count] for i in range(0, 3 * count, count)]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
+    assert passes[0] != passes[1]
+    ordered = list(rows.in_order())
+    assert {tuple(batch.tokens.shape) for batch in ordered} == {(3, 64)}
+    assert sum(len(batch.targets) for batch in ordered) == found.trained == sum(t >= 0 for t in found.targets)
+
+
+def test_what_is_left_out_is_said(finetune, source, tmp_path, capsys):
+    long = {"prompt": "p" * 70, "completion": "c"}
+    lines(tmp_path / "data.jsonl", long, {"prompt": "p", "completion": "c" * 70}, *[TEXT] * 8)
+    finetune.main(arguments(tmp_path, source("llama"), tmp_path / "out", "--steps", "1"))
+    assert "left out: 14 tokens beyond --seq-len, 1 documents without a target" in capsys.readouterr().out
+
+
+def test_held_out_lines_are_not_trained_on(finetune, load, tmp_path):
+    records = [{"text": f"{number:03} " * 40} for number in range(20)]
+    found, _ = documents_of(load, tmp_path, *records, seq_len=16)
+    args = finetune.parse(None, ["m", "--data", "d", "--out", "o", "--eval-fraction", "0.25"])
+    kept, held_out = finetune._divided(found, args)
+    assert len(set(held_out.lines)) == 5
+    assert set(kept.lines) | set(held_out.lines) == set(range(1, 21))
+    assert not set(kept.lines) & set(held_out.lines)
+    assert sorted([*kept.tokens, *held_out.tokens]) == sorted(found.tokens)
+
+
+def test_held_out_data_may_be_a_file_of_its_own(finetune, place, source, tmp_path):
+    held_out = lines(tmp_path / "held-out.jsonl", TEXT)
+    given = arguments(place, source("llama"), tmp_path / "out", "--eval-data", str(held_out), "--eval-every", "1")
+    run = finetune.main([*given, "--steps", "2"])
+    assert list(run.held_out) == [0, 1, 2]
+
+
+def test_the_rate_rises_then_falls(load):
+    rate = load("finetuning.running").Rate(steps=100, warmup=0.1, least=0.2)
+    rates = [rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == rates[10] == 1
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.2, abs=1e-3)
+
+
+# What is refused, before anything is loaded
+
+
+@pytest.fixture
+def untouched(finetune, monkeypatch):
+    """Nothing may be loaded onto the device."""
+    monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("the model was loaded"))
+
+
+@pytest.fixture
+def broken(source, tmp_path):
+    """A copy of a model's folder, to be broken."""
+    return shutil.copytree(source("llama"), tmp_path / "model")
+
+
+def shards(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+def cut(file, by):
+    with open(file, "r+b") as opened:
+        opened.truncate(file.stat().st_size - by)
+
+
+def edited(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def without_weights(folder):
+    for shard in shards(folder):
+        shard.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "pytorch_model.bin").touch()
+
+
+FOLDERS = {
+    "no folder": (shutil.rmtree, ["model: must be a model's folder: there is none"]),
+    "no configuration": (lambda f: (f / "config.json").unlink(), ["model: must be", "config.json"]),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json: must be JSON"]),
+    "no object": (lambda f: (f / "config.json").write_text("[]"), ["config.json: must hold a JSON object, got list"]),
+    "quantized": (
+        lambda f: edited(f / "config.json", quantization_config={"quant_method": "gptq"}),
+        ["config.json: has a quantization_config"],
+    ),
+    "unknown model": (
+        lambda f: edited(f / "config.json", model_type="llama9"),
+        ["config.json: model_type must be one that transformers", "'llama9'"],
+    ),
+    "no language model": (
+        lambda f: edited(f / "config.json", model_type="t5"),
+        ["config.json: model_type must be that of a causal language model, got 't5'"],
+    ),
+    "no weights": (without_weights, ["model: must have its weights in model.safetensors", "pytorch_model.bin"]),
+    "no shard": (
+        lambda f: shards(f)[1].unlink(),
+        ["model.safetensors.index.json: names the shard model-00002", "not complete"],
+    ),
+    "truncated shard": (lambda f: cut(shards(f)[2], 7), ["model-00003-of-", "bytes, by its own header, got"]),
+    "truncated header": (
+        lambda f: cut(shards(f)[0], shards(f)[0].stat().st_size - 40),
+        ["model-00001-of-", "its header cannot be read, or it is truncated"],
+    ),
+    "empty shard": (lambda f: shards(f)[0].write_bytes(b""), ["model-00001-of-", "must be a safetensors file"]),
+    "longer shard": (
+        lambda f: shards(f)[0].write_bytes(shards(f)[0].read_bytes() + b"more"),
+        ["model-00001-of-", "not written by"],
+    ),
+    "index of another model": (
+        lambda f: edited(f / "model.safetensors.index.json", weight_map={"odd": shards(f)[0].name}),
+        ["model-00001-of-", "must hold odd, by model.safetensors.index.json"],
+    ),
+    "index to elsewhere": (
+        lambda f: edited(f / "model.safetensors.index.json", weight_map={"odd": "../odd.safetensors"}),
+        ["shards must be files beside it, got '../odd.safetensors'"],
+    ),
+    "more layers": (
+        lambda f: edited(f / "config.json", num_hidden_layers=3),
+        ["must have all weights of LlamaForCausalLM; missing: model.layers.2."],
+    ),
+    "other widths": (
+        lambda f: edited(f / "config.json", intermediate_size=64),
+        ["must have the shape (32, 64), by config.json, got (32, 48)"],
+    ),
+    "no tokenizer": (
+        lambda f: [path.unlink() for path in f.glob("token*")],
+        ["model: must have a tokenizer that transformers can load"],
+    ),
+}
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_that_cannot_be_trained_is_refused(finetune, place, broken, tmp_path, case, capsys):
+    breaks, named = FOLDERS[case]
+    breaks(broken)
+    refused(finetune, arguments(place, broken, tmp_path / "out"), capsys, "finetune.py: error: ", *named)
+    assert not (tmp_path / "out.checkpoints").exists()
+
+
+ACCEPTED = 'an object with "text", with "prompt" and "completion", or with "messages"'
+DATA = {
+    "no file": (None, "data.jsonl: must be a file of JSON lines: there is none"),
+    "empty": ([], f"data.jsonl: must hold at least one line of JSON, {ACCEPTED}; it holds none"),
+    "blank": (["", "  "], "must hold at least one line"),
+    "no JSON": ([TEXT, "", "{'text': 1}"], f"data.jsonl:3: must be a line of JSON, {ACCEPTED}"),
+    "no UTF-8": ([TEXT, b"\xff\xfe"], "data.jsonl:2: must be a line of JSON"),
+    "no object": ([TEXT, [1, 2]], f"data.jsonl:2: must be {ACCEPTED}, got [1, 2]"),
+    "no kind": ([{"content": "a"}], f"data.jsonl:1: must be {ACCEPTED}, and one kind alone; got the keys 'content'"),
+    "two kinds": ([{**TEXT, **COMPLETION}], "one kind alone; got the keys 'text', 'prompt', 'completion'"),
+    "no string": ([TEXT, {"text": 5}], "data.jsonl:2: 'text' must be a string, got 5"),
+    "no completion": ([{"prompt": "a"}], "data.jsonl:1: 'completion' must be a string, got nothing"),
+    "no messages": ([{"messages": []}], "data.jsonl:1: 'messages' must be a list of objects with 'role'"),
+    "no role": ([{"messages": [{"content": "a"}]}], "'messages'[0] must be an object with 'role' and 'content'"),
+    "no content": ([{"messages": [{"role": "user"}]}], "'messages'[0]: 'content' must be a string, got null"),
+    "no answer": ([{"messages": [{"role": "user", "content": "a"}]}], "must have one of the role 'assistant'"),
+    "nothing to learn": ([{"text": ""}], "data.jsonl: must hold something to train on; no token of its 1 lines can be"),
+}
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("case", DATA)
+def test_data_that_cannot_be_used_are_refused(finetune, source, tmp_path, case, capsys):
+    records, named = DATA[case]
+    path = tmp_path / "data.jsonl"
+    if records is not None:
+        path.write_bytes(b"\n".join(r if isinstance(r, bytes) else dumped(r).encode() for r in records))
+    refused(finetune, arguments(tmp_path, source("llama"), tmp_path / "out"), capsys, named)
+
+
+def dumped(record):
+    return record if isinstance(record, str) else json.dumps(record)
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        (None, "data.jsonl:1: 'messages' need a chat template, and the tokenizer has none"),
+        ("{{ raise_exception('no users here') }}", "data.jsonl:1: 'messages' must suit the tokenizer's chat template"),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+            "data.jsonl:1: 'messages'[1]: the chat template writes what comes before this answer in two ways",
+        ),
+    ],
+)
+def test_a_chat_that_the_template_cannot_write_is_refused(finetune, broken, tmp_path, template, named, capsys):
+    (broken / "chat_template.jinja").unlink()
+    tiny_tokenizer(template).save_pretrained(broken)
+    lines(tmp_path / "data.jsonl", CHAT)
+    refused(finetune, arguments(tmp_path, broken, tmp_path / "out"), capsys, named)
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_tokenizer_of_another_model_is_refused(finetune, place, tmp_path, capsys):
+    small = tiny_folder(tmp_path / "small", "llama", vocab_size=200)
+    refused(
+        finetune, arguments(place, small, tmp_path / "out"), capsys, "its tokenizer has 262 tokens, but its model 200"
+    )
+    added = tiny_folder(tmp_path / "added", "llama")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(added)
+    lines(tmp_path / "data.jsonl", TEXT, {"text": "a <|new|> token"})
+    named = "data.jsonl:2: becomes token 262, '<|new|>', but the model has 262 embeddings"
+    refused(finetune, arguments(tmp_path, added, tmp_path / "out"), capsys, named)
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--seq-len", "65"], "--seq-len must be at most 64, the positions of "),
+        (["--out", "nowhere/out"], "--out must be in a folder that is there, got nowhere/out"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--lr", "0"], "--lr must be above 0 and below 2**63, got 0.0"),
+        (["--compress-ratio", "0.5"], "--compress-ratio must be at least 1, got 0.5"),
+        (["--max-grad-norm", "-1"], "--max-grad-norm must be above 0 and below 2**63, got -1.0"),
+        (["--warmup", "2"], "--warmup must be in [0, 1], got 2.0"),
+        (["--policy", "disk"], "memory must be"),
+        (["--epochs", "1"], "not allowed with argument --steps"),
+        (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl: must be a file of JSON lines"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_arguments_that_cannot_be_used_are_refused(finetune, place, source, tmp_path, changed, named, capsys):
+    refused(finetune, [*arguments(place, source("llama"), tmp_path / "out"), *changed], capsys, named)
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_folder_that_exists_is_not_written_to(finetune, place, source, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    named = f"--out must be a folder that is not there yet, got {tmp_path / 'out'}"
+    refused(finetune, arguments(place, source("llama"), tmp_path / "out"), capsys, named)
+    assert not list((tmp_path / "out").iterdir())
+
+
+# What is written
+
+
+def test_a_published_folder_stays_what_it_was(finetune, place, broken, tmp_path):
+    """Keys of an older transformers, files that it would not write, and those that are no model's."""
+    config = json.loads((broken / "config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    config.pop("dtype")
+    config.update(rope_theta=theta, torch_dtype="float32", architectures=["LlamaModel"], odd={"kept": True})
+    (broken / "config.json").write_text(json.dumps(config))
+    (broken / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')  # not to be written now
+    for name in ("LICENSE", "tokenizer.model", "README.md", "optimizer.pt"):
+        (broken / name).write_text(name)
+    finetune.main(arguments(place, broken, tmp_path / "out", "--steps", "1"))
+    found = files(tmp_path / "out")
+    assert json.loads(found["config.json"]) == {
+        **config,
+        "architectures": ["LlamaForCausalLM"],
+        "torch_dtype": "bfloat16",
+    }
+    for name in ("generation_config.json", "LICENSE", "tokenizer.model"):
+        assert found[name] == (broken / name).read_bytes()
+    assert not found.keys() & {"README.md", "optimizer.pt"}
+
+
+def test_large_weights_are_written_in_shards(load, finetune, place, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(load("finetuning.folder"), "_SHARD", "20KB")
+    finetune.main(arguments(place, source("llama"), tmp_path / "out", "--steps", "1"))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_nothing_is_drawn_where_there_is_no_terminal(finetune, place, source, tmp_path, capsys):
+    finetune.main(arguments(place, source("llama"), tmp_path / "out", "--steps", "2", "--log-every", "1"))
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert re.search(r"step 2/2: loss \d\.\d{4}, norm \d\.\d{3}, lr \S+, tokens/s [\d,]+\n", shown.out)
+    assert "\r" not in shown.out
+
+
+# Where memory runs out
+
+
+def test_out_of_memory_ends_in_the_plan_and_what_to_change(
+    finetune, load, place, source, tmp_path, monkeypatch, capsys
+):
+    def full(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "check", lambda *_: None)  # so that training begins
+    monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "loss", full)
+    monkeypatch.setattr("collins.offload.trial.MOST_LAYERS", 4)  # to look for the largest model among
+    with pytest.raises(SystemExit) as ended:
+        finetune.main(arguments(place, source("llama"), tmp_path / "out"))
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    for figure in ("weights", "activations: checkpoints", "staging ring on the device", "largest that fits"):
+        assert figure in said
+    assert said.index("What to change:") < said.index("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "expandable_segments:True" in said
+
+
+def test_weights_that_exceed_the_device_are_not_loaded(finetune, load, place, source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(load("finetuning.forecast"), "host_memory_free", lambda: 10_000)
+    monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit) as ended:
+        finetune.main(arguments(place, source("llama"), tmp_path / "out"))
+    assert ended.value.code == 1
+    assert "9.8 KiB are free" in capsys.readouterr().err
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("batch", "seq_len", "device", "host", "policy", "proposed"),
+    [
+        (16, 2048, 24, 64, "auto", "--batch-size"),
+        (1, 65536, 24, 64, "auto", "--seq-len"),
+        (1, 2048, 15, 64, "device", "--policy host"),
+        (1, 2048, 24, 64, "auto", "by the plan it fits"),
+        (1, 2048, 8, 64, "auto", "a device with more memory"),
+    ],
+)
+def test_what_is_proposed_fits_by_the_plan(load, batch, seq_len, device, host, policy, proposed):
+    forecast = load("finetuning.forecast")
+    machine = Machine(device * GIB, device * GIB, host * GIB, host * GIB)
+    policy = collins.offload.MemoryPolicy(policy)
+
+    def trial(batch, seq_len, policy):
+        return forecast.trial_of(model_of("llama-7b"), Training(torch.bfloat16, batch, seq_len), machine, policy)
+
+    (line,) = [
+        line for line in forecast.advice("llama-7b", trial(batch, seq_len, policy)).splitlines() if proposed in line
+    ]
+    if proposed == "--batch-size":
+        assert trial(int(line.split()[-1]), seq_len, policy).fits()
+        assert not trial(batch, seq_len, policy).fits()
+    if proposed == "--seq-len":
+        assert trial(batch, int(line.split()[-1]), policy).fits()
+    if proposed == "--policy host":
+        assert trial(batch, seq_len, collins.offload.MemoryPolicy("host")).fits()
+
+
+# On a GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("reproducible")
+def test_on_a_gpu_it_is_compiled_and_goes_on_to_the_same_bits(finetune, place, source, tmp_path, monkeypatch):
+    def given(out):
+        return [*arguments(place, source("llama"), out, "--resume", "--policy", "host"), "--device", "cuda"]
+
+    whole = finetune.main(given(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        rows, batch = finetune.Rows, finetune.Rows.batch
+        patch.setattr(rows, "batch", lambda self, step: batch(self, step) if step < STOP else stop())
+        with pytest.raises(StopError):
+            finetune.main(given(tmp_path / "out"))
+    run = finetune.main(given(tmp_path / "out"))
+    assert run.losses == {step: loss for step, loss in whole.losses.items() if step > EVERY}
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def stop():
+    raise StopError
+
+
+@pytest.mark.cuda
+def test_weights_are_on_the_gpu_once(load, tmp_path):
+    folder = load("finetuning.folder")
+    source = tiny_folder(tmp_path / "model", "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = folder.load_model(folder.open_folder(source), source, torch.bfloat16, torch.device(DEVICE))
+    weights = sum(p.nbytes for p in model.parameters())
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * weights

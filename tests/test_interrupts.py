@@ -1,0 +1,252 @@
+"""Ctrl-C: held back while parameters are stepped, in effect once they have been."""
+
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import OPTIONS, give_gradients, parameters, same_snapshots, snapshot, with_kernel
+from test_faults import FILES, WAYS, Fault, made, step
+
+from collins import Collins, interrupts
+from collins.compile.graphs import Graphs
+from collins.interrupts import HeldInterrupts
+
+pytestmark = pytest.mark.usefixtures("ctrl_c")
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which raises KeyboardInterrupt; what a test leaves must be it again."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    left = signal.signal(signal.SIGINT, before)
+    assert left is signal.default_int_handler
+
+
+def press():
+    signal.raise_signal(signal.SIGINT)
+
+
+class Pressed:
+    """Ctrl-C before the `failing`-th line of the steps' code that is run."""
+
+    def __init__(self, failing=None):
+        self.failing, self.count, self.where = failing, 0, None
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(self.called)
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+    def called(self, frame, event, arg):
+        return self.line if frame.f_code.co_filename in FILES else None
+
+    def line(self, frame, event, arg):
+        if event == "line":
+            self.count += 1
+            if self.count == self.failing:
+                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                press()
+        return self.line
+
+
+STEPPED = {
+    "eager": {},
+    "mixed": WAYS["mixed"],
+    "in_backward": WAYS["in_backward"],
+    "host in_backward": WAYS["host in_backward"],
+    "graphs": {"compile": True},
+    "kernel": {},
+    "kernel host": WAYS["host"],
+    "kernel in_backward": WAYS["in_backward"],
+}
+
+
+class Stepped(Fault):
+    """In one of the ways of `STEPPED`."""
+
+    def __init__(self, way):
+        self.way, self.graphs = way, Graphs()  # compiled once for all of its optimizers
+        super().__init__(STEPPED[way], first=False)
+
+    def new(self):
+        ps = parameters(torch.float32, [(32, 64), (40,), (33, 37)], "cpu")
+        opt = Collins(ps, **{**OPTIONS, **self.options})
+        opt._stepper.engine._graphs = self.graphs
+        if self.way.startswith("kernel"):
+            pytest.importorskip("triton")
+            with_kernel(opt)
+        for number in range(self.number):
+            step(ps, opt, number)
+        return ps, opt
+
+    def pressed(self, failing):
+        ps, opt = self.new()
+        lines = Pressed(failing)
+        if failing is None:
+            with lines:
+                step(ps, opt, self.number)
+        else:
+            with pytest.raises(KeyboardInterrupt), lines:
+                step(ps, opt, self.number)
+        return ps, opt, lines
+
+
+@pytest.mark.parametrize("way", STEPPED)
+def test_ctrl_c_at_any_line_of_a_step_leaves_each_parameter_stepped_or_as_it_was(way):
+    fault = Stepped(way)
+    *_, lines = fault.pressed(None)
+    places = 2 if way.startswith("kernel") else 6  # Triton's interpreter is slow
+    for failing in range(1, lines.count + 1, max(lines.count // places, 1)):
+        ps, opt, now = fault.pressed(failing)
+        try:
+            fault.leaves_all_whole(ps, opt)
+        except BaseException as error:
+            error.add_note(f"pressed before {now.where}, line {failing} of {lines.count}")
+            raise
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+def test_ctrl_c_between_the_launch_of_a_kernel_and_the_note_of_it(in_backward, monkeypatch):
+    """The step, or in backward that of the one parameter, ends first."""
+    pytest.importorskip("triton")
+    from collins.compile import kernels
+
+    original, sides = kernels.step_, []
+    for presses in (False, True):
+        ps = parameters(torch.float32, [(64, 64), (40,)], "cpu")
+        opt = with_kernel(Collins(ps, **OPTIONS, in_backward=in_backward))
+        step(ps, opt, 0)
+
+        def launched(*args, presses=presses):
+            original(*args)
+            if presses:
+                press()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(kernels, "step_", launched)
+            if presses:
+                with pytest.raises(KeyboardInterrupt):
+                    step(ps, opt, 1)
+            else:
+                step(ps, opt, 1)
+        sides.append(snapshot(ps, opt))
+        if presses:
+            assert [int(state["step"]) for _, state in sides[1]] == ([1, 2] if in_backward else [2, 2])
+    found = list(map(same_snapshots, *sides))
+    assert found == ([False, True] if in_backward else [True, True])  # backward begins at the last one
+
+
+def test_a_failure_is_put_right_before_ctrl_c_takes_effect(monkeypatch):
+    ps, opt = made({}, 2)
+    before = snapshot(ps, opt)
+
+    def fails(*_):
+        press()
+        raise torch.OutOfMemoryError
+
+    give_gradients(2, ps)
+    monkeypatch.setattr(opt._stepper.engine, "run_rest", fails)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        opt.step()
+    assert isinstance(caught.value.__context__, torch.OutOfMemoryError)
+    assert all(map(same_snapshots, snapshot(ps, opt), before))
+
+
+def held(body):
+    with HeldInterrupts():
+        body()
+
+
+def test_it_is_held_until_the_body_is_left():
+    done = []
+
+    def body():
+        press()
+        press()  # at once: another of the same
+        done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        held(body)
+    assert done == [1]
+
+
+def test_a_body_within_a_body_holds_it_for_the_outer_one():
+    done = []
+
+    def body():
+        held(press)
+        done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        held(body)
+    assert done == [1]
+
+
+def test_another_one_after_a_while_takes_effect_at_once(monkeypatch):
+    now, done = [0.0], []
+    monkeypatch.setattr(interrupts.time, "monotonic", lambda: now[0])
+
+    def body():
+        for seconds in (0, interrupts.PATIENCE / 2, interrupts.PATIENCE / 2):
+            now[0] += seconds
+            press()
+            done.append(now[0])
+
+    with pytest.raises(KeyboardInterrupt):
+        held(body)
+    assert done == [0, interrupts.PATIENCE / 2]
+
+
+def test_a_handler_of_the_users_is_called_once_with_its_signal():
+    calls = []
+    before = signal.signal(signal.SIGINT, lambda *args: calls.append(args))
+    with HeldInterrupts():
+        press()
+        press()
+        assert not calls
+    signal.signal(signal.SIGINT, before)
+    assert calls == [(signal.SIGINT, None)]
+
+
+def test_a_handler_that_the_body_sets_stays():
+    calls = []
+
+    def own(*_):
+        calls.append(1)
+
+    with HeldInterrupts():
+        signal.signal(signal.SIGINT, own)
+        press()
+    assert signal.signal(signal.SIGINT, signal.default_int_handler) is own
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_where_python_has_no_handler_nothing_is_set(handler):
+    before = signal.signal(signal.SIGINT, handler)
+    with HeldInterrupts():
+        assert signal.getsignal(signal.SIGINT) is handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_do_nothing():
+    """Handlers run in the main thread alone, which may be in a body of its own."""
+    seen = []
+
+    def hold():
+        with HeldInterrupts():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    with HeldInterrupts():
+        own = signal.getsignal(signal.SIGINT)
+        thread = threading.Thread(target=hold)
+        thread.start()
+        thread.join()
+        assert signal.getsignal(signal.SIGINT) == own
+    assert seen == [own]
