@@ -107,10 +107,10 @@ class Collins(Measured, FusedBackward, Optimizer):
             "device", "host"), a mapping of the policy's arguments, or the path of a TOML file. Decided at the first
             step, when the activations' peak has been seen; `placement` tells what was decided.
         in_backward: whether each parameter is stepped, and its gradient freed, as soon as the gradient has arrived in
-            backward; the results are the same to the bit, but for `max_grad_norm`, and for the order of sums in products of
-            small matrices on CUDA devices under decode="orthogonal" (`collins.compile.matrices`). `step` then ends the
+            backward; but for `max_grad_norm`, and the order of sums in products of small matrices on CUDA devices under
+            decode="orthogonal" (`collins.compile.matrices`), the results are the same to the bit. `step` then ends the
             step: call it after every backward. Closures, gradients accumulated over several backward passes and a
-            GradScaler are refused. `clip_grad_norm_` finds no gradients any more and does nothing: set `max_grad_norm`.
+            GradScaler are refused. `clip_grad_norm_` finds no gradients and does nothing: set `max_grad_norm`.
 
     All but `compile`, `seed`, `max_grad_norm`, `memory` and `in_backward` may be set per group. Strings as in
     configuration files will do for all of them: lr="3e-3", betas="0.9,0.95", table_dtype="bfloat16", maximize="true".

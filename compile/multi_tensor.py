@@ -211,7 +211,7 @@ class KernelLaunch:
         self.dense, self._skips = spec.hash is None, spec.skip
         load, v_load = map(int, spec.loads)
         self._constants = (
-            kernels.int_bits(spec.m_format), load, v_load, *kernels.decode_constants(spec.decode),
+            *kernels.int_constants(spec.m_format), load, v_load, *kernels.decode_constants(spec.decode),
             spec.rehash, spec.rounding, spec.maximize, spec.skip, even,
         )  # fmt: skip
         self.uploader = uploader

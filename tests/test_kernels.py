@@ -59,7 +59,7 @@ def count_launches(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "options"), CASES, ids=str)
 def test_the_kernel_steps_as_eager_code_does(dtype, options):
-    sides = []
+    sides, options = [], {"table_dtype": torch.float32, **options}  # test_parity.py has those of integers
     for through_kernel in (False, True):
         ps = parameters(dtype, SHAPES)
         opt = Collins(ps, **{**OPTIONS, "compile": False, **options})
@@ -98,7 +98,7 @@ def test_the_kernel_leaves_out_what_a_wrong_gradient_reaches(options):
 
 def test_tensors_of_one_kind_share_a_launch_whatever_their_shapes(monkeypatch):
     ps = parameters(torch.float32, [(96, 64), (64, 128), (4096,), (40,), (24,), (8,), (33, 37)])
-    opt = with_kernel(Collins(ps, min_K=64))
+    opt = with_kernel(Collins(ps, min_K=64, table_dtype=torch.float32, role="matrix"))
     give_gradients(0, ps)
     taken = count_launches(monkeypatch)
     opt.step()
@@ -300,7 +300,7 @@ from collins.compile import kernels
 
 def ptx(param, moment, bits, load, v_load, rounding, one, size, tiling):
     fixed = dict(
-        P=param, T=moment, BITS=bits, DENSE=load == 1, LOAD=load, V_LOAD=v_load, M_SCALE=0.5, V_SCALE=0.0,
+        P=param, T=moment, BITS=bits, BLOCK=64, DENSE=load == 1, LOAD=load, V_LOAD=v_load, M_SCALE=0.5, V_SCALE=0.0,
         RESIDUAL=True, REHASH=load > 1, ROUND_P=rounding, ROUND_T=False, MAXIMIZE=False, SKIP=True, EVEN=True,
         ONE=one, FAST=True,
         TILE=tiling.tile, SPAN=kernels.SPAN // size, STAGES=tiling.stages,
