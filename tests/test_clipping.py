@@ -486,25 +486,6 @@ def test_a_trainer_that_clips_in_vain_is_told_once(package):
     _trainer(package).train(Collins([nn.Parameter(torch.ones(4))], in_backward=True))
 
 
-def test_parameters_stepped_one_by_one_are_clipped_as_in_backward():
-    sides = []
-    for by_hand in (False, True):
-        ps = parameters(torch.float32, SHAPES)
-        opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, in_backward=not by_hand)
-        for number in range(4):
-            if not by_hand:
-                arrive(ps, number, scale=10.0**number)
-                opt.step()
-                continue
-            for i, p in reversed(list(enumerate(ps))):
-                p.grad = gradient(p, number, i, 10.0**number)
-                opt.step_parameter(p)
-                p.grad = None
-        opt.step()
-        sides.append([*kept(opt, ps), opt.grad_norm])
-    assert same(*sides)
-
-
 @pytest.mark.cuda
 def test_a_captured_step_clips_by_the_norm_of_each_replay():
     sides = []

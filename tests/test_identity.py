@@ -392,7 +392,7 @@ def test_a_parameter_that_grew_starts_anew_once_its_state_is_removed(memory):
             del opt.state[p]
         give(p, step), give(other, step)
         opt.step()
-    assert opt.state[p]["m_table"].shape == (640,)  # two entries a byte
+    assert opt.state[p]["m_table"].shape == (80, 8)  # two entries a byte
     assert [int(opt.state[q]["step"]) for q in (p, other)] == [2, 5]
 
 
