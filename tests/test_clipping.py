@@ -486,23 +486,20 @@ def test_a_trainer_that_clips_in_vain_is_told_once(package):
     _trainer(package).train(Collins([nn.Parameter(torch.ones(4))], in_backward=True))
 
 
-def test_parameters_stepped_one_by_one_are_clipped_as_in_backward():
+def test_the_norm_of_whole_matrices_is_clipped_as_well():
+    """decode="orthogonal": a gradient's size matters beside the momentum that it enters."""
     sides = []
-    for by_hand in (False, True):
-        ps = parameters(torch.float32, SHAPES)
-        opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, in_backward=not by_hand)
-        for number in range(4):
-            if not by_hand:
-                arrive(ps, number, scale=10.0**number)
-                opt.step()
-                continue
-            for i, p in reversed(list(enumerate(ps))):
-                p.grad = gradient(p, number, i, 10.0**number)
-                opt.step_parameter(p)
-                p.grad = None
-        opt.step()
-        sides.append([*kept(opt, ps), opt.grad_norm])
-    assert same(*sides)
+    for inside in (True, False):
+        ps = parameters(torch.float32, [(64, 64), (32, 64)])
+        opt = built("eager", ps, decode="orthogonal", max_grad_norm=CLIP if inside else None)
+        for step in range(3):
+            arrive(ps, step, in_backward=False, scale=10.0**step)
+            if not inside:
+                nn.utils.clip_grad_norm_(ps, CLIP)
+            opt.step()
+        sides.append([m for p in ps for m in moments(opt, p)])
+    for ours, theirs in zip(*sides, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.cuda
