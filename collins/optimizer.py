@@ -127,7 +127,8 @@ class Collins(Measured, FusedBackward, Optimizer):
     State, in the names of `state_dict`: `step` (0-d), and `m_table`, `v_table` with K entries in the shape of
     `collins.bucketing.moment_shape`, with `layout`, an int that says what they were encoded with
     (`collins.fingerprint`); or, with a first moment for each element, `exp_avg` and `exp_avg_sq`. `m_table_scale` and
-    `exp_avg_scale` are the scales of integers. Matrices under decode="orthogonal" have no second moment.
+    `exp_avg_scale` are the scales of integers. Matrices under decode="orthogonal" have no second moment. What is
+    rounded stochastically has a `layout` beside dense moments too, which says what the random bits derive from.
 
     Example:
         >>> model = torch.nn.Linear(512, 512)

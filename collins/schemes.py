@@ -46,7 +46,7 @@ class Scheme(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """Loads of both moments' buckets, and the format of the first. The second is stored in fp32; 0 for none at all."""
+    """Loads of both moments' buckets, 0 for no second moment at all, and the format of the first."""
 
     m_format: str
     m_load: int
@@ -55,10 +55,15 @@ class Recipe(NamedTuple):
     @property
     def bytes(self) -> float:
         """Bytes of state for each element of a large parameter."""
-        first = FORMATS[self.m_format]
-        whole = self.m_load * first.unit
-        m = sum(part.nbytes for part in first.parts((first.unit,)).values()) / whole
-        return m + (torch.float32.itemsize / self.v_load if self.v_load else 0)
+        first, second = FORMATS[self.m_format], FORMATS[self.v_format]
+        m = sum(part.nbytes for part in first.parts((first.unit,)).values()) / first.unit / self.m_load
+        v = sum(part.nbytes for part in second.parts((1,)).values())
+        return m + (v / self.v_load if self.v_load else 0)
+
+    @property
+    def v_format(self) -> str:
+        """The format of the second moment, where there is one."""
+        return FORMATS[self.m_format].second or self.m_format
 
 
 # Of each role, and of matrices under decode="orthogonal", the widest first. Where none fits, the last is taken.

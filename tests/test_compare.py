@@ -204,6 +204,20 @@ def test_a_default_of_collins_that_changes_makes_another_run(compare, command, m
     assert run.key != before
 
 
+def test_a_new_option_of_collins_does_not_make_another_run(command, arguments, tmp_path):
+    path, more = tmp_path / "runs.jsonl", ("--optimizers", "collins", "--rates", "1e-3")
+    command.main(arguments("lm-small", *more))
+    (record,) = records(path)
+    before = {**record, "key": "of another version", "options": {**record["options"], "an_old_option": "1"}}
+    path.write_text(json.dumps(before) + "\n")
+    outcome = command.main(arguments("lm-small", *more))
+    assert len(outcome.found) == 1
+    assert not outcome.finished
+    before["options"]["rehash_period"] = "12345"
+    path.write_text(json.dumps(before) + "\n")
+    assert len(command.main(arguments("lm-small", *more)).finished) == 1
+
+
 def without_times(tables, found):
     """The tables of records as if all had taken no time."""
     return tables([{**record, "optimizer_ms": 0.0} for record in found])
@@ -346,7 +360,6 @@ def test_without_the_weights_to_finetune_their_runs_fail_by_name(command, compar
 
 def record_of(optimizer, lr, seed, loss, **more):
     record = {
-        "key": f"{optimizer} {lr} {seed} {more.get('beta2', 0.999)}",
         "task": "lm-small",
         "optimizer": optimizer,
         "lr": lr,
@@ -380,8 +393,9 @@ RECORDS = [
     record_of("collins", 8e-3, 0, 3.69, state_bytes=250_000, state_bytes_7b=1_690_000_000, optimizer_ms=20.25),
     record_of("collins", 1.6e-2, 0, None, state_bytes=250_000),
     record_of("scale", 1e-3, 0, None, beta2=None, state_bytes=80_000, state_bytes_7b=None),
-    record_of("adamw", 1e-3, 0, 2.0, task="digits", data="", settings={"steps": 600}, key="digits"),
-    record_of("adamw", 1e-3, 0, 1.0, options={"eps": "1"}, key="of other options"),
+    record_of("adamw", 1e-3, 0, 2.0, task="digits", data="", settings={"steps": 600}),
+    record_of("collins", 8e-3, 0, 1.0, options={"rehash_period": "100"}),
+    record_of("collins", 8e-3, 0, 3.69, state_bytes=250_000, state_bytes_7b=1_690_000_000, optimizer_ms=20.25),
     record_of("adamw", 1e-3, 0, 4.1625),  # run again: the later one counts
 ]
 

@@ -101,7 +101,7 @@ class Spec:
         torch_class: of `torch.optim`, where some versions of torch do not have it.
         on_gpu: whether it needs one.
         options: names of options that may be given to it, as `NAME:OPTION=VALUE`.
-        settled: options that it is made with, beyond what its name says: they are part of what a run was.
+        settled: options that it is made with and that are part of what a run was, beyond what its name says.
         computed: bytes of its state, known from shapes alone; None where that is not known.
         drive: what takes a step with it; see `compare.training.Drive`.
     """
@@ -237,13 +237,26 @@ def _stable_spam(setup: Setup) -> Sequence[Optimizer]:
 
 
 _PLACES = frozenset({"memory"})  # options that change no result
+# Options whose defaults are part of what a run was: the rule and the formats. Others are as they are named.
+_RULE = (
+    "role",
+    "compress_ratio",
+    "v_compress_ratio",
+    "min_K",
+    "hash",
+    "decode",
+    "residual_weight",
+    "residual_square",
+    "rehash_period",
+    "table_dtype",
+)
 _GIVEN = frozenset(  # by the run or the spec
     {"params", "lr", "betas", "weight_decay", "seed", "in_backward", "max_grad_norm"}
 )
 
 
-def _collins(name: str, about: str, *, in_backward: bool = False, **settled: Any) -> Spec:
-    """Collins; every default is among the options that identify a run, so that others are not taken for it."""
+def _collins(name: str, about: str, *, beta1: float = 0.9, in_backward: bool = False, **settled: Any) -> Spec:
+    """Collins; defaults of its rule are among what identifies a run: those made under others are not taken for it."""
     known = {option: p.default for option, p in inspect.signature(Collins).parameters.items() if option not in _GIVEN}
 
     def built(setup: Setup, *, in_backward: bool) -> Collins:
@@ -251,7 +264,7 @@ def _collins(name: str, about: str, *, in_backward: bool = False, **settled: Any
         if in_backward:
             options |= {"in_backward": True, "max_grad_norm": setup.clip}
         params = param_groups(setup.model, weight_decay=setup.weight_decay)
-        optimizer: Collins = Collins(params, lr=setup.lr, betas=setup.betas, seed=setup.seed, **options)
+        optimizer: Collins = Collins(params, lr=setup.lr, betas=(beta1, setup.betas[1]), seed=setup.seed, **options)
         return optimizer
 
     return Spec(
@@ -259,7 +272,7 @@ def _collins(name: str, about: str, *, in_backward: bool = False, **settled: Any
         about,
         lambda setup: [built(setup, in_backward=in_backward)],
         options=frozenset(known),
-        settled={**known, **settled},
+        settled={option: settled.get(option, known[option]) for option in _RULE},
         computed=lambda setup: built(setup, in_backward=False).memory_report().state_bytes,
         drive=InBackward if in_backward else AfterBackward,
     )
@@ -272,6 +285,7 @@ OPTIMIZERS: dict[str, Spec] = {
         _collins("collins", "Collins with its defaults"),
         _collins("collins-8", "Collins at ratio 8", compress_ratio=8),
         _collins("collins-128", "Collins at ratio 128", compress_ratio=128),
+        _collins("collins-orthogonal", "Collins, orthogonalised momentum of matrices", beta1=0.95, decode="orthogonal"),
         _collins("collins-published", "the published Collins v0.1 update", hash="universal", decode="sketch"),
         _collins("collins-in-backward", "Collins, stepping and clipping in backward", in_backward=True),
         Spec(
@@ -345,8 +359,17 @@ class Choice:
         return self.optimizer + (f":{options}" if options else "") + ("" if self.weights == torch.float32 else "@bf16")
 
     def described(self) -> dict[str, str]:
-        """All options that it is made with."""
-        return {name: str(value) for name, value in sorted({**self.spec.settled, **self.options}.items())}
+        """What its options are that identify a run and that its name does not say."""
+        return {name: str(value) for name, value in self.spec.settled.items() if name not in self.options}
+
+
+def identifying(optimizer: str, options: Mapping[str, str]) -> dict[str, str]:
+    """Of the options of a finished run those that identify it today: a new option does not make it another run."""
+    try:
+        known = Choice.of(optimizer).described()
+    except ValueError:  # an optimizer or an option that there was
+        return dict(options)
+    return {name: value for name, value in options.items() if name in known}
 
 
 def _value(text: str) -> Any:

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from compare.runs import Record
+from compare.optimizers import identifying
+from compare.runs import IDENTITY, Record, key_of
 
 
 class ResultsError(ValueError):
@@ -31,9 +32,10 @@ def _record(path: Path, number: int, line: bytes) -> Record:
         record = json.loads(line)
     except ValueError as error:
         raise ResultsError(f"{path}, line {number}: not JSON: {error}") from None
-    if not isinstance(record, dict) or not {"key", "task", "optimizer", "validation_loss"} <= record.keys():
+    if not isinstance(record, dict) or not {*IDENTITY, "validation_loss"} <= record.keys():
         raise ResultsError(f"{path}, line {number}: not the record of a run; give another file for results")
-    return record
+    record["options"] = identifying(record["optimizer"], record["options"])
+    return {**record, "key": key_of(record)}
 
 
 def mend(path: Path) -> int:

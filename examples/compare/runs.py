@@ -20,6 +20,7 @@ from compare.tasks import Place, Task
 from compare.training import Follower, held_bytes, train
 
 Record = dict[str, Any]  # what is kept of a finished run: a line of JSON
+IDENTITY = ("task", "optimizer", "lr", "beta2", "seed", "settings", "data", "precision", "options")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        return key_of(self.identity)
 
     @property
     def title(self) -> str:
@@ -100,6 +101,12 @@ class Run:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "versions": {"torch": torch.__version__, "collins": collins.__version__},
         }
+
+
+def key_of(record: Record) -> str:
+    """What is the same for two records of one run, made of what identifies it."""
+    identity = {name: record[name] for name in IDENTITY}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:
