@@ -432,9 +432,9 @@ def can_step(entry: ParamEntry) -> bool:
 
 def _sharded(name: str) -> str:
     return (
-        f"max_grad_norm must be None with in_backward=True, and for step_parameter, where {name} is sharded over"
-        " several ranks: each sees its part of a gradient, and uses it before the norm over all ranks is known. Step"
-        " after backward, which clips by that norm"
+        f"max_grad_norm must be None with in_backward=True for {name}, which is sharded over several ranks: each sees"
+        " its part of a gradient, and uses it before the norm over all ranks is known. Build Collins with"
+        " in_backward=False, which clips by that norm"
     )
 
 

@@ -486,6 +486,22 @@ def test_a_trainer_that_clips_in_vain_is_told_once(package):
     _trainer(package).train(Collins([nn.Parameter(torch.ones(4))], in_backward=True))
 
 
+def test_the_norm_of_whole_matrices_is_clipped_as_well():
+    """decode="orthogonal": a gradient's size matters beside the momentum that it enters."""
+    sides = []
+    for inside in (True, False):
+        ps = parameters(torch.float32, [(64, 64), (32, 64)])
+        opt = built("eager", ps, decode="orthogonal", max_grad_norm=CLIP if inside else None)
+        for step in range(3):
+            arrive(ps, step, in_backward=False, scale=10.0**step)
+            if not inside:
+                nn.utils.clip_grad_norm_(ps, CLIP)
+            opt.step()
+        sides.append([m for p in ps for m in moments(opt, p)])
+    for ours, theirs in zip(*sides, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.cuda
 def test_a_captured_step_clips_by_the_norm_of_each_replay():
     sides = []

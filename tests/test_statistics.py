@@ -289,6 +289,18 @@ def test_bytes_over_the_link_are_those_copied(monkeypatch):
     assert resident.statistics()["link_bytes"] == 0
 
 
+def test_steps_of_single_parameters_are_counted_once():
+    ps = parameters(torch.float32, FEW)
+    opt = Collins(ps, **OPTIONS, nonfinite="skip")
+    for _ in range(3):
+        for p in ps:
+            p.grad = torch.full_like(p, math.nan)
+            opt.step_parameter(p)
+            p.grad = None
+    opt.step()
+    assert int(opt.statistics()["skipped_steps"]) == 3
+
+
 def test_numbers_keep_their_values_and_copies_start_anew():
     ps = parameters(torch.float32, FEW)
     opt = Collins(ps, **OPTIONS, nonfinite="skip", max_grad_norm=1.0)
