@@ -612,6 +612,34 @@ def test_text_is_taken_by_content_wherever_it_is(compare, text, tmp_path, cache)
     assert (train == 0).sum() + (held_out == 0).sum() == 120  # the end of each text
 
 
+def test_text_to_finetune_on_is_prose_that_is_not_in_the_code(compare, tmp_path, cache, words):
+    module, generator = compare("compare.text"), random.Random(2)
+
+    def sentence(count):
+        return " ".join(generator.choices(words, k=count))
+
+    corpus = module.Corpus(300, (tmp_path,), (tmp_path,), apart=True)
+    apart = 0
+    for number in range(200):
+        docstring = sentence(80)
+        path = tmp_path / f"{number}.py"
+        function = f'def f():\n    """Short."""\n    return """\n      {docstring}\n      """'
+        path.write_text(f'"""{docstring}"""\nx = {number}\n\n{function}')
+        file = module.File(path, bytes([number % 256] * 32), path.read_text())
+        code, prose = corpus._code(file), corpus._prose(file)
+        apart += file.is_apart
+        assert (code, prose) == (("", f"{docstring}\n\n{docstring}") if file.is_apart else (file.text, ""))
+    assert 0 < apart < 100
+    (tmp_path / "METADATA").write_text(f"Name: collins\nRequires: torch\n\n{sentence(100)}")
+    (tmp_path / "data.txt").write_text(" ".join(map(str, range(500))))
+    of = {path.name: module.File(path, bytes(32), path.read_text()) for path in tmp_path.iterdir()}
+    assert corpus._prose(of["METADATA"]) == of["METADATA"].text.split("\n\n", 1)[1]
+    assert corpus._prose(of["data.txt"]) == ""
+    tokens = corpus.tokens(cache)
+    assert tokens.kinds == ("code", "prose")
+    assert min(tokens.count(part, kind) for part in ("train", "valid") for kind in tokens.kinds) > 0
+
+
 def test_tokens_are_made_once(compare, text, cache, monkeypatch):
     module = compare("compare.text")
     corpus = module.Corpus(310, (text,))

@@ -175,13 +175,14 @@ class FinetuneSettings(LanguageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(LanguageModel):
-    """Goes on, with all weights, from a decoder that was trained on code; on documents."""
+    """Goes on, with all weights, from a decoder that was trained on code; on prose that it has not seen there."""
 
     settings: FinetuneSettings
     optimizers: tuple[str, ...] = ("adamw", "adamw@bf16", "collins@bf16", "collins-in-backward@bf16")
 
     def corpus(self, place: Place) -> Corpus:
-        return super().corpus(place) if place.text else replace(super().corpus(place), prose=installed())
+        corpus = super().corpus(place)
+        return replace(corpus, prose=corpus.prose or installed(), apart=True)
 
     def preparation(self, place: Place) -> Preparation:
         s = self._pretraining()
@@ -258,12 +259,12 @@ LANGUAGE_TASKS: tuple[Task, ...] = (
     ),
     Finetune(
         name="finetune",
-        about="LLaMA 60M trained on code, then on documents",
+        about="LLaMA 60M trained on code, then on documents and docstrings",
         packages=True,
         rates=(1e-4, 2e-4, 4e-4, 8e-4),
         autocast=True,
         settings=FinetuneSettings(
-            steps=1000,
+            steps=400,
             batch=64,
             context=256,
             vocabulary=32_000,
@@ -277,9 +278,9 @@ LANGUAGE_TASKS: tuple[Task, ...] = (
     ),
     Finetune(
         name="finetune-small",
-        about="the decoder of lm-small trained on the standard library, then on documents of packages",
+        about="the decoder of lm-small trained on the standard library, then on documents and docstrings of packages",
         packages=False,
-        rates=(5e-4, 1e-3, 2e-3, 4e-3),
+        rates=(1e-3, 2e-3, 4e-3, 8e-3),
         settings=FinetuneSettings(
             steps=150,
             batch=16,

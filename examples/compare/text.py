@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
+import re
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +29,14 @@ import torch
 from torch import Tensor
 
 CODE, PROSE = (".py", ".pyi"), (".md", ".rst", ".txt")
+READMES = "METADATA"  # of installed packages: what they say of themselves, after a head
 _RULES = 1  # to be raised when the rules below change: tokens that were cached under others are then not found
 _SIZES = range(400, 600_000)  # bytes of a file: shorter ones are stubs, longer ones are data
 _SPACES = 1 / 60  # the least share of spaces: less is data
+_LETTERS = 3 / 4  # the least share of letters and spaces in documents of `Corpus.apart`
+_APART = 64  # of 256
+_DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
+_LONG = 200  # characters of a docstring that says something
 _HELD_OUT = 13  # of 256
 _SAMPLE = 25_000_000  # characters that the vocabulary is learnt from
 _BATCH = 2_000  # texts that are encoded at a time
@@ -48,14 +55,18 @@ class Corpus:
     Args:
         vocabulary: tokens, 257 or more: all bytes and the end of a text.
         code, prose: folders that are searched for sources and for documents.
+        apart: whether no text is of both kinds. Documents are few and are data at times: then they are those with
+            enough letters, the descriptions of installed packages, and the docstrings of a quarter of the sources,
+            which are not among the code.
     """
 
     vocabulary: int
     code: tuple[Path, ...]
     prose: tuple[Path, ...] = ()
+    apart: bool = False
 
     def folder(self, cache: Path) -> Path:
-        where = json.dumps([_RULES, list(map(str, self.code)), list(map(str, self.prose))])
+        where = json.dumps([_RULES, list(map(str, self.code)), list(map(str, self.prose)), self.apart])
         return cache / f"tokens-{self.vocabulary}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
 
     def tokens(self, cache: Path) -> Tokens:
@@ -67,11 +78,12 @@ class Corpus:
 
     def _make(self, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        kinds = {"code": (self.code, CODE), "prose": (self.prose, PROSE)}
-        texts = {kind: _texts(roots, suffixes) for kind, (roots, suffixes) in kinds.items() if roots}
+        prose = (*PROSE, READMES, *CODE) if self.apart else PROSE
+        kinds = {"code": (self.code, CODE, self._code), "prose": (self.prose, prose, self._prose)}
+        texts = {kind: _texts(*where) for kind, where in kinds.items() if where[0]}
         for kind, parts in texts.items():
             if not all(parts):
-                roots, suffixes = kinds[kind]
+                roots, suffixes, _ = kinds[kind]
                 where = ", ".join(map(str, roots))
                 raise TextError(f"too few files of {kind} ({', '.join(suffixes)}) to train on and hold out in {where}")
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
@@ -83,7 +95,7 @@ class Corpus:
                 for part, values in zip(("train", "valid"), map(encode, parts), strict=True):
                     np.save(made / f"{kind}-{part}.npy", values)
                     digests[f"{kind}-{part}"] = hashlib.sha256(values.tobytes()).hexdigest()[:12]
-            folders = {kind: list(map(str, roots)) for kind, (roots, _) in kinds.items()}
+            folders = {kind: list(map(str, roots)) for kind, (roots, *_) in kinds.items()}
             about = {"folders": folders, "vocabulary": self.vocabulary, "digests": digests}
             (made / "about.json").write_text(json.dumps(about, indent=1))
             try:
@@ -91,6 +103,36 @@ class Corpus:
             except OSError:  # another process was faster
                 if not (folder / "about.json").exists():
                     raise
+
+    def _code(self, file: File) -> str:
+        return "" if self.apart and file.is_apart else file.text
+
+    def _prose(self, file: File) -> str:
+        if not self.apart:
+            return file.text
+        if file.path.name.endswith(CODE):
+            return file.docstrings if file.is_apart else ""
+        text = file.text.partition("\n\n")[2] if file.path.name == READMES else file.text
+        letters = sum(character.isalpha() or character.isspace() for character in text)
+        return text if letters >= _LETTERS * len(text) else ""
+
+
+class File(NamedTuple):
+    """A content, the first path that it was found at, and its digest."""
+
+    path: Path
+    digest: bytes
+    text: str
+
+    @property
+    def is_apart(self) -> bool:
+        return self.digest[1] < _APART
+
+    @property
+    def docstrings(self) -> str:
+        """Its long ones, without indentation."""
+        found = map(inspect.cleandoc, _DOCSTRING.findall(self.text))
+        return "\n\n".join(text for text in found if len(text) >= _LONG)
 
 
 @dataclass(frozen=True)
@@ -135,24 +177,28 @@ def installed() -> tuple[Path, ...]:
     return (standard_library(), *sorted(Path(path) for path in packages if Path(path).is_dir()))
 
 
-def _texts(roots: tuple[Path, ...], suffixes: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """(to train on, held out)."""
-    contents = {}
+def _texts(
+    roots: tuple[Path, ...], suffixes: tuple[str, ...], take: Callable[[File], str]
+) -> tuple[list[str], list[str]]:
+    """What `take` makes of files, "" for none: (to train on, held out)."""
+    contents: dict[bytes, tuple[Path, bytes]] = {}
     for path in _files(roots, suffixes):
         try:
             content = path.read_bytes()
         except OSError:
             continue
         if len(content) in _SIZES and content.count(b" ") >= _SPACES * len(content):
-            contents[hashlib.sha256(content).digest()] = content
+            contents.setdefault(hashlib.sha256(content).digest(), (path, content))
     train: list[str] = []
     held_out: list[str] = []
     for digest in sorted(contents):
+        path, content = contents.pop(digest)
         try:
-            text = contents.pop(digest).decode()
+            text = take(File(path, digest, content.decode()))
         except UnicodeDecodeError:
             continue
-        (held_out if digest[0] < _HELD_OUT else train).append(text)
+        if text:
+            (held_out if digest[0] < _HELD_OUT else train).append(text)
     return train, held_out
 
 
