@@ -1,4 +1,4 @@
-"""Collins: AdamW whose moment buffers live in Count-Sketch tables, 0.25 byte of state per parameter.
+"""Collins: AdamW whose moment buffers live in Count-Sketch tables, 0.2 byte of state per parameter of a large model.
 
 How data flows: `Collins.step` (optimizer) asks the `Stepper` (stepper) for a step. It finds the entry of each parameter
 (entries), with what it is to its model (roles), how it is divided into buckets (bucketing), hashed (hashing) and stored
@@ -18,6 +18,8 @@ from pathlib import Path
 
 from collins._source_tree import find_rooms_of
 
+__version__ = "0.3.0"  # pyproject.toml reads it here
+
 find_rooms_of(Path(__file__).resolve().parent)
 
 from collins.conversion import convert  # noqa: E402
@@ -36,6 +38,7 @@ __all__ = [
     "MemoryReport",
     "ParameterRow",
     "UniversalHash",
+    "__version__",
     "convert",
     "load",
     "param_groups",

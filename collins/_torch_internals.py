@@ -54,8 +54,9 @@ __all__ = [
 # `torch.utils._pytree`: nested tuples, lists, dicts and named tuples as flat lists of leaves, and back. All else is a
 # leaf, None and tensors included. Seen in 2.9 to 2.14. Absent, `import collins` fails.
 
-# `torch._foreach_*`: one operation over lists of tensors, in few kernels. `foreach_norm(tensors, ord)` gives a list of
-# 0-d tensors; the others change their first list in place. Seen in 2.9 to 2.14. Absent, `import collins` fails.
+# `torch._foreach_*`: one operation over lists of tensors, in few kernels. `foreach_norm(tensors, ord, dtype)` gives a
+# list of 0-d tensors, in the tensors' own dtype unless one is given; the others change their first list in place. Seen
+# in 2.9 to 2.14. Absent, `import collins` fails.
 foreach_add_ = torch._foreach_add_
 foreach_copy_ = torch._foreach_copy_
 foreach_norm = torch._foreach_norm

@@ -59,6 +59,7 @@ class ExpectedState(NamedTuple):
     fingerprint: Fingerprint | None  # None for dense moments
     seed: int
     sharded: Tensor | None = None  # the parameter, where it is a DTensor
+    mark: Fingerprint | None = None  # what its state carries: `fingerprint`, or that of dense moments which are rounded
 
 
 class SavedState(NamedTuple):
@@ -119,7 +120,7 @@ def loadable(
         _fitting(state[i], expected, table_dtype) if state.get(i) else None
         for (i, table_dtype), expected in zip(places, expected_states, strict=True)
     ]
-    states = _numbered(states)
+    states = _numbered(states, [LAYOUT in state.get(place, {}) for place, _ in places])
     known = {place for place, _ in places}
     return CheckedStateDict(groups, states, {key: value for key, value in state.items() if key not in known})
 
@@ -134,14 +135,17 @@ def _check_last_norm(number: int, value: Any) -> None:
         )
 
 
-def _numbered(states: Sequence[SavedState | None]) -> list[SavedState | None]:
+def _numbered(states: Sequence[SavedState | None], marked: Sequence[bool]) -> list[SavedState | None]:
     """`states`, where tables were encoded under the numbers of their parameters (version 0.2 did so also with names):
-    dense moments, which carry no fingerprint, were then rounded under theirs.
+    dense moments were then rounded under theirs, also those that are not `marked`, as in 0.2 none were.
     """
     found = [(number, state.key) for number, state in enumerate(states) if state is not None and state.key is not None]
     if not found or any(number != key for number, key in found):
         return list(states)
-    return [None if state is None else state._replace(key=number) for number, state in enumerate(states)]
+    return [
+        state if state is None or known else state._replace(key=number)
+        for number, (state, known) in enumerate(zip(states, marked, strict=True))
+    ]
 
 
 def _check_complete(number: int, group: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
@@ -361,6 +365,9 @@ def _fitting(state: Mapping[str, Any], expected: ExpectedState, table_dtype: obj
                 f"{name} does not fit what was saved: state_dict has {difference}; build the optimizer as it was saved,"
                 " or see collins.convert"
             )
+    if LAYOUT in state and expected.hash is None and expected.mark is not None:
+        saved = fingerprint_in(name, state)
+        own_key = saved.key_under(expected.mark, expected.seed) if saved.difference(expected.mark) else None
     found = {key: value for key, value in state.items() if is_moment(key)}
     check_moments(name, "state_dict", found, {key: spec.shape for key, spec in expected.tensors.items()})
     if LAYOUT not in state and expected.fingerprint is not None:

@@ -11,9 +11,10 @@ arrives, is multiplied by
     min(1, C / (max(n', s_i) + 1e-6))         s_i^2 = ||g_1||^2 + ... + ||g_i||^2
 
 with n' the norm of the last step whose norm was finite, 0 before there was one, and s_i the norm of what has arrived
-of this step on the device of g_i, itself included. Where norms change little this is exact clipping, one step late; and
-whatever a step brings, the norm of what it uses is at most C sqrt(1 + 2 ln(n_t / ||g_1||)) on one device, since
-sum_i ||g_i||^2 / s_i^2 <= 1 + ln(s_n^2 / s_1^2). n' is kept in the parameter groups, so that it travels with them.
+of this step on the device and stream of g_i, itself included. Where norms change little this is exact clipping, one
+step late. Whatever a step brings, the norm of what it uses is at most C sqrt(1 + 2 ln(n_t / ||g_1||)) on one device,
+since sum_i ||g_i||^2 / s_i^2 <= 1 + ln(s_n^2 / s_1^2). n' is kept in the parameter groups, so that it travels with
+them.
 
 A norm that is not finite multiplies by 0, or by NaN where it is NaN, as `clip_grad_norm_` does; under nonfinite="skip"
 it leaves out the whole step - in backward the parameter whose gradient brought it - and in backward it enters neither
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 
 from collins._torch_internals import foreach_norm
+from collins.devices import Place, place_on
 from collins.sharding import is_sharded, norm_over, sharded_over
 
 LAST_NORM = "last_grad_norm"  # in every group of an optimizer that has clipped in backward: n'
@@ -83,8 +85,8 @@ class Clipping:
 
     def _begin(self) -> None:
         self._arrived: dict[int, Tensor] = {}  # norms of this step's gradients, by their parameters' identity
-        self._together: dict[torch.device, Tensor] = {}  # s_i
-        self._limits: dict[torch.device, tuple[Tensor, Tensor]] = {}  # C, and what divides it at least
+        self._together: dict[Place, Tensor] = {}  # s_i
+        self._limits: dict[Place, tuple[Tensor, Tensor]] = {}  # C, and what divides it at least
         self._rest: Tensor | None = None  # the norm of what is stepped at once
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,19 +120,21 @@ class Clipping:
         self._arrived[id(p)] = own
         if self.max_norm == math.inf:
             return UNSCALED
-        before = self._together.get(g.device)
+        place = place_on(g.device)
+        before = self._together.get(place)
         norm = own if before is None else torch.hypot(before, own)
-        self._together[g.device] = torch.where(norm.isfinite(), norm, 0.0 if before is None else before)
+        self._together[place] = torch.where(norm.isfinite(), norm, 0.0 if before is None else before)
         return self._bounded(norm)
 
     def _bounded(self, norm: Tensor) -> Scale:
         """In backward, where so much has arrived."""
-        if norm.device not in self._limits:
+        place = place_on(norm.device)
+        if place not in self._limits:
             last: Tensor | float = 0.0 if self._last is None else self._last
             last = torch.full_like(norm, float(last)) if not isinstance(last, Tensor) or last.is_cpu else last.to(norm)
             limit = torch.full_like(norm, self.max_norm)  # type: ignore[arg-type]
-            self._limits[norm.device] = limit, torch.maximum(last + _EPS, limit)
-        limit, floor = self._limits[norm.device]
+            self._limits[place] = limit, torch.maximum(last + _EPS, limit)
+        limit, floor = self._limits[place]
         return Scale(limit / torch.maximum(norm + _EPS, floor), norm)
 
     def end(self, params: Iterable[Tensor], groups: Sequence[dict[str, Any]]) -> None:

@@ -163,6 +163,8 @@ def _converted(state: Mapping[str, Any], expected: ExpectedState) -> dict[str, A
         for part, value in zip(parts[name], format.written(parts[name], values.reshape(-1), None), strict=True):
             part.copy_(value)
     mark = {} if expected.fingerprint is None else {LAYOUT: expected.fingerprint.packed()}
+    if expected.hash is None and LAYOUT in state and TABLES[0] not in state:
+        mark = {LAYOUT: state[LAYOUT]}  # the key that the parameter goes on being rounded with
     others = other_values(expected.name, state)
     return {**others, "step": torch.tensor(step, dtype=torch.float32, device="cpu"), **moments, **mark}
 

@@ -5,6 +5,9 @@ carries, beside its tables, a fingerprint of what they were encoded with. It is 
 saving keeps: `torch.save` with `weights_only=True`, pickle, and the flattened form of `torch.distributed.checkpoint`,
 which takes tensors, ints and floats and would move or shard a tensor. It depends on the whole parameter alone, so that
 all ranks agree on it and none of it changes with their number.
+
+Dense moments mean the same under any hash. They have a fingerprint where their parameter or they are rounded
+stochastically: the random bits derive from the parameter's key, which a resumed run goes on with.
 """
 
 from __future__ import annotations
@@ -19,22 +22,22 @@ LAYOUT = "layout"  # the fingerprint's name in a parameter's state
 _VERSION = 1
 _WORD = 64
 _MASK = 2**_WORD - 1
-_KINDS = ("block", "universal")
+_KINDS = ("block", "universal", "dense")
 
 
 class Fingerprint(NamedTuple):
-    """What decides the meaning of a parameter's tables; 0 for what does not matter to its hash.
+    """What decides the meaning of a parameter's tables; 0 for what does not matter to its hash, or to dense moments.
 
     The decode is not among it: M and V are the same under both.
     """
 
-    hash: int  # 0 for "block", 1 for "universal"
+    hash: int  # 0 for "block", 1 for "universal", 2 for dense moments
     numel: int  # N
     rows: int  # the parameter's first dimension
-    buckets: int  # K
+    buckets: int  # K; N for dense moments
     load: int  # c, of hash="block"
     period: int  # T, of hash="block"; 0 for signs that never change
-    signs: int  # what the signs of hash="block" derive from
+    signs: int  # what the signs of hash="block" derive from, or the random bits of dense moments
     a: int  # to d: the coefficients of hash="universal"
     b: int
     c: int
@@ -50,7 +53,9 @@ class Fingerprint(NamedTuple):
         """Whether there is a parameter and a hash that this can be of."""
         if self.hash >= len(_KINDS) or 0 in (self.numel, self.rows, self.buckets) or self.numel % self.rows:
             return False
-        return self.hash > 0 or (self.load > 0 and self.buckets == -(-self.numel // self.load))
+        if self.hash == 2:
+            return self.buckets == self.numel and not self.load
+        return self.hash == 1 or (self.load > 0 and self.buckets == -(-self.numel // self.load))
 
     def difference(self, own: Fingerprint) -> str | None:
         """How this, of a saved state, differs from the one it is to be loaded under; None if it means the same."""
@@ -71,8 +76,8 @@ class Fingerprint(NamedTuple):
 
         Parameters that are built without names, or under other names than they were saved with, have other keys.
         """
-        if own.hash == 0:
-            signs = derive(seed, self.place, "sign") & _MASK
+        if own.hash != 1:
+            signs = derive(seed, self.place, "round" if own.hash else "sign") & _MASK
             same = self._replace(place=own.place, signs=own.signs) == own and self.signs == signs
         else:
             hash = UniversalHash(own.numel, own.buckets, seed=seed, key=self.place)
@@ -89,6 +94,12 @@ def fingerprint(rows: int, hash: BlockHash | UniversalHash, seed: int, key: int)
     else:
         kind, own = 1, (0, 0, 0, hash.a, hash.b, hash.c, hash.d)
     return Fingerprint(kind, hash.numel, rows, hash.buckets, *own, seed & _MASK, key)
+
+
+def dense_fingerprint(numel: int, rows: int, seed: int, key: int) -> Fingerprint:
+    """Of a parameter of this key with dense moments, in an optimizer of this seed."""
+    rounding = derive(seed, key, "round") & _MASK
+    return Fingerprint(2, numel, rows, numel, 0, 0, rounding, 0, 0, 0, 0, seed & _MASK, key)
 
 
 def unpacked(value: object) -> Fingerprint:

@@ -156,9 +156,9 @@ class IntFormat:
         return False
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        whole = len(shape) == 2 and shape[1] % self.block == 0  # a row is made of whole blocks
-        rows, count = shape if whole else ((), math.prod(shape))
-        lead = (rows,) if whole else ()
+        row = math.prod(shape[1:])
+        whole = len(shape) > 1 and row % self.block == 0  # a row is made of whole blocks
+        lead, count = ((shape[0],), row) if whole else ((), math.prod(shape))
         stored = torch.int8 if self.bits == 8 else torch.uint8
         return {
             "": TensorSpec((*lead, -(-count * self.bits // 8)), stored),
@@ -218,6 +218,7 @@ class NoFormat:
 
 
 NONE = "none"  # the key of `NoFormat`
+SMALLEST_BLOCK = 16  # of those in `FORMATS`
 
 FORMATS: dict[str, TableFormat] = {
     "float64": FloatFormat(torch.float64),
@@ -227,8 +228,17 @@ FORMATS: dict[str, TableFormat] = {
     "int8": IntFormat(8),
     "int4": IntFormat(4),
     "int4_128": IntFormat(4, block=128),
+    **{f"int{bits}_{block}": IntFormat(bits, block) for bits in (8, 4) for block in (32, 16)},
     NONE: NoFormat(),
 }
+
+
+def whole_blocks(name: str, entries: int) -> str:
+    """The format like this one under which so many entries, a multiple of `SMALLEST_BLOCK`, are whole blocks."""
+    format = FORMATS[name]
+    if not isinstance(format, IntFormat) or entries % format.block == 0:
+        return name
+    return f"int{format.bits}_{math.gcd(entries, format.block)}"
 
 
 def format_name(table_dtype: torch.dtype | str) -> str:

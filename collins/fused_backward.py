@@ -83,8 +83,6 @@ class LoneSteps:
     ) -> None:
         """Steps a parameter with its gradient."""
         with self._lock:
-            if id(p) in self._stepped:
-                stepper.end(groups, states)
             if id(p) not in self._known or id(p) in self._stepped:
                 if self.end():
                     stepper.end(groups, states)

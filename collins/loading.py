@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from collins.checkpoint import CheckedStateDict
 from collins.entries import ParamEntry
+from collins.interrupts import HeldInterrupts
 from collins.sharding import local
 from collins.stepper import Stepper
 
@@ -34,17 +35,24 @@ def load_into(
     stepper.store.drain()
     before = [dict(optimizer.state.get(entry.p, {})) for entry in entries]
     rates = [group["lr"] for group in optimizer.param_groups]
+    keys = [entry.key for entry in entries]
     after: list[dict[str, Any]] = []
 
     def set_aside(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
         # All that can fail happens here, before anything has changed.
         found = check(given)
-        for entry, saved in zip(entries, found.states, strict=True):
-            if saved and saved.key is not None:
-                entry.key, entry.spec = saved.key, None
-        stepper.place([entry for entry, saved in zip(entries, found.states, strict=True) if saved], loading=True)
-        for entry, state, saved in zip(entries, before, found.states, strict=True):
-            after.append({**saved.others_on(entry.p.device), **stepper.room(entry, state)} if saved else {})
+        try:
+            for entry, saved in zip(entries, found.states, strict=True):
+                if saved and saved.key is not None:
+                    entry.key, entry.spec = saved.key, None
+            stepper.place([entry for entry, saved in zip(entries, found.states, strict=True) if saved], loading=True)
+            for entry, state, saved in zip(entries, before, found.states, strict=True):
+                after.append({**saved.others_on(entry.p.device), **stepper.room(entry, state)} if saved else {})
+        except BaseException:
+            for entry, key in zip(entries, keys, strict=True):
+                if entry.key != key:
+                    entry.key, entry.spec = key, None
+            raise
         for entry, state, saved in zip(entries, after, found.states, strict=True):
             entry.forget()
             if saved:
@@ -64,7 +72,7 @@ def load_into(
         optimizer.register_load_state_dict_post_hook(put_back, prepend=True),
     )
     try:
-        with torch.no_grad():  # state that requires gradients is overwritten as well
+        with HeldInterrupts(), torch.no_grad():  # state that requires gradients is overwritten as well
             Optimizer.load_state_dict(optimizer, state_dict)
     finally:
         for hook in hooks:

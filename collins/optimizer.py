@@ -107,13 +107,17 @@ class Collins(Measured, FusedBackward, Optimizer):
             "device", "host"), a mapping of the policy's arguments, or the path of a TOML file. Decided at the first
             step, when the activations' peak has been seen; `placement` tells what was decided.
         in_backward: whether each parameter is stepped, and its gradient freed, as soon as the gradient has arrived in
-            backward; the results are the same to the bit, but for the order of sums in products of small matrices on
-            CUDA devices under decode="orthogonal" (`collins.compile.matrices`). `step` then ends the step: call it
-            after every backward. Closures, gradients accumulated over several backward passes and a GradScaler are
-            refused. Clip with `max_grad_norm`: `clip_grad_norm_` finds no gradients any more and does nothing.
+            backward; but for `max_grad_norm`, and the order of sums in products of small matrices on CUDA devices under
+            decode="orthogonal" (`collins.compile.matrices`), the results are the same to the bit. `step` then ends the
+            step: call it after every backward. Closures, gradients accumulated over several backward passes and a
+            GradScaler are refused. `clip_grad_norm_` finds no gradients and does nothing: set `max_grad_norm`.
 
     All but `compile`, `seed`, `max_grad_norm`, `memory` and `in_backward` may be set per group. Strings as in
     configuration files will do for all of them: lr="3e-3", betas="0.9,0.95", table_dtype="bfloat16", maximize="true".
+
+    Limits: an element whose gradient is zero moves where others of its bucket have gradients, as weights that are
+    pruned or masked do, and rows of padding that are stored as a matrix. role="exact" or compress_ratio=1 leaves such
+    elements to weight decay alone.
 
     Raises:
         ValueError, TypeError: for an option, parameter or gradient that cannot be used, naming it, its value and what
@@ -123,7 +127,8 @@ class Collins(Measured, FusedBackward, Optimizer):
     State, in the names of `state_dict`: `step` (0-d), and `m_table`, `v_table` with K entries in the shape of
     `collins.bucketing.moment_shape`, with `layout`, an int that says what they were encoded with
     (`collins.fingerprint`); or, with a first moment for each element, `exp_avg` and `exp_avg_sq`. `m_table_scale` and
-    `exp_avg_scale` are the scales of integers. Matrices under decode="orthogonal" have no second moment.
+    `exp_avg_scale` are the scales of integers. Matrices under decode="orthogonal" have no second moment. What is
+    rounded stochastically has a `layout` beside dense moments too, which says what the random bits derive from.
 
     Example:
         >>> model = torch.nn.Linear(512, 512)

@@ -16,7 +16,7 @@ from collins._torch_internals import is_fsdp_flattened
 from collins.bucketing import Bucketing, moment_shape
 from collins.checkpoint import DENSE, TABLES, ExpectedState, check_moments, check_shape, is_moment
 from collins.entries import Hash, ParamEntry, ParamSpec
-from collins.fingerprint import LAYOUT, Fingerprint, fingerprint, unpacked
+from collins.fingerprint import LAYOUT, Fingerprint, dense_fingerprint, fingerprint, unpacked
 from collins.formats import FORMATS, TensorSpec
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.options import check_table_dtype, listed
@@ -208,13 +208,20 @@ def fingerprint_of(entry: ParamEntry, seed: int) -> Fingerprint | None:
     return None if spec.hash is None else fingerprint(spec.size[0], spec.hash, seed, entry.key)
 
 
+def mark_of(entry: ParamEntry, seed: int) -> Fingerprint | None:
+    """The fingerprint in a parameter's state; None for dense moments where nothing is rounded stochastically."""
+    spec = entry.known_spec
+    if spec.hash is None and spec.update.rounding and spec.numel:
+        return dense_fingerprint(spec.numel, spec.size[0] if spec.size else 1, seed, entry.key)
+    return fingerprint_of(entry, seed)
+
+
 def expected_state(entry: ParamEntry, seed: int) -> ExpectedState:
     """What the state of a parameter must be."""
     spec = entry.known_spec
     sharded = None if spec.slice is None else entry.p
-    return ExpectedState(
-        entry.name, tuple(spec.size), spec.tensors, spec.update, spec.hash, fingerprint_of(entry, seed), seed, sharded
-    )
+    own, mark = fingerprint_of(entry, seed), mark_of(entry, seed)
+    return ExpectedState(entry.name, tuple(spec.size), spec.tensors, spec.update, spec.hash, own, seed, sharded, mark)
 
 
 def task_of(entry: ParamEntry, skipped: Tensor | None = None) -> UpdateTask:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from collins.bucketing import Bucketing, bucketing_of, within_rows
-from collins.formats import FORMATS, NONE, IntFormat, dense_format, format_name
+from collins.formats import FORMATS, NONE, SMALLEST_BLOCK, IntFormat, dense_format, format_name, whole_blocks
 from collins.rule import ELEMENTWISE, ORTHOGONAL
 
 ADAMW_BYTES = 8  # that AdamW keeps of a parameter in fp32
@@ -46,7 +46,7 @@ class Scheme(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """Loads of both moments' buckets, and the format of the first. The second is stored in fp32; 0 for none at all."""
+    """Loads of both moments' buckets, 0 for no second moment at all, and the format of the first."""
 
     m_format: str
     m_load: int
@@ -55,10 +55,15 @@ class Recipe(NamedTuple):
     @property
     def bytes(self) -> float:
         """Bytes of state for each element of a large parameter."""
-        first = FORMATS[self.m_format]
-        whole = self.m_load * first.unit
-        m = sum(part.nbytes for part in first.parts((first.unit,)).values()) / whole
-        return m + (torch.float32.itemsize / self.v_load if self.v_load else 0)
+        first, second = FORMATS[self.m_format], FORMATS[self.v_format]
+        m = sum(part.nbytes for part in first.parts((first.unit,)).values()) / first.unit / self.m_load
+        v = sum(part.nbytes for part in second.parts((1,)).values())
+        return m + (v / self.v_load if self.v_load else 0)
+
+    @property
+    def v_format(self) -> str:
+        """The format of the second moment, where there is one."""
+        return FORMATS[self.m_format].second or self.m_format
 
 
 # Of each role, and of matrices under decode="orthogonal", the widest first. Where none fits, the last is taken.
@@ -162,15 +167,15 @@ def _by_bytes(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, An
     recipe = recipe_of(role, group["compress_ratio"])
     first = bucketing_of(numel, compress_ratio=recipe.m_load, min_K=group["min_K"], hash="block")
     second = bucketing_of(numel, compress_ratio=recipe.v_load, min_K=1, hash="block")
-    if sharded:
+    row = numel // shape[0]
+    aligned = len(shape) > 1 and row % (recipe.m_load * SMALLEST_BLOCK) == 0
+    if sharded or aligned:  # rows stay whole: results are the same for any number of ranks, one among them
         first, second = within_rows(first, shape), within_rows(second, shape)
     if first.load != recipe.m_load or recipe.v_load == 1 or second.load < first.load:
         return _exact(numel, dtype, group)  # too small, or of odd rows
     m_format = recipe.m_format
-    if (
-        sharded
-        and isinstance(FORMATS[m_format], IntFormat)
-        and numel // shape[0] // recipe.m_load % FORMATS[m_format].unit
-    ):
-        m_format = "bfloat16" if first.hash else dense_format(dtype, torch.float32)  # rows of no whole blocks
+    if aligned:
+        m_format = whole_blocks(m_format, row // recipe.m_load)
+    elif sharded and isinstance(FORMATS[m_format], IntFormat):
+        m_format = "bfloat16" if first.hash else dense_format(dtype, torch.float32)
     return Scheme(first, second, m_format, FORMATS[m_format].second or m_format)

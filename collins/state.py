@@ -12,7 +12,7 @@ from torch import Tensor
 from collins.entries import ParamEntry
 from collins.fingerprint import LAYOUT
 from collins.formats import TensorSpec
-from collins.parameter import fingerprint_of, has_moments
+from collins.parameter import has_moments, mark_of
 from collins.sharding import local, placed
 
 
@@ -102,7 +102,7 @@ def adopt(
     if p not in states:
         states[p] = {}
     states[p].update(own)
-    if made:
+    if made or spec.hash is None:  # dense moments mean the same whatever key they come from
         mark(entry, states[p], seed)
     entry.adopt(states[p])
     return made
@@ -120,7 +120,7 @@ def drop(entries: Iterable[ParamEntry], states: MutableMapping[Tensor, Any]) -> 
 
 
 def mark(entry: ParamEntry, state: MutableMapping[str, Any], seed: int) -> None:
-    """Writes into a state what its tables are encoded with; nothing for dense moments."""
-    own = fingerprint_of(entry, seed)
+    """Writes into a state what its tables are encoded with, or what its parameter is rounded with."""
+    own = mark_of(entry, seed)
     if own is not None:
         state[LAYOUT] = own.packed()

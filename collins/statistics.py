@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from collins._torch_internals import foreach_norm
+from collins.devices import Place, is_capturing, place_on
 from collins.entries import ParamEntry
 from collins.rounding import ROUNDED
 from collins.sharding import local
@@ -128,8 +129,16 @@ class SkipCounts:
             )
 
 
+class _Kind(NamedTuple):
+    """Parameters that are measured together."""
+
+    group: int  # its identity
+    place: Place
+    dtype: torch.dtype
+
+
 class _Measured(NamedTuple):
-    """What a step did to parameters of one group, dtype and device."""
+    """What a step did to parameters of one kind."""
 
     sums: Tensor  # squares of updates, squares of weights, and weights that moved: (3,)
     weights: int  # how many
@@ -140,7 +149,7 @@ class UpdateSamples:
 
     def __init__(self) -> None:
         self._asked = self._measuring = False
-        self._found: dict[tuple[int, torch.device, torch.dtype], _Measured] = {}
+        self._found: dict[_Kind, _Measured] = {}
         self._values: dict[str, Tensor] = {}
         self._count = 0  # steps
         self._reading, self._rates = Reading(), ""
@@ -192,7 +201,7 @@ class UpdateSamples:
             self._measuring, self._values = False, {}
             found, self._found = self._found, {}
             for number, group in enumerate(groups):
-                own = {key: each for key, each in found.items() if key[0] == id(group)}
+                own = {kind: each for kind, each in found.items() if kind.group == id(group)}
                 if own:
                     self._values |= _summary(number, own)
             self._ask_of_rounding(groups)
@@ -258,22 +267,17 @@ class Statistics:
         return {**known, "link_bytes": link_bytes, **self.updates.values}
 
 
-def is_capturing() -> bool:
-    """Whether a CUDA graph is being captured."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
 def _rounds_to_nearest(group: Mapping[str, Any]) -> bool:
     return group["stochastic_rounding"] is False and any(p.dtype in ROUNDED for p in group["params"])
 
 
-def _alike(entries: Iterable[ParamEntry]) -> dict[tuple[int, torch.device, torch.dtype], list[Tensor]]:
-    """This rank's parts of parameters, by group, device and dtype."""
-    found: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
+def _alike(entries: Iterable[ParamEntry]) -> dict[_Kind, list[Tensor]]:
+    """This rank's parts of parameters, by their kind."""
+    found: dict[_Kind, list[Tensor]] = {}
     for entry in entries:
         p = local(entry.p).detach()
         if p.numel() and not p.is_meta:
-            found.setdefault((id(entry.group), p.device, p.dtype), []).append(p)
+            found.setdefault(_Kind(id(entry.group), place_on(p.device), p.dtype), []).append(p)
     return found
 
 
@@ -291,10 +295,10 @@ def _sample(p: Tensor) -> Tensor:
     return p.reshape(-1)[:: distance if p.numel() > SAMPLE else 1]
 
 
-def _summary(number: int, found: Mapping[tuple[int, torch.device, torch.dtype], _Measured]) -> dict[str, Tensor]:
+def _summary(number: int, found: Mapping[_Kind, _Measured]) -> dict[str, Tensor]:
     """What the parameters of one group come to together."""
-    home = next((device for _, device, _ in found if device.type != "cpu"), torch.device("cpu"))
-    rounded = [each for (_, _, dtype), each in found.items() if dtype in ROUNDED]
+    home = next((kind.place.device for kind in found if kind.place.device.type != "cpu"), torch.device("cpu"))
+    rounded = [each for kind, each in found.items() if kind.dtype in ROUNDED]
     sums = torch.stack([each.sums.to(home) for each in found.values()]).sum(0)
     update, weight = (sums[:2] / sum(each.weights for each in found.values())).sqrt()
     values = {f"update_rms/{number}": update, f"weight_rms/{number}": weight}

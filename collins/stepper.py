@@ -18,6 +18,7 @@ from collins.checkpoint import writable
 from collins.clipping import UNSCALED, Clipping, warn_of_lost_clipping
 from collins.compile import Engine
 from collins.compile.program import ProgramGroup, ScalarsOf, StepProgram, scalars_under
+from collins.devices import is_capturing
 from collins.entries import Carried, Hash, ParamEntries, ParamEntry, ParamSpec, flattened
 from collins.formats import TensorSpec
 from collins.fused_backward import LoneSteps
@@ -33,7 +34,7 @@ from collins.roles import Role
 from collins.rule import StepScalars
 from collins.sharding import is_placed_like, is_sharded, local, placed, refuse_flat_partitions, sharded_over
 from collins.state import StepCounters, adopt, drop, mark
-from collins.statistics import Statistics, is_capturing
+from collins.statistics import Statistics
 from collins.update import UpdateTask
 
 Groups = Sequence[dict[str, Any]]
@@ -431,9 +432,9 @@ def can_step(entry: ParamEntry) -> bool:
 
 def _sharded(name: str) -> str:
     return (
-        f"max_grad_norm must be None with in_backward=True, and for step_parameter, where {name} is sharded over"
-        " several ranks: each sees its part of a gradient, and uses it before the norm over all ranks is known. Step"
-        " after backward, which clips by that norm"
+        f"max_grad_norm must be None with in_backward=True for {name}, which is sharded over several ranks: each sees"
+        " its part of a gradient, and uses it before the norm over all ranks is known. Build Collins with"
+        " in_backward=False, which clips by that norm"
     )
 
 

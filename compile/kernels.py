@@ -35,7 +35,7 @@ from collins.compile.device_functions import (
     store_integers,
     widened,
 )
-from collins.formats import BLOCK, FORMATS, IntFormat
+from collins.formats import FORMATS, IntFormat
 from collins.hashing import GOLDEN, TICK_STRIDE
 from collins.rounding import (
     FIRST,
@@ -49,8 +49,6 @@ from collins.update import UpdateSpec
 _STRIDE = tl.constexpr(TICK_STRIDE)
 _GOLDEN = tl.constexpr(GOLDEN)
 _PARAM, _FIRST, _SECOND = tl.constexpr(PARAM), tl.constexpr(FIRST), tl.constexpr(SECOND)
-
-INT_BLOCK = tl.constexpr(BLOCK)
 
 WIDE = 16  # bytes: what a thread reads or copies at once
 SPAN = 32768  # bytes of a parameter that a program deals with, in tiles one after the other
@@ -68,7 +66,8 @@ _SCALARS = tl.constexpr(len(StepScalars._fields))
 @triton.jit(do_not_specialize_on_alignment=["owners", "table", "grads", "scalars", "skipped"])
 def _step(  # type: ignore[no-untyped-def]
     owners, table, grads, scalars, skipped,
-    P: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, DENSE: tl.constexpr, LOAD: tl.constexpr, V_LOAD: tl.constexpr,
+    P: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, DENSE: tl.constexpr,
+    LOAD: tl.constexpr, V_LOAD: tl.constexpr,
     M_SCALE: tl.constexpr, V_SCALE: tl.constexpr, RESIDUAL: tl.constexpr,
     REHASH: tl.constexpr, ROUND_P: tl.constexpr, ROUND_T: tl.constexpr, MAXIMIZE: tl.constexpr,
     SKIP: tl.constexpr, EVEN: tl.constexpr, ONE: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr,
@@ -88,7 +87,7 @@ def _step(  # type: ignore[no-untyped-def]
         m_base = tl.load(entry + 1).to(tl.pointer_type(T))
     else:
         m_base = tl.load(entry + 1).to(tl.pointer_type(tl.int8 if BITS == 8 else tl.uint8))
-        scales = tl.load(entry + 13).to(tl.pointer_type(tl.float32)) + offset // LOAD // INT_BLOCK
+        scales = tl.load(entry + 13).to(tl.pointer_type(tl.float32)) + offset // LOAD // BLOCK
     v_base = tl.load(entry + 2).to(tl.pointer_type(T))
     m_base, v_base = m_base + offset // LOAD * (BITS if BITS else 8) // 8, v_base + offset // V_LOAD
     if DENSE:
@@ -146,7 +145,7 @@ def _step(  # type: ignore[no-untyped-def]
         if BITS == 0:
             old_m = tl.load(m_here, mask=held, other=0.0).to(tl.float32)
         else:
-            old_m = load_integers(m_base, scales, at // LOAD, m_end, BITS, BUCKETS, INT_BLOCK, EVEN)
+            old_m = load_integers(m_base, scales, at // LOAD, m_end, BITS, BUCKETS, BLOCK, EVEN)
         old_v = tl.load(v_here, mask=v_held, other=0.0).to(tl.float32)
         number = first_bucket + (at // LOAD + bucket).to(tl.uint32)
         v_number = (start // V_LOAD).to(tl.uint32) + (at // V_LOAD + v_bucket).to(tl.uint32)
@@ -200,7 +199,7 @@ def _step(  # type: ignore[no-untyped-def]
             add_count(skipped, v_held & ~v_finite)
         if BITS != 0:
             # Buckets past the end hold no elements: their mean is 0, and no block's largest.
-            store_integers(m_base, scales, at // LOAD, m_end, M, BITS, BUCKETS, INT_BLOCK, EVEN)
+            store_integers(m_base, scales, at // LOAD, m_end, M, BITS, BUCKETS, BLOCK, EVEN)
         elif ROUND_T:
             index, spot = number // 32, number & 31
             tl.store(m_here, rounded(M, noise(index, spot, tick, round0, round1, _FIRST), T), mask=held)
@@ -244,7 +243,8 @@ _DTYPES = {
     torch.float64: tl.float64,
 }
 PARAMETERS = (torch.float32, torch.bfloat16, torch.float16)
-MOMENTS = ("float32", "bfloat16", "int8", "int4")  # formats of the first moment
+# Formats of the first moment.
+MOMENTS = ("float32", "bfloat16", *(name for name, format in FORMATS.items() if isinstance(format, IntFormat)))
 LARGEST_LOAD = 1024
 
 # PTX for division and square root; other compilers and the interpreter spell them out.
@@ -266,17 +266,17 @@ class Tiling(NamedTuple):
     options: dict[str, int]
 
 
-def int_bits(format: str) -> int:
-    """The bits of a format of integers; 0 for one of floating-point numbers."""
+def int_constants(format: str) -> tuple[int, int]:
+    """The bits of a format of integers, and how many share a scale; (0, 1) for one of floating-point numbers."""
     found = FORMATS[format]
-    return found.bits if isinstance(found, IntFormat) else 0
+    return (found.bits, found.block) if isinstance(found, IntFormat) else (0, 1)
 
 
 def takes(spec: UpdateSpec) -> bool:
     """Whether the kernel steps parameters of such moments. A tile has to hold whole blocks of integers."""
     m_format, _ = spec.formats
     known = spec.m_format in MOMENTS and spec.v_format == (m_format.second or spec.m_format)
-    return known and (not int_bits(spec.m_format) or int(spec.load) * m_format.unit <= LARGEST_LOAD)
+    return known and int(spec.load) * m_format.unit <= LARGEST_LOAD
 
 
 def decode_constants(decode: str) -> tuple[float, float, bool]:
@@ -310,6 +310,7 @@ def step_(
     scalars: Tensor,
     skipped: Tensor,
     bits: int,
+    block: int,
     load: int,
     v_load: int,
     m_scale: float,
@@ -332,7 +333,8 @@ def step_(
         grads: addresses of the gradients, int64; or the gradient itself, of the only tensor.
         scalars: rows of `collins.rule.StepScalars`, float64.
         skipped: counts what `skip` leaves out, as in `collins.update.UpdateTask`; any int64 tensor without `skip`.
-        bits: of the integers in which the first moment is stored; 0 for floating-point numbers, of the second's dtype.
+        bits, block: of the integers in which the first moment is stored, and how many share a scale; 0 and 1 for
+            floating-point numbers, of the second's dtype.
         load, v_load: c of both moments' buckets; 1 for dense moments.
         m_scale, v_scale, residual: as in `collins.rule.Decode`.
         rehash, rounding, maximize, skip: as in `collins.update.UpdateSpec`.
@@ -340,7 +342,7 @@ def step_(
     """
     param, moment, one = p[0].dtype, v[0].dtype, grads.dtype is not torch.int64
     decode = m_scale, v_scale, residual
-    key = (owners.device, param, bits, moment, load, v_load, decode, rehash, rounding, maximize, skip, even, one)
+    key = (owners.device, param, bits, block, moment, load, v_load, decode, rehash, rounding, maximize, skip, even, one)
     grid = (owners.numel(), 1, 1)
     with _HERE if _is_current(owners.device) else torch.cuda.device_of(owners):
         if key in _COMPILED:
@@ -350,7 +352,7 @@ def step_(
             return
         tile, stages, options = tiling(param.itemsize, even)
         constants = (
-            _DTYPES[param], _DTYPES[moment], bits, load == 1, load, v_load, *decode, rehash,
+            _DTYPES[param], _DTYPES[moment], bits, block, load == 1, load, v_load, *decode, rehash,
             rounding and param in ROUNDED, rounding and moment in ROUNDED, maximize, skip, even, one, _FAST, tile,
             SPAN // param.itemsize, stages,
         )  # fmt: skip
@@ -371,8 +373,8 @@ _COMPILED: dict[tuple[Any, ...], tuple[tuple[Any, ...], CompiledKernel]] = {}
 _LIBRARY = torch.library.Library("collins", "DEF")
 _LIBRARY.define(
     "step_(Tensor(a!)[] p, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
-    "Tensor scalars, Tensor(d!) skipped, int bits, int load, int v_load, float m_scale, float v_scale, bool residual, "
-    "bool rehash, bool rounding, bool maximize, bool skip, bool even) -> ()"
+    "Tensor scalars, Tensor(d!) skipped, int bits, int block, int load, int v_load, float m_scale, float v_scale, "
+    "bool residual, bool rehash, bool rounding, bool maximize, bool skip, bool even) -> ()"
 )
 for _key in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
     _LIBRARY.impl("step_", step_, _key)

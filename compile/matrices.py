@@ -129,7 +129,7 @@ class MatrixSteps:
             signature = (encoded, task.spec, dtype, g.device, *((t.dtype, t.shape) for t in tensors))
             run = self._graphs.of(signature, lambda number: _encoding(hinted(task.spec, g.device), dtype, number))
             keys, start = self._graphs.constants(task)
-            made.append(run(g.detach(), task.m, keys, *of_step(task, hp, scalars), start, task.numel))
+            made.append(run(g.detach(), task.m, keys, *of_step(task, hp, scalars), start))
 
         if self._suits(member) and self._attempt("graphs", graph):
             X, *m = made[0]
@@ -246,9 +246,9 @@ def _product_dtype(p: Tensor) -> torch.dtype:
 
 def _encoding(spec: UpdateSpec, dtype: torch.dtype, number: int) -> Graph:
     def encode(
-        g: Tensor, m: tuple[Tensor, ...], keys: HashKeys, step: Tensor, scalars: Tensor, start: Tensor, numel: int
+        g: Tensor, m: tuple[Tensor, ...], keys: HashKeys, step: Tensor, scalars: Tensor, start: Tensor
     ) -> tuple[Tensor, ...]:
-        task = UpdateTask(g, m, (), spec, keys, numel, start)
+        task = UpdateTask(g, m, (), spec, keys, g.numel(), start)  # of whole buckets: where they end does not matter
         X, writes = encoded(g, m, task, StepScalars(step, *scalars))
         return X.to(dtype), *(value for _, value in writes)
 

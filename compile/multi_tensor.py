@@ -17,7 +17,9 @@ from collins.hashing import WORD
 from collins.rule import StepScalars
 from collins.update import HashKeys, UpdateSpec, UpdateTask
 
-_KEPT = 4096  # descriptions of sets of tensors: one a parameter for steps in backward
+# Tables that a launch keeps: of single tensors, which steps in backward take in turn; and of sets of them, where each
+# takes a row a tensor and a word a program, and every choice of experts is another set.
+_KEPT, _KEPT_SETS = 4096, 16
 
 Fallback = Callable[[Callable[[], bool | None]], bool]
 
@@ -211,11 +213,12 @@ class KernelLaunch:
         self.dense, self._skips = spec.hash is None, spec.skip
         load, v_load = map(int, spec.loads)
         self._constants = (
-            kernels.int_bits(spec.m_format), load, v_load, *kernels.decode_constants(spec.decode),
+            *kernels.int_constants(spec.m_format), load, v_load, *kernels.decode_constants(spec.decode),
             spec.rehash, spec.rounding, spec.maximize, spec.skip, even,
         )  # fmt: skip
         self.uploader = uploader
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._tables_of_sets: dict[Any, tuple[Tensor, Tensor]] = {}
         self._last: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
         self._captured: list[Any] = []
 
@@ -278,14 +281,15 @@ class KernelLaunch:
         self, tasks: Sequence[UpdateTask], fixed: Sequence[Sequence[int]], key: Any
     ) -> tuple[Tensor, Tensor]:
         """Which tensor each program belongs to, and the table of the tensors; kept under `key`."""
-        if key not in self._tables:
+        tables, most = (self._tables, _KEPT) if len(tasks) == 1 else (self._tables_of_sets, _KEPT_SETS)
+        if key not in tables:
             if self.uploader.capturing():
                 raise RuntimeError(
                     "Collins.step() is captured in a CUDA graph before it has run with the same parameters: run a few"
                     " steps outside of the graph first"
                 )
-            if len(self._tables) == _KEPT:
-                self._tables.clear()
+            if len(tables) == most:
+                del tables[next(iter(tables))]  # the oldest
             owners: list[int] = []
             table: list[Any] = []
             span = SPAN // tasks[0].p.element_size()
@@ -309,5 +313,5 @@ class KernelLaunch:
                 owners += [i] * -(-local // span)
             upload = self.uploader.to_device
             owners_of_programs = torch.tensor(owners, dtype=torch.int32, device="cpu")
-            self._tables[key] = upload(owners_of_programs), upload(torch.tensor(table, device="cpu"))
-        return self._tables[key]
+            tables[key] = upload(owners_of_programs), upload(torch.tensor(table, device="cpu"))
+        return tables[key]

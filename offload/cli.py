@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--fits", action="store_true", help="also the longest sequence, largest batch and largest model that fit"
     )
-    plan.add_argument("--json", action="store_true", help="print JSON; the README lists its keys")
+    plan.add_argument("--json", action="store_true", help="print JSON; offload/README.md lists its keys")
     return parser
 
 

@@ -184,8 +184,8 @@ def of_count(count: int, vocabulary: int = LARGE_VOCABULARY) -> Transformer:
     - one block recomputed: a gated feed-forward network of 6 h (Gemma's is 5.3 h wide) at a = 128
     - vectors: in each layer of the thinnest 13 of h, as GPT-2 has them, and 8 of 1,024 and 8 of 128, for biases of
       key-value heads and norms within heads: what is small takes more bytes for each element
-    - embedding and a head of its own: the vocabulary times h at a = 256, where N allows it; token tables take more bytes
-      for each element than matrices do
+    - embedding and a head of its own: the vocabulary times h at a = 256, where N allows it; token tables take more
+      bytes for each element than matrices do
     - the rest: 15 equal blocks in two matrices, so that one has a share of N that sparse mixtures have in theirs
     """
     thin = _hidden(count, 16 if count < 3 * 10**9 else 64)

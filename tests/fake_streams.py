@@ -16,6 +16,7 @@ unless that work is on a stream that the allocator knows of: the one that it was
 import ctypes
 import random
 import weakref
+from collections import deque
 from contextlib import contextmanager
 
 import torch
@@ -31,14 +32,21 @@ class FreedMemoryError(Exception):
 
 
 class Stream:
-    """Operations in order, of which the first `done` have run. Each is (what it waits for or None, what it does)."""
+    """Operations in order: of those that were `given`, the first `done` have run, and are forgotten. Each is (what it
+    waits for or None, what it does).
+    """
 
     def __init__(self, name):
-        self.name, self.operations, self.done = name, [], 0
+        self.name, self.given, self.done = name, 0, 0
+        self._pending = deque()
 
     @property
     def head(self):
-        return self.operations[self.done] if self.done < len(self.operations) else None
+        return self._pending[0] if self._pending else None
+
+    def give(self, operation):
+        self._pending.append(operation)
+        self.given += 1
 
     def ready(self):
         if self.head is None:
@@ -50,6 +58,7 @@ class Stream:
         mark, work = self.head
         if mark is not None:
             mark[0].run_to(mark[1])
+        self._pending.popleft()
         self.done += 1
         work()
 
@@ -120,7 +129,7 @@ class FakeStreams:
 
     def record(self, event, kind):
         stream = self._stream(kind)
-        event.mark = (stream, len(stream.operations))
+        event.mark = (stream, stream.given)
 
     def wait(self, kind, event, rule):
         if rule not in self.drop and event.mark is not None:
@@ -190,7 +199,7 @@ class FakeStreams:
 
     def finish_everything(self):
         for stream in self.streams:
-            stream.run_to(len(stream.operations))
+            stream.run_to(stream.given)
 
     def _stream(self, kind):
         if kind is StreamKind.CURRENT:
@@ -208,7 +217,7 @@ class FakeStreams:
         return flat.view(tensor.dtype).view(tensor.shape), region
 
     def _enqueue(self, stream, work, mark=None):
-        stream.operations.append((mark, work))
+        stream.give((mark, work))
         if self.mode == "late":
             return
         if isinstance(self.mode, int):

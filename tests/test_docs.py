@@ -1,6 +1,7 @@
-"""What the README and the docstrings say is run."""
+"""What the READMEs and the docstrings say is run, and is so."""
 
 import doctest
+import inspect
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ import shutil
 import pytest
 import torch
 from clients import component
-from helpers import EXAMPLES, ROOT
+from helpers import ROOT
 from ranks import run
 
 import collins.conversion
@@ -16,14 +17,26 @@ import collins.files
 import collins.folders
 import collins.groups
 import collins.optimizer
+from collins.formats import NONE
+from collins.offload.shapes import llama
+from collins.schemes import scheme_under
 
-README = (ROOT / "README.md").read_text()
-RECIPES = (EXAMPLES / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-TOGETHER = [snippet for snippet in SNIPPETS if "init_process_group" in snippet]
-ALONE = [snippet for snippet in SNIPPETS if snippet not in TOGETHER]
-ALONE += re.findall(r"```python\n(.*?)```", RECIPES, flags=re.DOTALL)
+FOLDERS = ("collins", "compile", "examples", "offload", "tests")
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in sorted([*ROOT.glob("*.md"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.md"))])
+}
+README, RECIPES = DOCUMENTS["README.md"], DOCUMENTS["examples/README.md"]
+MANUAL = DOCUMENTS["collins/README.md"]
+SNIPPETS = {
+    f"{name}-{number}": snippet
+    for name, text in DOCUMENTS.items()
+    for number, snippet in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+}
+TOGETHER = [snippet for snippet in SNIPPETS.values() if "init_process_group" in snippet]
+ALONE = {name: snippet for name, snippet in SNIPPETS.items() if snippet not in TOGETHER}
 CONFIGURATIONS = re.findall(r"```yaml\n(.*?)```", RECIPES, flags=re.DOTALL)
+LLAMA_7B = llama(32, 4096, 11008, 4096, 32000)
 CLIENTS = ("accelerate", "lightning", "torchtitan", "transformers", "trl")
 
 
@@ -39,7 +52,9 @@ def test_docstring_examples(module):
 
 
 def test_readmes_have_snippets_and_one_for_each_client():
-    assert {name for name in CLIENTS for snippet in ALONE if imports(snippet, name)} == set(CLIENTS)
+    assert {f"{name}/README.md" for name in FOLDERS} < DOCUMENTS.keys()
+    for name in CLIENTS:
+        assert any(imports(snippet, name) or integrates(snippet, name) for snippet in ALONE.values()), name
 
 
 # Lightning's own use of torch, and its advice on loading data.
@@ -50,10 +65,10 @@ def test_readmes_have_snippets_and_one_for_each_client():
 # Trainer pins its batches also where there is no accelerator, which torch remarks upon.
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
 @pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize("snippet", ALONE, ids=range(len(ALONE)))
+@pytest.mark.parametrize("snippet", ALONE.values(), ids=ALONE)
 def test_readme_snippets_run(snippet):
     for name in CLIENTS:
-        if imports(snippet, name) or imports(snippet, rf"collins\.integrations\.{name}"):
+        if imports(snippet, name) or integrates(snippet, name):
             pytest.importorskip(name)
     execute(snippet)
 
@@ -116,6 +131,70 @@ def test_readme_snippets_for_many_ranks_run_on_two(tmp_path):
 
 def imports(snippet, name):
     return re.search(rf"^(import|from) {name}\b", snippet, flags=re.MULTILINE) is not None
+
+
+def integrates(snippet, name):
+    return imports(snippet, rf"collins\.integrations\.{name}")
+
+
+def anchors(text):
+    """What a link to a heading of a document may end in."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def rows(text, heading):
+    """The cells of the first table below a heading, without its head."""
+    table = re.search(r"\n\|.*?\n\n", text[text.index(f"\n{heading}\n") :], flags=re.DOTALL).group()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_to_files_and_headings_that_are_there(name):
+    for link in re.findall(r"\]\(([^)\s]+)\)", DOCUMENTS[name]):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_that_are_named_are_there(name):
+    for path in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+\.\w+)`", DOCUMENTS[name]):
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_readme_is_a_page_with_every_option_and_its_default():
+    assert len(README.splitlines()) <= 150
+    options = inspect.signature(collins.Collins).parameters.values()
+    own = {f"`{option.name}`": str(option.default) for option in options if option.kind is option.KEYWORD_ONLY}
+    assert {name: default.strip('`"') for name, default, _ in rows(README, "## Options")} == own
+
+
+def test_the_manual_has_the_formats_of_every_ratio():
+    def cell(ratio, role, decode):
+        options = {**collins.Collins([torch.nn.Parameter(torch.ones(1))]).defaults, "compress_ratio": ratio}
+        scheme = scheme_under((4096, 4096), torch.float32, {**options, "decode": decode}, role, sharded=False)
+        moments = ((scheme.m_format, scheme.m.load), (scheme.v_format, scheme.v.load))
+        return ", ".join(f"{format} / {load:g}" for format, load in moments if format != NONE)
+
+    params = [(name, torch.nn.Parameter(torch.empty(shape, device="meta"))) for name, shape in LLAMA_7B.parameters()]
+    for ratio, *shown in rows(MANUAL, "## Roles and formats"):
+        roles = (("matrix", "residual"), ("tokens", "residual"), ("matrix", "orthogonal"))
+        schemes = [cell(int(ratio), *role) for role in roles]
+        sizes = [
+            collins.Collins(params, compress_ratio=int(ratio), decode=decode).memory_report().state_bytes
+            for decode in ("residual", "orthogonal")
+        ]
+        assert shown == [*schemes, *(f"{size / 1e9:.2f} GB" for size in sizes)]
+
+
+def test_the_changelog_has_this_version_and_dates():
+    headings = re.findall(r"^## (.*)$", DOCUMENTS["CHANGELOG.md"], flags=re.MULTILINE)
+    assert headings[0].split()[0] == collins.__version__
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+ \(\d{4}-\d\d-\d\d\)", heading) for heading in headings)
 
 
 def test_readme_has_the_two_commands_alone_on_their_lines():

@@ -4,6 +4,7 @@ The step is made to fail at every allocation, at lines spread over all the code 
 device, and in hooks of backward. What is there afterwards is compared with twins that nothing befell.
 """
 
+import copy
 import gc
 import io
 import sys
@@ -140,6 +141,39 @@ def test_memory_that_runs_out_at_any_allocation_of_a_step(options, first):
             fault.leaves_all_whole(ps, opt)
         else:  # a table went to the host instead
             assert all(map(same_snapshots, snapshot(ps, opt), fault.after))
+
+
+@in_every_way
+@at_either_step
+def test_memory_that_runs_out_at_any_allocation_of_a_load(options, first):
+    """Of a state under other keys, which are those of its parameters' names."""
+
+    def fresh():
+        ps, opt = made(options, 0 if first else 3)
+        return ps, opt, snapshot(ps, opt)
+
+    qs = parameters(torch.float32, SHAPES, "cpu")
+    source = Collins([(f"p{i}", q) for i, q in enumerate(qs)], lr=1e-2, min_K=16, rehash_period=3, **options)
+    for number in range(2):
+        step(qs, source, number)
+    saved = source.state_dict()
+    ps, opt, _ = fresh()
+    with Allocates() as seen:
+        opt.load_state_dict(copy.deepcopy(saved))
+    for failing in range(1, seen.count + 1, max(seen.count // PLACES, 1)):
+        ps, opt, before = fresh()
+        given = copy.deepcopy(saved)
+        try:
+            with Allocates(failing):
+                opt.load_state_dict(given)
+        except (torch.OutOfMemoryError, MemoryError):  # of the staging ring
+            assert all(map(same_snapshots, snapshot(ps, opt), before))
+            twins, twin, _ = fresh()
+            for each, one in ((ps, opt), (twins, twin)):
+                step(each, one, 3)
+            assert all(map(same_snapshots, snapshot(ps, opt), snapshot(twins, twin)))
+        else:  # a table went to the host instead
+            assert same_snapshots([ps[0], opt.state_dict()["state"][0]], [ps[0], saved["state"][0]])
 
 
 # Interruptions.

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from collins import Collins
 # Even, uneven and empty parts; rows of whole buckets, of half buckets, of odd sizes; vectors.
 SHAPES = [(64, 96), (10, 48), (5, 64), (6, 4, 16), (5, 7), (100,), (3,)]
 LOADS = [32, 16, 32, 32, 1, 1, 1]
-EXACT = {"lr": 1e-2, "weight_decay": 0.1, "rehash_period": 3, "min_K": 2}
+EXACT = {"lr": 1e-2, "weight_decay": 0.1, "rehash_period": 3, "min_K": 2, "table_dtype": torch.float32}
+ROWS = [(64, 128), (10, 64), (6, 4, 32), (9, 512)]  # whole blocks of integers under every recipe
+RECIPES = [{"role": role, "compress_ratio": ratio} for role, ratio in (("matrix", 16), ("matrix", 32), ("tokens", 32))]
 
 
 def values(shape, number):
@@ -50,6 +53,29 @@ def stepped(mesh, placements, dtype, options, steps=5):
         opt.zero_grad()
     kept = [[whole(p.detach()), *(whole(m) for m in moments(opt, p))] for p in params]
     return kept, sent, [opt.state[p] for p in params], opt
+
+
+def step_by_role(rank, sizes, dtype, options):
+    mesh = init_device_mesh("cpu", sizes)
+    sides = []
+    for sharded in (True, False):
+        place = partial(distribute_tensor, device_mesh=mesh, placements=(Shard(0),)) if sharded else lambda t: t
+        params = [nn.Parameter(place(values(shape, i).to(dtype))) for i, shape in enumerate(ROWS)]
+        opt = Collins(params, **{**EXACT, "table_dtype": None, **options})
+        for step in range(5):
+            for i, p in enumerate(params):
+                p.grad = place(values(p.shape, 100 * step + i + 7).to(dtype))
+            opt.step()
+        sides.append([whole(t) for p in params for t in (p.detach(), *moments(opt, p))])
+    assert {t.dtype for t in sides[0]} & {torch.int8, torch.uint8}
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*sides, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [2, 4])
+@pytest.mark.parametrize("options", RECIPES, ids=str)
+def test_integer_tables_have_the_bits_of_one_process_for_any_number_of_ranks(options, sizes, dtype, tmp_path):
+    run(sizes, step_by_role, (sizes,), dtype, options, folder=tmp_path)
 
 
 def step_a_part(rank, sizes, placements, dtype, options):
@@ -201,9 +227,7 @@ def refuse_to_clip_in_backward(rank):
 
 def test_clipping_in_backward_is_refused_where_a_rank_sees_a_part_alone(tmp_path):
     for message in run(2, refuse_to_clip_in_backward, folder=tmp_path / "2"):
-        assert message.startswith(
-            "max_grad_norm must be None with in_backward=True, and for step_parameter, where param"
-        )
+        assert message.startswith("max_grad_norm must be None with in_backward=True for parameter")
     assert run(1, clip_alone, folder=tmp_path / "1") == [True]
 
 

@@ -2,15 +2,17 @@
 
 import copy
 import gc
+import io
 import pickle
 import weakref
 from collections import defaultdict
 
 import pytest
 import torch
-from helpers import bits
+from helpers import bits, same_snapshots, snapshot
 
 from collins import Collins
+from collins.fingerprint import dense_fingerprint, unpacked
 
 TIERS = {
     "none": None,
@@ -144,6 +146,84 @@ def test_keys_travel_with_copies_and_are_taken_from_what_is_loaded():
         saved, theirs = opt.state_dict()["state"], one.state_dict()["state"]
         assert all(torch.equal(bits(saved[i][name]), bits(theirs[i][name])) for i in saved for name in saved[i])
         assert [one.hash_of(p).key for p in one.param_groups[0]["params"]] == [opt.hash_of(p).key for p in (a, b)]
+
+
+ROUNDED = [{}, {"hash": "universal"}, {"memory": "host"}, {"in_backward": True}, {"table_dtype": torch.bfloat16}]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", ROUNDED, ids=str)
+@pytest.mark.parametrize("names", [(False, False), (True, False), (False, True)], ids=str)
+def test_what_is_rounded_goes_on_to_the_bit_in_another_order_and_under_other_names(names, options, dtype):
+    """Random bits derive from the key, which comes with dense moments as it does with tables."""
+
+    def step(ps, opt, number):
+        for i, p in enumerate(ps):
+            g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * number + i)).to(dtype)
+            if opt.in_backward:
+                (p * g).sum().backward()
+            else:
+                p.grad = g
+        opt.step()
+
+    def named(ps, wanted):
+        return [(f"p{i}", p) for i, p in enumerate(ps)] if wanted else ps
+
+    shapes = [(40,), (64, 64), (), (33, 7), (64, 48), (5,)]
+    ps = [torch.nn.Parameter(parameter(*shape, seed=i).to(dtype)) for i, shape in enumerate(shapes)]
+    built = {"lr": 1e-2, "min_K": 16, "rehash_period": 3, **options}
+    opt = Collins(named(ps, names[0]), **built)
+    step(ps, opt, 0)
+    group, order = opt.param_groups[0], [3, 5, 0, 4, 2, 1]
+    for key in {"params", "param_names"} & group.keys():
+        group[key][:] = [group[key][i] for i in order]
+    ps = list(group["params"])
+    for number in (1, 2):
+        step(ps, opt, number)
+    qs = [torch.nn.Parameter(p.detach().clone()) for p in ps]
+    other = Collins(named(qs, names[1]), **built)
+    if not names[0]:  # names were never saved: an optimizer that has some goes by its own
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    else:
+        file = io.BytesIO()
+        torch.save(opt.state_dict(), file)
+        file.seek(0)
+        other.load_state_dict(torch.load(file, weights_only=True))
+    for number in (3, 4):
+        step(ps, opt, number)
+        step(qs, other, number)
+    assert all(map(same_snapshots, snapshot(ps, opt), snapshot(qs, other)))
+
+
+def test_a_parameter_that_is_cast_says_what_it_is_rounded_with():
+    """And a state that another optimizer has made is that of the key which it is stepped under."""
+    a, b = parameter(40), parameter(40)
+    opt, other = Collins([parameter(3), a]), Collins([b])
+    give(a, 0)
+    opt.step()
+    assert "layout" not in opt.state[a]
+    a.data, b.data = a.data.bfloat16(), b.data.bfloat16()
+    other.state[b] = dict(opt.state[a])
+    for p, one in ((a, opt), (b, other)):
+        p.grad = torch.ones_like(p)
+        one.step()
+    keys = [unpacked(one.state[p]["layout"]).place for p, one in ((a, opt), (b, other))]
+    assert keys == [1, 0]
+
+
+def test_a_key_that_dense_moments_were_saved_with_is_not_that_of_tables():
+    """Tables whose keys are those here keep them, also where all other keys that are saved are numbers."""
+    ps = [torch.nn.Parameter(parameter(*shape).bfloat16()) for shape in ((5,), (64, 64), (40,))]
+    opt = Collins(ps, min_K=16)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    del opt.param_groups[0]["params"][0], opt.state[ps[0]]
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][1]["layout"] = dense_fingerprint(40, 40, 0, 1).packed()
+    opt.load_state_dict(saved)
+    assert opt.hash_of(ps[1]).key == 1
+    assert unpacked(opt.state[ps[2]]["layout"]).place == 1
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
@@ -312,7 +392,7 @@ def test_a_parameter_that_grew_starts_anew_once_its_state_is_removed(memory):
             del opt.state[p]
         give(p, step), give(other, step)
         opt.step()
-    assert opt.state[p]["m_table"].shape == (640,)  # two entries a byte
+    assert opt.state[p]["m_table"].shape == (80, 8)  # two entries a byte
     assert [int(opt.state[q]["step"]) for q in (p, other)] == [2, 5]
 
 
@@ -455,6 +535,9 @@ def test_a_checkpoint_of_version_0_2_goes_on_to_the_bit_under_names(options, dty
     saved = copy.deepcopy(old.state_dict())
     saved["param_groups"][0]["param_names"] = [name for name, _ in net.named_parameters()]
     saved["param_groups"][0].pop("with_state")
+    for state in saved["state"].values():
+        if "exp_avg" in state:
+            state.pop("layout", None)
     new = Collins(other.named_parameters(), lr=1e-2, rehash_period=3, **options)
     other.load_state_dict(net.state_dict())
     new.load_state_dict(saved)

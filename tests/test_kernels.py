@@ -59,7 +59,7 @@ def count_launches(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "options"), CASES, ids=str)
 def test_the_kernel_steps_as_eager_code_does(dtype, options):
-    sides = []
+    sides, options = [], {"table_dtype": torch.float32, **options}  # test_parity.py has those of integers
     for through_kernel in (False, True):
         ps = parameters(dtype, SHAPES)
         opt = Collins(ps, **{**OPTIONS, "compile": False, **options})
@@ -98,7 +98,7 @@ def test_the_kernel_leaves_out_what_a_wrong_gradient_reaches(options):
 
 def test_tensors_of_one_kind_share_a_launch_whatever_their_shapes(monkeypatch):
     ps = parameters(torch.float32, [(96, 64), (64, 128), (4096,), (40,), (24,), (8,), (33, 37)])
-    opt = with_kernel(Collins(ps, min_K=64))
+    opt = with_kernel(Collins(ps, min_K=64, table_dtype=torch.float32, role="matrix"))
     give_gradients(0, ps)
     taken = count_launches(monkeypatch)
     opt.step()
@@ -146,6 +146,23 @@ def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
         other.step()
     # At first, with moved parameters, with one alone, with two whose numbers of steps differ; not for loading in place.
     assert len(made) == 2 * 4
+    for p, q in zip(ps, copies, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach())
+
+
+def test_tables_of_sets_that_change_from_step_to_step_are_let_go_of(monkeypatch):
+    """As where every batch chooses other experts."""
+    monkeypatch.setattr("collins.compile.multi_tensor._KEPT_SETS", 2)
+    ps, copies = parameters(torch.float32, [(64, 32)] * 4), parameters(torch.float32, [(64, 32)] * 4)
+    opt, other = with_kernel(Collins(ps, min_K=16)), Collins(copies, min_K=16, compile=False)
+    for step, chosen in enumerate(((0, 1), (1, 2), (0, 1), (0, 3), (2, 3), (0, 1))):
+        give_gradients(step, ps, copies)
+        for i in {0, 1, 2, 3} - {*chosen}:
+            ps[i].grad = copies[i].grad = None
+        opt.step()
+        other.step()
+        (launch,) = opt._stepper.engine.launches._launches.values()
+        assert len(launch._tables_of_sets) <= 2
     for p, q in zip(ps, copies, strict=True):
         torch.testing.assert_close(p.detach(), q.detach())
 
@@ -300,7 +317,7 @@ from collins.compile import kernels
 
 def ptx(param, moment, bits, load, v_load, rounding, one, size, tiling):
     fixed = dict(
-        P=param, T=moment, BITS=bits, DENSE=load == 1, LOAD=load, V_LOAD=v_load, M_SCALE=0.5, V_SCALE=0.0,
+        P=param, T=moment, BITS=bits, BLOCK=64, DENSE=load == 1, LOAD=load, V_LOAD=v_load, M_SCALE=0.5, V_SCALE=0.0,
         RESIDUAL=True, REHASH=load > 1, ROUND_P=rounding, ROUND_T=False, MAXIMIZE=False, SKIP=True, EVEN=True,
         ONE=one, FAST=True,
         TILE=tiling.tile, SPAN=kernels.SPAN // size, STAGES=tiling.stages,

@@ -51,11 +51,20 @@ def train(rank, root, kill=None, forget=False):
     """
     sys.path.insert(0, str(EXAMPLES))
     from corpus import batches, standard_library
-    from train_lm import GPT
+    from llama import Llama
+
+    class Decoder(Llama):
+        def forward(self, tokens):
+            return self.head(self.features(tokens))
+
+        def loss(self, tokens):
+            logits = self(tokens[:, :-1])
+            return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     root = Path(root)
     torch.manual_seed(0)
-    model = GPT(layers=1, width=64, heads=2, context=CONTEXT)
+    model = Decoder(layers=1, hidden=64, ffn=176, heads=2, kv_heads=2, vocab=256, checkpointed=False)
+    model.fill()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, output_of
 
+import collins
 from collins import Collins
 
 # From each folder in a process of its own, as Python starts there with -c; torch is imported once for all of them.
@@ -81,6 +82,7 @@ def test_a_wheel_has_one_top_level_name(wheel):
     modules = ("optimizer.py", "compile/engine.py", "offload/memory.py", "integrations/transformers.py")
     for expected in ("py.typed", "__main__.py", *modules):
         assert f"collins/{expected}" in names
+    assert {Path(name).suffix for name in names if ".dist-info" not in name} == {".py", ".typed"}  # no READMEs
 
 
 def test_the_wheel_states_name_licence_and_needs(wheel):
@@ -89,6 +91,7 @@ def test_the_wheel_states_name_licence_and_needs(wheel):
     lines = files.read(metadata).decode().splitlines()
     for line in (
         "Name: collins-optim",
+        f"Version: {collins.__version__}",
         "License-Expression: MIT",
         "License-File: LICENSE",
         "Requires-Dist: torch>=2.9",

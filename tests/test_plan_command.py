@@ -1,4 +1,4 @@
-"""`python -m collins plan`: its arguments, its figures, its exit status, and what the README shows of it."""
+"""`python -m collins plan`: its arguments, its figures, its exit status, and what offload/README.md shows of it."""
 
 import json
 import shlex
@@ -293,8 +293,8 @@ def test_the_example_policies_do_what_their_comments_say(path, monkeypatch, caps
 
 
 def test_the_readme_shows_what_the_command_prints(monkeypatch, capsys):
-    _, _, section = (ROOT / "README.md").read_text().partition("## Memory policy")
-    block = section.partition("```console\n$ python -m collins ")[2].partition("```")[0]
+    _, _, manual = (ROOT / "offload" / "README.md").read_text().partition("```console\n$ python -m collins ")
+    block, _, _ = manual.partition("```")
     command, _, shown = block.partition("\n")
     monkeypatch.chdir(ROOT)
     assert main(shlex.split(command)) == 0

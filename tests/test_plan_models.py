@@ -28,9 +28,7 @@ transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 PLENTY = ["--device-memory", "1000GiB", "--host-memory", "1000GiB"]
-TABLES = partial(
-    requests_of, dtype=torch.bfloat16, compress_ratio=32, min_K=1024, hash="block", table_dtype=None
-)
+TABLES = partial(requests_of, dtype=torch.bfloat16, compress_ratio=32, min_K=1024, hash="block", table_dtype=None)
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -417,7 +415,7 @@ def test_json_has_the_figures_of_the_text_and_keys_that_the_readme_lists(write, 
     held = ("weights", "gradients", "checkpoints", "recomputed_block", "logits")
     for mode in plan["modes"]:
         assert mode["left"] == plan["machine"]["device_free"] - sum(mode[key] for key in held)
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "offload" / "README.md").read_text()
     for level in (plan, plan["model"], plan["training"], plan["machine"], plan["largest"], within):
         for key in level:
             assert f"`{key}`" in readme, key

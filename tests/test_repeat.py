@@ -19,7 +19,7 @@ from collins.stepper import Stepper
 def made():
     ps = parameters(torch.float32, [(64, 64), (40,), (33, 37), (96, 64)])
     groups = [{"params": ps[:2]}, {"params": ps[2:], "lr": 2e-2, "weight_decay": 0.1}]
-    return ps, with_kernel(Collins(groups, min_K=16, rehash_period=3))
+    return ps, with_kernel(Collins(groups, min_K=16, rehash_period=3, table_dtype=torch.float32))
 
 
 def nothing(ps, opt):

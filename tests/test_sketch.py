@@ -62,7 +62,7 @@ def test_a_table_counts_as_zero_where_signs_are_fresh():
 def test_residual_first_moment_has_the_gradients_rms(hash):
     """sqrt(c) s mu is variance-normalised: after one step, RMS(m_hat) = RMS(g)."""
     p = torch.nn.Parameter(torch.zeros(2**16, dtype=torch.float64))
-    opt = Collins([p], min_K=64, hash=hash, table_dtype=torch.float64)
+    opt = Collins([p], min_K=64, hash=hash, role="matrix", table_dtype=torch.float64)
     p.grad = torch.randn(2**16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     opt.step()
     m_hat = math.sqrt(32) * opt.state[p]["m_table"] / (1 - 0.9)

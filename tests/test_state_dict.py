@@ -447,7 +447,7 @@ def test_the_refusal_of_moments_of_adamw_names_convert(options):
 def test_a_fingerprint_packs_and_unpacks():
     mark = Fingerprint(1, 12, *range(3, 13), 2**64 - 3)
     assert unpacked(mark.packed()) == mark
-    none = ({"rows": 5}, {"buckets": 0}, {"hash": 0}, {"hash": 2})
+    none = ({"rows": 5}, {"buckets": 0}, {"hash": 0}, {"hash": 2}, {"hash": 3})
     inconsistent = [mark._replace(**change).packed() for change in none]
     for wrong in (0, -1, True, mark.packed() + 1, "1", None, 1.0, 10**5000, *inconsistent):
         with pytest.raises(ValueError, match="layout must be a fingerprint"):

@@ -113,6 +113,14 @@ def test_foreach_norm_of_order_infinity_finds_what_is_not_finite(device):
     assert largest[2] != largest[2]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_foreach_norm_sums_and_returns_in_the_dtype_that_it_is_given(dtype, device):
+    tensors = [torch.full((size,), 3.0, dtype=dtype, device=device) for size in (1000, 1, 0)]
+    norms = internals.foreach_norm(tensors, 2, torch.float32)
+    assert all(norm.shape == () and norm.dtype == torch.float32 for norm in norms)
+    assert [norm.item() for norm in norms] == pytest.approx([3 * 1000**0.5, 3, 0])  # 94.868, which bfloat16 rounds
+
+
 @pytest.mark.cuda
 def test_current_raw_stream_is_the_address_of_the_stream_in_use():
     stream = torch.cuda.Stream()

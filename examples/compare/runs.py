@@ -9,12 +9,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from llama import Llama
 
+import collins
 from compare.optimizers import Choice, Setup
 from compare.tasks import Place, Task
 from compare.training import Follower, held_bytes, train
@@ -99,7 +99,7 @@ class Run:
             "seconds": round(seconds, 2),
             "placement": placements(optimizers),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "versions": {"torch": torch.__version__, "collins": version("collins-optim")},
+            "versions": {"torch": torch.__version__, "collins": collins.__version__},
         }
 
 
