@@ -28,6 +28,7 @@ from collins.sharding import is_sharded, local, saved_part
 from collins.update import UpdateSpec
 
 DENSE, TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
+_LONGEST_FIRST = sorted((*DENSE, *TABLES), key=len, reverse=True)  # "exp_avg" begins "exp_avg_sq"
 
 # What a state dict sets: the numbers that schedules change. The other options stay as the optimizer was built.
 ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight", "residual_square")
@@ -39,8 +40,7 @@ LARGEST_STEP = 2**24  # the next whole number is none of the counter's, which is
 
 def part_of(name: object) -> str | None:
     """The moment that a state keeps, or keeps a part of, under this name; None for another name."""
-    moments = sorted((*DENSE, *TABLES), key=len, reverse=True)  # "exp_avg" begins "exp_avg_sq"
-    return next((m for m in moments if isinstance(name, str) and (name == m or name.startswith(f"{m}_"))), None)
+    return next((m for m in _LONGEST_FIRST if isinstance(name, str) and (name == m or name.startswith(f"{m}_"))), None)
 
 
 def is_moment(name: object) -> bool:

@@ -233,6 +233,11 @@ FORMATS: dict[str, TableFormat] = {
 }
 
 
+def second_format(name: str) -> str:
+    """The format of the second moment beside a first moment in the format `name`."""
+    return FORMATS[name].second or name
+
+
 def whole_blocks(name: str, entries: int) -> str:
     """The format like this one under which so many entries, a multiple of `SMALLEST_BLOCK`, are whole blocks."""
     format = FORMATS[name]

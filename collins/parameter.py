@@ -5,7 +5,7 @@ The only checks of parameters, gradients and state stand here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -88,7 +88,7 @@ def check_param(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
         if group["role"] != "auto":
             row_parts_of(name, p, group, role)
         if is_sharded(p):
-            slice_under(name, p, group, role)
+            _slice_of(name, p, group, role, scheme_of(p, group, role))
 
 
 def _check_dtype(name: str, p: Tensor) -> None:
@@ -120,25 +120,23 @@ def row_parts_of(name: str, p: Tensor, group: Mapping[str, Any], role: str) -> t
     return parts_of_rows(name, tuple(p.shape), group["row_parts"])
 
 
-def slice_under(name: str, p: Tensor, group: Mapping[str, Any], role: str) -> Slice | None:
-    """This rank's part of `p`, a parameter of this role; None for an ordinary tensor."""
-    scheme = scheme_of(p, group, role)
+def _slice_of(name: str, p: Tensor, group: Mapping[str, Any], role: str, scheme: Scheme) -> Slice | None:
+    """This rank's part of `p`, a parameter of this role and scheme; None for an ordinary tensor."""
     if decode_of(group, role) == ORTHOGONAL:
         check_whole(name, p)
     return slice_of(name, p, scheme.v, rounding=rounds(p, scheme.formats, group))
 
 
-def state_tensors(p: Tensor, group: Mapping[str, Any], role: str) -> tuple[dict[str, TensorSpec], int]:
-    """The tensors in which both moments of `p`, a parameter of this role, are kept, by the names of its state.
+def state_tensors(shape: Sequence[int], scheme: Scheme) -> tuple[dict[str, TensorSpec], int]:
+    """The tensors in which both moments of a parameter of this shape are kept, by the names of its state.
 
     Returns:
         Them, and how many are the first moment's.
     """
-    scheme = scheme_of(p, group, role)
     names = DENSE if scheme.m.hash is None else TABLES
     found: list[dict[str, TensorSpec]] = []
     for name, bucketing, format in zip(names, (scheme.m, scheme.v), scheme.formats, strict=True):
-        parts = FORMATS[format].parts(moment_shape(bucketing, tuple(p.shape)))
+        parts = FORMATS[format].parts(moment_shape(bucketing, tuple(shape)))
         found.append({name + suffix: spec for suffix, spec in parts.items()})
     return {**found[0], **found[1]}, len(found[0])
 
@@ -168,8 +166,8 @@ def spec_of(entry: ParamEntry, settings: tuple[Any, ...], seed: int, launch_of: 
         row_parts=row_parts_of(entry.name, p, group, role.kind),
     )
     sign_key = hash.sign_key if isinstance(hash, BlockHash) else HashKey(0, 0)
-    part = slice_under(entry.name, p, group, role.kind)
-    tensors, first_count = state_tensors(p, group, role.kind)
+    part = _slice_of(entry.name, p, group, role.kind, scheme)
+    tensors, first_count = state_tensors(p.shape, scheme)
     return ParamSpec(
         settings=settings,
         role=role,

@@ -83,7 +83,7 @@ def report_row(entry: ParamEntry, role: Role) -> ParameterRow:
     if not (p.requires_grad or p.grad is not None):
         return ParameterRow(entry.name, tuple(p.shape), None, "", None, 1, 1, "", "", 0, 0)
     scheme = scheme_of(p, entry.group, role.kind)
-    tensors, _ = state_tensors(p, entry.group, role.kind)
+    tensors, _ = state_tensors(p.shape, scheme)
     return ParameterRow(
         name=entry.name,
         shape=tuple(p.shape),

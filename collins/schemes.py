@@ -23,7 +23,16 @@ from typing import Any, NamedTuple
 import torch
 
 from collins.bucketing import Bucketing, bucketing_of, within_rows
-from collins.formats import FORMATS, NONE, SMALLEST_BLOCK, IntFormat, dense_format, format_name, whole_blocks
+from collins.formats import (
+    FORMATS,
+    NONE,
+    SMALLEST_BLOCK,
+    IntFormat,
+    dense_format,
+    format_name,
+    second_format,
+    whole_blocks,
+)
 from collins.rule import ELEMENTWISE, ORTHOGONAL
 
 ADAMW_BYTES = 8  # that AdamW keeps of a parameter in fp32
@@ -63,7 +72,7 @@ class Recipe(NamedTuple):
     @property
     def v_format(self) -> str:
         """The format of the second moment, where there is one."""
-        return FORMATS[self.m_format].second or self.m_format
+        return second_format(self.m_format)
 
 
 # Of each role, and of matrices under decode="orthogonal", the widest first. Where none fits, the last is taken.
@@ -132,7 +141,7 @@ def scheme_under(
     if first.hash is None:
         return _exact(numel, dtype, group)
     stored = "float32" if group["table_dtype"] is None else format_name(group["table_dtype"])
-    v_format = FORMATS[stored].second or stored
+    v_format = second_format(stored)
     if group["v_compress_ratio"] is None or first.hash != "block":
         return Scheme(first, first, stored, v_format)
     second = bucketing_of(numel, compress_ratio=group["v_compress_ratio"], min_K=1, hash="block")
@@ -178,4 +187,4 @@ def _by_bytes(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, An
         m_format = whole_blocks(m_format, row // recipe.m_load)
     elif sharded and isinstance(FORMATS[m_format], IntFormat):
         m_format = "bfloat16" if first.hash else dense_format(dtype, torch.float32)
-    return Scheme(first, second, m_format, FORMATS[m_format].second or m_format)
+    return Scheme(first, second, m_format, second_format(m_format))

@@ -35,7 +35,7 @@ from collins.compile.device_functions import (
     store_integers,
     widened,
 )
-from collins.formats import FORMATS, IntFormat
+from collins.formats import FORMATS, IntFormat, second_format
 from collins.hashing import GOLDEN, TICK_STRIDE
 from collins.rounding import (
     FIRST,
@@ -274,9 +274,8 @@ def int_constants(format: str) -> tuple[int, int]:
 
 def takes(spec: UpdateSpec) -> bool:
     """Whether the kernel steps parameters of such moments. A tile has to hold whole blocks of integers."""
-    m_format, _ = spec.formats
-    known = spec.m_format in MOMENTS and spec.v_format == (m_format.second or spec.m_format)
-    return known and int(spec.load) * m_format.unit <= LARGEST_LOAD
+    known = spec.m_format in MOMENTS and spec.v_format == second_format(spec.m_format)
+    return known and int(spec.load) * FORMATS[spec.m_format].unit <= LARGEST_LOAD
 
 
 def decode_constants(decode: str) -> tuple[float, float, bool]:

@@ -20,13 +20,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from compare import plots, results
-from compare.arguments import at_least, cache_folder, decay, folders, pairs, rates
+from compare.arguments import at_least, cache_folder, checker, decay, folders, pairs, rates
 from compare.devices import cpus, gpus, threads
 from compare.digits import DIGITS
 from compare.language import LANGUAGE_TASKS
@@ -63,14 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--list", action="store_true", help="tasks, their settings, and optimizers; and nothing else")
     only.add_argument("--report", action="store_true", help="tables and figures of the results file, without a run")
-    args = parser.parse_args(arguments)
-
-    def checked(name: str, make: Callable[[], Any]) -> Any:
-        try:
-            return make()
-        except (ValueError, OSError) as error:
-            parser.error(f"argument --{name}: {error}")
-
+    args, checked = parser.parse_args(arguments), checker(parser)
     if args.processes is not None:
         checked("processes", lambda: at_least(1, args.processes))
     if args.time_limit is not None:

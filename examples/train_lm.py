@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from compare import plots
-from compare.arguments import cache_folder, folders, pairs, rates
+from compare.arguments import cache_folder, checker, folders, pairs, rates
 from compare.devices import cpus, threads
 from compare.language import LM_SMALL
 from compare.optimizers import Choice
@@ -45,14 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("train_lm.png"), help="the loss plot, a PNG file")
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="for tokens (%(default)s)")
     parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FOLDER", help="to take text from")
-    args = parser.parse_args(arguments)
-
-    def checked(name: str, make: Callable[[], Any]) -> Any:
-        try:
-            return make()
-        except (ValueError, OSError) as error:
-            parser.error(f"argument --{name}: {error}")
-
+    args, checked = parser.parse_args(arguments), checker(parser)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda is not here")
     args.text = checked("text", lambda: folders(args.text))

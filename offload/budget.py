@@ -29,6 +29,7 @@ from collins.offload.plan import Request
 from collins.offload.shapes import Transformer, numel
 from collins.parameter import state_tensors
 from collins.roles import found_roles, role_under
+from collins.schemes import scheme_under
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,6 @@ def requests_of(
     }
     params = list(model.parameters())
     for (name, shape), found in zip(params, found_roles(params, model.by_module), strict=True):
-        p = torch.empty(shape, dtype=dtype, device="meta")
-        role = role_under(found, p.numel(), options)
-        tensors, _ = state_tensors(p, options, role.kind)
+        role = role_under(found, math.prod(shape), options)
+        tensors, _ = state_tensors(shape, scheme_under(shape, dtype, options, role.kind, sharded=False))
         yield Request(name, shape, sum(spec.nbytes for spec in tensors.values()), role)

@@ -22,6 +22,17 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = {"lr": 1e-2, "min_K": 16, "rehash_period": 3}  # small weights have tables; signs change within a short run
+# How a step may be performed, over what differs from one way to another.
+STEP_SHAPES = [(64, 64), (33, 37), (40,), (), (130, 32)]
+FEW_STEP_SHAPES = [(64, 64), (40,)]  # for what compiles, or is interpreted
+STEP_WAYS = {
+    "eager": {"compile": False},
+    "compiled": {"compile": True},
+    "kernel": {},
+    "host": {"compile": False, "memory": "host"},
+    "universal": {"compile": False, "hash": "universal"},
+    "capturable": {"compile": False, "capturable": True},
+}
 
 
 def with_kernel(opt):

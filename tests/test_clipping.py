@@ -8,24 +8,26 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers import OPTIONS, give_gradients, moments, parameters, same, with_kernel
+from helpers import (
+    FEW_STEP_SHAPES,
+    OPTIONS,
+    STEP_SHAPES,
+    STEP_WAYS,
+    give_gradients,
+    moments,
+    parameters,
+    same,
+    with_kernel,
+)
 from reference import Block, Reference
 from torch import nn
 
 from collins import Collins
 from collins.clipping import LAST_NORM
 
-SHAPES = [(64, 64), (33, 37), (40,), (), (130, 32)]
-FEW = [(64, 64), (40,)]  # for what compiles, or is interpreted
+SHAPES, FEW = STEP_SHAPES, FEW_STEP_SHAPES
 CLIP = 0.5
-WAYS = {
-    "eager": {"compile": False},
-    "compiled": {"compile": True},
-    "kernel": {},
-    "host": {"compile": False, "memory": "host"},
-    "universal": {"compile": False, "hash": "universal"},
-    "capturable": {"compile": False, "capturable": True},
-}
+WAYS = STEP_WAYS
 
 
 def built(way, ps, **options):

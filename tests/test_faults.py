@@ -188,7 +188,7 @@ FILES = {
 
 
 class Lines:
-    """Counts the lines of Collins that are run, and raises a KeyboardInterrupt before the `failing`-th."""
+    """Counts the lines of Collins that are run, and fails before the `failing`-th: with a KeyboardInterrupt."""
 
     def __init__(self, failing=None):
         self.failing, self.count, self.where = failing, 0, None
@@ -208,8 +208,11 @@ class Lines:
             self.count += 1
             if self.count == self.failing:
                 self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-                raise KeyboardInterrupt
+                self.fail()
         return self.line
+
+    def fail(self):
+        raise KeyboardInterrupt
 
 
 def interrupted(fault, failing):

@@ -1,14 +1,12 @@
 """Ctrl-C: held back while parameters are stepped, in effect once they have been."""
 
 import signal
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import OPTIONS, give_gradients, parameters, same_snapshots, snapshot, with_kernel
-from test_faults import FILES, WAYS, Fault, made, step
+from test_faults import WAYS, Fault, Lines, made, step
 
 from collins import Collins, interrupts
 from collins.compile.graphs import Graphs
@@ -30,29 +28,11 @@ def press():
     signal.raise_signal(signal.SIGINT)
 
 
-class Pressed:
+class Pressed(Lines):
     """Ctrl-C before the `failing`-th line of the steps' code that is run."""
 
-    def __init__(self, failing=None):
-        self.failing, self.count, self.where = failing, 0, None
-
-    def __enter__(self):
-        self.before = sys.gettrace()
-        sys.settrace(self.called)
-
-    def __exit__(self, *_):
-        sys.settrace(self.before)
-
-    def called(self, frame, event, arg):
-        return self.line if frame.f_code.co_filename in FILES else None
-
-    def line(self, frame, event, arg):
-        if event == "line":
-            self.count += 1
-            if self.count == self.failing:
-                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-                press()
-        return self.line
+    def fail(self):
+        press()
 
 
 STEPPED = {

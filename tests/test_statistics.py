@@ -6,22 +6,26 @@ import warnings
 
 import pytest
 import torch
-from helpers import OPTIONS, give_gradients, moments, parameters, same, with_kernel
+from helpers import (
+    FEW_STEP_SHAPES,
+    OPTIONS,
+    STEP_SHAPES,
+    STEP_WAYS,
+    give_gradients,
+    moments,
+    parameters,
+    same,
+    with_kernel,
+)
 from torch import nn
 
 from collins import Collins
 from collins.offload.streams import HostStreams
 from collins.statistics import SAMPLE, Reading
 
-SHAPES = [(64, 64), (33, 37), (40,), (), (130, 32)]
-FEW = [(64, 64), (40,)]  # for what compiles, or is interpreted
+SHAPES, FEW = STEP_SHAPES, FEW_STEP_SHAPES
 WAYS = {
-    "eager": {"compile": False},
-    "compiled": {"compile": True},
-    "kernel": {},
-    "host": {"compile": False, "memory": "host"},
-    "universal": {"compile": False, "hash": "universal"},
-    "capturable": {"compile": False, "capturable": True},
+    **STEP_WAYS,
     "in backward": {"compile": False, "in_backward": True},
     "host in backward": {"compile": False, "in_backward": True, "memory": "host"},
 }

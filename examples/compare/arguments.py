@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+
+def checker(parser: argparse.ArgumentParser) -> Callable[[str, Callable[[], Any]], Any]:
+    """What calls a function for the argument of a name, and ends the command by name where it raises."""
+
+    def checked(name: str, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except (ValueError, OSError) as error:
+            parser.error(f"argument --{name}: {error}")
+
+    return checked
 
 
 def cache_folder() -> Path:

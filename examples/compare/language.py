@@ -214,23 +214,27 @@ class Finetune(LanguageModel):
         return LanguageSettings(**{**known, "steps": self.settings.pretraining_steps})
 
 
+_SMALL = {
+    "batch": 16,
+    "context": 64,
+    "vocabulary": 8192,
+    "hidden": 96,
+    "layers": 2,
+    "heads": 3,
+    "ffn": 256,
+    "held_out": 16,
+    "points": 6,
+}
+_LARGE = {"batch": 64, "context": 256, "vocabulary": 32_000}
+_60M = {**_LARGE, "hidden": 512, "layers": 8, "heads": 8, "ffn": 1376}
+_130M = {**_LARGE, "hidden": 768, "layers": 12, "heads": 12, "ffn": 2048}
+
 LM_SMALL = LanguageModel(
     name="lm-small",
     about="a decoder of 1.8M parameters over the sources of the standard library; a minute a run on one core",
     packages=False,
     rates=(1e-3, 2e-3, 4e-3, 8e-3),
-    settings=LanguageSettings(
-        steps=300,
-        batch=16,
-        context=64,
-        vocabulary=8192,
-        hidden=96,
-        layers=2,
-        heads=3,
-        ffn=256,
-        held_out=16,
-        points=6,
-    ),
+    settings=LanguageSettings(steps=300, **_SMALL),
 )
 
 LANGUAGE_TASKS: tuple[Task, ...] = (
@@ -242,9 +246,7 @@ LANGUAGE_TASKS: tuple[Task, ...] = (
         rates=(1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3),
         beta2s=(0.95, 0.99, 0.999),
         autocast=True,
-        settings=LanguageSettings(
-            steps=3000, batch=64, context=256, vocabulary=32_000, hidden=512, layers=8, heads=8, ffn=1376
-        ),
+        settings=LanguageSettings(steps=3000, **_60M),
     ),
     LanguageModel(
         name="lm-130m",
@@ -253,9 +255,7 @@ LANGUAGE_TASKS: tuple[Task, ...] = (
         rates=(1e-3, 1.4e-3, 2e-3, 2.8e-3),
         beta2s=(0.95, 0.99, 0.999),
         autocast=True,
-        settings=LanguageSettings(
-            steps=5000, batch=64, context=256, vocabulary=32_000, hidden=768, layers=12, heads=12, ffn=2048
-        ),
+        settings=LanguageSettings(steps=5000, **_130M),
     ),
     Finetune(
         name="finetune",
@@ -263,37 +263,13 @@ LANGUAGE_TASKS: tuple[Task, ...] = (
         packages=True,
         rates=(1e-4, 2e-4, 4e-4, 8e-4),
         autocast=True,
-        settings=FinetuneSettings(
-            steps=400,
-            batch=64,
-            context=256,
-            vocabulary=32_000,
-            hidden=512,
-            layers=8,
-            heads=8,
-            ffn=1376,
-            pretraining_steps=3000,
-            pretraining_rate=1e-3,
-        ),
+        settings=FinetuneSettings(steps=400, **_60M, pretraining_steps=3000, pretraining_rate=1e-3),
     ),
     Finetune(
         name="finetune-small",
         about="the decoder of lm-small trained on the standard library, then on documents and docstrings of packages",
         packages=False,
         rates=(1e-3, 2e-3, 4e-3, 8e-3),
-        settings=FinetuneSettings(
-            steps=150,
-            batch=16,
-            context=64,
-            vocabulary=8192,
-            hidden=96,
-            layers=2,
-            heads=3,
-            ffn=256,
-            held_out=16,
-            points=6,
-            pretraining_steps=300,
-            pretraining_rate=2e-3,
-        ),
+        settings=FinetuneSettings(steps=150, **_SMALL, pretraining_steps=300, pretraining_rate=2e-3),
     ),
 )
