@@ -127,7 +127,9 @@ class MatrixSteps:
         def graph() -> None:
             tensors = (g, *task.m)
             signature = (encoded, task.spec, dtype, g.device, *((t.dtype, t.shape) for t in tensors))
-            run = self._graphs.of(signature, lambda number: _encoding(hinted(task.spec, g.device), dtype, number))
+            run = self._graphs.of(
+                task.spec, signature, lambda number: _encoding(hinted(task.spec, g.device), dtype, number)
+            )
             keys, start = self._graphs.constants(task)
             made.append(run(g.detach(), task.m, keys, *of_step(task, hp, scalars), start))
 
@@ -154,7 +156,7 @@ class MatrixSteps:
         def graph() -> None:
             count = None if flags is None else len(flags)
             signature = (moved, task.spec, count, p.device, p.dtype, p.shape, Q.dtype)
-            run = self._graphs.of(signature, lambda number: _moving(hinted(task.spec, p.device), number))
+            run = self._graphs.of(task.spec, signature, lambda number: _moving(hinted(task.spec, p.device), number))
             keys, start = self._graphs.constants(task)
             factor = torch.tensor(scale, dtype=torch.float64, device="cpu")
             made.append(run(p.detach(), Q, factor, flags, keys, *of_step(task, hp, scalars), start))
