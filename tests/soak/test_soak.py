@@ -173,7 +173,7 @@ def soaked(run, steps):
 LEAKS = {
     "tensors": lambda kept: kept.append(torch.zeros(1)),
     "tensor_bytes": lambda kept: kept.append(torch.zeros(1000)),
-    "objects": lambda kept: kept.append([kept]),
+    "objects": lambda kept: kept.extend([kept] for _ in range(3)),
     "resident": lambda kept: kept.append(os.urandom(1 << 17)),  # no object that the garbage collector sees
     "files": lambda kept: kept.append(open(os.devnull)),  # noqa: SIM115
     "threads": lambda kept: kept.append(wait_in_a_thread()),
@@ -188,7 +188,7 @@ def test_what_leaks_is_found(leak):
 
     def leaks(number):
         step(number)
-        if number >= 20 and len(kept) < 150:
+        if number >= 100 and len(kept) < 300:
             LEAKS[leak](kept)
 
     run.step = leaks
