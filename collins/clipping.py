@@ -117,13 +117,14 @@ class Clipping:
         if self.max_norm is None:
             return UNSCALED
         (own,) = _norms([g])
-        self._arrived[id(p)] = own
+        before = self._arrived.get(id(p))
+        self._arrived[id(p)] = own if before is None else torch.hypot(before, own)
         if self.max_norm == math.inf:
             return UNSCALED
         place = place_on(g.device)
-        before = self._together.get(place)
-        norm = own if before is None else torch.hypot(before, own)
-        self._together[place] = torch.where(norm.isfinite(), norm, 0.0 if before is None else before)
+        together = self._together.get(place)
+        norm = own if together is None else torch.hypot(together, own)
+        self._together[place] = torch.where(norm.isfinite(), norm, 0.0 if together is None else together)
         return self._bounded(norm)
 
     def _bounded(self, norm: Tensor) -> Scale:

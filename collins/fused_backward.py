@@ -18,6 +18,7 @@ from collins.compile.tracing import untraced
 from collins.entries import ParamEntry
 
 if TYPE_CHECKING:
+    from collins.in_backward import BackwardSteps
     from collins.stepper import Stepper
 
 
@@ -27,13 +28,20 @@ class FusedBackward:
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
     in_backward: bool
+    accumulation_steps: int = 1  # also of what an earlier version has pickled
     max_grad_norm: float | None
     _stepper: Stepper
+    _backward: BackwardSteps | None
 
     @property
     def supports_fused_back_pass(self) -> bool:
         """Whether `step_parameter` may be called."""
         return not self.in_backward and self.max_grad_norm is None
+
+    def _refuse_within_step(self, what: str) -> None:
+        """Raises a RuntimeError where a step of several backward passes has been begun and not been ended."""
+        if self._backward is not None:
+            self._backward.refuse_within_step(what)
 
     @torch.no_grad()
     @untraced

@@ -17,15 +17,16 @@ from collins.compile.tracing import register, trace_step, untraced
 from collins.entries import Carried, Hash, ParamEntry
 from collins.fused_backward import FusedBackward
 from collins.groups import params_of, take_group
+from collins.in_backward import BackwardSteps, refuse_accumulation
 from collins.interrupts import HeldInterrupts
 from collins.loading import load_into
 from collins.measured import Measured
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
-from collins.options import check_options, max_norm_of, read_whole_options
+from collins.options import accumulation_of, check_options, max_norm_of, read_whole_options
 from collins.parameter import expected_state
 from collins.report import MemoryReport, report_row
-from collins.stepper import BackwardSteps, Stepper
+from collins.stepper import Stepper
 
 
 class Collins(Measured, FusedBackward, Optimizer):
@@ -109,10 +110,13 @@ class Collins(Measured, FusedBackward, Optimizer):
         in_backward: whether each parameter is stepped, and its gradient freed, as soon as the gradient has arrived in
             backward; but for `max_grad_norm`, and the order of sums in products of small matrices on CUDA devices under
             decode="orthogonal" (`collins.compile.matrices`), the results are the same to the bit. `step` then ends the
-            step: call it after every backward. Closures, gradients accumulated over several backward passes and a
+            step: call it after every backward. Closures, more backward passes than `accumulation_steps` and a
             GradScaler are refused. `clip_grad_norm_` finds no gradients and does nothing: set `max_grad_norm`.
+        accumulation_steps: with in_backward=True, of how many backward passes k one step uses the gradients, at most
+            256; divide each loss by k, and call `step` after the last. Each pass is a partial step, close to a part of
+            the step with their sum (`collins.rule.partial_scalars`). decode="orthogonal" refuses more than 1.
 
-    All but `compile`, `seed`, `max_grad_norm`, `memory` and `in_backward` may be set per group. Strings as in
+    All but `compile`, `seed`, `max_grad_norm` and what follows it may be set per group. Strings as in
     configuration files will do for all of them: lr="3e-3", betas="0.9,0.95", table_dtype="bfloat16", maximize="true".
 
     Limits: an element whose gradient is zero moves where others of its bucket have gradients, as weights that are
@@ -174,8 +178,10 @@ class Collins(Measured, FusedBackward, Optimizer):
         max_grad_norm: float | None = None,
         memory: MemoryPolicy | str | Mapping[str, Any] | PathLike[str] | None = None,
         in_backward: bool = False,
+        accumulation_steps: int = 1,
     ) -> None:
         self.compile, in_backward, self.seed, memory = read_whole_options(compile, in_backward, seed, memory)
+        self.accumulation_steps = accumulation_of(accumulation_steps, in_backward)
         self.in_backward = False  # until all groups have been accepted
         self.memory = None if memory is None else MemoryPolicy.of(memory)
         self._clipping = Clipping(max_norm_of(max_grad_norm), in_backward)
@@ -214,8 +220,10 @@ class Collins(Measured, FusedBackward, Optimizer):
         self._grad_hooks: GradHooks | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_within_step("a copy of the optimizer")
         self._stepper.store.drain()
-        own = {name: getattr(self, name) for name in ("seed", "compile", "in_backward", "memory", "_clipping")}
+        kept = "seed", "compile", "in_backward", "accumulation_steps", "memory", "_clipping"
+        own = {name: getattr(self, name) for name in kept}
         list(self._members())  # what is known is known of the parameters of now
         return {**super().__getstate__(), **own, "_carried": self._stepper.carried()}
 
@@ -242,6 +250,7 @@ class Collins(Measured, FusedBackward, Optimizer):
             ValueError, TypeError: for an option out of range, a parameter that is complex, sparse, not floating point,
                 given twice or already present. The optimizer is then as it was.
         """
+        refuse_accumulation({**self.defaults, **param_group}, self.accumulation_steps)
         by_module = take_group(param_group, self.defaults, self._members())
         super().add_param_group(param_group)
         self._stepper.told(by_module)
@@ -313,6 +322,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         `table_dtype` is in it by name: what `torch.distributed.checkpoint` gathers and broadcasts may hold no dtype.
         Each group says in `with_state` for how many of its parameters there is a state.
         """
+        self._refuse_within_step("state_dict()")
         self._stepper.store.drain()
         result = super().state_dict()
         for group, own in zip(result["param_groups"], self.param_groups, strict=True):
@@ -337,6 +347,7 @@ class Collins(Measured, FusedBackward, Optimizer):
             ValueError: when the state dict was saved under another bucketing, hash, seed or order of parameters, naming
                 the parameter and the difference. The optimizer is then as it was.
         """
+        self._refuse_within_step("load_state_dict()")
         load_into(self, as_dict(state_dict), list(self._members()), self._stepper, self._loadable)
         self._clipping.adopt(self.param_groups)
 
@@ -366,7 +377,7 @@ class Collins(Measured, FusedBackward, Optimizer):
     def _step_in_backward(self) -> None:
         """From now on parameters are stepped as their gradients arrive."""
         self.in_backward = True
-        self._backward = BackwardSteps()
+        self._backward = BackwardSteps(self.accumulation_steps)
         self._grad_hooks = GradHooks(self, Collins._update_one)
         # Asks a GradScaler to hand its scale over instead of finding no gradients: see BackwardSteps.check.
         self._step_supports_amp_scaling = True

@@ -20,7 +20,10 @@ from collins.roles import ROLES
 from collins.rule import DECODES, ORTHOGONAL
 
 TABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-OF_THE_WHOLE = frozenset({"compile", "in_backward", "max_grad_norm", "memory", "seed"})  # options that no group has
+OF_THE_WHOLE = frozenset(
+    {"accumulation_steps", "compile", "in_backward", "max_grad_norm", "memory", "seed"}
+)  # options that no group has
+_MOST_PARTS = 256  # partial steps of one step: as many have random bits of their own
 _LIMIT = 2**63  # torch passes an int to its kernels in 64 bits
 _DIGITS = 4096  # bits of an int that Python prints, whatever limit is set
 
@@ -63,6 +66,21 @@ def max_norm_of(value: object) -> float | None:
     accepted = "None or a number above 0, inf to measure the norm alone"
     require(norm is None or norm > 0, "max_grad_norm", value, accepted)
     return norm
+
+
+def accumulation_of(value: object, in_backward: bool) -> int:
+    """How many backward passes make up one step, of any library's integers, as Python's.
+
+    Raises:
+        ValueError: for anything but an int of at least 1, and for more than 1 where steps come after backward.
+    """
+    value = read("accumulation_steps", value)
+    require(_whole(value) and value >= 1, "accumulation_steps", value, "an int of at least 1")  # type: ignore[operator]
+    steps: int = int(value)  # type: ignore[call-overload]
+    accepted = "1 without in_backward=True: gradients add up in .grad until step() is called"
+    require(steps == 1 or in_backward, "accumulation_steps", steps, accepted)
+    require(steps <= _MOST_PARTS, "accumulation_steps", steps, f"at most {_MOST_PARTS}")
+    return steps
 
 
 def check_table_dtype(name: str, dtype: torch.dtype, table_dtype: torch.dtype | str | None) -> None:

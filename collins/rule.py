@@ -23,6 +23,8 @@ from torch import Tensor
 
 Scalar = float | Tensor
 
+PART_STRIDE = 1 << 24  # in steps, between the random bits of two partial steps: no counter gets that far
+
 
 @dataclass(frozen=True)
 class Decode:
@@ -68,6 +70,8 @@ class StepScalars(NamedTuple):
     eps: Scalar
     rho: Scalar
     kappa: Scalar
+    mu_weight: Scalar = 0.0  # what mu adds to m_hat beside M; above 0 in the later ones of several partial steps
+    part: Scalar = 0  # which of the partial steps that make up step t, from 0
     grad_scale: Scalar = 1.0  # what every gradient is multiplied by before it is used
 
 
@@ -90,13 +94,41 @@ def step_scalars(
     beta1, beta2 = betas
     averages = beta1, 1 - beta1, beta2, 1 - beta2
     rho = math.sqrt((1 - beta1) / (1 + beta1)) if residual_weight is None else residual_weight
-    others = eps, rho, residual_square, grad_scale
+    others = eps, rho, residual_square, 0.0, 0, grad_scale
     if isinstance(step, Tensor):
         exact = step.to(torch.float64)
         on_device = 1 / (1 - beta1**exact), 1 / (1 - beta2**exact)
         return StepScalars(step.to(torch.int64), lr, 1 - lr * weight_decay, *averages, *on_device, *others)
     inverses = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
     return StepScalars(step, lr, 1 - lr * weight_decay, *averages, *inverses, *others)
+
+
+def partial_scalars(hp: StepScalars, part: int, parts: int) -> StepScalars:
+    """The scalars of partial step j = `part` + 1 of k = `parts` that make up one step, of which `hp` are.
+
+    With g_j the gradient of micro-batch j, the step uses sum_j g_j without ever having it. Tables and weights decay in
+    the first partial step alone, and each adds its share:
+
+        M <- beta1 M + (1 - beta1) mu_1               and then M + (1 - beta1) mu_j
+        V <- beta2 V + (1 - beta2) q_1                and then V + (1 - beta2) q_j
+        m_hat = s sqrt(c) M / (1 - beta1^t)           and then s sqrt(c) (1 - beta1) mu_j / (1 - beta1^t)
+        v_hat = V / (1 - beta2^t - (1 - beta2) (k - j) / k)
+        p <- (1 - lr wd) p - lr (m_hat + rho r_j) / (sqrt(v_hat + kappa k r_j^2) + eps)
+        p <- p - lr (the same)
+
+    M and the sum of all numerators are those of the whole gradient, exactly. V is not: sum_j g_j^2 stands for
+    (sum_j g_j)^2, which is right on average where noise is most of a gradient and independent between micro-batches,
+    and up to k times too small where they agree. So does k r_j^2 for r^2, at one partial step in place of all of them;
+    v_hat is corrected for the share of V that has not come yet.
+    """
+    if parts == 1:
+        return hp
+    later = (1 / hp.inv_bias_correction2) - hp.one_minus_beta2 * ((parts - 1 - part) / parts)
+    hp = hp._replace(part=part, inv_bias_correction2=1 / later, kappa=hp.kappa * parts)
+    if part == 0:
+        return hp
+    own = hp.one_minus_beta1 * hp.inv_bias_correction1
+    return hp._replace(decay_factor=1.0, beta1=1.0, beta2=1.0, inv_bias_correction1=0.0, mu_weight=own)
 
 
 def direction(m_hat: Tensor, v_hat: Tensor, r: Tensor | None, hp: StepScalars) -> Tensor:

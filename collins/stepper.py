@@ -7,15 +7,14 @@ the same program is run again. A step in backward is a program of one parameter,
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from collins.checkpoint import writable
-from collins.clipping import UNSCALED, Clipping, warn_of_lost_clipping
+from collins.clipping import UNSCALED, Clipping
 from collins.compile import Engine
 from collins.compile.program import ProgramGroup, ScalarsOf, StepProgram, scalars_under
 from collins.devices import is_capturing
@@ -25,13 +24,12 @@ from collins.fused_backward import LoneSteps
 from collins.hashing import UniversalHash
 from collins.interrupts import HeldInterrupts
 from collins.offload import MemoryPolicy
-from collins.offload.backward import refuse_replicas
 from collins.offload.staging import StateRequest
 from collins.offload.tiers import ResidentStore, Store, TieredStore
 from collins.options import check_options
 from collins.parameter import check_state, gradient_of, has_moments, role_of, settings_of, spec_of, task_of
 from collins.roles import Role
-from collins.rule import StepScalars
+from collins.rule import StepScalars, partial_scalars
 from collins.sharding import is_placed_like, is_sharded, local, placed, refuse_flat_partitions, sharded_over
 from collins.state import StepCounters, adopt, drop, mark
 from collins.statistics import Statistics
@@ -39,6 +37,16 @@ from collins.update import UpdateTask
 
 Groups = Sequence[dict[str, Any]]
 States = MutableMapping[Tensor, dict[str, Any]]
+
+
+class Part(NamedTuple):
+    """A partial step of one step; see `collins.rule.partial_scalars`."""
+
+    number: int  # from 0
+    parts: int  # how many make up a step
+
+
+WHOLE = Part(0, 1)
 
 
 class Stepper:
@@ -306,8 +314,9 @@ class Stepper:
         entry: ParamEntry,
         g: Tensor,
         states: States,
-        scalars: dict[tuple[int, int], StepScalars],
+        scalars: dict[tuple[int, int, int], StepScalars],
         stepped: Callable[[ParamEntry], None],
+        part: Part = WHOLE,
     ) -> None:
         """Steps one of the parameters that `begin` has checked.
 
@@ -315,16 +324,18 @@ class Stepper:
             entry: the parameter.
             g: its gradient.
             states: the optimizer's.
-            scalars: of this step, by group and count; filled here.
+            scalars: of this step, by group, count and partial step; filled here.
             stepped: called once the parameter has been stepped, also if something is raised after that.
+            part: which partial step of the step it is; the first where the parameter has no state yet.
         """
 
         def shared(group: dict[str, Any], step: int | Tensor) -> StepScalars:
             if isinstance(step, Tensor):
-                return scalars_under(group, step, scale.of(group))
-            if (id(group), step) not in scalars:
-                scalars[id(group), step] = scalars_under(group, step)
-            own = scalars[id(group), step]
+                return partial_scalars(scalars_under(group, step, scale.of(group)), *part)
+            key = id(group), step, part.number
+            if key not in scalars:
+                scalars[key] = partial_scalars(scalars_under(group, step), *part)
+            own = scalars[key]
             return own if scale is UNSCALED else own._replace(grad_scale=scale.of(group))
 
         grads = [gradient_of(entry, g)]
@@ -334,9 +345,11 @@ class Stepper:
         with HeldInterrupts():
             try:
                 self._adopt([entry], states, [entry], new)
+                if new:
+                    part = part._replace(number=0)
                 program = entry.program or self._program_of_one(entry)
                 with self.statistics.stepping(program.entries, program.skippable):
-                    program.run(program.bind(grads), shared)
+                    program.run(program.bind(grads), shared, advance=int(part.number == 0))
                     stepped(entry)
             except BaseException:
                 if program is not None and program.stepped:
@@ -358,73 +371,6 @@ class Stepper:
         return program
 
 
-class BackwardSteps:
-    """The steps in backward of one optimizer, from the first gradient that arrives until `step` ends them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # gradients on several devices arrive in as many threads
-        self._pending: dict[int, ParamEntry] | None = None
-        self._stepped: dict[int, ParamEntry] = {}
-        self._scalars: dict[tuple[int, int], StepScalars] = {}
-        self._alone = False  # whether replicas have been looked for
-        self._begun = False  # whether a step has been ended
-
-    def receive(self, p: Tensor, stepper: Stepper, groups: Groups, states: States) -> None:
-        """Steps a parameter whose gradient is complete, and frees the gradient."""
-        with self._lock:
-            g = p.grad
-            if g is None:  # an earlier hook has taken it
-                return
-            if self._pending is None:
-                self._scalars.clear()
-                if not self._alone:
-                    refuse_replicas(entry.p for entry in stepper.entries(groups, states))
-                    self._alone = True
-                self._pending = stepper.begin(groups, states)
-            entry = self._pending.get(id(p))
-            if entry is None:  # taken out of its group since
-                return
-            if id(p) in self._stepped:
-                p.grad = None
-                raise RuntimeError(_twice(entry.name))
-            stepper.update_one(entry, g, states, self._scalars, self._receive_no_more)
-
-    def _receive_no_more(self, entry: ParamEntry) -> None:
-        self._stepped[id(entry.p)] = entry
-        entry.p.grad = None
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def check(self, owner: object, closure: object) -> None:
-        """Raises a RuntimeError for what steps in backward cannot work with, when `step` is called."""
-        if closure is not None:
-            raise RuntimeError(
-                "closure must be None with in_backward=True, where parameters are stepped during backward: evaluate the"
-                " model before step(), or build Collins with in_backward=False"
-            )
-        if not self._begun and getattr(owner, "max_grad_norm", None) is None:
-            warn_of_lost_clipping()
-        self._begun = True
-        if hasattr(owner, "found_inf"):
-            owner.__dict__.pop("found_inf", None)
-            owner.__dict__.pop("grad_scale", None)
-            raise RuntimeError(
-                "a GradScaler cannot be used with in_backward=True: parameters have been stepped with gradients that"
-                " were still scaled. Train in bfloat16 without one, or build Collins with in_backward=False"
-            )
-        for entry in self._stepped.values():
-            if entry.p.grad is not None:
-                raise RuntimeError(_twice(entry.name))
-
-    def end(self) -> None:
-        """The step has ended."""
-        self._stepped.clear()
-        self._pending = None
-
-    def look_again(self) -> None:
-        """Groups or state have been replaced: the next gradient has them checked again."""
-        self._pending = None
-
-
 def can_step(entry: ParamEntry) -> bool:
     """Whether a parameter may be stepped: what is frozen needs no moments."""
     return entry.p.requires_grad or entry.p.grad is not None
@@ -435,13 +381,4 @@ def _sharded(name: str) -> str:
         f"max_grad_norm must be None with in_backward=True for {name}, which is sharded over several ranks: each sees"
         " its part of a gradient, and uses it before the norm over all ranks is known. Build Collins with"
         " in_backward=False, which clips by that norm"
-    )
-
-
-def _twice(name: str) -> str:
-    return (
-        f"the gradient of {name} arrived twice before step(), and the second one is not used: with in_backward=True"
-        " gradients cannot be accumulated over several backward passes, of which a reentrant checkpoint is one. Call"
-        " step() after each, also after one that failed; checkpoint with use_reentrant=False, or build Collins with"
-        " in_backward=False"
     )

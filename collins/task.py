@@ -18,7 +18,7 @@ from collins.formats import FORMATS, Bits, TableFormat
 from collins.hashing import HashKey, epoch_of, sign_masks, sign_words
 from collins.hints import NO_HINTS, Hints
 from collins.rounding import random_bits
-from collins.rule import StepScalars
+from collins.rule import PART_STRIDE, StepScalars
 
 Write = tuple[Tensor, Tensor]  # where, and what
 
@@ -140,6 +140,10 @@ def bucket_signs(
     spec, keys, hints, load = task.spec, task.keys, task.spec.hints, int(task.spec.load)
     bucket = torch.arange(rows + hints.padding, device=like.device) + first
     epoch, resets = epoch_of(bucket, hp.step, keys.sign, keys.period) if spec.rehash else (0, None)
+    if isinstance(hp.part, Tensor):
+        resets = None if resets is None else resets & (hp.part == 0)
+    elif hp.part > 0:  # what was to be reset has been
+        resets = None
     loads: float | Tensor = load
     if tail:
         last, count = (task.numel - 1) // load, (task.numel - 1) % load + 1
@@ -171,6 +175,13 @@ def scaled_gradient(g: Tensor, spec: UpdateSpec, hp: StepScalars) -> Tensor:
     return g if scale == 1 else g * scale
 
 
+def noise_step(hp: StepScalars) -> int | Tensor:
+    """What random bits derive from in place of the step: partial steps of one step have bits of their own."""
+    if isinstance(hp.part, Tensor):
+        return hp.step + hp.part.to(torch.int64) * PART_STRIDE
+    return hp.step + int(hp.part) * PART_STRIDE
+
+
 def writes_of(
     format: TableFormat,
     parts: tuple[Tensor, ...],
@@ -187,7 +198,7 @@ def writes_of(
             random_bits,
             first,
             values.shape[-1],
-            hp.step,
+            noise_step(hp),
             task.keys.rounding,
             stream,
             parts[0].device,

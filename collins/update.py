@@ -192,7 +192,8 @@ def _dense(old: Tensor, grad: Tensor, m: Tensor, v: Tensor, hp: StepScalars, spe
     own = None if finite is None else _each(finite, v_load, count)
     first_moment = decay(m, grad, hp.beta1, hp.one_minus_beta1, finite=own)
     second_moment = decay(v, q, hp.beta2, hp.one_minus_beta2, finite=finite)
-    m_hat, v_hat = first_moment * hp.inv_bias_correction1, _each(second_moment * hp.inv_bias_correction2, v_load, count)
+    m_hat = _m_hat(first_moment, grad, hp)
+    v_hat = _each(second_moment * hp.inv_bias_correction2, v_load, count)
     new = updated(old, direction(m_hat, v_hat, None, hp), hp)
     changed = _where(own, new, old), first_moment, second_moment
     return changed if finite is None else (*changed, finite)
@@ -277,7 +278,7 @@ def _block_piece(piece: Piece, task: UpdateTask, hp: StepScalars) -> Values:
         *writes_of(m_format, m, first_moment[:m_count], first, FIRST, task, hp),
         *writes_of(v_format, v, second_moment, (task.start + offset) // v_load, SECOND, task, hp),
     ]
-    m_b, v_b = map(hints.realized, _scaled(first_moment, second_moment, (loads, v_loads), spec, hp))
+    m_b, v_b = map(hints.realized, _scaled(first_moment, mu, second_moment, (loads, v_loads), spec, hp))
     r = grad - hints.realized(mu)[:, None] if DECODES[spec.decode].residual else None
     change = direction(m_b[:, None], _along(v_b, rows)[:, None], r, hp)
     new = updated(old, signed(change, masks, bitwise=bitwise), hp)
@@ -311,7 +312,7 @@ def _universal_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int |
     finite = _finite(q, spec)
     first_moment = decay(m_format.load(task.m, buckets, dtype), mu, hp.beta1, hp.one_minus_beta1, finite=finite)
     second_moment = decay(v_format.load(task.v, buckets, dtype), q, hp.beta2, hp.one_minus_beta2, finite=finite)
-    m_b, v_b = _scaled(first_moment, second_moment, (load, load), spec, hp)
+    m_b, v_b = _scaled(first_moment, mu, second_moment, (load, load), spec, hp)
 
     def piece_of(piece: Piece) -> Values:
         first, p, grad = piece
@@ -345,10 +346,16 @@ def _where(finite: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return new if finite is None else torch.where(finite, new, old)
 
 
+def _m_hat(M: Tensor, mu: Tensor, hp: StepScalars) -> Tensor:
+    """The first moment without its bias, before the load's power."""
+    own = M * hp.inv_bias_correction1
+    return own if isinstance(hp.part, int) and hp.part == 0 else own + mu * hp.mu_weight
+
+
 def _scaled(
-    M: Tensor, V: Tensor, loads: tuple[float | Tensor, float | Tensor], spec: UpdateSpec, hp: StepScalars
+    M: Tensor, mu: Tensor, V: Tensor, loads: tuple[float | Tensor, float | Tensor], spec: UpdateSpec, hp: StepScalars
 ) -> tuple[Tensor, Tensor]:
     """What each bucket contributes to m_hat, up to the sign, and to v_hat."""
     decode = DECODES[spec.decode]
-    m, v = M * hp.inv_bias_correction1, V * hp.inv_bias_correction2
+    m, v = _m_hat(M, mu, hp), V * hp.inv_bias_correction2
     return decode.scaled(m, decode.m_scale, loads[0]), decode.scaled(v, decode.v_scale, loads[1])

@@ -43,11 +43,12 @@ from collins.rounding import (
     ROUNDED,
     SECOND,
 )
-from collins.rule import DECODES, StepScalars
+from collins.rule import DECODES, PART_STRIDE, StepScalars
 from collins.update import UpdateSpec
 
 _STRIDE = tl.constexpr(TICK_STRIDE)
 _GOLDEN = tl.constexpr(GOLDEN)
+_PART = tl.constexpr(PART_STRIDE)
 _PARAM, _FIRST, _SECOND = tl.constexpr(PARAM), tl.constexpr(FIRST), tl.constexpr(SECOND)
 
 WIDE = 16  # bytes: what a thread reads or copies at once
@@ -107,8 +108,10 @@ def _step(  # type: ignore[no-untyped-def]
     eps = tl.load(scalars + 9).to(tl.float32)
     lr_rho = tl.load(scalars + 10).to(tl.float32) * lr
     kappa = tl.load(scalars + 11).to(tl.float32)
-    grad_scale = tl.load(scalars + 12).to(tl.float32)
-    tick = step * _STRIDE
+    own1 = tl.load(scalars + 12).to(tl.float32) * lr
+    part = tl.load(scalars + 13).to(tl.uint32)
+    grad_scale = tl.load(scalars + 14).to(tl.float32)
+    tick = (step + part * _PART) * _STRIDE
 
     LANES: tl.constexpr = 32 if DENSE or LOAD > 32 else LOAD
     ROWS: tl.constexpr = TILE // LANES
@@ -169,7 +172,7 @@ def _step(  # type: ignore[no-untyped-def]
             if REHASH:
                 past = tl.umulhi((number + sign0) * _GOLDEN, period) + passed
                 ticks = tl.where(past >= period, old_tick + _STRIDE, old_tick)
-                resets = (past == period) | (past == 0)
+                resets = ((past == period) | (past == 0)) & (part == 0)
                 if not EVEN:  # alone, an element keeps its sign
                     ticks, resets = tl.where(size > 1.0, ticks, sign1), resets & (size > 1.0)
                 old_m = tl.where(resets, 0.0, old_m)
@@ -211,10 +214,10 @@ def _step(  # type: ignore[no-untyped-def]
         else:
             tl.store(v_here, V.to(T), mask=v_held)
         if DENSE:
-            change = quotient(M * step1, along(V * inv_bias_correction2, TILE, V_LOAD), eps, FAST)
+            change = quotient(M * step1 + mu * own1, along(V * inv_bias_correction2, TILE, V_LOAD), eps, FAST)
         else:
             # All in the frame of the signs: s r = s g - mu.
-            m_b = M * scaled(step1, load, root, M_SCALE)
+            m_b = M * scaled(step1, load, root, M_SCALE) + mu * scaled(own1, load, root, M_SCALE)
             v_b = V * scaled(inv_bias_correction2, v_load, v_root, V_SCALE)
             if RESIDUAL:
                 m_b, v_b = along(m_b, ROWS, WORDS)[:, None], along(v_b, ROWS, V_WORDS)[:, None]

@@ -112,7 +112,7 @@ class StepProgram:
         bound = self._executor.bind(grads)
         return None if bound is None else (grads, bound)
 
-    def run(self, bound: Any, scalars_of: ScalarsOf) -> None:
+    def run(self, bound: Any, scalars_of: ScalarsOf, advance: int = 1) -> None:
         """Performs the step.
 
         Whatever is raised meanwhile, each parameter is either stepped - its weights, moments and counter - or all of
@@ -121,6 +121,7 @@ class StepProgram:
         Args:
             bound: what `matches` or `bind` returned.
             scalars_of: the scalars of a group at a step.
+            advance: what is added to counters; 0 to go on with a step that has been begun.
         """
         grads, prepared = bound
         if self._requires_finite:
@@ -130,7 +131,7 @@ class StepProgram:
         counts: list[Any] = []  # of each group, after this step: to set a counter twice does no harm
         self.stepped = []
         for group, places in zip(self.groups, self._places, strict=True):
-            counts.append(self._add_scalars(group, places, scalars, rows, scalars_of) if places else None)
+            counts.append(self._add_scalars(group, places, scalars, rows, scalars_of, advance) if places else None)
         try:
             self._executor.run(prepared, scalars, rows, self.stepped)
             for group, places, count in zip(self.groups, self._places, counts, strict=True):
@@ -146,11 +147,12 @@ class StepProgram:
         scalars: list[StepScalars],
         rows: list[int],
         scalars_of: ScalarsOf,
+        advance: int,
     ) -> Any:
         """Adds the scalars that the entries of a group take, and the row of each; returns the counts after the step."""
         options, first, count = group.options, len(scalars), len(places)
         if options["capturable"]:
-            steps = torch.stack([entry.step for entry in group.entries if entry.step is not None]) + 1
+            steps = torch.stack([entry.step for entry in group.entries if entry.step is not None]) + advance
             columns = [
                 x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * count for x in scalars_of(options, steps)
             ]
@@ -158,11 +160,11 @@ class StepProgram:
             rows += range(first, first + count)
             return steps.unbind()
         if count == 1:
-            number = self._counters.read_one(cast(int, places[0])) + 1
+            number = self._counters.read_one(cast(int, places[0])) + advance
             scalars.append(scalars_of(options, number))
             rows.append(first)
             return (number,)
-        numbers = self._counters.read(places) + 1
+        numbers = self._counters.read(places) + advance
         if (numbers == numbers[0]).all():
             scalars.append(scalars_of(options, int(numbers[0])))
             rows += [first] * count

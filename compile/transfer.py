@@ -17,6 +17,7 @@ from collins._torch_internals import current_raw_stream
 from collins.rule import StepScalars
 
 _SCALARS = len(StepScalars._fields)
+_GRAD_SCALE = StepScalars._fields.index("grad_scale")
 _SETS = 16  # sets of scalars that tasks which come alone may take in turn
 
 
@@ -76,7 +77,7 @@ class ArgUploader:
         """The scalars of tasks that come alone, on the device: uploaded for the first of them."""
         if isinstance(hp.grad_scale, Tensor):  # each task's own, and already there
             values = self.scalars(hp._replace(grad_scale=1.0)).clone()
-            values[0, -1].copy_(hp.grad_scale)
+            values[0, _GRAD_SCALE].copy_(hp.grad_scale)
             return values
         kept = self._alone.setdefault(self._stream(), {})
         fixed = not (self.capturing() or any(isinstance(x, Tensor) for x in hp))
