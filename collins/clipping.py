@@ -12,10 +12,10 @@ arrives, is multiplied by
 
 with n' the norm of the last step whose norm was finite, 0 before there was one, and s_i the norm of what has arrived
 of this step on the device and stream of g_i, itself included. The gradients of several backward passes of a step count
-each by itself, in n' too: that is the norm of their sum if they are orthogonal, as independent noise is. Where norms change little this is exact clipping, one
-step late. Whatever a step brings, the norm of what it uses is at most C sqrt(1 + 2 ln(n_t / ||g_1||)) on one device,
-since sum_i ||g_i||^2 / s_i^2 <= 1 + ln(s_n^2 / s_1^2). n' is kept in the parameter groups, so that it travels with
-them.
+each by itself, in n' and below too: that is the norm of their sum if they are orthogonal, as independent noise is.
+Where norms change little this is exact clipping, one step late. Whatever a step brings, the norm of what it uses is at
+most C sqrt(1 + 2 ln(n_t / ||g_1||)) on one device, since sum_i ||g_i||^2 / s_i^2 <= 1 + ln(s_n^2 / s_1^2). n' is kept
+in the parameter groups, so that it travels with them.
 
 A norm that is not finite multiplies by 0, or by NaN where it is NaN, as `clip_grad_norm_` does; under nonfinite="skip"
 it leaves out the whole step - in backward the parameter whose gradient brought it - and in backward it enters neither

@@ -38,10 +38,15 @@ class FusedBackward:
         """Whether `step_parameter` may be called."""
         return not self.in_backward and self.max_grad_norm is None
 
-    def _refuse_within_step(self, what: str) -> None:
-        """Raises a RuntimeError where a step of several backward passes has been begun and not been ended."""
+    def _drain(self, what: str) -> None:
+        """Waits for moments on their way to the host.
+
+        Raises:
+            RuntimeError: where a step of several backward passes has been begun and not been ended; `what` is refused.
+        """
         if self._backward is not None:
             self._backward.refuse_within_step(what)
+        self._stepper.store.drain()
 
     @torch.no_grad()
     @untraced

@@ -119,8 +119,8 @@ def refuse_accumulation(group: Mapping[str, Any], parts: int) -> None:
 def _once_too_often(name: str, parts: int) -> str:
     often = "twice" if parts == 1 else f"{parts + 1} times"
     accepted = (
-        "with in_backward=True gradients are accumulated over as many backward passes as accumulation_steps says, and it"
-        " is 1"
+        "with in_backward=True gradients are accumulated over as many backward passes as accumulation_steps says, and"
+        " it is 1"
         if parts == 1
         else f"accumulation_steps is {parts}"
     )

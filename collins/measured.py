@@ -31,8 +31,8 @@ class Measured:
     @property
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients in the last step, before it was clipped: 0-d, on the device, which is not waited
-        for. None before the first step, and without `max_grad_norm`. With `accumulation_steps` it is the root of the sum of
-        squares over the step's backward passes.
+        for. None before the first step, and without `max_grad_norm`. With `accumulation_steps` it is the root of the
+        sum of squares over the step's backward passes.
         """
         return self._clipping.norm
 
@@ -53,7 +53,8 @@ class Measured:
 
         Counts are of this process. The last three are there once a step has been measured, for groups of which
         parameters were stepped in it (the last one: in 16 bits). They are taken on a sample, at most 16,384 elements of
-        each parameter spread over its memory; with `accumulation_steps`, of one partial step. Of sharded parameters, all but `grad_norm` is of this rank's parts.
+        each parameter spread over its memory; with `accumulation_steps`, of one partial step. Of sharded parameters,
+        all but `grad_norm` is of this rank's parts.
 
         Args:
             updates: whether the next step - with in_backward=True the next whose first gradient is still to come - is

@@ -220,8 +220,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         self._grad_hooks: GradHooks | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_within_step("a copy of the optimizer")
-        self._stepper.store.drain()
+        self._drain("a copy of the optimizer")
         kept = "seed", "compile", "in_backward", "accumulation_steps", "memory", "_clipping"
         own = {name: getattr(self, name) for name in kept}
         list(self._members())  # what is known is known of the parameters of now
@@ -322,8 +321,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         `table_dtype` is in it by name: what `torch.distributed.checkpoint` gathers and broadcasts may hold no dtype.
         Each group says in `with_state` for how many of its parameters there is a state.
         """
-        self._refuse_within_step("state_dict()")
-        self._stepper.store.drain()
+        self._drain("state_dict()")
         result = super().state_dict()
         for group, own in zip(result["param_groups"], self.param_groups, strict=True):
             group["table_dtype"] = group["table_dtype"] and str(group["table_dtype"])
@@ -347,7 +345,7 @@ class Collins(Measured, FusedBackward, Optimizer):
             ValueError: when the state dict was saved under another bucketing, hash, seed or order of parameters, naming
                 the parameter and the difference. The optimizer is then as it was.
         """
-        self._refuse_within_step("load_state_dict()")
+        self._drain("load_state_dict()")
         load_into(self, as_dict(state_dict), list(self._members()), self._stepper, self._loadable)
         self._clipping.adopt(self.param_groups)
 

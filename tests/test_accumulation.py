@@ -295,3 +295,20 @@ def test_it_is_refused_where_it_means_nothing():
         give(ps, gradients(0, ps)[0])
     assert all(map(torch.equal, map(bits, ps), before))
     assert not opt.state
+
+
+def test_tables_on_the_host_are_copied_once_for_each_backward_pass():
+    """In each of which all are used again, in the order of the first: they are staged ahead and written back once."""
+    copied = []
+    for parts in (1, PARTS):
+        model = made()
+        opt = Collins(model.parameters(), **{**OWN, "accumulation_steps": parts}, memory=TIERS["host"])
+        counts = []
+        for step in range(3):
+            for part in range(parts):
+                backward(model, 2 * (parts * step + part))
+            opt.step()
+            opt.state_dict()
+            counts.append(opt.statistics()["link_bytes"])
+        copied.append(counts[2] - counts[1])
+    assert copied[1] <= PARTS * copied[0]
