@@ -126,6 +126,7 @@ def _once_too_often(name: str, parts: int) -> str:
     )
     return (
         f"the gradient of {name} arrived {often} before step(), and the last one is not used: {accepted}. A reentrant"
-        " checkpoint is a backward pass of its own. Call step() after each step, also after one that failed; checkpoint"
-        " with use_reentrant=False, set accumulation_steps, or build Collins with in_backward=False"
+        f" checkpoint is a backward pass of its own. Call step() after each{'' if parts == 1 else f' {parts}'}, also"
+        " after one that failed; checkpoint with use_reentrant=False, set accumulation_steps, or build Collins with"
+        " in_backward=False"
     )
