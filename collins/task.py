@@ -118,7 +118,7 @@ def unit_of(spec: UpdateSpec) -> int:
 
 
 class BucketSigns(NamedTuple):
-    """The signs of R buckets of hash="block" at one step, and their loads."""
+    """The signs of R buckets of hash="block" at one step, and their loads; of n parameters with n before R."""
 
     words: Tensor  # as `collins.hashing.sign_words` returns them, (R, ...)
     masks: Tensor  # (R, c): negative where s = -1
@@ -132,8 +132,8 @@ def bucket_signs(
     """The signs of `rows` buckets from number `first` on.
 
     Args:
-        task, hp: the parameter's task, the step's scalars.
-        first, rows: of the buckets.
+        task, hp: the parameter's task, the step's scalars. Keys may be columns, (n, 1), of n parameters.
+        first, rows: of the buckets; with such keys `first` is a column too.
         like: a tensor on the device and in the dtype that the step is computed in.
         tail: whether the parameter's last bucket may be among them, with fewer elements than others.
     """
@@ -147,9 +147,10 @@ def bucket_signs(
         loads = torch.where(is_tail, count, load).to(like.dtype)
         if count == 1 and resets is not None:  # alone, an element keeps its sign: the sketch is exact there
             epoch, resets = torch.where(is_tail, 0, epoch), resets & ~is_tail
-    resets = None if resets is None else hints.separate_loop(resets, rows)
-    words = hints.separate_loop(sign_words(bucket, load, epoch, keys.sign), rows)
-    return BucketSigns(words, sign_masks(words, bucket[:rows], load), resets, loads)
+    lead = bucket.dim() - 1
+    resets = None if resets is None else hints.separate_loop(resets, rows, lead)
+    words = hints.separate_loop(sign_words(bucket, load, epoch, keys.sign), rows, lead)
+    return BucketSigns(words, sign_masks(words, bucket[..., :rows], load), resets, loads)
 
 
 def flat(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -92,6 +92,19 @@ class Graphs:
                 self._constants[constant] = tree_map(_constant, constant)
         return self._constants[task.keys], self._constants[task.start]
 
+    def stacked_constants(self, signature: tuple[Any, ...], tasks: Sequence[UpdateTask]) -> tuple[Tensor, Tensor]:
+        """The keys (n, keys) and the starts (n, 1) of tasks, int64 on their device; kept for one set a signature."""
+        device, whose = tasks[0].p.device, [(task.keys, task.start) for task in tasks]
+        if signature not in self._stacked or self._stacked[signature].whose != whose:
+            keys, starts = zip(*((tree_flatten(key)[0], [start]) for key, start in whose), strict=True)
+            self._stacked[signature] = _Stacked(
+                whose, torch.tensor(keys, device=device), torch.tensor(starts, device=device)
+            )
+        found = self._stacked[signature]
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append(found)
+        return found.keys, found.starts
+
     def run_stacked(
         self,
         batch: Sequence[UpdateTask],
@@ -114,15 +127,7 @@ class Graphs:
         stacks = [torch.stack(column) for column in columns]
         tensors = [stack.view(len(doubled), -1) for stack in stacks]
         cut = 2 + len(batch[0].m)
-        whose = [(task.keys, task.start) for task in doubled]
-        if signature not in self._stacked or self._stacked[signature].whose != whose:
-            keys, starts = zip(*((tree_flatten(key)[0], [start]) for key, start in whose), strict=True)
-            self._stacked[signature] = _Stacked(
-                whose, torch.tensor(keys, device=device), torch.tensor(starts, device=device)
-            )
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._captured.append(self._stacked[signature])
-        _, keys, starts = self._stacked[signature]
+        keys, starts = self.stacked_constants(signature, doubled)
         steps = _together([hp.step for hp in hps], torch.int64, device)[:, None]
         others = torch.stack([of_step(task, hp, scalars)[1] for task, hp in zip(doubled, hps, strict=True)])
         skipped = torch.zeros(len(doubled), dtype=torch.int64, device=device)
@@ -244,9 +249,14 @@ def compiled(function: Callable[..., Any], number: int) -> Graph:
     return torch.compile(own, fullgraph=True, dynamic=False, options=known_options(_OPTIONS))
 
 
-def _graph_of_many(spec: UpdateSpec, number: int) -> Graph:
+def columns_of(keys: Tensor) -> HashKeys:
+    """What `Graphs.stacked_constants` returns, for `UpdateTask.keys`: columns, (n, 1)."""
     structure = tree_flatten(HashKeys(HashKey(0, 0), HashKey(0, 0), (0, 0, 0, 0), 0))[1]
+    found: HashKeys = tree_unflatten(keys.split(1, 1), structure)
+    return found
 
+
+def _graph_of_many(spec: UpdateSpec, number: int) -> Graph:
     def stacked(
         p: Tensor,
         g: Tensor,
@@ -258,8 +268,7 @@ def _graph_of_many(spec: UpdateSpec, number: int) -> Graph:
         start: Tensor,
         skipped: Tensor | None,
     ) -> None:
-        columns = tree_unflatten(keys.split(1, 1), structure)
-        task = UpdateTask(p, m, v, spec, columns, p.shape[1], start, skipped=skipped)
+        task = UpdateTask(p, m, v, spec, columns_of(keys), p.shape[1], start, skipped=skipped)
         update_rows_(task, g, StepScalars(step, *scalars.split(1, 1)))
 
     return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=known_options(_OPTIONS))
