@@ -1,4 +1,8 @@
-"""The step through torch.compile: one graph per signature, which every parameter of that signature shares."""
+"""The step through torch.compile: one graph per signature, which every parameter of that signature shares.
+
+Optimizers share graphs, too. PyTorch keeps what it has compiled for a code object, some megabytes, for as long as the
+process runs (`orig_code_map` in torch/_dynamo/convert_frame.py); each optimizer's own would never go away.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from collins._torch_internals import (
 )
 from collins.compile.cpu_codegen import hinted
 from collins.hashing import WORD, HashKey
-from collins.rule import StepScalars
+from collins.rule import DECODES, StepScalars
 from collins.update import HashKeys, UpdateSpec, UpdateTask, update_, update_rows_
 
 # Dense tensors of at most this many elements are stacked by signature and stepped in one call: launches rule there.
@@ -49,8 +53,11 @@ class _Stacked(NamedTuple):
     starts: Tensor  # (n, 1), int64
 
 
+_SHARED: dict[Any, Graph] = {}  # by signature, and what the names in it stand for
+
+
 class Graphs:
-    """Compiles and keeps the graphs of one optimizer."""
+    """The graphs of one optimizer."""
 
     def __init__(self) -> None:
         self._graphs: dict[tuple[Any, ...], Graph] = {}
@@ -75,14 +82,17 @@ class Graphs:
         m, v = (tuple(part.detach().view(-1) for part in parts) for parts in (task.m, task.v))
         tensors = (p, grad, *m, *v)
         signature = (task.spec, p.device, table, *((t.dtype, t.shape, t.stride()) for t in tensors))
-        graph = self.of(signature, lambda number: _graph_of_one(hinted(task.spec, p.device), number))
+        graph = self.of(task.spec, signature, lambda number: _graph_of_one(hinted(task.spec, p.device), number))
         keys, start = self.constants(task)
         graph(p, grad, m, v, keys, *of_step(task, hp, scalars), start, task.skipped)
 
-    def of(self, signature: tuple[Any, ...], make: Callable[[int], Graph]) -> Graph:
-        """The graph of a signature, which is made, with a number of its own, where there is none."""
+    def of(self, spec: UpdateSpec, signature: tuple[Any, ...], make: Callable[[int], Graph]) -> Graph:
+        """The graph of a signature, `spec` among it, which is made, with a number of its own, where there is none."""
         if signature not in self._graphs:
-            self._graphs[signature] = make(len(self))
+            shared = signature, DECODES.get(spec.decode), spec.formats
+            if shared not in _SHARED:
+                _SHARED[shared] = make(len(_SHARED))
+            self._graphs[signature] = _SHARED[shared]
         return self._graphs[signature]
 
     def constants(self, task: UpdateTask) -> tuple[HashKeys, Tensor]:
@@ -120,7 +130,7 @@ class Graphs:
         """
         spec, device = batch[0].spec, batch[0].p.device
         signature = (spec, *_signature(batch[0]))
-        graph = self.of(signature, lambda number: _graph_of_many(hinted(spec, device), number))
+        graph = self.of(spec, signature, lambda number: _graph_of_many(hinted(spec, device), number))
         times = 2 if len(batch) == 1 else 1  # a size of 1 would be compiled as a constant
         doubled, grads, hps = [*batch] * times, [*grads] * times, [*hps] * times
         columns = zip(*((task.p, g, *task.m, *task.v) for task, g in zip(doubled, grads, strict=True)), strict=True)

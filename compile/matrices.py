@@ -145,7 +145,9 @@ class MatrixSteps:
             tensors = (joined, *m)
             signature = (encoded, task.spec, dtype, g.device, len(run), *((t.dtype, t.shape) for t in tensors))
             call = self._graphs.of(
-                signature, lambda number: _encoding(hinted(task.spec, g.device), dtype, _stacked(run), number)
+                task.spec,
+                signature,
+                lambda number: _encoding(hinted(task.spec, g.device), dtype, _stacked(run), number),
             )
             keys, starts = self._constants(signature, run)
             made.append(call(joined, m, keys, *of_step(task, hp, scalars), starts))
@@ -182,7 +184,7 @@ class MatrixSteps:
             count = None if flags is None else len(flags)
             signature = (moved, task.spec, count, p.device, p.dtype, len(run), joined.shape, Q.dtype)
             call = self._graphs.of(
-                signature, lambda number: _moving(hinted(task.spec, p.device), _stacked(run), number)
+                task.spec, signature, lambda number: _moving(hinted(task.spec, p.device), _stacked(run), number)
             )
             keys, starts = self._constants(signature, run)
             factor = torch.tensor(scale, dtype=torch.float64, device="cpu")

@@ -98,6 +98,20 @@ def test_one_graph_for_each_signature_and_not_for_each_parameter(device):
     assert opt._stepper.engine.graphs == 5
 
 
+def test_an_optimizer_like_an_earlier_one_compiles_nothing(device):
+    """PyTorch keeps all that it has compiled: what each optimizer compiled for itself would add up."""
+
+    def made():
+        ps = parameters((96, 64), (40,), device=device)
+        opt = Collins(ps, min_K=16, rehash_period=3, compile=True)
+        opt.step()
+        return opt._stepper.engine.graphs
+
+    assert made() == 2
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert made() == 2
+
+
 def test_dense_moments_of_different_dtypes_are_not_stacked_together():
     sides = []
     for compile in (False, True):
