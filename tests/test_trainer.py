@@ -159,7 +159,7 @@ def test_clipping_in_backward_is_asked_of_the_optimizer(tmp_path):
             save_strategy="no",
         )
         if limit is None:
-            with pytest.warns(UserWarning, match=rf"^Trainer clips .* Give Collins max_grad_norm={CLIP}") as told:
+            with pytest.warns(UserWarning, match=rf"^Trainer clips .* Pass max_grad_norm={CLIP}") as told:
                 run.train()
             assert len([w for w in told if "max_grad_norm" in str(w.message)]) == 1
         else:
