@@ -161,7 +161,7 @@ def test_a_number_that_python_does_not_print_is_refused_at_once(name):
 )
 def test_an_option_of_the_whole_optimizer_does_not_belong_in_a_group(option):
     (name,) = option
-    text = f"{name} is an option of the whole optimizer, got {name}=.* in a parameter group: give it to Collins"
+    text = f"{name} is an option of the whole optimizer, got {name}=.* in a parameter group: pass it to Collins"
     with pytest.raises(ValueError, match=text):
         Collins([{"params": [param(10)], **option}])
     opt = Collins([param(10)])
