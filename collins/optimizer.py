@@ -40,8 +40,8 @@ class Collins(Measured, FusedBackward, Optimizer):
         m_i = s(i) sqrt(c) M_{h(i)} / (1 - beta1^t)       v_i = V_{h(i)} / (1 - beta2^t)
         p_i <- (1 - lr wd) p_i - lr (m_i + rho r_i) / (sqrt(v_i + kappa r_i^2) + eps)
 
-    At c = 1 the residual r is zero and this is AdamW. Under decode="orthogonal" matrices have no V, and are updated with
-    X_i = sqrt(c) s(i) M_{h(i)} + rho r_i and NS, which moves all singular values close to 1 (`collins.orthogonal`):
+    At c = 1 the residual r is zero and this is AdamW. Under decode="orthogonal" matrices have no V, and are updated
+    by X_i = sqrt(c) s(i) M_{h(i)} + rho r_i and NS, which moves all singular values close to 1 (`collins.orthogonal`):
 
         p <- (1 - lr wd) p - lr 0.2 sqrt(max(rows, cols)) NS(X)
 
