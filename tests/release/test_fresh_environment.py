@@ -1,6 +1,6 @@
 """A release as `python -m build` makes it: checked by twine, and installed alone into a new environment.
 
-Run by name, `pytest tests/release`: it installs torch twice over, and takes one to three minutes.
+Run by name, `pytest tests/release`: it installs torch into a new environment, and takes about three minutes.
 """
 
 import os
