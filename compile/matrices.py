@@ -1,15 +1,17 @@
-"""Steps whole matrices (`collins.orthogonal`), those of one shape in one product.
+"""Steps whole matrices (`collins.orthogonal`), in batches of one shape.
 
-A batch is stepped as a whole or not at all: everything that a step writes is computed before any of it is written. Its
-temporaries are X and its successor in the dtype of the products, two squares of the shorter side for each matrix, and
-the new values of what it steps; for parameters of at most 32 bits less than 16 bytes for each element of a batch,
-beside those of `encoded` and `moved`, which work in pieces where no graph is compiled. A batch has at most `BATCH`
-elements, or one matrix, or a stack whose matrices share stored entries. A larger stack of experts takes several batches
-one after another.
+A batch is stepped completely or not at all: all new values are computed before any is written. A batch holds at most
+`BATCH` elements, or else one matrix, or a stack whose matrices share stored entries. A larger stack of experts is
+stepped in several batches, one after another.
 
-Sums in a product may be taken in another order in a batch of another size. So steps of matrices that are stepped in
-batches of different sizes, after backward and in it, agree to the rounding of bfloat16 where the library for products
-does that; larger matrices than `BATCH` / 2 elements are never stepped together, and agree to the bit.
+Memory: the temporaries of a batch are X and its successor in the dtype of the products, two square matrices of the
+shorter side for each matrix, and the new values of parameters and moments. For parameters of at most 32 bits these are
+less than 16 bytes per element of the batch, plus the temporaries of `encoded` and `moved`, which work in pieces where
+no graph is compiled.
+
+Exactness: the matrix multiplication library may sum in another order when the batch has another size. Steps after
+backward and steps in backward use batches of different sizes, and then agree only to the rounding of bfloat16. Matrices
+of more than `BATCH` / 2 elements are never stepped together, and agree bit for bit.
 """
 
 from __future__ import annotations
@@ -31,18 +33,18 @@ from collins.rule import StepScalars
 from collins.task import UpdateSpec, UpdateTask, Write, pieces, unit_of
 from collins.update import PiecewiseUpdate, Values
 
-BATCH = 1 << 24  # elements of a batch on an accelerator: of one matrix of 4096 x 4096
+BATCH = 1 << 24  # elements of a batch on an accelerator: one matrix of 4096 x 4096
 BATCH_CPU = 1 << 20
 
 
 class Member(NamedTuple):
-    """What one parameter has in a batch: all of its matrices, or some of a stack."""
+    """The matrices of one parameter in a batch: all of them, or some matrices of a stack."""
 
-    task: UpdateTask  # over these, with moments flat
+    task: UpdateTask  # over these matrices, with flat moments
     g: Tensor
     hp: StepScalars
-    stacked: int  # how many of the stack
-    alone: bool  # whether none of them shares stored entries with another, so that each is left out by itself
+    stacked: int  # the number of matrices
+    alone: bool  # whether no two matrices share stored entries, so that nonfinite="skip" can skip each by itself
 
 
 class MatrixSteps:
@@ -50,9 +52,9 @@ class MatrixSteps:
 
     Args:
         graphs: the engine's.
-        attempt: runs a graph, and says whether it worked; see `collins.compile.engine.Engine`.
-        compiles: whether graphs are compiled for a device.
-        piece: elements to work on at a time in eager code, by parameter and load.
+        attempt: runs a graph and returns whether that worked; see `collins.compile.engine.Engine`.
+        compiles: returns whether graphs are compiled for a device.
+        piece: returns the number of elements in a piece of eager code, given a parameter and its load.
     """
 
     def __init__(
@@ -75,10 +77,10 @@ class MatrixSteps:
         """Performs tasks, by number.
 
         Args:
-            tasks: what to perform.
-            grads, hps: of all tasks of the executor, by number.
-            scalars: those of this step, as tensors; filled here.
-            done: takes the numbers of those that have been performed.
+            tasks: the tasks to perform.
+            grads, hps: gradients and scalars of all tasks of the executor, indexed by number.
+            scalars: the scalars of this step as tensors, which are added here.
+            done: the numbers of the tasks that have been performed are appended to it.
         """
         for numbers, matrices, batches in batched(tasks, grads, hps):
             values = [partial(self._values, batch, matrices, scalars) for batch in batches]
@@ -124,7 +126,7 @@ class MatrixSteps:
         return Values(writes, left_out=torch.stack(left_out).sum() if skips else None)
 
     def _runs(self, batch: Sequence[Member]) -> Iterator[list[Member]]:
-        """The members of a batch in order: those together that a graph takes together, the others alone."""
+        """The members of a batch in order: those that one graph steps together, and the others one by one."""
 
         def alike(member: Member) -> tuple[Any, ...]:
             return member.task.spec, id(member.hp), member.g.dtype, member.g.numel(), self._suits(member)
@@ -134,7 +136,7 @@ class MatrixSteps:
             yield from [run] if suits else ([member] for member in run)
 
     def _encoded(self, run: Sequence[Member], scalars: ScalarTensors) -> tuple[Tensor, list[Tensor]]:
-        """X of members that are alike, flat, and what their first moments are stored in after the step, likewise."""
+        """X of members that are alike, flat, and the stored tensors of their first moments after the step, joined."""
         task, g, hp = run[0].task, run[0].g, run[0].hp
         dtype = _product_dtype(task.p)
         made: list[tuple[Tensor, ...]] = []
@@ -199,7 +201,7 @@ class MatrixSteps:
     def _moved_eagerly(self, member: Member, Q: Tensor, flags: Tensor | None, scale: float) -> Tensor:
         task, hp, p = member.task, member.hp, member.task.p
         new = torch.empty(p.numel(), dtype=p.dtype, device=p.device)
-        stretches = 1 if flags is None else len(flags)  # each of which is left out, or not, by one flag
+        stretches = 1 if flags is None else len(flags)  # one flag says whether nonfinite="skip" skips a stretch
         stretch = p.numel() // stretches
         for number in range(stretches):
             part = _narrowed(task, Q.view(p.shape), number * stretch, stretch)
@@ -218,7 +220,7 @@ class MatrixSteps:
         return self._graphs.stacked_constants((*signature, tasks[0].keys, tasks[0].start), tasks)
 
     def _suits(self, member: Member) -> bool:
-        """Whether graphs take a member: contiguous tensors of whole buckets and words; see `graphs.whole_of`."""
+        """Whether graphs support a member: contiguous tensors of whole buckets and words; see `graphs.whole_of`."""
         task, g = member.task, member.g
         unit = math.lcm(unit_of(task.spec), int(task.spec.load) * WORD)
         flat = task.p.dim() == g.dim() == 1
@@ -228,9 +230,11 @@ class MatrixSteps:
 def batched(
     tasks: Mapping[int, UpdateTask], grads: Sequence[Tensor], hps: Sequence[StepScalars]
 ) -> Iterator[tuple[list[int], Matrices, list[list[Member]]]]:
-    """What is stepped as a whole: numbers of tasks, what their matrices are, and batches of them.
+    """Groups tasks into units that are stepped completely or not at all.
 
-    There is one batch for several tasks, or there are several for one.
+    Yields:
+        The numbers of the tasks of a unit, the form of their matrices, and the unit's batches: either several tasks in
+        one batch, or one task in several batches.
     """
     alike: dict[Any, list[int]] = {}
     for number, task in tasks.items():
@@ -264,9 +268,8 @@ class _Narrowed(NamedTuple):
 
 
 def _narrowed(task: UpdateTask, g: Tensor, first: int, count: int) -> _Narrowed:
-    """A task over `count` elements from number `first` on, and what of `g` goes with them: flat where both lie so.
-
-    Moments are flat, and cut likewise.
+    """A task over `count` elements from number `first` on, and the same elements of `g`; both are flat where the
+    parameter and `g` are contiguous. The moments are flat, and narrowed likewise.
     """
     p, load, (m_format, _) = task.p, int(task.spec.load), task.spec.formats
     m = tuple(part.view(-1) for part in task.m)
@@ -289,7 +292,7 @@ def _product_dtype(p: Tensor) -> torch.dtype:
 
 
 def _stacked(run: Sequence[Member]) -> int | None:
-    """How many members a graph takes together, as `encoded` is told; a graph of one takes keys and start as numbers."""
+    """The number of members in a graph, for `encoded`; None for one, whose keys and start are numbers."""
     return len(run) if len(run) > 1 else None
 
 
@@ -298,14 +301,14 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _parted(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """What has been joined, in the shapes of as many tensors."""
+    """The inverse of `_joined`, in the shapes of the tensors `like`."""
     return [part.view(t.shape) for part, t in zip(joined.chunk(len(like)), like, strict=True)]
 
 
 def _encoding(spec: UpdateSpec, dtype: torch.dtype, stacked: int | None, number: int) -> Graph:
     def encode(g: Tensor, m: tuple[Tensor, ...], keys: Any, step: Tensor, scalars: Tensor, start: Tensor) -> Any:
         keys = keys if stacked is None else columns_of(keys)
-        task = UpdateTask(g, m, (), spec, keys, g.numel(), start)  # of whole buckets: where they end does not matter
+        task = UpdateTask(g, m, (), spec, keys, g.numel(), start)  # all buckets are whole, so `numel` has no effect
         X, writes = encoded(g, m, task, StepScalars(step, *scalars), stacked)
         return X.to(dtype), *(value.view(-1) for _, value in writes)
 

@@ -5,8 +5,8 @@ python examples/train_lm.py --optimizers adamw collins collins-published muon --
 python examples/train_lm.py --optimizers collins --rates 4e-3 --memory examples/policies/one-24gb-card.toml
 
 A decoder of 1.8M parameters over a vocabulary of 8,192 byte-level BPE tokens. Each optimizer is tried at three rates
-and shown at its best. It is the task `lm-small` of `compare_optimizers.py` with smaller batches, so that six runs take two
-minutes on two cores; `compare_optimizers.py` has larger tasks, more seeds, and results that are kept.
+and shown at its best. It is the task `lm-small` of `compare_optimizers.py` with smaller batches, so that six runs take
+two minutes on two cores; `compare_optimizers.py` has larger tasks, more seeds, and results that are kept.
 """
 
 from __future__ import annotations

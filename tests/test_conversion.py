@@ -242,7 +242,7 @@ REFUSED = [
     (
         collins(compress_ratio=32),
         collins(compress_ratio=8),
-        "load c 32 where this .* 8.* a mean does not tell its elem",
+        "load c 32 where this .* 8.* a mean does not determine its elem",
     ),
     (
         collins(),
