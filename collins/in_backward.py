@@ -1,4 +1,4 @@
-"""Steps in backward: which gradients have arrived, and what cannot be done with them."""
+"""Steps in backward: the gradients that have arrived, partial steps, and the uses that are refused."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from collins.stepper import Groups, Part, States, Stepper
 
 
 class BackwardSteps:
-    """The steps in backward of one optimizer, from the first gradient that arrives until `step` ends them.
+    """A step in backward of one optimizer: begins with the first gradient that arrives, and ends with `step`.
 
     Args:
-        parts: how many gradients of each parameter one step takes, at most.
+        parts: the largest number of gradients of each parameter in one step.
     """
 
     def __init__(self, parts: int) -> None:
@@ -28,10 +28,10 @@ class BackwardSteps:
         self._lock = threading.Lock()  # gradients on several devices arrive in as many threads
         self._pending: dict[int, ParamEntry] | None = None
         self._stepped: dict[int, ParamEntry] = {}
-        self._arrived: dict[int, int] = {}  # how many gradients of a parameter this step has taken
-        self._number = 0  # of the partial step that parameters have come to
+        self._arrived: dict[int, int] = {}  # the number of gradients in this step, by the parameter's identity
+        self._number = 0  # of the latest partial step that a parameter has taken
         self._scalars: dict[tuple[int, int, int], StepScalars] = {}
-        self._alone = False  # whether replicas have been looked for
+        self._alone = False  # whether parameters have been checked for replicas
         self._begun = False  # whether a step has been ended
 
     def receive(self, p: Tensor, stepper: Stepper, groups: Groups, states: States) -> None:
@@ -49,7 +49,7 @@ class BackwardSteps:
                     refuse_accumulation(group, self._parts)
                 self._pending = stepper.begin(groups, states)
             entry = self._pending.get(id(p))
-            if entry is None:  # taken out of its group since
+            if entry is None:  # removed from its group since
                 return
             number = self._arrived.get(id(p), 0)
             if number == self._parts:
@@ -67,7 +67,7 @@ class BackwardSteps:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, owner: object, closure: object) -> None:
-        """Raises a RuntimeError for what steps in backward cannot work with, when `step` is called."""
+        """Called by `step`: raises a RuntimeError for uses that steps in backward do not support."""
         if closure is not None:
             raise RuntimeError(
                 "closure must be None with in_backward=True, where parameters are stepped during backward: evaluate the"
@@ -96,14 +96,14 @@ class BackwardSteps:
             )
 
     def end(self) -> None:
-        """The step has ended."""
+        """Ends the step."""
         self._stepped.clear()
         self._arrived.clear()
         self._number = 0
         self._pending = None
 
     def look_again(self) -> None:
-        """Groups or state have been replaced: the next gradient has them checked again."""
+        """Called when groups or state have been replaced: the next gradient checks them again."""
         self._pending = None
 
 

@@ -1,4 +1,4 @@
-"""The update rule: one line of mathematics, shared by dense, residual and published parameters.
+"""The update rule, one formula for dense moments and for both elementwise decodes of tables.
 
     p <- (1 - lr wd) p - lr (m_hat + rho r) / (sqrt(v_hat + kappa r^2) + eps)
 
@@ -8,8 +8,8 @@
 | sketch, decode="residual" | s sqrt(c) M / (1 - beta1^t) | V / (1 - beta2^t) | g - s mu |
 | sketch, decode="sketch" (Collins v0.1) | s c M / (1 - beta1^t) | c V / (1 - beta2^t) | none |
 
-Turning the sign of m_hat and r turns that of their quotient and changes nothing else, to the bit. So a sketch is
-decoded from s g, with m_hat and r free of signs, and s is applied to the quotient.
+Changing the sign of m_hat and r changes the sign of the quotient and nothing else, bit for bit. So tables are decoded
+from s g, without signs in m_hat and r, and the quotient is multiplied by s.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PART_STRIDE = 1 << 24  # in steps, between the random bits of two partial steps:
 
 @dataclass(frozen=True)
 class Decode:
-    """How tables of bucket means become the two moments of an element: the rows of the table above, as data.
+    """The decode of bucket means to the two moments of an element: the rows of the table above, as data.
 
     Args:
         m_scale, v_scale: the power of the load c that multiplies s M / (1 - beta1^t), and V / (1 - beta2^t).
@@ -41,7 +41,7 @@ class Decode:
 
     @staticmethod
     def scaled(table: Tensor, power: float, load: float | Tensor) -> Tensor:
-        """table * load^power; powers 0 and 1 take no root."""
+        """table * load^power, without a root for the powers 0 and 1."""
         return table if power == 0 else table * load if power == 1 else table * load**power
 
 
@@ -52,11 +52,11 @@ DECODES = {
 
 
 ORTHOGONAL = "orthogonal"  # the decode of whole matrices: see `collins.orthogonal`
-ELEMENTWISE = "residual"  # what parameters that are no matrices are stepped by beside it
+ELEMENTWISE = "residual"  # under it, the decode of parameters that are not matrices
 
 
 class StepScalars(NamedTuple):
-    """What one step's formulas need besides tensors: Python numbers, or 0-d tensors, which compiled code takes."""
+    """The scalars in the formulas of a step: Python numbers, or 0-d tensors, which compiled code uses."""
 
     step: int | Tensor
     lr: Scalar
@@ -70,9 +70,9 @@ class StepScalars(NamedTuple):
     eps: Scalar
     rho: Scalar
     kappa: Scalar
-    mu_weight: Scalar = 0.0  # what mu adds to m_hat beside M; above 0 in the later ones of several partial steps
-    part: Scalar = 0  # which of the partial steps that make up step t, from 0
-    grad_scale: Scalar = 1.0  # what every gradient is multiplied by before it is used
+    mu_weight: Scalar = 0.0  # the factor of mu in m_hat, in addition to M; positive in all partial steps but the first
+    part: Scalar = 0  # the number of the partial step within step t, from 0
+    grad_scale: Scalar = 1.0  # the factor by which every gradient is multiplied before it is used
 
 
 def step_scalars(
@@ -86,10 +86,10 @@ def step_scalars(
     residual_square: float,
     grad_scale: Scalar = 1.0,
 ) -> StepScalars:
-    """The `StepScalars` of step t = `step`, counted from 1; as a float tensor it stays on its device.
+    """The `StepScalars` of step t = `step`, counted from 1; a float tensor of steps stays on its device.
 
-    rho = sqrt((1 - beta1) / (1 + beta1)) unless set: an EMA shrinks independent noise by that factor, so the sketched
-    momentum and the raw residual enter the update with equal noise.
+    rho is sqrt((1 - beta1) / (1 + beta1)) unless it is set: an EMA reduces independent noise by that factor, so
+    sketched momentum and weighted residual have equal noise in the update.
     """
     beta1, beta2 = betas
     averages = beta1, 1 - beta1, beta2, 1 - beta2

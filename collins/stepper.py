@@ -1,7 +1,7 @@
-"""How parameters are stepped: checked, placed, adopted, and run by a program, after backward or in it.
+"""Steps parameters, after backward or in it: checks them, places and adopts their state, and runs a program.
 
-There is one path. A step is checked and becomes a `StepProgram`; as long as nothing but gradients and scalars changes,
-the same program is run again. A step in backward is a program of one parameter, made once its gradient has arrived.
+All steps take this path. A step is checked and becomes a `StepProgram`, which later steps run again as long as only
+gradients and scalars change. A step in backward is a program of one parameter, made when its gradient has arrived.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ WHOLE = Part(0, 1)
 
 
 class Stepper:
-    """Steps the parameters of one optimizer, whose groups and state it is given at each call.
+    """Steps the parameters of one optimizer, whose groups and state are passed to each call.
 
     Args:
-        seed, compile, memory, clipping: the optimizer's.
-        carried: what is known of the parameters of an optimizer that has been copied.
+        seed, compile, memory, clipping: those of the optimizer.
+        carried: the part of the entries that a copy of an optimizer takes over.
     """
 
     def __init__(
@@ -76,23 +76,23 @@ class Stepper:
         self._known_roster: list[list[ParamEntry]] = []
         self._settings: list[tuple[Any, ...]] = []
         self._program: StepProgram | None = None  # the last step's, where the next one may run it again
-        self._last: list[ParamEntry] = []  # what the last program that was made has stepped
+        self._last: list[ParamEntry] = []  # the entries of the last program that was made
 
     def entries(self, groups: Groups, states: States) -> Iterator[ParamEntry]:
         """The parameters of all groups."""
         return flattened(self._roster(groups, states))
 
     def role(self, entry: ParamEntry) -> Role:
-        """The role of a parameter under the options of now."""
+        """The role of a parameter under the current options."""
         self._entries.find_roles()
         return role_of(entry)
 
     def told(self, by_module: Mapping[str, Role]) -> None:
-        """Takes what modules say of the parameters with these names."""
+        """Adds roles that follow from modules, by parameter name."""
         self._entries.told(by_module)
 
     def carried(self) -> Carried:
-        """What a copy of the optimizer is to know of its parameters."""
+        """The part of the entries that a copy of the optimizer takes over."""
         return self._entries.carried()
 
     def _roster(self, groups: Groups, states: States) -> list[list[ParamEntry]]:
@@ -100,13 +100,14 @@ class Stepper:
         if roster is not self._known_roster:
             refuse_flat_partitions(groups)
             self._known_roster = roster
-            # Nothing keeps what has been taken out.
+            # Frees the moments of removed parameters.
             self.store.retain(entry.p for entry in self._entries.kept())
+            self._counters.retain(self._entries.kept())
             self._program, self._last = None, []
         return roster
 
     def spec(self, entry: ParamEntry, settings: tuple[Any, ...] | None = None) -> ParamSpec:
-        """The spec of a parameter under the options of now."""
+        """The spec of a parameter under the current options."""
         self._entries.find_roles()
         settings = self._settings_of(entry.group) if settings is None else settings
         if entry.spec is None or not entry.spec.fits(entry.p, settings):
@@ -125,10 +126,10 @@ class Stepper:
         raise ValueError(f"param must be a parameter of this optimizer, got a {tuple(param.shape)} tensor that is not")
 
     def update(self, groups: Groups, states: States, *, repeats: bool = True) -> None:
-        """Performs a step of all parameters that have a gradient: of all, or of those that backward has left.
+        """Performs a step of all parameters that have a gradient; after steps in backward, of the remaining ones.
 
         Args:
-            groups, states: the optimizer's.
+            groups, states: those of the optimizer.
             repeats: whether later steps may run the program of this one.
         """
         alone = self.lone_steps.end()
@@ -144,7 +145,7 @@ class Stepper:
         self.store.finish()
 
     def end(self, groups: Groups, states: States) -> None:
-        """The step has ended, and what is to be known of it is."""
+        """Ends a step: computes its gradient norm and its statistics."""
         if self.clipping.max_norm is not None:
             self.clipping.end((entry.p for entry in self.entries(groups, states)), groups)
         self.statistics.end(groups)
@@ -154,14 +155,14 @@ class Stepper:
         if self.clipping.max_norm is not None:
             self.clipping.adopt(groups)
             grads, _ = bound
-            # Asked first once the program has found nothing to refuse.
+            # Computed at its first use, after the program has checked the gradients.
             scale = functools.cache(lambda: self.clipping.scale([entry.p for entry in program.entries], grads))
             scalars_of = lambda group, step: scalars_under(group, step, scale().of(group))  # noqa: E731
         with self.statistics.stepping(program.entries, program.skippable):
             program.run(bound, scalars_of)
 
     def _update_anew(self, groups: Groups, states: States, *, repeats: bool) -> None:
-        """A step whose program is made for it. State that it makes goes again for whoever is not stepped."""
+        """A step with a new program. State that it allocates is dropped again for parameters that are not stepped."""
         new: list[ParamEntry] = []
         program = None
         try:
@@ -173,7 +174,7 @@ class Stepper:
             raise
 
     def matching(self, groups: Groups, states: States) -> Any:
-        """What the last step's program takes for this step's gradients; None if it cannot be run again."""
+        """This step's gradients, prepared for the last step's program; None if that cannot be run again."""
         same = self._roster(groups, states) is (self._program and self._program.roster)
         program = self._program
         if program is None or is_capturing():
@@ -193,10 +194,10 @@ class Stepper:
 
         Args:
             groups, states, repeats: as for `update`.
-            new: takes the entries whose state is made.
+            new: entries whose state is allocated are appended to it.
 
         Returns:
-            The program, and what it takes for this step's gradients.
+            The program, and this step's gradients as prepared by `StepProgram.bind`.
         """
         capturing = is_capturing()
         roster = self._roster(groups, states)
@@ -219,7 +220,8 @@ class Stepper:
         self._adopt(stepping, states, flattened(roster), new)
         executor = self.store.executor(self.engine, list(map(self._task, stepping)), [e.p for e in stepping], grads)
         program = StepProgram(found, executor, self._counters, roster)
-        # While gradients come and go no step is repeated, and guards would take as long as the step itself.
+        # While the set of parameters with gradients changes, no program is run again, and setting guards would only
+        # cost as much time as the step itself.
         settled, self._last = stepping == self._last, stepping
         if settled and repeats:
             stepped = set(stepping)
@@ -228,11 +230,11 @@ class Stepper:
         return program, program.bind(grads)
 
     def _check(self, entry: ParamEntry, states: States, settings: tuple[Any, ...]) -> None:
-        """Raises for a parameter or a state that cannot be stepped."""
+        """Raises an error for a parameter or a state that cannot be stepped."""
         spec = self.spec(entry, settings)
         state = states.get(entry.p) or {}
         if entry.holds(state):
-            if isinstance(spec.hash, UniversalHash):  # whose coefficients may have been set
+            if isinstance(spec.hash, UniversalHash):  # its coefficients may have been set
                 check_state(entry, state, self.seed, self.store)
             return
         entry.forget()
@@ -241,7 +243,7 @@ class Stepper:
     def _adopt(
         self, entries: Sequence[ParamEntry], states: States, every: Iterable[ParamEntry], new: list[ParamEntry]
     ) -> None:
-        """Places and adopts the state of entries that have been checked; `new` takes those that had none."""
+        """Places and adopts the state of checked entries; entries that had none are appended to `new`."""
         unknown = [entry for entry in entries if entry.moments is None]
         if unknown:
             self.place([entry for entry in every if can_step(entry)])
@@ -250,14 +252,14 @@ class Stepper:
                 adopt(entry, states, self.store, self._counters, self.seed)
 
     def place(self, entries: Iterable[ParamEntry], *, early: bool = False, loading: bool = False) -> None:
-        """Finds memory for the moments of entries that have none; see `collins.offload.tiers.Store`."""
+        """Allocates memory for the moments of entries that have none; see `collins.offload.tiers.Store`."""
         self._entries.settle()
         specs = [(entry, self.spec(entry)) for entry in entries]
         requests = [StateRequest(entry.name, entry.p, spec.local_tensors, spec.role) for entry, spec in specs]
         self.store.place(requests, early=early, loading=loading)
 
     def room(self, entry: ParamEntry, present: Mapping[str, Any]) -> dict[str, Any]:
-        """A parameter's state, to be filled: in the tensors that are present, as far as they fit."""
+        """The tensors of a parameter's state, to be filled; those in `present` are reused where they fit."""
         spec, step = self.spec(entry), present.get("step")
         device = entry.p.device if entry.group["capturable"] else torch.device("cpu")
         if not writable(step, (), torch.float32, device):
@@ -271,12 +273,12 @@ class Stepper:
         return state
 
     def _present(self, entry: ParamEntry, moment: Any, due: TensorSpec) -> Tensor | None:
-        """This rank's part of a moment that can be loaded into."""
+        """This rank's part of a moment if it can be loaded into, else None."""
         fits = writable(moment, due.shape, due.dtype, getattr(moment, "device", torch.device("cpu")))
         return local(moment) if fits and is_placed_like(moment, entry.p) else None
 
     def _settings_of(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What the specs of a group depend on: the same object for as long as nothing changes."""
+        """The settings of a group: the same object as long as they are equal."""
         settings = settings_of(group)
         for known in self._settings:
             if known == settings:
@@ -287,7 +289,7 @@ class Stepper:
     # Steps in backward.
 
     def begin(self, groups: Groups, states: States) -> dict[int, ParamEntry]:
-        """All parameters that backward may step, by identity, checked and placed before the first one is stepped."""
+        """Checks and places all parameters that backward may step, before the first one; returns them by identity."""
         self.store.refresh()
         self.statistics.begin(groups)
         self.clipping.adopt(groups)
@@ -305,7 +307,7 @@ class Stepper:
         return pending
 
     def check(self, entry: ParamEntry, states: States) -> None:
-        """Raises for a parameter that cannot be stepped under the options and the state of now."""
+        """Raises an error for a parameter that cannot be stepped under the current options and state."""
         check_options(entry.group)
         self._check(entry, states, self._settings_of(entry.group))
 
@@ -323,8 +325,8 @@ class Stepper:
         Args:
             entry: the parameter.
             g: its gradient.
-            states: the optimizer's.
-            scalars: of this step, by group, count and partial step; filled here.
+            states: those of the optimizer.
+            scalars: the scalars of this step by group, step number and partial step, which are added here.
             stepped: called once the parameter has been stepped, also if something is raised after that.
             part: which partial step of the step it is; the first where the parameter has no state yet.
         """
@@ -372,7 +374,7 @@ class Stepper:
 
 
 def can_step(entry: ParamEntry) -> bool:
-    """Whether a parameter may be stepped: what is frozen needs no moments."""
+    """Whether a parameter may be stepped; frozen parameters need no moments."""
     return entry.p.requires_grad or entry.p.grad is not None
 
 

@@ -132,7 +132,7 @@ def _places(args: argparse.Namespace) -> tuple[Checkpoints, tuple[int, Path] | N
     if out.exists() or out.is_symlink():
         raise ValueError(f"--out must be a folder that is not there yet, got {out}")
     if not out.name or not out.parent.is_dir():
-        raise ValueError(f"--out must be in a folder that is there, got {out}")
+        raise ValueError(f"--out must be in an existing folder, got {out}")
     checkpoints = Checkpoints(out)
     begun = checkpoints.newest()
     if begun is not None and not args.resume:

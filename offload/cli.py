@@ -1,4 +1,4 @@
-"""`python -m collins plan`: what fits where, for a model that need not exist on a device that need not be here."""
+"""`python -m collins plan`: plans the memory of a training run, without the model and without the device."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m collins", description="Tools of the Collins optimizer.")
     plan = parser.add_subparsers(required=True, metavar="command").add_parser(
         "plan",
-        help="say what a training run takes, what fits where, and why",
-        description="Says what a training run takes of the device and the host, and where the optimizer's tables go.",
+        help="plan the memory of a training run",
+        description="Plans the device and host memory of a training run, and the placement of the optimizer's tables.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -260,7 +260,7 @@ def test_an_option_under_which_live_tables_mean_something_else_is_refused(option
     opt.param_groups[0][option] = value
     before, saved = p.detach().clone(), copy.deepcopy(opt.state_dict()["state"])
     give(p, 3)
-    with pytest.raises(ValueError, match=f"parameter 0 has tables that mean something else now: .*{text}"):
+    with pytest.raises(ValueError, match=f"parameter 0 has tables that the current options cannot decode: .*{text}"):
         opt.step()
     assert torch.equal(p.detach(), before)
     now = opt.state_dict()["state"]
@@ -375,6 +375,27 @@ def test_parameters_that_were_replaced_are_let_go_of(options, memory):
     assert not any(ref() is not None for ref in old)
     if memory == TIERS["host"]:
         assert len(opt.placement) == 1  # memory that a parameter has left is used again
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+def test_counters_of_parameters_that_were_replaced_are_used_again(in_backward):
+    """What was handed out of them stands where it stood; the others count on."""
+    a, b = parameter(40), parameter(5)
+    opt, old = Collins([a, b], in_backward=in_backward), []
+    for step in range(1, 200):
+        for p in (a, b):
+            (p * step).sum().backward()
+        opt.step()
+        opt.zero_grad()
+        if step % 2:
+            old.append(opt.state.pop(a)["step"])
+            a = opt.param_groups[0]["params"][0] = parameter(40)
+            if in_backward:
+                opt.add_param_group({"params": [parameter(1)]})  # which has new parameters hooked
+                del opt.param_groups[-1]
+        assert opt.state[b]["step"] == step
+    assert len(opt._stepper._counters._views) <= 3
+    assert [int(count) for count in old] == [1, *([2] * 99)]
 
 
 @in_every_tier
