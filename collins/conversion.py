@@ -181,7 +181,7 @@ def _from_dense(state: Mapping[str, Any], expected: ExpectedState, step: int) ->
         return m if hash is None else _means(m, hash, step, signed=True), m[:0]
     v = state.get(DENSE[1])
     v_load = 1
-    while isinstance(v, Tensor) and v.numel() < -(-numel // v_load):
+    while isinstance(v, Tensor) and 0 < v.numel() < -(-numel // v_load):
         v_load *= 2
     m = _first_moment(expected.name, state, DENSE, numel, expected.param_shape, -(-numel // v_load))
     if isinstance(hash, UniversalHash):
@@ -327,7 +327,7 @@ def _from_tables(state: Mapping[str, Any], expected: ExpectedState, step: int) -
 def _second_buckets(saved: Fingerprint, v: Tensor | None) -> tuple[int, int]:
     """The number of buckets of a saved second moment, and their load, which is a multiple of the first moment's."""
     buckets, load = saved.buckets, saved.load
-    while load and isinstance(v, Tensor) and v.numel() < buckets:
+    while load and isinstance(v, Tensor) and 0 < v.numel() < buckets:
         load *= 2
         buckets = -(-saved.numel // load)
     return buckets, load

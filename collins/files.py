@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import hashlib
 import io
 import os
@@ -101,7 +102,7 @@ def load(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
     """
     path = Path(path)
     _verify(path)
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    content = _read(path)
     missing = [name for name in parts if name not in content]
     if missing:
         raise CheckpointError(f"{path} holds the parts {list(content)}; it has no {', '.join(map(repr, missing))}")
@@ -140,6 +141,19 @@ class _DigestingFile:
 
     def trailer(self) -> bytes:
         return _MAGIC + self._length.to_bytes(8, "little") + self._digest.digest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The parts in a file, by name; others than `save` may have sealed it."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is that of an offset outside the file
+            raise
+        raise CheckpointError(f"{path} holds what torch.load(weights_only=True) cannot read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a dict of parts, got one {type(content).__name__}")
+    return content
 
 
 def _verify(path: Path) -> None:

@@ -90,34 +90,35 @@ def epoch_of(bucket: Tensor, step: int | Tensor, key: HashKey, period: int | Ten
 
 
 def sign_words(bucket: Tensor, load: int, epoch: Tensor | int, key: HashKey) -> Tensor:
-    """The words that hold the signs of whole buckets: int32 of shape (R, max(c / 32, 1)).
+    """The words that hold the signs of whole buckets: int32 of shape (..., R, max(c / 32, 1)).
 
     A bucket of a load up to 32 has one word; in larger buckets each 32 neighbours have one.
 
     Args:
-        bucket: bucket numbers, int64, shape (R,).
+        bucket: bucket numbers, int64, shape (R,); or (n, R), those of n parameters.
         load: c, a power of two.
-        epoch: int64 of shape (R,), or 0 for signs that never change.
-        key: the parameter's sign key.
+        epoch: int64 of the shape of `bucket`, or 0 for signs that never change.
+        key: the parameter's sign key; of n parameters its words are columns, (n, 1).
     """
-    index = bucket[:, None]
+    index = bucket[..., None]
+    key = HashKey(*(word[..., None] if isinstance(word, Tensor) and word.dim() else word for word in key))
     if load > WORD:
         index = torch.arange(load // WORD, device=bucket.device) + index * (load // WORD)
-    tick = epoch[:, None] if isinstance(epoch, Tensor) else epoch
+    tick = epoch[..., None] if isinstance(epoch, Tensor) else epoch
     return mixed_word(index, tick, key).to(torch.int32)
 
 
 def sign_masks(words: Tensor, bucket: Tensor, load: int) -> Tensor:
-    """The signs in `sign_words` per element: int32 of shape (R, c), negative where s = -1.
+    """The signs in `sign_words` per element: int32 of shape (..., R, c), negative where s = -1.
 
     s(i) is bit (i mod 32) of its word.
     """
     lane = WORD - 1 - torch.arange(min(load, WORD), dtype=torch.int32, device=bucket.device)
     if load < WORD:
-        lane = lane - (bucket[:, None] * load & (WORD - 1)).to(torch.int32)
+        lane = lane - (bucket[..., None] * load & (WORD - 1)).to(torch.int32)
     if load > WORD:
-        words = words[:, :, None]
-    return (words << lane).view(-1, load)
+        words = words[..., None]
+    return (words << lane).view(*bucket.shape, load)
 
 
 def signed(x: Tensor, masks: Tensor, *, bitwise: bool = True) -> Tensor:

@@ -163,7 +163,9 @@ def orthogonalised(X: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor]:
     return X, torch.stack(flags).all(0)
 
 
-def encoded(g: Tensor, m: tuple[Tensor, ...], task: UpdateTask, hp: StepScalars) -> tuple[Tensor, list[Write]]:
+def encoded(
+    g: Tensor, m: tuple[Tensor, ...], task: UpdateTask, hp: StepScalars, stacked: int | None = None
+) -> tuple[Tensor, list[Write]]:
     """X, flat and in the dtype of the computation, and the writes to the first moment.
 
     Args:
@@ -171,27 +173,37 @@ def encoded(g: Tensor, m: tuple[Tensor, ...], task: UpdateTask, hp: StepScalars)
         m: the flat tensors that store the entries of their buckets.
         task: the task of the parameter, of which only `spec`, `keys`, `numel` and `start` are used.
         hp: the step's scalars.
+        stacked: of how many parameters `g` and `m` are, one after the other, each of whole buckets: then keys and
+            start are columns, (stacked, 1). None for a part of one.
     """
-    spec, (m_format, _), count = task.spec, task.spec.formats, g.numel()
-    grad = used_gradient(g, spec, hp)
+    spec, (m_format, _) = task.spec, task.spec.formats
+    shape = (-1,) if stacked is None else (stacked, -1)
+    grad = used_gradient(g, spec, hp).view(shape)
+    count = grad.shape[-1]
     if spec.hash is None:
-        M = decay(m_format.load(m, count, grad.dtype), grad, hp.beta1, hp.one_minus_beta1)
-        return M, writes_of(m_format, m, M, task.start, FIRST, task, hp)
+        M = decay(m_format.load(m, grad.numel(), grad.dtype).view(shape), grad, hp.beta1, hp.one_minus_beta1)
+        return M.view(-1), writes_of(m_format, m, M, task.start, FIRST, task, hp)
     load = int(spec.load)
     rows, first, missing = -(-count // load), task.start // load, -count % load
     if missing:  # pad with zeros, which do not change the sum of the last bucket
         grad = torch.nn.functional.pad(grad, (0, missing))
     _, masks, resets, loads = bucket_signs(task, hp, first, rows, grad, tail=missing > 0)
     bitwise = spec.hints.bitwise(grad, load)
-    grad = signed(grad.view(rows, load), masks, bitwise=bitwise)
-    mu = grad.sum(1) / loads
-    M = decay(m_format.load(m, rows, mu.dtype), mu, hp.beta1, hp.one_minus_beta1, resets)
-    X = Decode.scaled(M, 0.5, loads)[:, None] + hp.rho * (grad - mu[:, None])
-    return signed(X, masks, bitwise=bitwise).view(-1)[:count], writes_of(m_format, m, M, first, FIRST, task, hp)
+    grad = signed(grad.view(*shape, load), masks, bitwise=bitwise)
+    mu = grad.sum(-1) / loads
+    M = decay(m_format.load(m, mu.numel(), mu.dtype).view(shape), mu, hp.beta1, hp.one_minus_beta1, resets)
+    X = signed(Decode.scaled(M, 0.5, loads)[..., None] + hp.rho * (grad - mu[..., None]), masks, bitwise=bitwise)
+    return X.view(-1)[: X.numel() - missing], writes_of(m_format, m, M, first, FIRST, task, hp)
 
 
 def moved(
-    p: Tensor, Q: Tensor, scale: float | Tensor, finite: Tensor | None, task: UpdateTask, hp: StepScalars
+    p: Tensor,
+    Q: Tensor,
+    scale: float | Tensor,
+    finite: Tensor | None,
+    task: UpdateTask,
+    hp: StepScalars,
+    stacked: int | None = None,
 ) -> Tensor:
     """The new values of p, flat and in the dtype of p.
 
@@ -201,13 +213,14 @@ def moved(
         scale: the value of `update_scale`.
         finite: a flag for each of len(finite) equal stretches of p; stretches whose flag is not set keep their values.
             None to update all.
-        task, hp: as for `encoded`.
+        task, hp, stacked: as for `encoded`.
     """
     dtype = torch.promote_types(p.dtype, torch.float32)
     old = flat(p, dtype)
     new = updated(old, flat(Q, dtype) * scale, hp)
     if finite is not None:
         new = kept(finite, new, old)
+    new = new if stacked is None else new.view(stacked, -1)
     ((_, stored),) = writes_of(FloatFormat(p.dtype), (p.reshape(-1),), new, task.start, PARAM, task, hp)
     return stored.to(p.dtype)
 

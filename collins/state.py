@@ -22,32 +22,53 @@ class StepCounters:
     def __init__(self) -> None:
         self._steps = torch.zeros(0, dtype=torch.float32, device="cpu")
         self._numbers = self._steps.numpy()  # the same memory
-        self._views: list[Tensor] = []
+        self._views: list[Tensor | None] = []  # None where a counter is no longer in use
+        self._free: list[int] = []  # the places of the counters that are not in use
+        self._kept: set[ParamEntry] = set()
         self._every: list[int | None] = []  # all places, since the last call of `_index`
 
     def adopt(self, place: int | None, value: int) -> tuple[int, Tensor]:
         """Sets the counter at `place`, or a new one for None, to `value`; returns its place and its tensor."""
-        if place is None:
+        if place is None and self._free:
+            place = self._free.pop()
+            self._views[place] = self._steps[place]
+        elif place is None:
             place = len(self._views)
             if place == self._steps.numel():
                 grown = torch.zeros(max(2 * place, 64), dtype=torch.float32, device="cpu")
                 grown[:place] = self._steps
                 self._move(grown)
             self._views.append(self._steps[place])
-        self._views[place].fill_(value)
-        return place, self._views[place]
+        view = cast(Tensor, self._views[place])
+        view.fill_(value)
+        return place, view
+
+    def retain(self, entries: Iterable[ParamEntry]) -> None:
+        """Lets go of the counters of all entries but these. What was handed out of them keeps its value."""
+        kept = set(entries)
+        for entry in self._kept - kept:
+            place, entry.counter = entry.counter, None
+            if place is not None:
+                entry.forget()
+                view = cast(Tensor, self._views[place])
+                view.data = view.clone()
+                self._views[place] = None
+                self._free.append(place)
+        self._kept = kept
 
     def _move(self, grown: Tensor) -> None:
         """Moves the memory of all counters, or of none; the tensor objects in the state stay the same."""
         before = self._steps
         try:
             for view, new in zip(self._views, grown.unbind(), strict=False):
-                view.data = new
+                if view is not None:
+                    view.data = new
             self._numbers, self._steps = grown.numpy(), grown
         except BaseException:
             self._numbers, self._steps = before.numpy(), before
             for view, old in zip(self._views, before.unbind(), strict=False):
-                view.data = old
+                if view is not None:
+                    view.data = old
             raise
 
     def read(self, places: Sequence[int | None]) -> np.ndarray:

@@ -94,6 +94,7 @@ class Stepper:
             self._known_roster = roster
             # Frees the moments of removed parameters.
             self.store.retain(entry.p for entry in self._entries.kept())
+            self._counters.retain(self._entries.kept())
             self._program, self._last = None, []
         return roster
 

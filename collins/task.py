@@ -118,7 +118,7 @@ def unit_of(spec: UpdateSpec) -> int:
 
 
 class BucketSigns(NamedTuple):
-    """The signs of R buckets of hash="block" at one step, and their loads."""
+    """The signs of R buckets of hash="block" at one step, and their loads; of n parameters with n before R."""
 
     words: Tensor  # as `collins.hashing.sign_words` returns them, (R, ...)
     masks: Tensor  # (R, c): negative where s = -1
@@ -132,8 +132,8 @@ def bucket_signs(
     """The signs of `rows` buckets from number `first` on.
 
     Args:
-        task, hp: the parameter's task, the step's scalars.
-        first, rows: the number of the first bucket, and the number of buckets.
+        task, hp: the parameter's task, the step's scalars. Keys may be columns, (n, 1), of n parameters.
+        first, rows: the number of the first bucket, a column for such keys, and the number of buckets.
         like: a tensor on the device and in the dtype of the computation.
         tail: whether they may include the parameter's last bucket, which may have fewer elements.
     """
@@ -147,9 +147,10 @@ def bucket_signs(
         loads = torch.where(is_tail, count, load).to(like.dtype)
         if count == 1 and resets is not None:  # a bucket of one element keeps its sign, so that its sketch is exact
             epoch, resets = torch.where(is_tail, 0, epoch), resets & ~is_tail
-    resets = None if resets is None else hints.separate_loop(resets, rows)
-    words = hints.separate_loop(sign_words(bucket, load, epoch, keys.sign), rows)
-    return BucketSigns(words, sign_masks(words, bucket[:rows], load), resets, loads)
+    lead = bucket.dim() - 1
+    resets = None if resets is None else hints.separate_loop(resets, rows, lead)
+    words = hints.separate_loop(sign_words(bucket, load, epoch, keys.sign), rows, lead)
+    return BucketSigns(words, sign_masks(words, bucket[..., :rows], load), resets, loads)
 
 
 def flat(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,8 @@
-"""Steps by torch.compile: one graph per signature, which every parameter of that signature shares."""
+"""Steps by torch.compile: one graph per signature, which every parameter of that signature shares.
+
+Optimizers share graphs, too. PyTorch keeps what it has compiled for a code object, some megabytes, for as long as the
+process runs (`orig_code_map` in torch/_dynamo/convert_frame.py); graphs of each optimizer's own would never be freed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from collins._torch_internals import (
 )
 from collins.compile.cpu_codegen import hinted
 from collins.hashing import WORD, HashKey
-from collins.rule import StepScalars
+from collins.rule import DECODES, StepScalars
 from collins.update import HashKeys, UpdateSpec, UpdateTask, update_, update_rows_
 
 # Dense tensors of at most this many elements are stacked by signature and stepped in one call: single steps would be
@@ -51,8 +55,11 @@ class _Stacked(NamedTuple):
     starts: Tensor  # (n, 1), int64
 
 
+_SHARED: dict[Any, Graph] = {}  # by signature, and what the names in it stand for
+
+
 class Graphs:
-    """Compiles and keeps the graphs of one optimizer."""
+    """The graphs of one optimizer."""
 
     def __init__(self) -> None:
         self._graphs: dict[tuple[Any, ...], Graph] = {}
@@ -77,14 +84,17 @@ class Graphs:
         m, v = (tuple(part.detach().view(-1) for part in parts) for parts in (task.m, task.v))
         tensors = (p, grad, *m, *v)
         signature = (task.spec, p.device, table, *((t.dtype, t.shape, t.stride()) for t in tensors))
-        graph = self.of(signature, lambda number: _graph_of_one(hinted(task.spec, p.device), number))
+        graph = self.of(task.spec, signature, lambda number: _graph_of_one(hinted(task.spec, p.device), number))
         keys, start = self.constants(task)
         graph(p, grad, m, v, keys, *of_step(task, hp, scalars), start, task.skipped)
 
-    def of(self, signature: tuple[Any, ...], make: Callable[[int], Graph]) -> Graph:
-        """The graph of a signature; if there is none, `make` makes it from an unused number."""
+    def of(self, spec: UpdateSpec, signature: tuple[Any, ...], make: Callable[[int], Graph]) -> Graph:
+        """The graph of a signature, which contains `spec`; if there is none, `make` makes it from an unused number."""
         if signature not in self._graphs:
-            self._graphs[signature] = make(len(self))
+            shared = signature, DECODES.get(spec.decode), spec.formats
+            if shared not in _SHARED:
+                _SHARED[shared] = make(len(_SHARED))
+            self._graphs[signature] = _SHARED[shared]
         return self._graphs[signature]
 
     def constants(self, task: UpdateTask) -> tuple[HashKeys, Tensor]:
@@ -93,6 +103,19 @@ class Graphs:
             if constant not in self._constants:
                 self._constants[constant] = tree_map(_constant, constant)
         return self._constants[task.keys], self._constants[task.start]
+
+    def stacked_constants(self, signature: tuple[Any, ...], tasks: Sequence[UpdateTask]) -> tuple[Tensor, Tensor]:
+        """The keys (n, keys) and the starts (n, 1) of tasks, int64 on their device; kept for one set a signature."""
+        device, whose = tasks[0].p.device, [(task.keys, task.start) for task in tasks]
+        if signature not in self._stacked or self._stacked[signature].whose != whose:
+            keys, starts = zip(*((tree_flatten(key)[0], [start]) for key, start in whose), strict=True)
+            self._stacked[signature] = _Stacked(
+                whose, torch.tensor(keys, device=device), torch.tensor(starts, device=device)
+            )
+        found = self._stacked[signature]
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append(found)
+        return found.keys, found.starts
 
     def run_stacked(
         self,
@@ -109,22 +132,14 @@ class Graphs:
         """
         spec, device = batch[0].spec, batch[0].p.device
         signature = (spec, *_signature(batch[0]))
-        graph = self.of(signature, lambda number: _graph_of_many(hinted(spec, device), number))
+        graph = self.of(spec, signature, lambda number: _graph_of_many(hinted(spec, device), number))
         times = 2 if len(batch) == 1 else 1  # a size of 1 would be compiled as a constant
         doubled, grads, hps = [*batch] * times, [*grads] * times, [*hps] * times
         columns = zip(*((task.p, g, *task.m, *task.v) for task, g in zip(doubled, grads, strict=True)), strict=True)
         stacks = [torch.stack(column) for column in columns]
         tensors = [stack.view(len(doubled), -1) for stack in stacks]
         cut = 2 + len(batch[0].m)
-        whose = [(task.keys, task.start) for task in doubled]
-        if signature not in self._stacked or self._stacked[signature].whose != whose:
-            keys, starts = zip(*((tree_flatten(key)[0], [start]) for key, start in whose), strict=True)
-            self._stacked[signature] = _Stacked(
-                whose, torch.tensor(keys, device=device), torch.tensor(starts, device=device)
-            )
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._captured.append(self._stacked[signature])
-        _, keys, starts = self._stacked[signature]
+        keys, starts = self.stacked_constants(signature, doubled)
         steps = _together([hp.step for hp in hps], torch.int64, device)[:, None]
         others = torch.stack([of_step(task, hp, scalars)[1] for task, hp in zip(doubled, hps, strict=True)])
         skipped = torch.zeros(len(doubled), dtype=torch.int64, device=device)
@@ -250,9 +265,14 @@ def compiled(function: Callable[..., Any], number: int) -> Graph:
     return torch.compile(own, fullgraph=True, dynamic=False, options=known_options(_OPTIONS))
 
 
-def _graph_of_many(spec: UpdateSpec, number: int) -> Graph:
+def columns_of(keys: Tensor) -> HashKeys:
+    """What `Graphs.stacked_constants` returns, for `UpdateTask.keys`: columns, (n, 1)."""
     structure = tree_flatten(HashKeys(HashKey(0, 0), HashKey(0, 0), (0, 0, 0, 0), 0))[1]
+    found: HashKeys = tree_unflatten(keys.split(1, 1), structure)
+    return found
 
+
+def _graph_of_many(spec: UpdateSpec, number: int) -> Graph:
     def stacked(
         p: Tensor,
         g: Tensor,
@@ -264,8 +284,7 @@ def _graph_of_many(spec: UpdateSpec, number: int) -> Graph:
         start: Tensor,
         skipped: Tensor | None,
     ) -> None:
-        columns = tree_unflatten(keys.split(1, 1), structure)
-        task = UpdateTask(p, m, v, spec, columns, p.shape[1], start, skipped=skipped)
+        task = UpdateTask(p, m, v, spec, columns_of(keys), p.shape[1], start, skipped=skipped)
         update_rows_(task, g, StepScalars(step, *scalars.split(1, 1)))
 
     return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=known_options(_OPTIONS))

@@ -247,7 +247,7 @@ REFUSED = [
     (
         collins(),
         collins(compress_ratio=1),
-        "parameter 0 keeps dense moments here; tables of bucket means cannot be told",
+        "parameter 0 keeps dense moments here; the bucket means in state_dict",
     ),
     (
         collins(),
@@ -285,6 +285,56 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(source, target, tex
     with pytest.raises(ValueError, match=text):
         convert(saved.state_dict(), opt)
     assert str(opt.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize("source", [torch.optim.AdamW, collins()], ids=["dense", "tables"])
+def test_a_second_moment_without_elements_is_refused(source):
+    """However coarse one may be, it has some."""
+    _, saved = stepped(source)
+    _, opt = stepped(collins())
+    given = saved.state_dict()
+    (name,) = given["state"][0].keys() & {"exp_avg_sq", "v_table"}
+    given["state"][0][name] = torch.zeros(0)
+    with pytest.raises(ValueError, match=rf"state_dict holds .*'{name}': \(0,\)"):
+        convert(given, opt)
+
+
+def test_tables_without_their_fingerprint_are_refused():
+    _, saved = stepped(collins())
+    _, opt = stepped(collins())
+    given = saved.state_dict()
+    del given["state"][0]["layout"]
+    with pytest.raises(ValueError, match="parameter 0 has tables in state_dict without the 'layout' that says what"):
+        convert(given, opt)
+
+
+def test_a_second_moment_that_is_coarser_than_the_optimizers_is_refused():
+    """Of dense moments whose second is one for each four elements, where each has its own here."""
+    _, adamw = stepped(torch.optim.AdamW)
+    given = adamw.state_dict()
+    given["state"][0]["exp_avg_sq"] = torch.ones(-(-SHAPE[0] * SHAPE[1] // 4))
+    for target in (collins(compress_ratio=1), collins(hash="universal")):
+        _, opt = stepped(target)
+        with pytest.raises(ValueError, match="a second moment for each 4 elements.*buckets cannot be divided"):
+            convert(given, opt)
+
+
+def test_tables_of_another_parameter_are_refused():
+    _, saved = stepped(collins())
+    p = torch.nn.Parameter(torch.ones(SHAPE[0] + 1, SHAPE[1], dtype=torch.float64))
+    opt = collins()([p])
+    p.grad = torch.ones_like(p)
+    opt.step()
+    with pytest.raises(ValueError, match="has the shape|these are different parameters"):
+        convert(saved.state_dict(), opt)
+
+
+def test_universal_tables_that_mean_the_same_are_kept():
+    _, saved = stepped(collins(hash="universal"))
+    _, opt = stepped(collins(hash="universal"))
+    opt.load_state_dict(convert(saved.state_dict(), opt))
+    for ours, theirs in zip(tables(opt.state_dict()), tables(saved.state_dict()), strict=True):
+        assert np.array_equal(ours, theirs)
 
 
 def test_another_shape_is_refused():

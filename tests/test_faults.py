@@ -5,14 +5,21 @@ device, and in hooks of backward. What is there afterwards is compared with twin
 """
 
 import copy
+import errno
 import gc
 import io
+import random
+import resource
 import sys
+import types
+import warnings
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from fake_streams import MODES, FakeStreams
 from helpers import give_gradients, parameters, same_snapshots, snapshot
 from hypothesis import settings
@@ -20,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import collins
-from collins import Collins
+from collins import Collins, whole_folder
+from collins.offload import Slab, pinned_bytes, set_pin_limit, slabs, staging
 from collins.offload.streams import HostStreams
 
 PLACES = 100 if settings.get_current_profile_name() == "thorough" else 10
@@ -174,6 +182,108 @@ def test_memory_that_runs_out_at_any_allocation_of_a_load(options, first):
             assert all(map(same_snapshots, snapshot(ps, opt), snapshot(twins, twin)))
         else:  # a table went to the host instead
             assert same_snapshots([ps[0], opt.state_dict()["state"][0]], [ps[0], saved["state"][0]])
+
+
+@pytest.mark.parametrize("way", ["host", "mixed", "host in_backward", "orthogonal host"])
+@at_either_step
+def test_host_memory_that_runs_out_at_any_slab(way, first, monkeypatch):
+    """In the step that makes slabs: the first one, or one that parameters have gradients in for the first time."""
+    fault = Fault(WAYS[way], first)
+    mapped, made_ = slabs._mapped, []
+
+    def fails(nbytes):
+        made_.append(nbytes)
+        if len(made_) == failing:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return mapped(nbytes)
+
+    for failing in range(1, 20):
+        ps, opt = fault.new() if first else made(WAYS[way], 0)
+        if not first:
+            for number in range(fault.number):
+                step(ps, opt, number, among={0, 1, 2, 3} - {failing % 3})
+        made_.clear()
+        before = snapshot(ps, opt)
+        with monkeypatch.context() as patched:
+            patched.setattr(slabs, "_mapped", fails)
+            try:
+                step(ps, opt, fault.number)
+            except OSError as error:
+                assert error.errno == errno.ENOMEM  # noqa: PT017
+            else:
+                assert failing > 1
+                return
+        if first:
+            assert not fault.leaves_all_whole(ps, opt) or opt.in_backward
+        else:
+            now = snapshot(ps, opt)
+            assert all(map(same_snapshots, now, before)) or opt.in_backward
+            if opt.in_backward:
+                opt.step()
+            step(ps, opt, fault.number + 1)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("way", ["host", "mixed", "host in_backward"])
+def test_pages_that_cannot_be_locked_change_no_bit(way, monkeypatch):
+    """At any slab of the first step: that one stays pageable, which one warning says."""
+    fault, before = Fault(WAYS[way], first=True), pinned_bytes()
+    for failing in range(1, 20):
+        runtime = Refusing(failing)
+        with monkeypatch.context() as patched:
+            patched.setattr(slabs, "torch", runtime)
+            patched.setattr(staging, "Slab", lambda parts, pin: Slab(parts, pin=True))
+            set_pin_limit(None)  # which warns anew
+            ps, opt = fault.new()
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                step(ps, opt, fault.number)
+            assert all(map(same_snapshots, snapshot(ps, opt), fault.after))
+            if runtime.calls < failing:
+                assert failing > 1
+                assert not said
+            else:
+                (warning,) = said
+                assert "failed with error 2 (out of memory)" in str(warning.message)
+            assert len(runtime.locked) == runtime.calls - (runtime.calls >= failing)
+            assert pinned_bytes() - before == sum(runtime.locked.values())
+            del opt
+            gc.collect()
+            assert not runtime.locked
+            assert pinned_bytes() == before
+        if runtime.calls < failing:
+            return
+    raise AssertionError
+
+
+class Refusing:
+    """PyTorch with a CUDA runtime that cannot lock the pages of the `failing`-th block."""
+
+    def __init__(self, failing):
+        self.failing, self.calls, self.locked = failing, 0, {}
+        self.cuda = types.SimpleNamespace(is_available=lambda: True, cudart=lambda: self)
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def ones(self, *_, device):
+        """The kernel that takes a pending error."""
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        self.calls += 1
+        if self.calls == self.failing:
+            return 2
+        self.locked[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address):
+        del self.locked[address]
+
+    def cudaError(self, code):
+        return code
+
+    def cudaGetErrorString(self, error):
+        return "out of memory"
 
 
 # Interruptions.
@@ -347,3 +457,55 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_and_the_optimizer_as_they_wer
     assert all(
         same_snapshots([p, state], [p, old]) for (p, state), (_, old) in zip(snapshot(ps, opt), before, strict=True)
     )
+
+
+@contextmanager
+def room_for(nbytes):
+    """No file that is written meanwhile can be larger: the system refuses, as where a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_files_that_the_system_refuses_to_write_on_leave_the_checkpoint_as_it_was(tmp_path):
+    """At 100 places, random ones but for the first and the last byte."""
+    _, opt = made({}, 3)
+    path, chance = tmp_path / "last.pt", random.Random(0)
+    collins.save(path, opt=opt, epoch=1)
+    whole = path.read_bytes()
+    for room in [0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(98))]:
+        with pytest.raises((OSError, RuntimeError)), room_for(room):
+            collins.save(path, opt=opt, epoch=2)
+        assert path.read_bytes() == whole, room
+        assert list(tmp_path.iterdir()) == [path]
+    with room_for(len(whole)):
+        collins.save(path, opt=opt, epoch=2)
+    assert collins.load(path, opt=opt) == {"epoch": 2}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # it is: one process saves
+def test_folders_that_the_system_refuses_to_write_on_are_not_there(tmp_path):
+    ps, opt = made({}, 3)
+    before, content = snapshot(ps, opt), {"opt": opt.state_dict()}
+
+    def save():
+        with whole_folder(tmp_path / "step-3") as folder:
+            dcp.save(content, checkpoint_id=folder, no_dist=True)
+
+    sizes, chance = [], random.Random(0)
+    save()
+    for file in (tmp_path / "step-3").iterdir():
+        sizes.append(file.stat().st_size)
+        file.unlink()
+    (tmp_path / "step-3").rmdir()
+    for room in [0, max(sizes) - 1, *(chance.randrange(max(sizes)) for _ in range(98))]:
+        with pytest.raises(BaseException) as caught, room_for(room):  # PyTorch's CheckpointException is no Exception
+            save()
+        assert "File too large" in str(caught.value)
+        assert [path.name for path in tmp_path.iterdir()] in ([], [".step-3.partial"])
+    save()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
+    assert all(map(same_snapshots, snapshot(ps, opt), before))

@@ -377,6 +377,27 @@ def test_parameters_that_were_replaced_are_let_go_of(options, memory):
         assert len(opt.placement) == 1  # memory that a parameter has left is used again
 
 
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+def test_counters_of_parameters_that_were_replaced_are_used_again(in_backward):
+    """What was handed out of them stands where it stood; the others count on."""
+    a, b = parameter(40), parameter(5)
+    opt, old = Collins([a, b], in_backward=in_backward), []
+    for step in range(1, 200):
+        for p in (a, b):
+            (p * step).sum().backward()
+        opt.step()
+        opt.zero_grad()
+        if step % 2:
+            old.append(opt.state.pop(a)["step"])
+            a = opt.param_groups[0]["params"][0] = parameter(40)
+            if in_backward:
+                opt.add_param_group({"params": [parameter(1)]})  # which has new parameters hooked
+                del opt.param_groups[-1]
+        assert opt.state[b]["step"] == step
+    assert len(opt._stepper._counters._views) <= 3
+    assert [int(count) for count in old] == [1, *([2] * 99)]
+
+
 @in_every_tier
 def test_a_parameter_that_grew_starts_anew_once_its_state_is_removed(memory):
     p, other = parameter(64, 64), parameter(32, 64)

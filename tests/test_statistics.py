@@ -344,6 +344,7 @@ def test_a_reading_is_given_out_once_it_has_arrived():
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_nothing_waits_for_the_device(in_backward):
     ps = parameters(torch.bfloat16, SHAPES, "cuda")

@@ -1,0 +1,399 @@
+"""Whatever is loaded, it ends in a clean error with nothing changed, to the bit, or in a correct load.
+
+State dicts, checkpoints, sharded folders, memory policies and their files are made wrong in thousands of ways, the same
+ones in every run. Each case depends on its seed alone, which a failing one names. Some 200 are tried in the suite; by
+name, with the figures printed:
+
+    FUZZ_CASES=10000 pytest -n 0 -rP tests/test_fuzz.py
+    FUZZ_CASE="state dict/host/17" pytest -n 0 tests/test_fuzz.py
+"""
+
+import contextlib
+import copy
+import dataclasses
+import io
+import os
+import random
+import shutil
+import struct
+import warnings
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers import bits, give_gradients, parameters, same
+from mutations import Cases, damaged, mutated, near, odd
+
+import collins
+from collins import CheckpointError, Collins, checkpoint, convert, files, whole_folder
+from collins.offload import MemoryPolicy
+
+COUNT = int(os.environ.get("FUZZ_CASES", 200))
+CLEAN = (ValueError, TypeError)
+SHAPES = [(64, 64), (40,), (33, 37), (), (64, 40)]
+HOST = {"tier": "host", "transfer_size": 3000, "staging_slots": 2}
+WAYS = {
+    "default": {},
+    "universal": {"hash": "universal"},
+    "host": {"memory": HOST},
+    "in backward": {"in_backward": True, "memory": HOST},
+    "orthogonal": {"decode": "orthogonal"},
+    "bf16 tables": {"table_dtype": torch.bfloat16},
+    "fp32 tables": {"table_dtype": torch.float32},
+    "int4 tables": {"table_dtype": "int4"},
+    "capturable": {"capturable": True, "max_grad_norm": 1.0},
+    "named": {},
+}
+over_ways = pytest.mark.parametrize("way", WAYS)
+# Of PyTorch, about tensors that were made wrong; of numpy, about numbers.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse|.*sparse|Casting complex|overflow encountered|invalid value")
+
+
+def share(of_all, ways=1):
+    """How many cases of a kind there are, which has this share of all and is tried in so many ways."""
+    return max(round(COUNT * of_all / ways), 1)
+
+
+class Side:
+    """Parameters, some of them in 16 bits; their optimizer, stepped so many times."""
+
+    def __init__(self, way, steps):
+        self.ps = parameters(torch.float32, SHAPES, "cpu")
+        self.ps[1].data, self.ps[4].data = self.ps[1].data.bfloat16(), self.ps[4].data.bfloat16()
+        given = [(f"p{i}", p) for i, p in enumerate(self.ps)] if way == "named" else self.ps
+        groups = [{"params": given[:3]}, {"params": given[3:], "lr": torch.tensor(3e-2), "weight_decay": 0.1}]
+        self.opt = Collins(groups, lr=1e-2, min_K=16, rehash_period=3, **WAYS[way])
+        for number in range(steps):
+            self.step(number)
+
+    def step(self, number):
+        give_gradients(number, self.ps)
+        if self.opt.in_backward:
+            grads = [p.grad for p in self.ps]
+            self.opt.zero_grad()
+            sum((p * g).sum() for p, g in zip(self.ps, grads, strict=True)).backward()
+        self.opt.step()
+        self.opt.zero_grad()
+
+    def values(self):
+        """All that a load may change: weights, tables, counters, options, keys of hashes, hooks."""
+        saved = self.opt.state_dict()
+        keys = [getattr(self.opt.hash_of(p), "key", None) for p in self.ps]
+        rates = [id(group["lr"]) for group in self.opt.param_groups if isinstance(group["lr"], torch.Tensor)]
+        options = {name: value for name, value in vars(self.opt).items() if isinstance(value, int | str | None)}
+        hooks = {name: len(value) for name, value in vars(self.opt).items() if isinstance(value, OrderedDict)}
+        weights = [p.detach() for p in self.ps]
+        return [copy.deepcopy([weights, saved, keys, options, self.opt.defaults]), rates, hooks]
+
+
+def alike(some, others):
+    """Equality that takes NaN for equal to itself."""
+    if isinstance(some, torch.Tensor):
+        if not isinstance(others, torch.Tensor) or some.dtype != others.dtype or some.shape != others.shape:
+            return False
+        if some.is_meta or some.layout != torch.strided:  # in what was given alone
+            return (some.device, some.layout) == (others.device, others.layout)
+        return torch.equal(bits(some), bits(others))
+    if isinstance(some, dict):
+        return some.keys() == others.keys() and all(alike(some[key], others[key]) for key in some)
+    if isinstance(some, list | tuple):
+        return len(some) == len(others) and all(map(alike, some, others))
+    return same(some, others) or some is others
+
+
+def as_saved(state, given):
+    """Whether a parameter's state is what a state dict gave for it; counters are tensors here."""
+    if not given:
+        return not state
+    return all(
+        float(state[name]) == float(value) if name == "step" else alike(state[name], value)
+        for name, value in given.items()
+        if name in state
+    ) and {name for name in state if name not in ("step", "layout")} <= given.keys()
+
+
+@contextlib.contextmanager
+def draws_nothing():
+    """Of the random numbers that a program draws itself."""
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
+    yield
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+def loads(side, given):
+    """Loads a state dict, which is then checked to have been loaded as it says."""
+    opt, kept = side.opt, copy.deepcopy(given)
+    try:
+        opt.check_state_dict(given)
+    except CLEAN:
+        with pytest.raises(CLEAN):
+            opt.load_state_dict(given)
+        raise
+    opt.load_state_dict(given)
+    opt.state_dict()  # waits for moments on the host
+    places = [place for group in kept["param_groups"] for place in group["params"]]
+    for p, place in zip([p for group in opt.param_groups for p in group["params"]], places, strict=True):
+        assert as_saved(opt.state.get(p, {}), kept["state"].get(place, {}))
+
+
+@pytest.fixture(scope="module")
+def saved():
+    """For each way the state dict of an optimizer that has stepped."""
+    return {way: Side(way, 3).opt.state_dict() for way in WAYS}
+
+
+def try_state_dicts(way, saved, count):
+    cases = Cases("state dict", way, count=count)
+    for seed in cases:
+        with cases.case(seed) as chance:
+            given = mutated(saved[way if chance.random() < 0.8 else chance.choice(list(WAYS))], chance)
+            steps = chance.choice([0, 2])
+            side = Side(way, steps)
+            before = side.values()
+            try:
+                with draws_nothing():
+                    loads(side, given)
+            except CLEAN:
+                cases.ended["refused"] += 1
+                assert alike(side.values(), before)
+                if chance.random() < 0.2:
+                    twin = Side(way, steps)
+                    for each in (side, twin):
+                        each.step(9)
+                    assert alike(side.values()[0][:3], twin.values()[0][:3])  # options hold a number of its own
+            else:
+                cases.ended["accepted"] += 1
+                side.step(9)
+    cases.end()
+
+
+@over_ways
+def test_state_dicts(way, saved):
+    try_state_dicts(way, saved, share(0.4, len(WAYS)))
+
+
+@pytest.mark.skipif("FUZZ_CASE" in os.environ, reason="another case is asked for")
+def test_a_check_that_is_taken_out_is_missed(saved, monkeypatch):
+    """In that an error is not clean, or what was refused has changed something."""
+    monkeypatch.setattr(checkpoint, "_check_group", lambda *_: None)
+    with pytest.raises((AssertionError, LookupError, AttributeError)) as caught:
+        try_state_dicts("default", saved, 200)
+    assert "this case alone: FUZZ_CASE='state dict/default/" in caught.value.__notes__[0]
+
+
+@over_ways
+def test_state_dicts_that_are_converted(way, saved):
+    side = Side(way, 2)
+    adamw = torch.optim.AdamW([{"params": side.ps[:3]}, {"params": side.ps[3:]}], lr=0.0, weight_decay=0.0)
+    give_gradients(0, side.ps)
+    adamw.step()
+    adamw.zero_grad()
+    before = side.values()
+    cases = Cases("convert", way, count=share(0.15, len(WAYS)))
+    for seed in cases:
+        with cases.case(seed) as chance:
+            source = adamw.state_dict() if chance.random() < 0.5 else saved[chance.choice(list(WAYS))]
+            given = mutated(source, chance)
+            try:
+                with draws_nothing():
+                    found = convert(given, side.opt)
+            except CLEAN:
+                cases.ended["refused"] += 1
+            else:
+                cases.ended["accepted"] += 1
+                loads(Side(way, 0), found)
+            assert alike(side.values(), before)
+    cases.end()
+
+
+NAMES = [field.name for field in dataclasses.fields(MemoryPolicy)] + ["bucket_size"]
+POLICY = {"tier": "host", "device_reserve": "2GiB", "host_reserve": "10%", "staging_slots": 3, "pin_limit": 1000000}
+TOML = b'[collins.memory]\ntier = "host"\ndevice_reserve = "2GiB"\nhost_reserve = "10%"\nstaging_slots = 3\n'
+TOML += b'pin_limit = 1000000\ntransfer_size = "64MiB"\n[other]\nx = [1, 2.5, "y"]\n'
+
+
+@pytest.mark.filterwarnings("ignore:bucket_size is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["mapping", "string", "toml"])
+def test_policies(kind, tmp_path):
+    path = tmp_path / "policy.toml"
+    cases = Cases("policy", kind, count=share(0.2, 3))
+    for seed in cases:
+        with cases.case(seed) as chance:
+            if kind == "toml":
+                path.write_bytes(damaged(TOML, chance))
+                given = path
+            elif kind == "string":
+                given = chance.choice(["auto", "device", "host", "HOST", ".tom", "2GiB"])
+                given = near(given, chance) if chance.random() < 0.9 else given
+            else:
+                given = {chance.choice(NAMES): odd(chance) for _ in range(chance.randrange(4))}
+                given = mutated(chance.choice([POLICY, given]), chance)
+            p = torch.nn.Parameter(torch.zeros(3))
+            kept = None if kind == "toml" else copy.deepcopy(given)
+            try:
+                policy = MemoryPolicy.of(given)
+            except CLEAN:
+                cases.ended["refused"] += 1
+                if given is not None:
+                    with pytest.raises(CLEAN):
+                        Collins([p], memory=given, in_backward=True)
+                    assert not p._post_accumulate_grad_hooks
+            else:
+                cases.ended["accepted"] += 1
+                for bytes_of in (policy.device_reserve_of, policy.host_reserve_of):
+                    assert 0 <= bytes_of(1000)
+                for bytes_of in (policy.device_budget_of, policy.pin_limit_of):
+                    assert bytes_of(1000) is None or 0 <= bytes_of(1000)
+                assert policy.transfer_bytes >= 1
+                assert MemoryPolicy.of(dataclasses.asdict(policy)) == policy
+                Collins([p], memory=given)
+            assert kind == "toml" or alike(given, kept)
+    cases.end()
+
+
+class Counting(torch.nn.Linear):
+    """A model that keeps more than tensors."""
+
+    calls = 3
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = int(state["calls"])
+
+
+class Program(Side):
+    """All that a training program keeps in a file."""
+
+    def __init__(self, steps):
+        super().__init__("default", steps)
+        generator = torch.Generator().manual_seed(steps)
+        self.model, self.other = torch.nn.Linear(3, 3), Counting(2, 2)
+        for model in (self.model, self.other):
+            for p in model.parameters():
+                p.data = torch.randn(p.shape, generator=generator)
+        self.adam = torch.optim.Adam(self.model.parameters(), amsgrad=True)
+        self.model.weight.grad = torch.ones(3, 3)
+        self.adam.step()
+        self.schedule = torch.optim.lr_scheduler.StepLR(self.opt, 3)
+        self.average = torch.optim.swa_utils.AveragedModel(self.model)
+
+    @property
+    def parts(self):
+        names = ("opt", "model", "other", "adam", "schedule", "average")
+        return {name: getattr(self, name) for name in names}
+
+    def values(self):
+        return [super().values(), copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()})]
+
+
+def sealed(data):
+    """The bytes of a file whose seal is right, whatever is in it."""
+    file = io.BytesIO()
+    seal = files._Sealed(file)
+    seal.write(data)
+    return file.getvalue() + seal.seal()
+
+
+def parts_of(whole):
+    """The records of a file, the table of contents at its end, and its seal, as (start, end)."""
+    cut = len(whole) - files._SEAL
+    with zipfile.ZipFile(io.BytesIO(whole[:cut])) as archive:
+        starts = [info.header_offset for info in archive.infolist()]
+        ends = [*starts[1:], archive.start_dir, cut, len(whole)]
+    headers = [(start, start + struct.unpack_from("<H", whole, start + 26)[0] + 30) for start in starts]
+    return [*headers, *zip([*starts, archive.start_dir, cut], ends, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["file", "sealed", "content"])
+def test_checkpoint_files(kind, tmp_path):
+    """Bytes that were damaged; damaged ones under a right seal; and content that was made wrong before it was saved."""
+    path = tmp_path / "checkpoint.pt"
+    collins.save(path, **Program(3).parts, epoch=3)
+    whole, content = path.read_bytes(), torch.load(path, weights_only=True)
+    seal, parts = len(whole) - files._SEAL, parts_of(whole)
+    cases = Cases("file", kind, count=share(0.2, 3))
+    for seed in cases:
+        with cases.case(seed) as chance:
+            if kind == "file":
+                found = damaged(whole, chance, parts)
+            elif kind == "sealed":
+                found = sealed(damaged(whole[:seal], chance, [part for part in parts if part[1] <= seal]))
+            else:
+                file = io.BytesIO()
+                name, given = chance.choice(list(content)), dict(content)
+                given[name] = mutated(content[name], chance)
+                try:
+                    torch.save(mutated(content, chance) if chance.random() < 0.1 else given, file)
+                except Exception:  # nothing that could be in a file
+                    continue
+                found = sealed(file.getvalue())
+            path.write_bytes(found)
+            program = Program(2)
+            before = program.values()
+            try:
+                with warnings.catch_warnings(), draws_nothing():
+                    warnings.simplefilter("ignore")  # of torch.load, about what is in the file
+                    collins.load(path, **program.parts)
+            except CheckpointError:
+                cases.ended["refused"] += 1
+                assert alike(program.values(), before)
+            else:
+                cases.ended["accepted"] += 1
+                assert kind != "file" or found == whole
+                program.step(9)
+    cases.end()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # it is: one process saves
+def test_sharded_folders(tmp_path):
+    """Damaged behind the back of `whole_folder`, whose promise it is that a folder was written to its end.
+
+    `torch.distributed.checkpoint` reads them, in place, into what it is given: copies. It has no digests, and errors of
+    its own. What it has read is then loaded or refused.
+    """
+    folders = [tmp_path / "step-3", tmp_path / "step-4"]
+    for steps, path in zip((3, 4), folders, strict=True):
+        with whole_folder(path) as folder:
+            dcp.save({"optimizer": Side("default", steps).opt.state_dict()}, checkpoint_id=folder, no_dist=True)
+    folder = tmp_path / "damaged"
+    cases = Cases("folder", count=share(0.05))
+    for seed in cases:
+        with cases.case(seed) as chance:
+            shutil.copytree(folders[0], folder)
+            file = chance.choice(sorted(folder.iterdir()))
+            kind = chance.choice(["flip", "cut", "missing", "swap"])
+            if kind == "flip" and file.name != ".metadata":  # a pickle: what it would run, or ask memory for, is not ours
+                file.write_bytes(damaged(file.read_bytes(), chance))
+            elif kind == "missing":
+                file.unlink()
+            elif kind == "swap":
+                file.write_bytes((folders[1] / file.name).read_bytes())
+            else:
+                file.write_bytes(file.read_bytes()[: chance.randrange(file.stat().st_size)])
+            side = Side("default", 2)
+            before, given = side.values(), {"optimizer": copy.deepcopy(side.opt.state_dict())}
+            try:
+                dcp.load(given, checkpoint_id=folder, no_dist=True)
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                cases.ended["refused"] += 1
+                assert alike(side.values(), before)
+            else:
+                try:
+                    loads(side, given["optimizer"])
+                except CLEAN:
+                    cases.ended["refused"] += 1
+                    assert alike(side.values(), before)
+                else:
+                    cases.ended["accepted"] += 1
+                    side.step(9)
+            shutil.rmtree(folder)
+    cases.end()
