@@ -231,7 +231,7 @@ class Collins(Measured, FusedBackward, Optimizer):
             if self.in_backward:
                 self._step_in_backward()
         if self._backward is not None:
-            self._backward.look_again()
+            self._backward.invalidate()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -245,7 +245,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         """
         by_module = take_group(param_group, self.defaults, self._members())
         super().add_param_group(param_group)
-        self._stepper.told(by_module)
+        self._stepper.add_module_roles(by_module)
         self._watch()
 
     @overload

@@ -6,7 +6,7 @@ python examples/train_lm.py --optimizers collins --rates 4e-3 --memory examples/
 
 The model is a decoder of 1.8M parameters with a vocabulary of 8,192 byte-level BPE tokens. Each optimizer is run at
 three rates, of which the best is shown. This is the task `lm-small` of `compare_optimizers.py` with smaller batches, so
-that six runs take two minutes on two cores; `compare_optimizers.py` has larger tasks, more seeds, and keeps its results.
+that six runs take two minutes on two cores; `compare_optimizers.py` has larger tasks, more seeds, and kept results.
 """
 
 from __future__ import annotations
