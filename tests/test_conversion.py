@@ -247,7 +247,7 @@ REFUSED = [
     (
         collins(),
         collins(compress_ratio=1),
-        "parameter 0 keeps dense moments here; tables of bucket means cannot be told",
+        "parameter 0 keeps dense moments here; the bucket means in state_dict",
     ),
     (
         collins(),
