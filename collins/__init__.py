@@ -1,26 +1,27 @@
-"""Collins: AdamW whose moment buffers live in Count-Sketch tables, 0.2 byte of state per parameter of a large model.
+"""Collins: AdamW with its moments in Count-Sketch tables, 0.2 byte of state per parameter of a large model.
 
-How data flows: `Collins.step` (optimizer) asks the `Stepper` (stepper) for a step. It finds the entry of each parameter
-(entries), with what it is to its model (roles), how it is divided into buckets (bucketing), hashed (hashing) and stored
-(formats), checks gradients and state (parameter), makes or adopts the state (state), and builds a program of
-`UpdateTask`s (`collins.compile.program`), which later steps run again. Its executors call `update_` (update), eagerly
-or compiled: that encodes a gradient into bucket means and decays the tables (sketch), applies the update rule (rule)
-and writes the results (rounding). Where moments live is a store's to say (`collins.offload.tiers`).
-`Collins.memory_report` (report) counts bytes from shapes alone.
+Data flow: `Collins.step` (optimizer) calls the `Stepper` (stepper). The stepper finds the entry of each parameter
+(entries): its role in the model (roles), its buckets (bucketing), its hash (hashing) and its storage format (formats).
+It checks gradients and state (parameter), allocates or adopts the state (state), and builds a program of `UpdateTask`s
+(`collins.compile.program`), which later steps run again. The program's executor calls `update_` (update), eagerly or
+compiled: it encodes a gradient into bucket means and decays the tables (sketch), applies the update rule (rule) and
+writes the results (rounding). A store decides where moments are allocated (`collins.offload.tiers`).
+`Collins.memory_report` (report) computes bytes from shapes alone.
 
-State dicts are checked against the optimizer before anything changes (checkpoint), by what each parameter's tables mean
-(fingerprint). `save` and `load` (files) keep them in files that are whole or refused, `whole_folder` (folders) those
-that many ranks write; `convert` (conversion) makes AdamW's, and those of other settings, loadable. Frameworks that
-choose their optimizer in a configuration file find what they need in `collins.integrations`.
+State dicts are checked before anything changes (checkpoint), including the fingerprint that says how each table was
+encoded (fingerprint). `save` and `load` (files) use files that are either complete or rejected; `whole_folder`
+(folders) does the same for folders that many ranks write. `convert` (conversion) makes state dicts of AdamW, and of
+Collins under other settings, loadable. `collins.integrations` is for frameworks that choose their optimizer by name in
+a configuration file.
 """
 
 from pathlib import Path
 
-from collins._source_tree import find_rooms_of
+from collins._source_tree import find_subpackages
 
 __version__ = "0.3.0"  # pyproject.toml reads it here
 
-find_rooms_of(Path(__file__).resolve().parent)
+find_subpackages(Path(__file__).resolve().parent)
 
 from collins.conversion import convert  # noqa: E402
 from collins.files import CheckpointError, load, save  # noqa: E402

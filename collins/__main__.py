@@ -6,5 +6,5 @@ import sys
 from collins.offload.cli import main
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a plan downloads nothing
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a plan downloads nothing; transformers reads this when it is imported
     sys.exit(main())

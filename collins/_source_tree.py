@@ -1,7 +1,7 @@
-"""In a source tree, `compile/` and `offload/` stand beside `collins/`: here is what finds them.
+"""Imports `collins.compile` and `collins.offload` in a source tree, where their folders are siblings of `collins/`.
 
-A wheel puts both inside `collins/`, where Python finds them by itself. With the tree in `collins.__path__` it would
-find them too, and `collins.tests`, `collins.examples` and a second `collins.collins` as well.
+A wheel has both inside `collins/`, where Python finds them without help. Adding the tree to `collins.__path__` instead
+would also make `collins.tests`, `collins.examples` and a second `collins.collins` importable.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
 
-ROOMS = ("compile", "offload")
+SUBPACKAGES = ("compile", "offload")
 
 
 class SourceTreeFinder:
-    """Finds the rooms of one tree, as a finder in `sys.meta_path`, and nothing else.
+    """A finder for `sys.meta_path` that finds the subpackages of one tree, and nothing else.
 
     Args:
         tree: the folder that holds `collins/`, `compile/` and `offload/`.
     """
 
     def __init__(self, tree: Path) -> None:
-        self._files = {f"collins.{room}": tree / room / "__init__.py" for room in ROOMS}
+        self._files = {f"collins.{name}": tree / name / "__init__.py" for name in SUBPACKAGES}
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """As `importlib.abc.MetaPathFinder.find_spec`."""
@@ -30,13 +30,13 @@ class SourceTreeFinder:
         return None if file is None else spec_from_file_location(fullname, file)
 
 
-def find_rooms_of(package: Path) -> None:
-    """Makes the rooms beside a package importable, if it lies in a source tree.
+def find_subpackages(package: Path) -> None:
+    """Makes the subpackages beside a package importable, if the package is in a source tree.
 
     Args:
         package: the folder of `collins`.
     """
     tree = package.parent
-    if (tree / "pyproject.toml").is_file() and all((tree / room / "__init__.py").is_file() for room in ROOMS):
-        # First, since an editable install of another tree has a finder that would find that tree's rooms.
+    if (tree / "pyproject.toml").is_file() and all((tree / name / "__init__.py").is_file() for name in SUBPACKAGES):
+        # First in the list, before the finder of an editable install, which may be of another tree.
         sys.meta_path.insert(0, SourceTreeFinder(tree))

@@ -1,4 +1,4 @@
-"""Which tensors are compressed, and into how many buckets: decided on the whole parameter, never on a rank's part."""
+"""The number of buckets of each compressed parameter, computed from the whole parameter, never from a rank's part."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ NONFINITE = ("propagate", "skip", "error")
 
 
 class Bucketing(NamedTuple):
-    """How one parameter's moments are kept.
+    """The layout of one parameter's moments.
 
-    `hash` is None for dense moments, shaped like the parameter. Otherwise there are two tables of `buckets` entries,
-    K, whose load c is `load`: an exact power of two for "block", the expected N / K for "universal".
+    `hash` is None for dense moments, which have the shape of the parameter. Otherwise there are two tables of
+    `buckets` = K entries, with the load c = `load`: an exact power of two for "block", the expected N / K for
+    "universal".
     """
 
     hash: str | None
@@ -43,8 +44,8 @@ def bucketing_of(numel: int, *, compress_ratio: float, min_K: int, hash: str) ->
 def within_rows(layout: Bucketing, shape: tuple[int, ...]) -> Bucketing:
     """`layout` for a parameter of `shape` that may be sharded along its first dimension, over any number of ranks.
 
-    No bucket crosses from one row into the next: c is halved until it divides a row's size. What has rows of an odd
-    size, such as a vector, stays dense.
+    No bucket crosses from one row into the next: c is halved until it divides the size of a row. A parameter whose rows
+    have an odd size, such as a vector, stays dense.
     """
     if layout.hash != "block":
         return layout
@@ -57,8 +58,9 @@ def within_rows(layout: Bucketing, shape: tuple[int, ...]) -> Bucketing:
 def moment_shape(layout: Bucketing, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of each moment of a parameter of `shape`.
 
-    Dense moments have the parameter's. Where a bucket never crosses the first dimension, a table keeps that dimension,
-    (d0, N / d0 / c): sharding both along it keeps each bucket beside its elements. Elsewhere a table is (K,).
+    Dense moments have the parameter's shape. Where no bucket crosses rows, a table keeps the first dimension, (d0, N /
+    d0 / c): sharding parameter and table along it keeps each bucket on the rank of its elements. Otherwise a table has
+    the shape (K,).
     """
     if layout.hash is None:
         return shape

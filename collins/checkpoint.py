@@ -1,8 +1,8 @@
-"""State dicts: what one must hold to be loaded, all of it checked before anything changes.
+"""Checks of state dicts, all of them before anything changes.
 
 Moments are loaded bit for bit and in place. torch's own `load_state_dict` would cast them to the parameter's dtype and
-move them to its device, so it gets to see the parameter groups only; and it would adopt every saved option, so that
-tables could come to be read under options that the optimizer was not built with.
+move them to its device, so only the parameter groups are passed to it. It would also adopt every saved option, and
+tables could then be read under other options than those that the optimizer was built with.
 """
 
 from __future__ import annotations
@@ -28,47 +28,47 @@ from collins.sharding import is_sharded, local, saved_part
 from collins.update import UpdateSpec
 
 DENSE, TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
-_LONGEST_FIRST = sorted((*DENSE, *TABLES), key=len, reverse=True)  # "exp_avg" begins "exp_avg_sq"
+_LONGEST_FIRST = sorted((*DENSE, *TABLES), key=len, reverse=True)  # "exp_avg" is a prefix of "exp_avg_sq"
 
-# What a state dict sets: the numbers that schedules change. The other options stay as the optimizer was built.
+# The options that are loaded from a state dict, which schedules change. All others keep the values of this optimizer.
 ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight", "residual_square")
 
-WITH_STATE = "with_state"  # in a saved group: how many of its parameters had a state
+WITH_STATE = "with_state"  # in a saved group: the number of its parameters that had a state
 
-LARGEST_STEP = 2**24  # the next whole number is none of the counter's, which is float32: it would stand still
+LARGEST_STEP = 2**24  # float32, the counter's dtype, cannot represent the next integer: the counter would stop here
 
 
 def part_of(name: object) -> str | None:
-    """The moment that a state keeps, or keeps a part of, under this name; None for another name."""
+    """The moment of which the state entry `name` is the whole or a part; None if it is not of a moment."""
     return next((m for m in _LONGEST_FIRST if isinstance(name, str) and (name == m or name.startswith(f"{m}_"))), None)
 
 
 def is_moment(name: object) -> bool:
-    """Whether a state keeps a moment, or a part of one, under this name."""
+    """Whether the state entry `name` is a moment or a part of one."""
     return part_of(name) is not None
 
 
 class ExpectedState(NamedTuple):
-    """What the state of one parameter must be."""
+    """The required state of one parameter."""
 
     name: str  # for errors
     param_shape: tuple[int, ...]
-    tensors: dict[str, TensorSpec]  # in which both moments are stored, by name, the first one's first
-    update: UpdateSpec  # with the formats and the loads of both
+    tensors: dict[str, TensorSpec]  # the tensors of both moments by name, the first moment's first
+    update: UpdateSpec  # with the formats and the loads of both moments
     hash: BlockHash | UniversalHash | None  # None for dense moments
     fingerprint: Fingerprint | None  # None for dense moments
     seed: int
     sharded: Tensor | None = None  # the parameter, where it is a DTensor
-    mark: Fingerprint | None = None  # what its state carries: `fingerprint`, or that of dense moments which are rounded
+    mark: Fingerprint | None = None  # saved in its state: `fingerprint`, or that of dense moments that are rounded
 
 
 class SavedState(NamedTuple):
-    """One parameter's state as it is to be loaded."""
+    """The checked state of one parameter, ready to be loaded."""
 
     step: float
-    moments: tuple[Tensor, ...]  # as `ExpectedState.tensors`
-    key: int | None  # of the parameter, where its tables were encoded under another than it has here
-    others: dict[Any, Any]  # what a wrapper keeps there (the slow weights of a Lookahead), by its keys
+    moments: tuple[Tensor, ...]  # in the order of `ExpectedState.tensors`
+    key: int | None  # the hash key of the saved tables, if it is not the one that the parameter has here
+    others: dict[Any, Any]  # entries of a wrapper (the slow weights of a Lookahead), by its keys
 
     def others_on(self, device: torch.device) -> dict[Any, Any]:
         """Copies of the other values: tensors on `device`, in the dtypes in which they were saved."""
@@ -80,11 +80,11 @@ class SavedState(NamedTuple):
 
 
 class CheckedStateDict(NamedTuple):
-    """A state dict that fits: groups as they will be, and each parameter's state, None where there is none."""
+    """A checked state dict: the groups after loading, and the state of each parameter, None if it has none."""
 
     groups: list[dict[str, Any]]
     states: list[SavedState | None]
-    rest: dict[Any, Any]  # state of no parameter, which torch keeps as it is
+    rest: dict[Any, Any]  # state that belongs to no parameter, which torch keeps unchanged
 
 
 def loadable(
@@ -106,7 +106,7 @@ def loadable(
     groups = []
     for number, (theirs, mine) in enumerate(zip(saved, own, strict=True)):
         kept = {name: mine[name] for name in options if name not in ADOPTED or name not in theirs}
-        # Earlier versions took options of the whole optimizer in a group, and ignored them.
+        # Earlier versions accepted options of the whole optimizer in a group, and ignored them.
         left_out = {*OF_THE_WHOLE, "params", WITH_STATE}
         rest = {name: theirs[name] for name in theirs if name not in left_out}
         group = copied(f"parameter group {number}", {**rest, **kept})
@@ -136,8 +136,10 @@ def _check_last_norm(number: int, value: Any) -> None:
 
 
 def _numbered(states: Sequence[SavedState | None], marked: Sequence[bool]) -> list[SavedState | None]:
-    """`states`, where tables were encoded under the numbers of their parameters (version 0.2 did so also with names):
-    dense moments were then rounded under theirs, also those that are not `marked`, as in 0.2 none were.
+    """Sets the keys of dense moments that carry no fingerprint (are not `marked`), as version 0.2 saved them.
+
+    Version 0.2 derived keys from the parameters' numbers, also where parameters had names. If all tables of `states`
+    were encoded under the numbers of their parameters, dense moments were rounded under theirs too.
     """
     found = [(number, state.key) for number, state in enumerate(states) if state is not None and state.key is not None]
     if not found or any(number != key for number, key in found):
@@ -151,8 +153,8 @@ def _numbered(states: Sequence[SavedState | None], marked: Sequence[bool]) -> li
 def _check_complete(number: int, group: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
     """Raises a ValueError where moments were saved and none of them have been read.
 
-    `torch.distributed.checkpoint.load` reads what it is given a place for. The state dict of an optimizer that has not
-    stepped has none for moments.
+    `torch.distributed.checkpoint.load` reads only entries for which it is given a tensor, and the state dict of an
+    optimizer that has not stepped has no tensors for moments.
     """
     saved, found = group.get(WITH_STATE, 0), sum(bool(state.get(place)) for place in group["params"])
     if isinstance(saved, int) and saved and not found:
@@ -167,10 +169,10 @@ def _check_complete(number: int, group: Mapping[str, Any], state: Mapping[Any, A
 def saved_groups(
     state_dict: Mapping[str, Any], own: Sequence[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
-    """The groups and the state in a state dict, after a check of its form, and that the groups are as large as `own`.
+    """The groups and the state in a state dict, after a check of its form and of the sizes of its groups.
 
     Raises:
-        ValueError: when they are not, or when this is no state dict of an optimizer.
+        ValueError: if a group is not as large as in `own`, or if this is not the state dict of an optimizer.
     """
     _check_keys("state_dict", state_dict, ("state", "param_groups"))
     groups, state = state_dict["param_groups"], state_dict["state"]
@@ -196,7 +198,7 @@ def saved_groups(
 
 
 def as_dict(state_dict: object) -> dict[str, Any]:
-    """A shallow copy of a state dict; a ValueError for what is no mapping."""
+    """A shallow copy of a state dict; raises a ValueError if it is not a mapping."""
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"state_dict must be a dict, got {_kind(state_dict)}")
     return dict(state_dict)
@@ -232,15 +234,15 @@ def _kind(value: object) -> str:
 
 
 def copied(what: str, value: Any) -> Any:
-    """A deep copy; a ValueError, before anything has changed, where there can be none."""
+    """A deep copy; raises a ValueError, before anything has changed, if the value cannot be copied."""
     try:
         return copy.deepcopy(value)
     except Exception as error:
-        raise ValueError(f"{what} in state_dict holds what cannot be copied: {error}") from error
+        raise ValueError(f"{what} in state_dict holds a value that cannot be copied: {error}") from error
 
 
 def check_order(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -> None:
-    """Raises a ValueError for a parameter that was saved at another place, where both sides know names."""
+    """Raises a ValueError for a parameter that was saved under another number, where both sides have names."""
     theirs, mine = ([*_names(groups)] for groups in (saved, own))
     places = {name: place for place, name in enumerate(mine) if name is not None}
     for place, name in enumerate(theirs):
@@ -252,11 +254,11 @@ def check_order(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) 
 
 
 def without_data(t: Tensor) -> str | None:
-    """How a tensor holds nothing that could be read, or None if it holds what it says."""
+    """The reason why a tensor has no data that could be read, or None if it has."""
     if is_lazy(t):
         return "a parameter that has not been initialized"
     t = local(t)
-    # A fake tensor names the device that it stands for; its storage does not.
+    # The device of a fake tensor is the one that it simulates; its storage is on the meta device.
     if t.is_meta or (t.layout == torch.strided and not t.is_nested and t.untyped_storage().device.type == "meta"):
         return "a tensor on the meta device, which has no data"
     if t.layout == torch.strided and t.numel() and not t.untyped_storage().nbytes():
@@ -265,7 +267,7 @@ def without_data(t: Tensor) -> str | None:
 
 
 def uncopied(value: object) -> str | None:
-    """What keeps a saved value from being copied into a moment of its shape and dtype, or None if nothing does."""
+    """The reason why a saved value cannot be copied into a moment of its shape and dtype, or None if it can."""
     if not isinstance(value, Tensor):
         return _kind(value)
     if value.is_nested or value.layout != torch.strided:
@@ -274,7 +276,7 @@ def uncopied(value: object) -> str | None:
 
 
 def writable(value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a value in an optimizer's state is a tensor that can be overwritten in place, and is as it has to be."""
+    """Whether a value in an optimizer's state is a tensor of the required form that can be overwritten in place."""
     return (
         isinstance(value, Tensor)
         and uncopied(value) is None
@@ -295,20 +297,20 @@ def check_shape(name: str, where: str, state: Mapping[str, Any], shape: tuple[in
             was = f"the tables of {saved.numel} elements in {saved.rows} rows"
     if was is not None:
         raise ValueError(
-            f"{name} has the shape {shape}; {where} holds {was}: a parameter that has changed its shape starts with new"
-            " moments, so remove that state"
+            f"{name} has the shape {shape}; {where} holds {was}: the moments of a parameter whose shape has changed"
+            " cannot be used, so remove that state"
         )
 
 
 def _may_be_first(m: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a dense first moment, which integers may be stored in, may be of a parameter of this shape."""
+    """Whether a dense first moment, possibly stored as integers, can be of a parameter of this shape."""
     if m.is_floating_point():
         return bool(tuple(m.shape) == shape)
     return bool(m.numel() == (math.prod(shape) if m.dtype is torch.int8 else -(-math.prod(shape) // 2)))
 
 
 def check_moments(name: str, where: str, found: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises a ValueError unless these moments, and no others, are there in these shapes, to be copied."""
+    """Raises a ValueError unless `found` has exactly these moments, in these shapes, with data to copy."""
     for key, value in found.items():
         problem = uncopied(value)
         if problem is not None:
@@ -317,7 +319,7 @@ def check_moments(name: str, where: str, found: Mapping[str, Any], shapes: dict[
     if got != shapes:
         hint = ". Version 0.2 kept vectors in tables too, as role='matrix' does" if DENSE[0] in shapes else ""
         raise ValueError(
-            f"{name} has moments {shapes} under its group's role, compress_ratio, min_K and hash; {where} holds"
+            f"{name} has moments {shapes}, by its group's role, compress_ratio, min_K and hash; {where} holds"
             f" {got}{hint if TABLES[0] in got else ''}"
         )
 
@@ -326,7 +328,7 @@ def step_of(name: str, state: Mapping[str, Any]) -> float:
     """The number of steps in a saved state.
 
     Raises:
-        ValueError: unless it is there, and a whole number from 0 to `LARGEST_STEP`.
+        ValueError: if it is missing, or not a whole number from 0 to `LARGEST_STEP`.
     """
     step = state.get("step")
     number: Any = step
@@ -335,8 +337,8 @@ def step_of(name: str, state: Mapping[str, Any]) -> float:
     real = isinstance(number, Real) and not isinstance(number, bool)
     if not real or not 0 <= number <= LARGEST_STEP or number != int(number):
         raise ValueError(
-            f"{name} must have a step that is a whole number from 0 to {LARGEST_STEP}, as the float32 counter holds"
-            f" them; state_dict holds {shown(step)}"
+            f"{name} must have a step that is a whole number from 0 to {LARGEST_STEP}, the range that its float32"
+            f" counter represents exactly; state_dict holds {shown(step)}"
         )
     return float(number)
 
@@ -353,7 +355,7 @@ def _fitting(state: Mapping[str, Any], expected: ExpectedState, table_dtype: obj
     if expected.hash is not None and any(key in state for key in DENSE) and not any(key in state for key in TABLES):
         raise ValueError(
             f"{name} keeps its moments in tables; state_dict holds dense ones, as torch.optim.AdamW saves them: load"
-            " what collins.convert(state_dict, optimizer) makes of them"
+            " the state dict that collins.convert(state_dict, optimizer) returns"
         )
     if LAYOUT in state and expected.fingerprint is not None:
         saved = fingerprint_in(name, state)
@@ -371,12 +373,14 @@ def _fitting(state: Mapping[str, Any], expected: ExpectedState, table_dtype: obj
     found = {key: value for key, value in state.items() if is_moment(key)}
     check_moments(name, "state_dict", found, {key: spec.shape for key, spec in expected.tensors.items()})
     if LAYOUT not in state and expected.fingerprint is not None:
-        raise ValueError(f"{name} has tables in state_dict without the {LAYOUT!r} that says what they mean")
+        raise ValueError(
+            f"{name} has tables in state_dict without the {LAYOUT!r} entry that says how they were encoded"
+        )
     for key, spec in expected.tensors.items():
         if found[key].dtype != spec.dtype:
             raise ValueError(
                 f"{name} keeps {key} in {spec.dtype}, by its dtype and its group's table_dtype; state_dict holds"
-                f" {found[key].dtype}: load what collins.convert(state_dict, optimizer) makes of it"
+                f" {found[key].dtype}: load the state dict that collins.convert(state_dict, optimizer) returns"
             )
     if table_dtype is not None:
         _check_table_dtype(expected, table_dtype)
@@ -385,10 +389,10 @@ def _fitting(state: Mapping[str, Any], expected: ExpectedState, table_dtype: obj
 
 
 def other_values(name: str, state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """What a saved state holds beside ours: tensors as they are, copies of all else.
+    """The entries of a saved state that are not of Collins: the tensors themselves, and copies of all other values.
 
     Raises:
-        ValueError: for what cannot be copied.
+        ValueError: for a value that cannot be copied.
     """
     others = {key: value for key, value in state.items() if key not in ("step", LAYOUT) and not is_moment(key)}
     for key, value in others.items():
@@ -406,9 +410,9 @@ def _kept(what: str, value: Any) -> Any:
 
 
 def _check_table_dtype(expected: ExpectedState, saved: object) -> None:
-    """Raises a ValueError for moments that were saved in another format than they arrive in.
+    """Raises a ValueError for moments that were saved in another format than the one in which they were read.
 
-    `torch.distributed.checkpoint` reads into existing tensors, and casts what it reads silently.
+    `torch.distributed.checkpoint` reads into existing tensors, and casts silently to their dtype.
     """
     format = format_name(str(saved))
     if format not in FORMATS:
@@ -425,7 +429,7 @@ def _check_table_dtype(expected: ExpectedState, saved: object) -> None:
 
 
 def fingerprint_in(name: str, state: Mapping[str, Any]) -> Fingerprint:
-    """The fingerprint in the saved state of the parameter `name`; a ValueError where it is none."""
+    """The fingerprint in the saved state of the parameter `name`; raises a ValueError if it is invalid."""
     try:
         return unpacked(state[LAYOUT])
     except ValueError as error:

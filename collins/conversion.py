@@ -1,21 +1,22 @@
-"""State dicts of AdamW, and of Collins under other settings, made loadable where the mathematics allows.
+"""Converts state dicts of AdamW, and of Collins under other settings, where the mathematics allows.
 
-Encoding and averaging are both linear, so that an average of sketches is the sketch of the average:
+Encoding and averaging are both linear, so an average of sketches is the sketch of the average:
 
     M_b = (1/c_b) sum_{h(i)=b} s(i) m_i           V_b = (1/c_b) sum_{h(i)=b} v_i
 
-From AdamW's m and v these are the tables that Collins would hold had it seen the same gradients under the signs of now.
-With all of m in it, also what a bucket saw before it drew these signs, c s(i) M_{h(i)} decodes m_i without bias.
+From AdamW's m and v, these are the tables that Collins would have after the same gradients under the current signs,
+except that M contains all of m, including gradients from before a bucket drew these signs: c s(i) M_{h(i)} decodes m_i
+without bias.
 
-From tables of hash="block" to coarser ones, where c divides c':
+From tables of hash="block" with load c to coarser ones with load c', where c divides c':
 
-- V is exact: a mean of means, each counted with its bucket's load.
-- M restarts at 0, as it does in every bucket that draws new signs. Its old signs belong to the old buckets, and no
-  linear map takes the old M to the new one. To encode the unbiased decode c s(i) M_{h(i)} anew would be right on
-  average, but with noise sqrt(c) times the size of the moment, and the step would take all of that noise.
+- V is exact: a mean of means, each weighted by its bucket's load.
+- M restarts at 0, as in every bucket that draws new signs. The old signs belong to the old buckets, and no linear map
+  takes the old M to the new one. Encoding the unbiased decode c s(i) M_{h(i)} again would be right on average, but its
+  noise has sqrt(c) times the size of the moment, and all of that noise would enter the step.
 
-To finer tables there is no way back from a mean, and elements that shared a bucket of hash="universal" do not share one
-under other coefficients: both are refused.
+Two conversions are impossible and refused: to finer tables, since a mean does not determine its parts, and between
+hash="universal" with different coefficients, since elements that shared a bucket no longer share one.
 """
 
 from __future__ import annotations
@@ -54,41 +55,42 @@ from collins.sharding import is_sharded
 if TYPE_CHECKING:
     from collins.optimizer import Collins
 
-# Options of AdamW's groups that say how it runs, and nothing about what it saved.
+# Options of AdamW's groups that choose its implementation and do not affect the saved state.
 _ADAMWS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay")
 _PIECE = 1 << 22  # elements that are encoded at once
 
 
 def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]:
-    """A state dict of `torch.optim.AdamW`, or of Collins under other settings, as `optimizer` loads it.
+    """Converts a state dict of `torch.optim.AdamW`, or of Collins under other settings, for loading into `optimizer`.
 
-    Each parameter is converted by what is saved for it:
+    Each parameter is converted according to its saved state:
 
-    | saved | wanted | M | V |
+    | saved | state in `optimizer` | M | V |
     |---|---|---|---|
     | dense moments | dense moments, in any dtype | the same | the same |
     | dense moments | tables of any hash; a coarser second moment | exact | exact |
-    | tables | tables that mean the same, in any dtype | the same | the same |
+    | tables | tables with the same encoding, in any dtype | the same | the same |
     | tables of hash="block" | as coarse or coarser a second moment, any seed and period | restarts at 0 | exact |
-    | dense moments, or M alone | M alone, as decode="orthogonal" keeps it, dense or in tables | exact | left out |
-    | tables, or M alone | tables of M alone | the same where it means the same, else restarts at 0 | left out |
+    | dense moments, or M alone | M alone, as decode="orthogonal" keeps it, dense or in tables | exact | dropped |
+    | tables, or M alone | tables of M alone | the same if the encoding is the same, else restarts at 0 | dropped |
 
-    What else a parameter's state holds (a wrapper's slow weights) comes along as it is.
+    Other entries of a parameter's state (slow weights of a wrapper) are kept unchanged.
 
-    "Exact" is to the rounding of the format that is wanted, to nearest, and of the saved one. Anything else is refused.
-    lr, betas, eps, weight_decay and maximize are those saved; a learning rate of AdamW is lower than what Collins
-    trains best at.
+    "Exact" means up to the rounding of the saved format and of the new one, which is to nearest. Every other conversion
+    is refused. lr, betas, eps, weight_decay and maximize are the saved ones; note that the best learning rate of AdamW
+    is lower than that of Collins.
 
     Args:
-        state_dict: of an optimizer with the same groups of parameters in the same order. It is not changed.
-        optimizer: only asked for its settings, and not changed either.
+        state_dict: the state dict of an optimizer with the same groups of parameters in the same order. It is not
+            changed.
+        optimizer: the optimizer whose settings are used. It is not changed.
 
     Returns:
         A state dict for `optimizer.load_state_dict`; its tensors are on the devices of the given ones.
 
     Raises:
         TypeError: for an optimizer that is not Collins.
-        ValueError: for what cannot be converted, naming the parameter and the reason. Sharded tensors are among it.
+        ValueError: for a state that cannot be converted, such as sharded tensors, naming the parameter and the reason.
 
     Example:
         >>> from collins import Collins
@@ -149,10 +151,9 @@ def _converted(state: Mapping[str, Any], expected: ExpectedState) -> dict[str, A
     for name, moment in state.items():
         if is_sharded(moment):
             raise ValueError(
-                f"{expected.name} cannot be converted: {name} is sharded in state_dict (DTensor), and a rank has not"
-                " all of the elements that its buckets are made of. Convert the whole state, as"
-                " get_optimizer_state_dict gathers it under StateDictOptions(full_state_dict=True); Collins loads it on"
-                " every rank"
+                f"{expected.name} cannot be converted: {name} is sharded in state_dict (DTensor), and the new buckets"
+                " may need elements of other ranks. Convert the whole state, which get_optimizer_state_dict gathers"
+                " under StateDictOptions(full_state_dict=True); Collins loads the result on every rank"
             )
     step = step_of(expected.name, state)
     check_shape(expected.name, "state_dict", state, expected.param_shape)
@@ -164,7 +165,7 @@ def _converted(state: Mapping[str, Any], expected: ExpectedState) -> dict[str, A
             part.copy_(value)
     mark = {} if expected.fingerprint is None else {LAYOUT: expected.fingerprint.packed()}
     if expected.hash is None and LAYOUT in state and TABLES[0] not in state:
-        mark = {LAYOUT: state[LAYOUT]}  # the key that the parameter goes on being rounded with
+        mark = {LAYOUT: state[LAYOUT]}  # keeps the key of stochastic rounding
     others = other_values(expected.name, state)
     return {**others, "step": torch.tensor(step, dtype=torch.float32, device="cpu"), **moments, **mark}
 
@@ -191,16 +192,16 @@ def _from_dense(state: Mapping[str, Any], expected: ExpectedState, step: int) ->
 
 
 def _keeps_second(state: Mapping[str, Any], expected: ExpectedState, name: str) -> bool:
-    """Whether a second moment, saved under `name`, is wanted.
+    """Whether the parameter keeps a second moment, which is saved under `name`.
 
     Raises:
-        ValueError: where it is, and there is none.
+        ValueError: if it does, and none was saved.
     """
     keeps = expected.update.v_format != NONE
     if keeps and name not in state:
         raise ValueError(
             f"{expected.name} cannot be converted: it keeps a second moment here, and state_dict holds none, as under"
-            " decode='orthogonal'. Remove that state to start anew"
+            " decode='orthogonal'. Remove that state to start with new moments"
         )
     return keeps
 
@@ -213,12 +214,12 @@ def _first_moment(
     shape: tuple[int, ...] | None,
     v_count: int | None,
 ) -> Tensor:
-    """The `count` entries of a saved first moment, flat; both moments have been checked then.
+    """Checks both saved moments, and returns the `count` entries of the first one, flat.
 
     Args:
-        names: of both moments.
-        shape: of a first moment that is not of integers; None for any.
-        v_count: entries of the second; None where that is left out.
+        names: the names of both moments.
+        shape: the shape of a first moment that is not stored as integers; None for any shape.
+        v_count: entries of the second moment; None if it is dropped.
     """
     found = {key: state[key] for key in state if part_of(key) in (names if v_count is not None else names[:1])}
     integers = found.get(names[0])
@@ -251,15 +252,15 @@ def _int_format(integers: Tensor, scales: Any, count: int) -> IntFormat:
 
 def _undivided(name: str, what: str) -> ValueError:
     return ValueError(
-        f"{name} cannot be converted: state_dict has {what}; buckets cannot be divided: a mean does not tell its"
-        " elements apart"
+        f"{name} cannot be converted: state_dict has {what}; buckets cannot be divided: a mean does not determine its"
+        " elements"
     )
 
 
 def _coarser(v: Tensor, load: int, expected: ExpectedState) -> Tensor:
-    """A second moment of so many elements an entry as the one that is expected, which is as coarse or coarser.
+    """A saved second moment of `load` elements per entry, averaged to the load that the optimizer expects.
 
-    A mean of means, each counted with its bucket's load.
+    The result is a mean of means, each weighted by its bucket's load.
     """
     v, own, numel = v.detach().reshape(-1), int(expected.update.loads[1]), math.prod(expected.param_shape)
     if own % load:
@@ -300,7 +301,9 @@ def _pieces(x: Tensor) -> Iterator[tuple[int, Tensor]]:
 def _from_tables(state: Mapping[str, Any], expected: ExpectedState, step: int) -> tuple[Tensor, Tensor]:
     name = expected.name
     if LAYOUT not in state:
-        raise ValueError(f"{name} has tables in state_dict without the {LAYOUT!r} that says what they mean")
+        raise ValueError(
+            f"{name} has tables in state_dict without the {LAYOUT!r} entry that says how they were encoded"
+        )
     saved, own = fingerprint_in(name, state), expected.fingerprint
     if not _keeps_second(state, expected, TABLES[1]):
         m = _first_moment(name, state, TABLES, saved.buckets, None, None)
@@ -315,14 +318,14 @@ def _from_tables(state: Mapping[str, Any], expected: ExpectedState, step: int) -
     if own is not None:
         _check_coarsening(name, saved._replace(load=v_load), own._replace(load=own_load if own.load else 0))
     elif saved.load == 0 or own_load == 1:
-        raise ValueError(f"{name} keeps dense moments here; tables of bucket means cannot be told apart again")
+        raise ValueError(f"{name} keeps dense moments here; the bucket means in state_dict do not determine them")
     v = _coarser(state[TABLES[1]], v_load, expected)
     entries = math.prod(expected.param_shape) if own is None else own.buckets
     return m if same else torch.zeros(entries, device=v.device), v
 
 
 def _second_buckets(saved: Fingerprint, v: Tensor | None) -> tuple[int, int]:
-    """How many buckets a saved second moment has, and their load: the first moment's, or a multiple of it."""
+    """The number of buckets of a saved second moment, and their load, which is a multiple of the first moment's."""
     buckets, load = saved.buckets, saved.load
     while load and isinstance(v, Tensor) and 0 < v.numel() < buckets:
         load *= 2
@@ -337,7 +340,7 @@ def _check_coarsening(name: str, saved: Fingerprint, own: Fingerprint) -> None:
     elif saved.load == 0 or own.load == 0:
         reason = "elements that share a bucket of hash='universal' do not share one under any other hash"
     elif own.load % saved.load:
-        reason = "buckets cannot be divided: a mean does not tell its elements apart"
+        reason = "buckets cannot be divided: a mean does not determine its elements"
     else:
         return
     raise ValueError(f"{name} cannot be converted: state_dict has {difference}; {reason}")

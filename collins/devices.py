@@ -1,4 +1,4 @@
-"""What a device is doing for the thread that asks."""
+"""The current stream of a device, and whether a CUDA graph is being captured."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collins._torch_internals import current_raw_stream
 
 
 class Place(NamedTuple):
-    """Where work is enqueued: what is computed at one place is computed in order."""
+    """A device and a stream: work that is enqueued on one stream runs in order."""
 
     device: torch.device
     stream: int
 
 
 def place_on(device: torch.device) -> Place:
-    """The device, and its current stream: gradients arrive on the streams that computed them."""
+    """The device and its current stream; in a gradient hook that is the stream that computed the gradient."""
     return Place(device, current_raw_stream(device.index) if device.type == "cuda" else 0)
 
 

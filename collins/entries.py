@@ -1,9 +1,10 @@
-"""What is known of an optimizer's parameters from step to step.
+"""Records of an optimizer's parameters that are kept from step to step.
 
-A `ParamEntry` stays with a parameter for as long as it is in the optimizer, and its hash key for as long as its state
-is kept: freezing, appending and reordering parameters leave the keys of all others as they were. So it is with the role
-that was found for a parameter, from the first step on, whatever is added to the optimizer later. A `ParamSpec` is what
-follows from the parameter's shape and its group's options; it is made anew when one of these changes.
+A `ParamEntry` belongs to a parameter for as long as the parameter is in the optimizer. Its hash key is kept for as long
+as the optimizer keeps the parameter's state: freezing, appending and reordering parameters do not change the keys of
+the others. The role found for a parameter is kept too, from the first step on, whatever is added to the optimizer
+later. A `ParamSpec` holds everything that follows from the parameter's shape and its group's options; a new one is made
+when one of these changes.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ Hash = BlockHash | UniversalHash
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ParamSpec:
-    """What follows from a parameter's shape and its group's options, kept from step to step."""
+    """Values that follow from a parameter's shape and its group's options, kept from step to step."""
 
     settings: tuple[Any, ...]  # the options in `PLANNED`
-    kind: type  # of the parameter, as the next three
+    kind: type  # the type of the parameter
     size: torch.Size
     dtype: torch.dtype
     device: torch.device
@@ -41,10 +42,10 @@ class ParamSpec:
     keys: HashKeys
     hash: Hash | None  # None for dense moments
     numel: int
-    tensors: dict[str, TensorSpec]  # what its state holds, by name: the first moment's parts, then the second's
-    first_count: int  # how many of them are the first moment's
-    slice: Slice | None  # of a sharded parameter, whose size and tensors above are those of the whole
-    launch: Any  # the engine's
+    tensors: dict[str, TensorSpec]  # the tensors of its state by name: the first moment's parts, then the second's
+    first_count: int  # the number of tensors of the first moment
+    slice: Slice | None  # this rank's part of a sharded parameter; `size` and `tensors` are those of the whole
+    launch: Any  # the kernel launch of the engine, or None
 
     @property
     def local_tensors(self) -> tuple[TensorSpec, ...]:
@@ -57,7 +58,7 @@ class ParamSpec:
 
     @property
     def skippable(self) -> int:
-        """How much a step may leave out of this rank's part, as `UpdateTask.skipped` counts it."""
+        """The largest number by which a step can increase `UpdateTask.skipped` for this rank's part."""
         if not self.update.skip:
             return 0
         count = self.numel if self.slice is None else math.prod(self.slice.shape)
@@ -69,7 +70,7 @@ class ParamSpec:
         return {name: spec.shape for name, spec in self.tensors.items()}
 
     def fits(self, p: Tensor, settings: tuple[Any, ...]) -> bool:
-        """Whether this still is the spec of `p` under these settings."""
+        """Whether this is still the spec of `p` under these settings."""
         return (
             self.settings is settings
             and self.kind is type(p)
@@ -80,19 +81,21 @@ class ParamSpec:
 
 
 class ParamEntry:
-    """A parameter of the optimizer, and what is known of it from step to step.
+    """The record of a parameter of the optimizer.
 
     Attributes:
         p: the parameter.
         group: its group.
-        key: what its hashes derive from.
-        name: for errors.
-        found: its role, as far as its group says nothing else; None until `ParamEntries.find_roles` is asked.
-        settled: whether that role stays.
-        spec: as of the last step.
-        step: the counter in its state, and `moments`: the tensors of its state, as they were adopted; None before.
-        task: of the update, over these moments.
-        counter: the number of `step` among the optimizer's counters, where it is on the host.
+        key: the key from which its hashes derive.
+        name: its name for errors.
+        found: the role found for it, which applies if its group sets none; None until `ParamEntries.find_roles` is
+            called.
+        settled: whether that role can no longer change.
+        spec: its spec in the last step.
+        step: the counter in its state when the state was adopted; None before.
+        moments: the tensors of its state when the state was adopted; None before.
+        task: the update task over these moments.
+        counter: the index of `step` among the optimizer's counters, where it is on the host.
         program: the program that steps it in backward.
     """
 
@@ -130,14 +133,14 @@ class ParamEntry:
         self._held: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = []
 
     def adopt(self, state: Mapping[str, Any]) -> None:
-        """Takes the tensors of a state as the entry's own."""
+        """Sets the entry's tensors to those of a state."""
         tensors = self.known_spec.tensors
         self.step, self.moments = state["step"], tuple(state[name] for name in tensors)
         self._held = [(name, state[name], due.shape, due.dtype) for name, due in tensors.items()]
         self.task = self.program = None
 
     def holds(self, state: Mapping[str, Any]) -> bool:
-        """Whether a state still has the counter and the moments that were adopted, and these are what they were."""
+        """Whether a state still has the counter and the moments that were adopted, with unchanged shapes and dtypes."""
         if self.moments is None or state.get("step") is not self.step:
             return False
         for name, moment, shape, dtype in self._held:
@@ -146,11 +149,11 @@ class ParamEntry:
         return True
 
     def forget(self) -> None:
-        """The state is to be adopted anew."""
+        """Drops the adopted state, so that it must be adopted again."""
         self.step = self.moments = self.task = self.program = None
 
     def respec(self, spec: ParamSpec) -> None:
-        """Takes a new spec; the state is to be adopted under it."""
+        """Sets a new spec, under which the state must be adopted again."""
         self.spec = spec
         self.forget()
 
@@ -162,31 +165,31 @@ class ParamEntry:
 
 
 class Carried(NamedTuple):
-    """What the copy of an optimizer, by deepcopy or pickle, knows of its parameters from the original."""
+    """The part of the entries that a copy of an optimizer, by deepcopy or pickle, takes over from the original."""
 
-    entries: Sequence[tuple[int, UniversalHash | None, Role | None]] = ()  # key, hash, and the role that stays
-    by_module: Mapping[str, Role] = {}  # what modules say of parameters, by name
+    entries: Sequence[tuple[int, UniversalHash | None, Role | None]] = ()  # key, hash, and the role if it is settled
+    by_module: Mapping[str, Role] = {}  # roles that follow from modules, by parameter name
 
 
 class ParamEntries:
-    """The parameters of an optimizer's groups, whose lists others may change between steps.
+    """The entries of the parameters in an optimizer's groups, whose lists users may change between steps.
 
-    A parameter that is taken out keeps its key for as long as the optimizer keeps its state.
+    A parameter that is removed keeps its key for as long as the optimizer keeps its state.
 
     Args:
-        carried: of the original, where the optimizer is a copy.
+        carried: taken from the original, if the optimizer is a copy.
     """
 
     def __init__(self, carried: Carried) -> None:
         self._copied = list(carried.entries)
         self._by_module = dict(carried.by_module)
         self._found = False  # whether the roles of all entries are known
-        self._absent: list[ParamEntry] = []  # of parameters that have been taken out
+        self._absent: list[ParamEntry] = []  # entries of parameters that were removed and still have a state
         self._groups: list[tuple[dict[str, Any], list[Tensor]]] = []
         self._entries: list[list[ParamEntry]] = []
 
     def by_group(self, groups: Sequence[dict[str, Any]], states: Mapping[Tensor, Any]) -> list[list[ParamEntry]]:
-        """The entries of each group: the same object as at the last call for as long as no parameter changes."""
+        """The entries of each group. As long as no group changes, every call returns the same object."""
         known = self._groups
         if len(known) != len(groups) or not all(map(_is_same_group, known, groups)):
             before = [*flattened(self._entries), *self._absent]
@@ -198,7 +201,7 @@ class ParamEntries:
         return self._entries
 
     def carried(self) -> Carried:
-        """What a copy is to know."""
+        """The part of the entries that a copy takes over."""
         return Carried(
             [
                 (entry.key, entry.universal, entry.found if entry.settled else None)
@@ -207,15 +210,15 @@ class ParamEntries:
             self._by_module,
         )
 
-    def told(self, by_module: Mapping[str, Role]) -> None:
-        """Takes what the modules of parameters say of them, by name. Where they disagree on a name, neither counts."""
+    def add_module_roles(self, by_module: Mapping[str, Role]) -> None:
+        """Adds roles that follow from modules, by parameter name. If two roles of a name disagree, neither is used."""
         for name, role in by_module.items():
             if self._by_module.setdefault(name, role) != role:
                 del self._by_module[name]
         self._found = False
 
     def find_roles(self) -> None:
-        """Finds the role of each entry that has none which stays."""
+        """Finds the role of each entry whose role is not settled."""
         if self._found:
             return
         names = [group.get("param_names") or [None] * len(params) for group, params in self._groups]
@@ -228,13 +231,13 @@ class ParamEntries:
         self._found = True
 
     def settle(self) -> None:
-        """From now on the roles stay: moments are about to be made or loaded."""
+        """Fixes the roles of all entries, before moments are allocated or loaded."""
         self.find_roles()
         for entry in flattened(self._entries):
             entry.settled = True
 
     def kept(self) -> Iterator[ParamEntry]:
-        """The entries of all parameters whose state the optimizer keeps, also of those that have been taken out."""
+        """The entries of all parameters whose state the optimizer keeps, including removed parameters."""
         return flattened([*self._entries, self._absent])
 
     def _made(self, groups: Sequence[dict[str, Any]], known: Mapping[int, ParamEntry]) -> list[list[ParamEntry]]:

@@ -1,7 +1,7 @@
-"""Checkpoint files that are either whole or refused.
+"""Checkpoint files that are either complete or rejected.
 
-A file is what `torch.save` writes, followed by a seal: a magic word, the length and a BLAKE2b digest of all before it.
-`torch.load(path, weights_only=True)` reads it as well, and looks at no seal.
+A file has the content that `torch.save` writes, followed by a trailer: a magic word, the length, and a BLAKE2b digest
+of everything before the trailer. `torch.load(path, weights_only=True)` can read such a file; it ignores the trailer.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from collins.checkpoint import saved_groups, without_data
 
 _MAGIC = b"collins\x01"
 _DIGEST = 32  # bytes
-_SEAL = len(_MAGIC) + 8 + _DIGEST
+_TRAILER = len(_MAGIC) + 8 + _DIGEST
 _PIECE = 1 << 22
 
 
 class CheckpointError(ValueError):
-    """A file that is not a whole checkpoint, or one that does not fit what it is to be loaded into."""
+    """A file is not a complete checkpoint, or does not fit the objects into which it is loaded."""
 
 
 def save(path: str | os.PathLike[str], /, **parts: Any) -> None:
-    """Writes a checkpoint so that `path` holds, at every moment, the whole old file or the whole new one.
+    """Writes a checkpoint atomically: at every moment, `path` is either the complete old file or the complete new one.
 
-    The file is written beside `path`, flushed to the disk, and then renamed over it. A process that is killed meanwhile
-    leaves a file `.NAME.*.partial`, which nothing reads and which may be deleted. Tensors go to the file one after the
-    other, so that no second copy of the parts is made.
+    The file is written beside `path`, flushed to the disk, and then renamed to `path`. A process that is killed while
+    it writes leaves a file `.NAME.*.partial`, which nothing reads and which may be deleted. Tensors are written one
+    after another, so no second copy of the parts is made.
 
     Args:
-        path: of the file; its folder must exist.
-        parts: by name, what has a `state_dict` (model, optimizer, scheduler, scaler) or values that
+        path: the file; its folder must exist.
+        parts: by name, objects with a `state_dict` (model, optimizer, scheduler, scaler), or values that
             `torch.load(weights_only=True)` can read: tensors, numbers, strings and containers of them.
 
     Raises:
-        TypeError: for a part that could not be read back, that holds tensors without data (on the meta device, where
-            weights are that accelerate has offloaded), or sharded tensors, which are for
-            `torch.distributed.checkpoint`; before anything is written.
-        OSError: where the file cannot be written; `path` is then as it was.
+        TypeError: before anything is written, for a part that could not be read back, that holds tensors without data
+            (on the meta device, as weights that accelerate has offloaded), or that holds sharded tensors, which
+            `torch.distributed.checkpoint` saves.
+        OSError: if the file cannot be written; `path` is then unchanged.
 
     Example:
         >>> import tempfile
@@ -68,9 +68,9 @@ def save(path: str | os.PathLike[str], /, **parts: Any) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "xb") as file:
-            sealed = _Sealed(file)
-            torch.save(content, cast(IO[bytes], sealed))
-            file.write(sealed.seal())
+            digesting = _DigestingFile(file)
+            torch.save(content, cast(IO[bytes], digesting))
+            file.write(digesting.trailer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -81,23 +81,24 @@ def save(path: str | os.PathLike[str], /, **parts: Any) -> None:
 
 
 def load(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
-    """Loads what `save` wrote into parts of the same names: all of them, or none.
+    """Loads a file that `save` wrote into parts of the same names: all of them, or none.
 
-    The file's digest is verified first. Then names, shapes, dtypes and layouts of models, and all that Collins checks,
-    are checked before anything changes. Other parts, such as schedulers and other optimizers, and models that keep
-    more than tensors, get back what they held if one of them fails. Tensors are read from the file one at a time.
+    The file's digest is verified first. Then the names, shapes, dtypes and layouts of models, and everything in the
+    state of a Collins optimizer, are checked before anything changes. Other parts, such as schedulers, other
+    optimizers, and models with state beside tensors, are restored if one of them fails to load. Tensors are read from
+    the file one at a time.
 
     Args:
-        path: of the file.
-        parts: by name, what has a `load_state_dict`.
+        path: the file.
+        parts: by name, objects with a `load_state_dict`.
 
     Returns:
-        What else the file holds, by name, with tensors on the CPU.
+        All other parts of the file, by name, with tensors on the CPU.
 
     Raises:
-        CheckpointError: for a file that is truncated, corrupted or not of `save`, that lacks a part, or whose part does
-            not fit. All parts are then as they were.
-        OSError: where the file cannot be read.
+        CheckpointError: for a file that is truncated, corrupted or not written by `save`, that lacks a part, or with a
+            part that does not fit. All parts are then unchanged.
+        OSError: if the file cannot be read.
     """
     path = Path(path)
     _verify(path)
@@ -109,21 +110,21 @@ def load(path: str | os.PathLike[str], /, **parts: Any) -> dict[str, Any]:
         with _named(path, name):
             _check(part, content[name])
     with contextlib.ExitStack() as undo:
-        # Those first that no check can vouch for: they can be put back.
+        # Parts that cannot be checked are loaded first, since only they are restored after a failure.
         for name in sorted(parts, key=lambda name: _is_checked(parts[name])):
             part, given = parts[name], content[name]
             with _named(path, name):
                 if not _is_checked(part):
-                    undo.callback(_to_put_back(part))
+                    undo.callback(_restorer(part))
                 in_place = isinstance(part, Module) or hasattr(part, "check_state_dict")
-                part.load_state_dict(given if in_place else copy.deepcopy(given))  # others may keep what they are given
+                part.load_state_dict(given if in_place else copy.deepcopy(given))  # others may keep references to it
         undo.pop_all()
     rest = {name: value for name, value in content.items() if name not in parts}
     return cast(dict[str, Any], tree_map_only(Tensor, Tensor.clone, rest))
 
 
-class _Sealed:
-    """A file to write to, whose digest is taken on the way."""
+class _DigestingFile:
+    """A file to write to, which computes the digest of the written data."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -138,7 +139,7 @@ class _Sealed:
     def flush(self) -> None:
         self._file.flush()
 
-    def seal(self) -> bytes:
+    def trailer(self) -> bytes:
         return _MAGIC + self._length.to_bytes(8, "little") + self._digest.digest()
 
 
@@ -157,21 +158,23 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _verify(path: Path) -> None:
     with open(path, "rb") as file:
-        length = os.fstat(file.fileno()).st_size - _SEAL
+        length = os.fstat(file.fileno()).st_size - _TRAILER
         digest = hashlib.blake2b(digest_size=_DIGEST)
         left = max(length, 0)
         while left and (piece := file.read(min(left, _PIECE))):
             digest.update(piece)
             left -= len(piece)
-        seal = file.read(_SEAL)
-    if length < 0 or seal[: len(_MAGIC)] != _MAGIC:
-        raise CheckpointError(f"{path} does not end as collins.save ends a file: it is truncated, or of another kind")
-    if seal != _MAGIC + length.to_bytes(8, "little") + digest.digest():
-        raise CheckpointError(f"{path} is corrupted: its content is not what was written")
+        trailer = file.read(_TRAILER)
+    if length < 0 or trailer[: len(_MAGIC)] != _MAGIC:
+        raise CheckpointError(
+            f"{path} does not end with the trailer of collins.save: it is truncated, or another kind of file"
+        )
+    if trailer != _MAGIC + length.to_bytes(8, "little") + digest.digest():
+        raise CheckpointError(f"{path} is corrupted: its content does not match its digest")
 
 
 def _check_readable(name: str, part: Any) -> None:
-    """Writes and reads the part without its tensors, which are what takes time."""
+    """Checks that the part can be written and read back, without its tensors, since these would take time."""
     tensors = [(at, leaf) for at, leaf in tree_leaves_with_path(part) if isinstance(leaf, Tensor)]
     if any(hasattr(leaf, "device_mesh") for _, leaf in tensors):
         raise TypeError(f"{name} holds sharded tensors (DTensor): save them with torch.distributed.checkpoint")
@@ -188,13 +191,13 @@ def _check_readable(name: str, part: Any) -> None:
     except Exception as error:
         kinds = sorted({type(leaf).__name__ for leaf in tree_flatten(skeleton)[0]})
         raise TypeError(
-            f"{name} must have a state_dict, or be made of tensors, numbers, strings and containers of them, which"
+            f"{name} must have a state_dict, or consist of tensors, numbers, strings and containers of them, which"
             f" torch.load(weights_only=True) reads; got {', '.join(kinds)}"
         ) from error
 
 
 def _check(part: Any, given: Any) -> None:
-    """Raises for what a model or an optimizer would refuse to load."""
+    """Raises an error for state that a model or an optimizer cannot load."""
     if not hasattr(part, "load_state_dict"):
         raise TypeError(f"it must have a load_state_dict, got {part!r}")
     if isinstance(part, Module):
@@ -233,18 +236,18 @@ def _overlaps(t: Tensor) -> bool:
 
 
 def _is_checked(part: Any) -> bool:
-    """Whether `_check` has looked at all that loading depends on."""
+    """Whether `_check` checks everything that can make loading fail."""
     if isinstance(part, Module):
         return all(isinstance(value, Tensor) for value in part.state_dict().values())
     return hasattr(part, "check_state_dict")
 
 
-def _to_put_back(part: Any) -> Callable[[], Any]:
-    """What gives a part back the state that it has now."""
-    if type(part).load_state_dict is Optimizer.load_state_dict:  # which replaces its state, and changes none of it
+def _restorer(part: Any) -> Callable[[], Any]:
+    """A function that restores the current state of a part."""
+    if type(part).load_state_dict is Optimizer.load_state_dict:  # replaces the state without changing the old one
         held = {name: part.__dict__[name] for name in ("state", "param_groups")}
         return lambda: part.__dict__.update(held)
-    # On the host: other optimizers, and models, may leave no room for a second copy on their device.
+    # The copy is on the host, since device memory may not suffice for a second copy.
     state = tree_map_only(Tensor, lambda t: t.detach().to("cpu"), part.state_dict())
     state = copy.deepcopy(state)
     return lambda: part.load_state_dict(state)
@@ -259,7 +262,7 @@ def _named(path: Path, name: str) -> Iterator[None]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes a rename outlast a power failure, where folders can be opened."""
+    """Flushes a folder to the disk, so that a rename survives a power failure, where folders can be opened."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

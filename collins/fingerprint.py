@@ -1,13 +1,13 @@
-"""What a parameter's saved state means, as one integer that travels with it.
+"""The encoding of a parameter's tables as one integer, which is saved in the parameter's state.
 
-Tables mean nothing without their hash: read under other signs or other buckets they are noise. So a parameter's state
-carries, beside its tables, a fingerprint of what they were encoded with. It is an int because that is what every way of
-saving keeps: `torch.save` with `weights_only=True`, pickle, and the flattened form of `torch.distributed.checkpoint`,
-which takes tensors, ints and floats and would move or shard a tensor. It depends on the whole parameter alone, so that
-all ranks agree on it and none of it changes with their number.
+Tables are useless without their hash: decoded with other signs or other buckets they are noise. So the state of a
+parameter holds a fingerprint of the encoding beside the tables. It is an int because every way of saving keeps ints:
+`torch.save` with `weights_only=True`, pickle, and the flattened form of `torch.distributed.checkpoint`, which supports
+tensors, ints and floats, but would move or shard a tensor. It depends on the whole parameter only, so it is the same on
+all ranks and for every number of ranks.
 
-Dense moments mean the same under any hash. They have a fingerprint where their parameter or they are rounded
-stochastically: the random bits derive from the parameter's key, which a resumed run goes on with.
+Dense moments do not depend on a hash. They have a fingerprint where they or their parameter are rounded stochastically:
+the random bits derive from the parameter's key, which a resumed run continues to use.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _KINDS = ("block", "universal", "dense")
 
 
 class Fingerprint(NamedTuple):
-    """What decides the meaning of a parameter's tables; 0 for what does not matter to its hash, or to dense moments.
+    """The values that determine the encoding of a parameter's tables; 0 for fields that its kind of hash does not use.
 
-    The decode is not among it: M and V are the same under both.
+    The decode is not one of them: M and V do not depend on it.
     """
 
     hash: int  # 0 for "block", 1 for "universal", 2 for dense moments
@@ -37,20 +37,20 @@ class Fingerprint(NamedTuple):
     buckets: int  # K; N for dense moments
     load: int  # c, of hash="block"
     period: int  # T, of hash="block"; 0 for signs that never change
-    signs: int  # what the signs of hash="block" derive from, or the random bits of dense moments
+    signs: int  # the derived key of the signs of hash="block", or of the random bits for dense moments
     a: int  # to d: the coefficients of hash="universal"
     b: int
     c: int
     d: int
-    seed: int  # modulo 2**64; this and the key explain signs and coefficients
+    seed: int  # modulo 2**64; signs and coefficients derive from it and the key
     place: int  # the parameter's key
 
     def packed(self) -> int:
-        """All of it in one integer of 64-bit words; `unpacked` is the inverse."""
+        """All fields in one integer of 64-bit words; `unpacked` is the inverse."""
         return sum(word << _WORD * i for i, word in enumerate((_VERSION, *self)))
 
     def _is_consistent(self) -> bool:
-        """Whether there is a parameter and a hash that this can be of."""
+        """Whether some parameter and hash can have this fingerprint."""
         if self.hash >= len(_KINDS) or 0 in (self.numel, self.rows, self.buckets) or self.numel % self.rows:
             return False
         if self.hash == 2:
@@ -58,7 +58,7 @@ class Fingerprint(NamedTuple):
         return self.hash == 1 or (self.load > 0 and self.buckets == -(-self.numel // self.load))
 
     def difference(self, own: Fingerprint) -> str | None:
-        """How this, of a saved state, differs from the one it is to be loaded under; None if it means the same."""
+        """Describes how this saved fingerprint differs from the optimizer's `own`; None if the encodings agree."""
         if self._replace(seed=0, place=0) == own._replace(seed=0, place=0):
             return None
         pairs = zip(self._fields, self, own, strict=True)
@@ -66,15 +66,15 @@ class Fingerprint(NamedTuple):
         if self.hash != own.hash:
             differ = {"hash": differ["hash"]}
         elif len(differ) > 1:
-            differ.pop("signs", None)  # the others say why
+            differ.pop("signs", None)  # the other differences are the cause
         return ", ".join(
             f"{_LABELS.get(n, n)} {saved} where this optimizer has {my}" for n, (saved, my) in differ.items()
         )
 
     def key_under(self, own: Fingerprint, seed: int) -> int | None:
-        """The key under which this, of a saved state, means the same in an optimizer of this seed; None for no key.
+        """The key with which an optimizer of this seed has the encoding of this saved fingerprint; None if no key has.
 
-        Parameters that are built without names, or under other names than they were saved with, have other keys.
+        It differs from the key in `own` if a parameter has no name, or another name than when it was saved.
         """
         if own.hash != 1:
             signs = derive(seed, self.place, "round" if own.hash else "sign") & _MASK
@@ -87,7 +87,7 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint(rows: int, hash: BlockHash | UniversalHash, seed: int, key: int) -> Fingerprint:
-    """Of a parameter of this key whose first dimension is `rows`, in an optimizer of this seed."""
+    """The fingerprint of a parameter of this key whose first dimension is `rows`, in an optimizer of this seed."""
     if isinstance(hash, BlockHash):
         kind, signs = 0, derive(hash.seed, hash.key, "sign") & _MASK
         own = (hash.block, hash.period or 0, signs, 0, 0, 0, 0)
@@ -97,7 +97,7 @@ def fingerprint(rows: int, hash: BlockHash | UniversalHash, seed: int, key: int)
 
 
 def dense_fingerprint(numel: int, rows: int, seed: int, key: int) -> Fingerprint:
-    """Of a parameter of this key with dense moments, in an optimizer of this seed."""
+    """The fingerprint of a parameter of this key with dense moments, in an optimizer of this seed."""
     rounding = derive(seed, key, "round") & _MASK
     return Fingerprint(2, numel, rows, numel, 0, 0, rounding, 0, 0, 0, 0, seed & _MASK, key)
 

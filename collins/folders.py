@@ -1,7 +1,7 @@
-"""Folders of many files, written by many ranks, that are whole or not there at all.
+"""Folders of many files, written by many ranks, that are either complete or absent.
 
-`torch.distributed.checkpoint` writes a file for each rank, then an index. Killed while it does so over an older
-checkpoint, it leaves new files under the old index. So a folder is written aside and renamed into its place.
+`torch.distributed.checkpoint` writes a file for each rank, then an index. If it is killed while it overwrites an older
+checkpoint, it leaves new files with the old index. So the folder is written under a temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from collins.options import require
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None) -> Iterator[Path]:
-    """A folder to write to, which is renamed to `path` once every rank has left the context without an error.
+    """A context manager for a temporary folder, which is renamed to `path` when every rank has exited without an error.
 
-    Every rank of the group enters and leaves it; both are collective operations. What has been written by then counts:
-    leave it once an asynchronous save has its result. Files are flushed to the disk before the folder is renamed.
-    Processes that are killed before, or an error on any rank, leave a folder `.NAME.partial`, which nothing reads and
-    the next attempt at `path` empties.
+    Every rank of the group enters and exits the context; both are collective operations. All files must be complete at
+    exit, so wait for the result of an asynchronous save before. Files are flushed to the disk before the folder is
+    renamed. If a process is killed before the rename, or any rank fails, a folder `.NAME.partial` remains, which
+    nothing reads and which the next call for `path` empties.
 
     Args:
-        path: of the folder, the same on all ranks and not there yet: no file system replaces one folder by another at
-            one moment. Its parent must be there, on a file system that all ranks share.
-        group: of the processes that write; None for all of them. Without `torch.distributed` there is one process.
+        path: the folder, the same on all ranks. It must not exist, because no file system replaces a folder by another
+            one atomically; its parent must exist, on a file system that all ranks share.
+        group: the process group that writes; None for all processes. Without `torch.distributed` there is one process.
 
     Yields:
-        The folder to write to, there and empty.
+        The folder to write to, which exists and is empty.
 
     Raises:
-        ValueError, TypeError: for a path that names no folder, that is not the same on all ranks, or a group that this
-            process is not in.
-        FileNotFoundError: when the parent is not there.
-        FileExistsError: when something is at `path`. All of these are raised before anything is written.
-        RuntimeError: when another rank has failed; nothing is at `path` then.
+        ValueError, TypeError: for a path without a folder name, a path that differs between ranks, or a group that does
+            not contain this process.
+        FileNotFoundError: if the parent does not exist.
+        FileExistsError: if `path` exists. All of these are raised before anything is written.
+        RuntimeError: if another rank has failed; `path` then does not exist.
 
     Example:
         >>> import tempfile
@@ -59,27 +59,27 @@ def whole_folder(path: str | os.PathLike[str], *, group: dist.ProcessGroup | Non
     try:
         yield partial
     except Exception:
-        with contextlib.suppress(Exception):  # the error of this rank is the one to see
-            _votes(False, group)
+        with contextlib.suppress(Exception):  # raise the error of this rank, not one of the collective
+            _gathered(False, group)
         raise
-    if not all(vote is True for vote in _votes(True, group)):
-        raise RuntimeError(f"another rank has failed to write its part of {partial}; nothing is at {path}")
+    if not all(success is True for success in _gathered(True, group)):
+        raise RuntimeError(f"another rank has failed to write its part of {partial}; {path} was not created")
     _on_first(group, lambda: _published(partial, path), f"flush {partial} and rename it to {path}")
 
 
 def _checked(path: str | os.PathLike[str], group: dist.ProcessGroup | None) -> Path:
-    """The path, once all ranks have found that it can be made."""
+    """The path, after all ranks have checked that it can be created."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path must be a str or an os.PathLike, got {path!r}")
     path = Path(path)
-    require(path.name not in ("", ".."), "path", str(path), "that of a folder with a name of its own")
-    require(_rank(group) >= 0, "group", group, "None, or one that this process is in")
+    require(path.name not in ("", ".."), "path", str(path), "one that ends with a folder name")
+    require(_rank(group) >= 0, "group", group, "None, or a group that contains this process")
     problem: OSError | None = None
     if not path.parent.is_dir():
-        problem = FileNotFoundError(f"path must be in a folder that is there, got {path}")
+        problem = FileNotFoundError(f"path must be in an existing folder, got {path}")
     elif os.path.lexists(path):
-        problem = FileExistsError(f"path must not be there yet, got {path}: give each checkpoint a folder of its own")
-    found = _votes((str(path), problem), group)
+        problem = FileExistsError(f"path must not exist yet, got {path}: write each checkpoint to a new folder")
+    found = _gathered((str(path), problem), group)
     paths = sorted({str(theirs) for theirs, _ in found})
     require(len(paths) == 1, "path", paths, "the same on all ranks")
     for _, theirs in found:
@@ -110,29 +110,29 @@ def _flush_file(path: Path) -> None:
 
 
 def _on_first(group: dist.ProcessGroup | None, act: Callable[[], None], what: str) -> None:
-    """Has the first rank act, and the others wait for it; raises on all of them if it fails."""
+    """Calls `act` on the first rank while the others wait; raises on all ranks if it fails."""
     failed: OSError | None = None
     if _rank(group) == 0:
         try:
             act()
         except OSError as error:
             failed = error
-    if not all(vote is True for vote in _votes(failed is None, group)):
+    if not all(success is True for success in _gathered(failed is None, group)):
         raise failed or RuntimeError(f"the first rank has failed to {what}")
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:
-    """This process's rank in the group; negative if it is not in it."""
+    """The rank of this process in the group; negative if it is not a member."""
     return dist.get_rank(group) if _distributed() else 0
 
 
-def _votes(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """What each rank of the group says; all of them wait here for each other."""
+def _gathered(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """The values of all ranks of the group: an all-gather."""
     if not _distributed():
         return [mine]
-    votes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(votes, mine, group=group)
-    return votes
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, mine, group=group)
+    return values
 
 
 def _distributed() -> bool:

@@ -1,9 +1,9 @@
-"""How moments are stored: the formats of tables, and the tensors that each of them keeps.
+"""Storage formats of moments, and the tensors that each format keeps.
 
-A format is data: what it keeps for a table of a given shape, how that is read into floating point, and what is written
-for new values. Eager and compiled steps call `load` and `written`; state names, checkpoints, host memory, reports and
-sharding ask `parts`. An entry in `FORMATS` is all that eager, compiled and offloaded steps need of a new format; the
-Triton kernel takes those that `collins.compile.kernels.MOMENTS` knows.
+A format defines the tensors that it keeps for a table of a given shape, how they are read into floating point, and what
+is written for new values. Eager and compiled steps call `load` and `written`; state names, checkpoints, host memory,
+reports and sharding use `parts`. An entry in `FORMATS` is all that eager, compiled and offloaded steps need of a new
+format; the Triton kernel supports those in `collins.compile.kernels.MOMENTS`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collins.rounding import ROUNDED, stochastic_round
 
 
 class TensorSpec(NamedTuple):
-    """Shape and dtype of a tensor that is kept."""
+    """Shape and dtype of a tensor of a state."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -34,10 +34,10 @@ Bits = Callable[[], Tensor]  # random bits, int32 in [0, 65536), shaped like the
 
 
 class TableFormat(Protocol):
-    """How a table, or a dense moment, is stored.
+    """The storage format of a table or a dense moment.
 
     Attributes:
-        dtype: the widest floating dtype that entries are computed in before they are stored: float32 or float64.
+        dtype: the widest floating dtype in which entries are computed before they are stored: float32 or float64.
     """
 
     @property
@@ -45,32 +45,32 @@ class TableFormat(Protocol):
 
     @property
     def second(self) -> str | None:
-        """The format of the second moment where this is the first one's; None for the same."""
+        """The format of the second moment if this is the format of the first one; None for the same format."""
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """The tensors that are kept for entries of this shape, by the suffix of their name; the first one's is "".
+        """The tensors that are kept for entries of this shape, by the suffix of their name; "" for the first one.
 
-        Dimension 0 of each is that of `shape`, so that all of them are sharded alike.
+        Dimension 0 of each is that of `shape`, so that all of them are sharded in the same way.
         """
 
     @property
     def unit(self) -> int:
-        """How many neighbouring entries are stored together: pieces of a table begin at multiples of it."""
+        """The number of neighbouring entries that are stored together: pieces of a table begin at multiples of it."""
 
     @property
     def rounds(self) -> bool:
         """Whether `written` needs random bits, unless rounding is to nearest."""
 
     def cut(self, parts: Sequence[Tensor], first: int, count: int) -> tuple[Tensor, ...]:
-        """Of flat parts, what `count` entries from number `first` on, a multiple of `unit`, are stored in."""
+        """Slices of flat parts, which store `count` entries from number `first` on, a multiple of `unit`."""
 
     def load(self, parts: Sequence[Tensor], count: int, dtype: torch.dtype) -> Tensor:
         """The first `count` entries, flat, in `dtype`, from flat parts."""
 
     def written(self, parts: Sequence[Tensor], values: Tensor, bits: Bits | None) -> Sequence[Tensor]:
-        """What is to be copied over each of the parts for entries of these `values`, flat or as rows of the first part.
+        """The new contents of each of the parts for entries of these `values`, flat or as rows of the first part.
 
-        The copy itself allocates nothing: once the parts of a parameter are written, nothing may fail.
+        Copying them to the parts allocates nothing, because no error may occur once a parameter's parts are written.
 
         Args:
             bits: makes random bits for stochastic rounding; None rounds to nearest. They are a hash of seed, step,
@@ -116,7 +116,7 @@ class FloatFormat:
         return (values.view(target.shape),)
 
 
-BLOCK = 64  # entries that share a scale, where a format says nothing else
+BLOCK = 64  # entries that share a scale, by default
 SMALLEST = 1e-30  # a block whose entries are all smaller is stored as zeros: its scale could not be inverted
 
 
@@ -126,9 +126,9 @@ class IntFormat:
 
         M_b = q_b scale        scale = max |M| / L over the block        L = 127 or 7
 
-    Entries are rounded to nearest. What one step adds to an entry of M is several times as large as the distance of two
-    integers, so that no average stands still; at LLaMA 60M nearest rounding lost less than stochastic rounding did, and
-    as much as subtractive dithering (examples/results). Entries of the second moment are too far apart for one scale.
+    Entries are rounded to nearest. One step changes an entry of M by several times the distance of two integers, so
+    averages do not stall; at LLaMA 60M nearest rounding lost less than stochastic rounding did, and as much as
+    subtractive dithering (examples/results). Entries of the second moment differ too much in size to share a scale.
     """
 
     bits: int
@@ -157,7 +157,7 @@ class IntFormat:
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         row = math.prod(shape[1:])
-        whole = len(shape) > 1 and row % self.block == 0  # a row is made of whole blocks
+        whole = len(shape) > 1 and row % self.block == 0  # a row consists of whole blocks
         lead, count = ((shape[0],), row) if whole else ((), math.prod(shape))
         stored = torch.int8 if self.bits == 8 else torch.uint8
         return {
@@ -193,14 +193,14 @@ class IntFormat:
 
 
 def _in_blocks(entries: Tensor, block: int) -> Tensor:
-    """Flat entries in rows of a block each, the last one filled up with zeros."""
+    """Flat entries as rows of one block each; the last row is padded with zeros."""
     missing = -len(entries) % block
     return (torch.nn.functional.pad(entries, (0, missing)) if missing else entries).view(-1, block)
 
 
 @dataclass(frozen=True)
 class NoFormat:
-    """Nothing: the second moment of a decode that has none."""
+    """Keeps nothing: the format of the second moment of a decode that has none."""
 
     dtype, second, unit, rounds = torch.float32, None, 1, False
 
@@ -218,7 +218,7 @@ class NoFormat:
 
 
 NONE = "none"  # the key of `NoFormat`
-SMALLEST_BLOCK = 16  # of those in `FORMATS`
+SMALLEST_BLOCK = 16  # the smallest block in `FORMATS`
 
 FORMATS: dict[str, TableFormat] = {
     "float64": FloatFormat(torch.float64),
@@ -239,7 +239,7 @@ def second_format(name: str) -> str:
 
 
 def whole_blocks(name: str, entries: int) -> str:
-    """The format like this one under which so many entries, a multiple of `SMALLEST_BLOCK`, are whole blocks."""
+    """The variant of a format whose blocks divide `entries`, which must be a multiple of `SMALLEST_BLOCK`."""
     format = FORMATS[name]
     if not isinstance(format, IntFormat) or entries % format.block == 0:
         return name
@@ -247,14 +247,14 @@ def whole_blocks(name: str, entries: int) -> str:
 
 
 def format_name(table_dtype: torch.dtype | str) -> str:
-    """The key in `FORMATS` that a group's `table_dtype` means: torch.float32 is "float32"."""
+    """The key in `FORMATS` for a group's `table_dtype`: "float32" for torch.float32."""
     return str(table_dtype).removeprefix("torch.")
 
 
 def dense_format(dtype: torch.dtype, table_dtype: torch.dtype | str) -> str:
     """The format of dense moments of a parameter of `dtype`: never narrower than the parameter.
 
-    What is frozen may be of a dtype that no moment has; it counts as float32.
+    Frozen parameters may have dtypes that moments do not support; these are treated as float32.
     """
     if format_name(dtype) not in FORMATS:
         dtype = torch.float32

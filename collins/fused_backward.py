@@ -1,6 +1,6 @@
-"""What training programs ask that step each parameter in a hook of their own, as soon as its gradient has arrived.
+"""The interface for training programs that step each parameter in hooks of their own, when its gradient has arrived.
 
-OneTrainer and the optimizers written for it have a property `supports_fused_back_pass` and a method
+OneTrainer, and optimizers written for it, use a property `supports_fused_back_pass` and a method
 `step_parameter(p, group, i)`. The program registers the hooks, clips or unscales each gradient, and frees it.
 """
 
@@ -18,34 +18,48 @@ from collins.compile.tracing import untraced
 from collins.entries import ParamEntry
 
 if TYPE_CHECKING:
+    from collins.in_backward import BackwardSteps
     from collins.stepper import Stepper
 
 
 class FusedBackward:
-    """The two names, for an optimizer that has a `Stepper`."""
+    """`supports_fused_back_pass` and `step_parameter`, for an optimizer that has a `Stepper`."""
 
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
     in_backward: bool
+    accumulation_steps: int = 1  # also of what an earlier version has pickled
     max_grad_norm: float | None
     _stepper: Stepper
+    _backward: BackwardSteps | None
 
     @property
     def supports_fused_back_pass(self) -> bool:
         """Whether `step_parameter` may be called."""
         return not self.in_backward and self.max_grad_norm is None
 
+    def _drain(self, what: str) -> None:
+        """Waits for moments on their way to the host.
+
+        Raises:
+            RuntimeError: where a step of several backward passes has been begun and not been ended; `what` is refused.
+        """
+        if self._backward is not None:
+            self._backward.refuse_within_step(what)
+        self._stepper.store.drain()
+
     @torch.no_grad()
     @untraced
     def step_parameter(self, p: Tensor, group: dict[str, Any] | None = None, i: int | None = None) -> None:
-        """Steps one parameter with the gradient it has, to the same bits as `step` would.
+        """Steps one parameter with its current gradient, to the same bits as `step` would.
 
-        For programs that call it in hooks of their own, which free the gradient afterwards; those without use
-        `in_backward=True`. Nothing happens without a gradient. `step` may follow, for parameters that still have one.
+        It is for programs that call it in hooks of their own and free the gradient afterwards; other programs use
+        `in_backward=True`. A parameter without a gradient is left unchanged. `step` may follow, for parameters that
+        still have a gradient.
 
         Args:
             p: the parameter.
-            group, i: its group and its number there, which such programs pass; not needed.
+            group, i: the parameter's group and its index there, which such programs pass; they are not used.
 
         Raises:
             RuntimeError: with in_backward=True, where the optimizer has hooks of its own, and with `max_grad_norm`.
@@ -54,22 +68,25 @@ class FusedBackward:
         if self.in_backward:
             raise RuntimeError(
                 "step_parameter cannot be used with in_backward=True, where Collins steps parameters in hooks of its"
-                " own: build it with in_backward=False"
+                " own: build the optimizer with in_backward=False"
             )
         if self.max_grad_norm is not None:
             raise RuntimeError(
                 f"max_grad_norm must be None for step_parameter, got {self.max_grad_norm}: the norm of all gradients is"
-                " not known yet. Clip each in the hook that calls this, or let Collins do it with in_backward=True"
+                " not known yet. Clip each gradient in the hook that calls step_parameter, or use in_backward=True"
             )
         if p.grad is not None:
-            self._stepper.lone_steps.step(p, p.grad, self._stepper, self.param_groups, self.state)
+            self._stepper.single_steps.step(p, p.grad, self._stepper, self.param_groups, self.state)
 
 
-class LoneSteps:
-    """Steps of single parameters, from the first one until the optimizer's step, or a parameter's second, ends them."""
+class SingleSteps:
+    """A step whose parameters are stepped one by one, by calls of `step_parameter`.
+
+    It begins with the first such call, and ends with the optimizer's `step` or the second call for a parameter.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # gradients on several devices arrive in as many threads
+        self._lock = threading.Lock()  # autograd has a thread per device, in which gradients arrive
         self._known: dict[int, ParamEntry] = {}
         self._stepped: set[int] = set()
 
@@ -91,14 +108,14 @@ class LoneSteps:
                 raise ValueError(f"p must be a parameter of this optimizer, got a {tuple(p.shape)} tensor that is not")
             entry = self._known[id(p)]
             stepper.check(entry, states)
-            # Scalars are computed anew for each: there is no event for a learning rate that has changed.
+            # Scalars are computed for each parameter, since nothing signals a change of the learning rate.
             stepper.update_one(entry, g, states, {}, self._note)
 
     def _note(self, entry: ParamEntry) -> None:
         self._stepped.add(id(entry.p))
 
     def end(self) -> bool:
-        """Parameters, groups and states may be others from here on. Returns whether any has been stepped until now."""
+        """Ends the step, after which parameters, groups and states may change. Returns whether any was stepped."""
         any_stepped = bool(self._stepped)
         self._known = {}
         self._stepped.clear()

@@ -1,4 +1,4 @@
-"""Parameter groups: those that `param_groups` makes of a model, and the checks of any that an optimizer is given."""
+"""Parameter groups: `param_groups` makes them from a model, `take_group` checks those that an optimizer is given."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from collins.roles import Role, roles_of_modules
 
 
 class NamedParameter(tuple[str, Tensor]):
-    """A pair (name, parameter), as every optimizer of torch takes it, which knows what its module says of its role.
+    """A pair (name, parameter), as every optimizer of torch accepts it, with the role that follows from its module.
 
     Attributes:
-        role: that role; None where the module says nothing.
+        role: that role; None if the module does not determine one.
     """
 
     role: Role | None
@@ -31,15 +31,15 @@ class NamedParameter(tuple[str, Tensor]):
 
 
 def named_parameters(model: nn.Module) -> Iterator[NamedParameter]:
-    """The parameters of a model, tied ones once, with names and with what modules say of their roles."""
+    """The parameters of a model, tied ones once, with names and with the roles that follow from modules."""
     roles = roles_of_modules(model)
     return (NamedParameter(name, p, roles.get(name)) for name, p in model.named_parameters())
 
 
 def params_of(given: ParamsT | nn.Module) -> ParamsT:
-    """What an optimizer is to take for what it was given: the named parameters of a module.
+    """The parameters for the base class: the named parameters of a module, or `given` itself if it is not a module.
 
-    A ParameterList, which has no names to give, is the list that it is to every optimizer of torch.
+    A ParameterList has no useful names, and is treated as a list, as every optimizer of torch does.
     """
     if isinstance(given, nn.ParameterList) or not isinstance(given, nn.Module):
         return given
@@ -51,24 +51,24 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters of a model in two groups, with weight decay and without, for Collins and for AdamW.
 
-    Without decay are vectors (at most one dimension), biases (parameters or modules whose name ends in "bias"), the
-    parameters of norms (modules whose class is called one: LayerNorm, LlamaRMSNorm, GroupNorm), what `no_decay` lists,
-    and what the model's own `no_weight_decay()` lists, as models of timm have it. Embeddings and output heads are
-    decayed, as by transformers' Trainer and by timm: list them to change that.
+    The group without decay holds vectors (at most one dimension), biases (parameters or modules whose name ends in
+    "bias"), the parameters of norms (modules with "norm" in the name of their class: LayerNorm, LlamaRMSNorm,
+    GroupNorm), the parameters that `no_decay` lists, and those that the model's own `no_weight_decay()` lists, as
+    models of timm have it. Embeddings and output heads are decayed, as in transformers' Trainer and in timm: list them
+    to change that.
 
-    Each group has its parameters as pairs of name and tensor. They also tell Collins which of them are token tables, as
-    `Collins(model)` finds it from the modules. Frozen parameters are left out; where one group would be empty there is
-    only the other.
+    Each group has its parameters as pairs of name and tensor. The pairs also carry the roles that `Collins(model)`
+    finds from the modules, such as token tables. Frozen parameters are left out. An empty group is left out.
 
     Args:
-        model: whose `named_parameters` are taken; tied ones once.
-        weight_decay: of the first group.
-        no_decay: what more is not decayed. A class of modules stands for all parameters directly in such modules. A
-            string stands for parameters whose name it is, or is a part of from one dot to another: "bias",
+        model: the model whose `named_parameters` are used, tied ones once.
+        weight_decay: the weight decay of the first group.
+        no_decay: further parameters without decay. A class of modules selects all parameters directly in such modules.
+            A string selects parameters whose name is the string, or contains it between two dots: "bias",
             "LayerNorm.weight", "pos_embed", "model.embed_tokens", with * for any characters ("*norm*").
 
     Raises:
-        TypeError: for a model that is no module, and for anything else in `no_decay`.
+        TypeError: if the model is not a module, and for other values in `no_decay`.
 
     Example:
         >>> from collins import Collins, param_groups
@@ -121,11 +121,11 @@ def take_group(
 
     Args:
         param_group: the group.
-        defaults: options that it has where it sets no others.
-        present: what the optimizer has already.
+        defaults: the options for which the group sets no value.
+        present: the entries that the optimizer has already.
 
     Returns:
-        What modules say of its parameters, by name.
+        The roles of its parameters that follow from modules, by name.
 
     Raises:
         ValueError, TypeError: as `Collins.add_param_group`.
@@ -136,24 +136,24 @@ def take_group(
     if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
         raise TypeError(
             f"params of a group must be tensors or pairs of name and tensor, got a {type(params).__name__}, whose"
-            " parameters have no names within the model: choose among named_parameters() of the model, or among the"
-            " groups that collins.param_groups(model) returns"
+            " parameters would lack their names within the model: select them from model.named_parameters(), or use"
+            " the groups that collins.param_groups(model) returns"
         )
     group = {**defaults, **param_group}
     check_options(group)
     param_group.update({name: group[name] for name in defaults if name in param_group})
-    if not isinstance(params, (Tensor, set)):  # those two are the base class's to accept or refuse
+    if not isinstance(params, (Tensor, set)):  # the base class accepts a tensor and refuses a set
         params = param_group["params"] = list(params)
     seen = {id(entry.p): entry.name for entry in present}
     by_module: dict[str, Role] = {}
     for place, named in enumerate([params] if isinstance(params, Tensor) else params):
         name, p = named if isinstance(named, tuple) else (place, named)
         if not isinstance(p, Tensor):
-            continue  # refused by the base class
+            continue  # the base class refuses it
         check_param(label(name), p, group)
         if id(p) in seen:
             raise ValueError(
-                f"{label(name)} of the new group is already in the optimizer as {seen[id(p)]}; give it once"
+                f"{label(name)} of the new group is already in the optimizer as {seen[id(p)]}; pass it once"
             )
         seen[id(p)] = label(name)
         if isinstance(named, NamedParameter) and named.role is not None:

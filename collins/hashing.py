@@ -1,14 +1,15 @@
 """Position hashes h and sign hashes s: pure, stateless, the same on every device.
 
-A hash answers, for the row-major index i of an element, which of K buckets it falls into and with which sign it is
-added there. Everything random comes from `derive(seed, key, ...)`, where the key is the parameter's name, or its number
-among the optimizer's where it has none, so that replicas agree and two optimizers built alike step alike.
+A hash maps the row-major index i of an element to one of K buckets and to the sign with which it is added there.
+Everything random is derived by `derive(seed, key, ...)`, where the key is that of the parameter's name, or the number
+of a parameter without a name. So replicas agree, and two optimizers that are built in the same way step in the same
+way.
 
 Two families:
 
 - `UniversalHash`: Carter & Wegman, "Universal classes of hash functions" (1979), over the prime field P = 2^31 - 1.
-- `BlockHash`: h(i) = i // c, so that a bucket is c neighbours in memory, with hashed signs that are drawn anew every
-  `rehash_period` steps. One integer hash per bucket, not per element.
+- `BlockHash`: h(i) = i // c, so that a bucket is c neighbours in memory, with hashed signs that change every
+  `rehash_period` steps. It computes one integer hash per bucket, not per element.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch import Tensor
 PRIME = 2**31 - 1
 WORD = 32  # bits in a word
 
-# A word is an int64 in [0, 2^32). No product below leaves int64: a compiler may assume that signed integers never
-# overflow, and one that did removed the end of a loop.
+# A word is an int64 in [0, 2^32). No product below overflows int64: compilers may assume that signed integers never
+# overflow, and one of them removed the end of a loop for that reason.
 _MASK = 2**32 - 1
 _SIGN = -(2**31)  # the sign bit of an int32
 FIRST_MULTIPLIER, SECOND_MULTIPLIER = 0x21F0AAAD, 0x735A2D97
@@ -34,14 +35,14 @@ GOLDEN = 0x61C88647  # 2^32 / (golden ratio)^2
 
 
 class HashKey(NamedTuple):
-    """Two words that set one parameter's stream of words apart from all others: ints, or 0-d int64 tensors."""
+    """Two words that select the stream of random words of one parameter: ints, or 0-d int64 tensors."""
 
     low: int | Tensor
     high: int | Tensor
 
 
 def derive(seed: int, key: int, purpose: str) -> int:
-    """128 bits that depend on all of (seed, key, purpose), as a Python int; BLAKE2b does the mixing."""
+    """128 bits that depend on all of (seed, key, purpose), as a Python int: a BLAKE2b digest."""
     digest = hashlib.blake2b(f"collins/{purpose}/{seed}/{key}".encode(), digest_size=16).digest()
     return int.from_bytes(digest, "little")
 
@@ -53,15 +54,15 @@ def hash_key(seed: int, key: int, purpose: str) -> HashKey:
 
 
 def name_key(name: str) -> int:
-    """The key of a parameter that has a name: 63 bits of its digest below a leading 1, so that no number is one."""
+    """The key of a parameter that has a name: a leading 1 and 63 bits of the digest, so that it is never a number."""
     return derive(0, 0, f"name/{name}") & (2**63 - 1) | 2**63
 
 
 def mix32(x: Tensor) -> Tensor:
     """A bijection of words in which each input bit flips each output bit half of the time.
 
-    Source: the xorshift-multiply form and the search of C. Wellons, "Prospecting for hash functions" (2018), with
-    multipliers found by that search later.
+    Source: the xorshift-multiply form of C. Wellons, "Prospecting for hash functions" (2018), with multipliers that its
+    search found later.
     """
     x = x ^ (x >> 16)
     x = (x * FIRST_MULTIPLIER) & _MASK
@@ -79,7 +80,8 @@ def epoch_of(bucket: Tensor, step: int | Tensor, key: HashKey, period: int | Ten
     """epoch_b = floor((t + phi_b) / T) as int64, and (t + phi_b) mod T = 0 as bool, for buckets (int64, any shape).
 
     phi_b = floor(T frac((b + key) / golden ratio^2)) spreads the buckets evenly over the period (Fibonacci hashing;
-    Knuth, "The Art of Computer Programming", 6.4): 1/T of them draw new signs in any step, and none needs a division.
+    Knuth, "The Art of Computer Programming", 6.4): 1/T of them draw new signs in any step. It needs no division per
+    bucket.
     """
     phase = ((((bucket + key.low) & _MASK) * GOLDEN & _MASK) * period) >> 32
     begun = step // period
@@ -88,41 +90,42 @@ def epoch_of(bucket: Tensor, step: int | Tensor, key: HashKey, period: int | Ten
 
 
 def sign_words(bucket: Tensor, load: int, epoch: Tensor | int, key: HashKey) -> Tensor:
-    """The words that hold the signs of whole buckets: int32 of shape (R, max(c / 32, 1)).
+    """The words that hold the signs of whole buckets: int32 of shape (..., R, max(c / 32, 1)).
 
-    A bucket of a load up to 32 has one word of its own; above, each 32 neighbours have one.
+    A bucket of a load up to 32 has one word; in larger buckets each 32 neighbours have one.
 
     Args:
-        bucket: bucket numbers, int64, shape (R,).
+        bucket: bucket numbers, int64, shape (R,); or (n, R), those of n parameters.
         load: c, a power of two.
-        epoch: int64 of shape (R,), or 0 for signs that never change.
-        key: the parameter's sign key.
+        epoch: int64 of the shape of `bucket`, or 0 for signs that never change.
+        key: the parameter's sign key; of n parameters its words are columns, (n, 1).
     """
-    index = bucket[:, None]
+    index = bucket[..., None]
+    key = HashKey(*(word[..., None] if isinstance(word, Tensor) and word.dim() else word for word in key))
     if load > WORD:
         index = torch.arange(load // WORD, device=bucket.device) + index * (load // WORD)
-    tick = epoch[:, None] if isinstance(epoch, Tensor) else epoch
+    tick = epoch[..., None] if isinstance(epoch, Tensor) else epoch
     return mixed_word(index, tick, key).to(torch.int32)
 
 
 def sign_masks(words: Tensor, bucket: Tensor, load: int) -> Tensor:
-    """What `sign_words` says of each element: int32 of shape (R, c), negative where s = -1.
+    """The signs in `sign_words` per element: int32 of shape (..., R, c), negative where s = -1.
 
     s(i) is bit (i mod 32) of its word.
     """
     lane = WORD - 1 - torch.arange(min(load, WORD), dtype=torch.int32, device=bucket.device)
     if load < WORD:
-        lane = lane - (bucket[:, None] * load & (WORD - 1)).to(torch.int32)
+        lane = lane - (bucket[..., None] * load & (WORD - 1)).to(torch.int32)
     if load > WORD:
-        words = words[:, :, None]
-    return (words << lane).view(-1, load)
+        words = words[..., None]
+    return (words << lane).view(*bucket.shape, load)
 
 
 def signed(x: Tensor, masks: Tensor, *, bitwise: bool = True) -> Tensor:
     """s x, for `x` in float32 or float64 and `masks` as `sign_masks` returns them; they broadcast.
 
     Args:
-        bitwise: whether to work on the bits of numbers; either way the result is the same.
+        bitwise: whether to compute on the bits of numbers; the result does not depend on it.
     """
     if not bitwise:
         return torch.where(masks < 0, -x, x)
@@ -132,7 +135,7 @@ def signed(x: Tensor, masks: Tensor, *, bitwise: bool = True) -> Tensor:
 
 
 def _as_signs(masks: Tensor) -> Tensor:
-    """The signs themselves, float32."""
+    """Masks as signs: -1 or +1, float32."""
     return signed(torch.ones(masks.shape, device=masks.device), masks)
 
 
@@ -164,7 +167,7 @@ class UniversalHash:
     Args:
         numel: N, the elements hashed.
         buckets: K.
-        seed, key: what the coefficients are derived from; `key` is the parameter's.
+        seed, key: the coefficients derive from these; `key` is that of the parameter.
     """
 
     def __init__(self, numel: int, buckets: int, *, seed: int = 0, key: int = 0) -> None:
@@ -211,25 +214,25 @@ class UniversalHash:
         return torch.zeros_like(bucket, dtype=torch.bool)
 
     def load(self, bucket: Tensor) -> Tensor:
-        """The expected load N / K of every bucket (float32, shaped like `bucket`); true loads vary around it."""
+        """The expected load N / K of every bucket (float32, shaped like `bucket`); the actual loads vary around it."""
         _require_integers("bucket", bucket)
         return torch.full_like(bucket, self.numel / self.buckets, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class BlockHash:
-    """Buckets of c neighbours, with hashed signs on a rolling schedule.
+    """Buckets of c neighbours, with hashed signs that change periodically.
 
         h(i) = floor(i / c)        s(i) = bit (i mod 32) of mix(seed, key, word of i, epoch_b)
 
-    The sign hash makes the decode unbiased whatever the position hash is. Each bucket draws new signs every `period`
-    steps at a phase of its own; a bucket of one element keeps its sign, so that there the sketch stays exact.
+    The sign hash makes the decode unbiased for every position hash. Each bucket draws new signs every `period` steps,
+    at a phase of its own. A bucket of one element keeps its sign, so that its sketch stays exact.
 
     Args:
         numel: N, the elements hashed.
         block: c, a power of two: the load of every bucket but the last, which holds what remains.
-        seed, key: what the signs are derived from; `key` is the parameter's.
-        period: steps between two draws of one bucket's signs; None for signs that never change.
+        seed, key: the signs derive from these; `key` is that of the parameter.
+        period: steps after which a bucket draws new signs; None for signs that never change.
     """
 
     numel: int
@@ -246,7 +249,7 @@ class BlockHash:
 
     @cached_property
     def sign_key(self) -> HashKey:
-        """The constants that every sign word of this parameter is mixed with."""
+        """The key of this parameter's sign words."""
         return hash_key(self.seed, self.key, "sign")
 
     @property
@@ -284,9 +287,9 @@ class BlockHash:
 
     def _epoch(self, bucket: Tensor, step: int) -> tuple[Tensor, Tensor]:
         bucket = bucket.long()
-        still = torch.zeros_like(bucket)
+        zero = torch.zeros_like(bucket)
         if self.period is None:
-            return still, still.bool()
+            return zero, zero.bool()
         epoch, fresh = epoch_of(bucket, step, self.sign_key, self.period)
-        lonely = self.load(bucket) == 1
-        return torch.where(lonely, still, epoch), fresh & ~lonely
+        single = self.load(bucket) == 1
+        return torch.where(single, zero, epoch), fresh & ~single

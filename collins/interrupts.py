@@ -1,14 +1,14 @@
-"""Ctrl-C while parameters are stepped: it takes effect once they have been.
+"""Defers Ctrl-C until the parameters of a step have been stepped.
 
-Python raises KeyboardInterrupt between any two of its instructions, so also between the launch of a kernel and the note
-that it has been launched. Whether a parameter has been stepped would then be unknown, and so would it be after a second
-one while a step that has failed is put right. Therefore SIGINT is held back meanwhile.
+Python can raise KeyboardInterrupt between any two instructions, for example between the launch of a kernel and the
+record that it was launched. Then it would be unknown whether a parameter has been stepped. The same holds for a second
+interrupt while a failed step is being completed. Therefore SIGINT is deferred during a step.
 """
 
 from __future__ import annotations
 
-# What stands behind `signal.signal` and `signal.getsignal`, which take ten times as long: they try whether a handler is
-# a number. Twice a step, or twice a parameter in backward, that would be seen.
+# The C functions behind `signal.signal` and `signal.getsignal`. The Python functions take ten times as long, because
+# they convert handlers to enums; they would be called twice per step, or twice per parameter in backward.
 import _signal  # type: ignore[import-not-found]
 import threading
 import time
@@ -17,23 +17,24 @@ from signal import SIGINT
 from types import FrameType
 from typing import Any
 
-PATIENCE = 1.0  # seconds from a held Ctrl-C until another one takes effect at once
+PATIENCE = 1.0  # seconds after a deferred Ctrl-C from which on another one takes effect at once
 
 
 class HeldInterrupts:
-    """A context in whose body SIGINT has no effect: its handler runs as the body is left, once.
+    """A context manager that defers SIGINT: its handler runs once, when the body has ended.
 
-    Another SIGINT, `PATIENCE` after the first, is not held back: a body that takes so long may be compiling.
+    A SIGINT that arrives at least `PATIENCE` after the first one is not deferred, since such a long body may be
+    compiling.
 
-    Handlers run in the main thread only, so nothing is done in others. Nothing is done either within another such body,
-    or where Python has no handler of SIGINT: it is ignored then, or ends the process at once.
+    Signal handlers run in the main thread only, so in other threads the context has no effect. It has no effect either
+    within another such context, or if Python has no handler of SIGINT, which is then ignored or ends the process.
     """
 
     __slots__ = ("_handler", "_since")
 
     def __init__(self) -> None:
-        self._handler: Callable[[int, FrameType | None], Any] | None = None  # whose turn it is once the body is left
-        self._since: float | None = None  # when the SIGINT came that is held
+        self._handler: Callable[[int, FrameType | None], Any] | None = None  # the original handler
+        self._since: float | None = None  # the time of the deferred SIGINT
 
     def __enter__(self) -> None:
         if threading.get_ident() != threading.main_thread().ident:
@@ -47,7 +48,7 @@ class HeldInterrupts:
         handler = self._handler
         if handler is None:
             return
-        if _signal.getsignal(SIGINT) == self._hold:  # the body may have set one of its own
+        if _signal.getsignal(SIGINT) == self._hold:  # the body may have set another handler
             _signal.signal(SIGINT, handler)
         if self._since is not None:
             handler(SIGINT, None)

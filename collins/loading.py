@@ -1,4 +1,4 @@
-"""A state dict loaded into an optimizer: all of it or nothing, into the tensors that are there."""
+"""Loads a state dict into an optimizer: completely or not at all, into existing tensors where there are any."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def load_into(
     stepper: Stepper,
     check: Callable[[Mapping[str, Any]], CheckedStateDict],
 ) -> None:
-    """Loads a state dict bit for bit, by way of `torch.optim.Optimizer.load_state_dict` and the hooks on it.
+    """Loads a state dict bit for bit, by `torch.optim.Optimizer.load_state_dict` with hooks.
 
     Args:
-        optimizer: whose groups and state it becomes.
-        state_dict: as `check` accepts it.
-        entries: the optimizer's parameters.
-        stepper: the optimizer's.
-        check: raises for what does not fit; called before anything changes.
+        optimizer: the optimizer to load into.
+        state_dict: the state dict, which `check` must accept.
+        entries: the entries of the optimizer's parameters.
+        stepper: the stepper of the optimizer.
+        check: raises an error for a state dict that does not fit; called before anything changes.
     """
     stepper.store.drain()
     before = [dict(optimizer.state.get(entry.p, {})) for entry in entries]
@@ -38,8 +38,8 @@ def load_into(
     keys = [entry.key for entry in entries]
     after: list[dict[str, Any]] = []
 
-    def set_aside(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-        # All that can fail happens here, before anything has changed.
+    def prepare(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        # Everything that can fail is done here, before anything changes.
         found = check(given)
         try:
             for entry, saved in zip(entries, found.states, strict=True):
@@ -47,7 +47,9 @@ def load_into(
                     entry.key, entry.spec = saved.key, None
             stepper.place([entry for entry, saved in zip(entries, found.states, strict=True) if saved], loading=True)
             for entry, state, saved in zip(entries, before, found.states, strict=True):
-                after.append({**saved.others_on(entry.p.device), **stepper.room(entry, state)} if saved else {})
+                after.append(
+                    {**saved.others_on(entry.p.device), **stepper.state_to_load(entry, state)} if saved else {}
+                )
         except BaseException:
             for entry, key in zip(entries, keys, strict=True):
                 if entry.key != key:
@@ -61,18 +63,18 @@ def load_into(
                     local(state[name]).copy_(moment)
         return {**given, "param_groups": found.groups, "state": found.rest}
 
-    def put_back(_: Optimizer) -> None:
+    def finish(_: Optimizer) -> None:
         optimizer.state.update({entry.p: state for entry, state in zip(entries, after, strict=True) if state})
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            if isinstance(rate, Tensor):  # whoever holds on to it, a captured graph say, goes on seeing the rate
+            if isinstance(rate, Tensor):  # others, such as a captured graph, may have a reference to this tensor
                 group["lr"] = rate.fill_(float(group["lr"]))
 
     hooks = (
-        optimizer.register_load_state_dict_pre_hook(set_aside),
-        optimizer.register_load_state_dict_post_hook(put_back, prepend=True),
+        optimizer.register_load_state_dict_pre_hook(prepare),
+        optimizer.register_load_state_dict_post_hook(finish, prepend=True),
     )
     try:
-        with HeldInterrupts(), torch.no_grad():  # state that requires gradients is overwritten as well
+        with HeldInterrupts(), torch.no_grad():  # overwrites state that requires gradients too
             Optimizer.load_state_dict(optimizer, state_dict)
     finally:
         for hook in hooks:

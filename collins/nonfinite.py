@@ -1,7 +1,7 @@
-"""Gradients that are infinite or NaN, for whoever wants to be told before they do harm.
+"""The check for infinite and NaN gradients of `nonfinite="error"`.
 
-`nonfinite="skip"` needs nothing of this: it is part of the update, where a bucket's mean of squares, which is there
-anyway, says whether all of its gradients are finite. The device is never waited for.
+`nonfinite="skip"` does not use it. That is part of the update, where a bucket's mean of squares, which is computed
+anyway, shows whether all of its gradients are finite, without synchronizing with the device.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from collins._torch_internals import foreach_norm
 
 
 def require_finite(gradients: Sequence[tuple[str, Tensor]], agreed: Callable[[list[bool]], list[bool]]) -> None:
-    """Raises a FloatingPointError that names the parameters, given by name, whose gradients are not finite.
+    """Raises a FloatingPointError that names the parameters whose gradients are not finite.
 
-    Reads each gradient once, and waits once for each device.
+    Reads each gradient once, and synchronizes once with each device.
 
     Args:
-        gradients: with the names of their parameters.
-        agreed: makes of what was found here, one flag for each gradient, what all ranks that share them have found.
+        gradients: pairs of a parameter's name and its gradient.
+        agreed: combines this rank's flags, one for each gradient, with those of all ranks that share the parameter.
     """
     fine = [True] * len(gradients)
     by_device: dict[torch.device, list[int]] = {}
     for place, (_, g) in enumerate(gradients):
-        if g.numel() and not g.is_meta:  # what is on meta has no values
+        if g.numel() and not g.is_meta:  # tensors on meta have no values
             by_device.setdefault(g.device, []).append(place)
     for places in by_device.values():
         largest = foreach_norm([gradients[place][1] for place in places], math.inf)
@@ -38,6 +38,6 @@ def require_finite(gradients: Sequence[tuple[str, Tensor]], agreed: Callable[[li
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise FloatingPointError(
-            f"the gradient of {shown} is not finite, and nonfinite is 'error': this step has changed nothing; leave it"
-            " out, lower lr, or use nonfinite='skip'"
+            f"the gradient of {shown} is not finite, and nonfinite is 'error': this step has changed nothing; skip this"
+            " batch, lower lr, or use nonfinite='skip'"
         )

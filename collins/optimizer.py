@@ -1,4 +1,4 @@
-"""`Collins`, the optimizer: what users call. Checks, programs, state and stores stand in modules of their own."""
+"""`Collins`, the optimizer: the public interface. Checks, programs, state and stores are in modules of their own."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from collins.compile.tracing import register, trace_step, untraced
 from collins.entries import Carried, Hash, ParamEntry
 from collins.fused_backward import FusedBackward
 from collins.groups import params_of, take_group
+from collins.in_backward import BackwardSteps, refuse_accumulation
 from collins.interrupts import HeldInterrupts
 from collins.loading import load_into
 from collins.measured import Measured
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
-from collins.options import check_options, max_norm_of, read_whole_options
+from collins.options import accumulation_of, check_options, max_norm_of, read_whole_options
 from collins.parameter import expected_state
 from collins.report import MemoryReport, report_row
-from collins.stepper import BackwardSteps, Stepper
+from collins.stepper import Stepper
 
 
 class Collins(Measured, FusedBackward, Optimizer):
-    r"""AdamW whose moments live in Count-Sketch tables, `compress_ratio` times smaller than AdamW's in fp32.
+    r"""AdamW with its moments in Count-Sketch tables, `compress_ratio` times smaller than AdamW's in fp32.
 
-    With h, s the position and sign hashes of a parameter, c the load of a bucket, which V has more of than M, and g its
+    With h, s the position and sign hashes of a parameter, c the load of a bucket (larger for V than for M), and g the
     gradient at step t:
 
         mu_b = (1/c) sum_{h(i)=b} s(i) g_i                q_b = (1/c) sum_{h(i)=b} g_i^2
@@ -40,8 +41,8 @@ class Collins(Measured, FusedBackward, Optimizer):
         m_i = s(i) sqrt(c) M_{h(i)} / (1 - beta1^t)       v_i = V_{h(i)} / (1 - beta2^t)
         p_i <- (1 - lr wd) p_i - lr (m_i + rho r_i) / (sqrt(v_i + kappa r_i^2) + eps)
 
-    At c = 1 the residual r is zero and this is AdamW. Under decode="orthogonal" matrices have no V, and with X_i =
-    sqrt(c) s(i) M_{h(i)} + rho r_i and NS, which brings all singular values close to 1 (`collins.orthogonal`):
+    At c = 1 the residual r is zero and this is AdamW. Under decode="orthogonal" matrices have no V, and are updated
+    by X_i = sqrt(c) s(i) M_{h(i)} + rho r_i and NS, which moves all singular values close to 1 (`collins.orthogonal`):
 
         p <- (1 - lr wd) p - lr 0.2 sqrt(max(rows, cols)) NS(X)
 
@@ -49,86 +50,90 @@ class Collins(Measured, FusedBackward, Optimizer):
 
     Args:
         params: tensors, (name, tensor) pairs, or dicts of parameter groups, as for `torch.optim.AdamW`; or a module,
-            which stands for its named parameters and tells their roles. fp64, fp32, bf16 and fp16, any shape and
-            strides.
-        lr: learning rate, a float or a one-element tensor. 1.4 to 2 times AdamW's is the place to start.
+            whose named parameters are used, with the roles that follow from its submodules. fp64, fp32, bf16 and fp16,
+            any shape and strides.
+        lr: learning rate, a float or a one-element tensor. Start with 1.4 to 2 times the best rate of AdamW.
         betas: decay rates of the two moments, each in [0, 1): any sequence of two numbers, kept as a tuple of floats.
         eps: added to the denominator.
         weight_decay: decoupled decay, per unit of lr.
-        role: what the parameters are, which decides how their moments are stored: "matrix"; "tokens" for tables with
-            one row for each token, such as embeddings and output heads; "exact" for dense moments, as compress_ratio=1.
-            "auto" finds the role of each from its module, name and shape (`collins.roles`); it stays the same from the
-            first step on. `memory_report` tells what was found, and by what.
-        compress_ratio: the 8 bytes that AdamW keeps of an fp32 parameter over ours, at least 1, in a large model: it
-            chooses loads and formats by role (`collins.schemes`). 32 is M in int4 at c = 4 and V in fp32 at c = 128
-            for matrices, M in int8 and V at c = 64 for token tables. 1 keeps exact moments. Under decode="orthogonal"
-            it is M in int4 at c = 2, and 64 at c = 4, with scales for each 128, for matrices. With a `table_dtype`, or
+        role: the kind of the parameters, which determines how their moments are stored: "matrix"; "tokens" for tables
+            with one row per token, such as embeddings and output heads; "exact" for dense moments, as compress_ratio=1.
+            "auto" finds the role of each parameter from its module, name and shape (`collins.roles`); the role is fixed
+            from the first step on. `memory_report` shows each role and how it was found.
+        compress_ratio: AdamW's 8 bytes of state per fp32 parameter, divided by ours, in a large model; at least 1. It
+            determines loads and formats by role (`collins.schemes`). At 32 matrices have M in int4 at c = 4 and V in
+            fp32 at c = 128, token tables M in int8 and V at c = 64. 1 keeps exact moments. Under decode="orthogonal"
+            matrices have M in int4 at c = 2 (at 64: c = 4), with a scale for each 128 entries. With a `table_dtype`,
             hash="universal" or decode="sketch", it is c itself.
-        v_compress_ratio: with a `table_dtype`, c of the second moment where it is to be coarser; None for the same.
+        v_compress_ratio: with a `table_dtype`, c of the second moment if it shall be coarser; None for the same c.
         min_K: parameters of at most this many elements keep exact moments; others get at least this many buckets.
         hash: "block" (a bucket is neighbours in memory; one pass, deterministic) or "universal" (Carter-Wegman).
-        decode: "residual" (above); "sketch", the published Collins v0.1 update without residual; or "orthogonal", for
-            parameters of role "matrix", beside "residual" for others, with lr and weight_decay as for AdamW and
-            betas=(0.95, ...). Parameters of three dimensions are stacks of matrices; of more, taken as (out, rest). It
-            is for pretraining in large batches: its products take 3 % of the operations of training a 7B model at
-            564,000 tokens a step, and 30 % at a tenth of that. A DTensor that several ranks share is refused.
-        row_parts: under decode="orthogonal", into how many matrices each one is cut by rows, or the rows of each: 3 for
-            a weight that holds Q, K and V one below another, (4096, 1024, 1024) with fewer rows of K and V.
+        decode: "residual" (above); "sketch", the published Collins v0.1 update without residual; or "orthogonal" for
+            parameters of role "matrix" with "residual" for all others; use lr and weight_decay as for AdamW and
+            betas=(0.95, ...). Parameters of three dimensions are stacks of matrices; those of more dimensions are
+            reshaped to (out, rest). It is meant for pretraining with large batches: its matrix products take 3 % of the
+            operations of training a 7B model at 564,000 tokens per step, and 30 % at a tenth of that. DTensors that are
+            sharded over several ranks are refused.
+        row_parts: under decode="orthogonal", the number of matrices into which each one is cut by rows, or the rows of
+            each: 3 for a weight that consists of Q, K and V, (4096, 1024, 1024) if K and V have fewer rows.
         residual_weight: rho; None for sqrt((1 - beta1) / (1 + beta1)).
         residual_square: kappa.
         rehash_period: steps T after which a bucket of hash="block" draws new signs and restarts M_b; None for never.
-        table_dtype: None for formats by role. Else that of all tables: torch.float32, torch.bfloat16 (stochastically
-            rounded) or, for torch.float64 parameters only, torch.float64; "int8" or "int4" for M in integers with a
-            scale for each 64 (`collins.formats.IntFormat`) beside V in float32. Exact moments use the wider of this, or
-            float32, and the parameter's dtype. Version 0.2 is table_dtype=torch.float32, rehash_period=100,
-            residual_square=1.
-        seed: what every hash derives from, together with the parameter's name, or its number among the parameters where
-            it has none. Replicas must agree.
+        table_dtype: None for formats by role. Otherwise the dtype of all tables: torch.float32, torch.bfloat16
+            (stochastically rounded) or, for torch.float64 parameters only, torch.float64; or "int8" or "int4" for M in
+            integers with a scale for each 64 entries (`collins.formats.IntFormat`) and V in float32. Exact moments use
+            the wider of this (float32 by default) and the parameter's dtype. The settings of version 0.2 were
+            table_dtype=torch.float32, rehash_period=100, residual_square=1.
+        seed: every hash derives from the seed and the parameter's name (its number if it has no name). Replicas must
+            use the same seed.
         maximize: ascend instead of descend.
         stochastic_rounding: whether parameters and tables in 16 bits are rounded stochastically; None for True.
-        compile: True steps through torch.compile, False eagerly. None takes the fastest: on CUDA devices one launch of
-            a Triton kernel for all tensors of a kind, on other accelerators torch.compile, on the CPU eager steps.
-        capturable: whether the step may be captured in a CUDA graph, as for `torch.optim.AdamW`: step counters live on
-            the device, and `lr` is read there when it is a tensor on it.
-        nonfinite: what an infinite or NaN gradient does. "propagate": it spreads to its bucket's moments and elements,
-            as in AdamW to its element's. "skip": its bucket, or its element of dense moments, stays as it is in this
-            step, and so it does where the square of a gradient overflows; the device is not waited for. In both it is
-            the whole matrix that decode="orthogonal" steps. "error": a FloatingPointError before anything changes;
-            reads gradients once more and waits for the device. With in_backward=True, parameters whose gradients came
-            earlier have been stepped by then.
-        max_grad_norm: the largest norm that the gradients of one step may have together, over all groups, devices and
-            ranks: larger ones are multiplied by min(1, max_grad_norm / (norm + 1e-6)) inside the step, which is that
-            after `torch.nn.utils.clip_grad_norm_`. None for any; inf to measure `grad_norm` alone. With
-            in_backward=True each is multiplied, as it arrives, by min(1, max_grad_norm / (max(n, s) + 1e-6)): n is the
-            norm of the last step (0 in the first), s that of what has arrived in this step, itself included;
-            parameters sharded over several ranks are refused. `collins.clipping` has what that bounds, and what a norm
-            does that is not finite.
-        memory: where moments live: None beside their parameters; else a `MemoryPolicy`, a tier's name ("auto",
-            "device", "host"), a mapping of the policy's arguments, or the path of a TOML file. Decided at the first
-            step, when the activations' peak has been seen; `placement` tells what was decided.
+        compile: True for steps by torch.compile, False for eager steps. None chooses the fastest: on CUDA devices one
+            launch of a Triton kernel for all tensors of a kind, on other accelerators torch.compile, on the CPU eager.
+        capturable: whether the step may be captured in a CUDA graph, as for `torch.optim.AdamW`: step counters are on
+            the device, and an `lr` that is a tensor on the device is read there.
+        nonfinite: the handling of infinite and NaN gradients. "propagate": they spread to the moments and elements of
+            their bucket, as in AdamW to those of their element. "skip": their bucket (with dense moments, their
+            element) is not changed in this step, also if the square of a gradient overflows; this does not synchronize
+            with the device. In both cases it is the whole matrix under decode="orthogonal". "error": raises a
+            FloatingPointError before anything changes; it reads gradients once more and synchronizes. With
+            in_backward=True, parameters whose gradients arrived earlier have been stepped by then.
+        max_grad_norm: the largest norm that all gradients of a step may have together, over all groups, devices and
+            ranks: inside the step gradients are multiplied by min(1, max_grad_norm / (norm + 1e-6)), with the same
+            result as a step after `torch.nn.utils.clip_grad_norm_`. None for no limit; inf only measures `grad_norm`.
+            With in_backward=True each gradient is multiplied, when it arrives, by
+            min(1, max_grad_norm / (max(n, s) + 1e-6)), where n is the norm of the last step (0 in the first one) and s
+            the norm of the gradients of this step so far, including this one; parameters that are sharded over several
+            ranks are refused. `collins.clipping` has the bound of this, and the effect of norms that are not finite.
+        memory: where moments are allocated. None: beside their parameters. Otherwise a `MemoryPolicy`, a tier's name
+            ("auto", "device", "host"), a mapping of the policy's arguments, or the path of a TOML file. The placement
+            is planned in the first step, when the peak of the activations is known; `placement` shows it.
         in_backward: whether each parameter is stepped, and its gradient freed, as soon as the gradient has arrived in
-            backward; but for `max_grad_norm`, and the order of sums in products of small matrices on CUDA devices under
-            decode="orthogonal" (`collins.compile.matrices`), the results are the same to the bit. `step` then ends the
-            step: call it after every backward. Closures, gradients accumulated over several backward passes and a
-            GradScaler are refused. `clip_grad_norm_` finds no gradients and does nothing: set `max_grad_norm`.
+            backward. The results are bitwise the same, except for `max_grad_norm`, and for the order of sums in
+            products of small matrices on CUDA devices under decode="orthogonal" (`collins.compile.matrices`). Call
+            `step` after every backward: it ends the step. Closures, more backward passes than `accumulation_steps` and
+            a GradScaler are refused. `clip_grad_norm_` finds no gradients and does nothing: set `max_grad_norm`.
+        accumulation_steps: with in_backward=True, the number k of backward passes of a step, at most 256. Divide each
+            loss by k, and call `step` after the last pass. Each pass is a partial step, an approximation of a part of
+            the step with their sum (`collins.rule.partial_scalars`). decode="orthogonal" requires 1.
 
-    All but `compile`, `seed`, `max_grad_norm`, `memory` and `in_backward` may be set per group. Strings as in
-    configuration files will do for all of them: lr="3e-3", betas="0.9,0.95", table_dtype="bfloat16", maximize="true".
+    All options but `compile`, `seed`, and those from `max_grad_norm` on may be set per group. All accept strings as in
+    configuration files: lr="3e-3", betas="0.9,0.95", table_dtype="bfloat16", maximize="true".
 
-    Limits: an element whose gradient is zero moves where others of its bucket have gradients, as weights that are
-    pruned or masked do, and rows of padding that are stored as a matrix. role="exact" or compress_ratio=1 leaves such
-    elements to weight decay alone.
+    Limits: an element whose gradient is zero moves if other elements of its bucket have gradients. This affects pruned
+    and masked weights, and rows of padding in parameters that are stored as a matrix. With role="exact" or
+    compress_ratio=1 such elements change by weight decay only.
 
     Raises:
         ValueError, TypeError: for an option, parameter or gradient that cannot be used, naming it, its value and what
             is accepted, before anything has changed.
         FloatingPointError: for a gradient that is not finite, under nonfinite="error".
 
-    State, in the names of `state_dict`: `step` (0-d), and `m_table`, `v_table` with K entries in the shape of
-    `collins.bucketing.moment_shape`, with `layout`, an int that says what they were encoded with
-    (`collins.fingerprint`); or, with a first moment for each element, `exp_avg` and `exp_avg_sq`. `m_table_scale` and
-    `exp_avg_scale` are the scales of integers. Matrices under decode="orthogonal" have no second moment. What is
-    rounded stochastically has a `layout` beside dense moments too, which says what the random bits derive from.
+    State, in the names of `state_dict`: `step` (0-d), and either `m_table` and `v_table` with K entries in the shape of
+    `collins.bucketing.moment_shape`, or, with a first moment for each element, `exp_avg` and `exp_avg_sq`. The int
+    `layout` describes the encoding of tables (`collins.fingerprint`), and beside dense moments the key of stochastic
+    rounding. `m_table_scale` and `exp_avg_scale` are the scales of integers. Matrices under decode="orthogonal" have no
+    second moment.
 
     Example:
         >>> model = torch.nn.Linear(512, 512)
@@ -174,8 +179,10 @@ class Collins(Measured, FusedBackward, Optimizer):
         max_grad_norm: float | None = None,
         memory: MemoryPolicy | str | Mapping[str, Any] | PathLike[str] | None = None,
         in_backward: bool = False,
+        accumulation_steps: int = 1,
     ) -> None:
         self.compile, in_backward, self.seed, memory = read_whole_options(compile, in_backward, seed, memory)
+        self.accumulation_steps = accumulation_of(accumulation_steps, in_backward)
         self.in_backward = False  # until all groups have been accepted
         self.memory = None if memory is None else MemoryPolicy.of(memory)
         self._clipping = Clipping(max_norm_of(max_grad_norm), in_backward)
@@ -207,16 +214,17 @@ class Collins(Measured, FusedBackward, Optimizer):
             self._step_in_backward()
 
     def _start(self, carried: Carried) -> None:
-        """What is made anew in every process and every copy: compiled code, host memory, hooks."""
+        """Creates the parts that every process and every copy has for itself: compiled code, host memory, hooks."""
         self.step_number = register(self)
         self._stepper = Stepper(self.seed, self.compile, self.memory, self._clipping, carried)
         self._backward: BackwardSteps | None = None
         self._grad_hooks: GradHooks | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        self._stepper.store.drain()
-        own = {name: getattr(self, name) for name in ("seed", "compile", "in_backward", "memory", "_clipping")}
-        list(self._members())  # what is known is known of the parameters of now
+        self._drain("a copy of the optimizer")
+        kept = "seed", "compile", "in_backward", "accumulation_steps", "memory", "_clipping"
+        own = {name: getattr(self, name) for name in kept}
+        list(self._members())  # updates the entries to the current parameters
         return {**super().__getstate__(), **own, "_carried": self._stepper.carried()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -226,11 +234,11 @@ class Collins(Measured, FusedBackward, Optimizer):
         if "_stepper" not in self.__dict__:  # unpickled or copied
             self.__dict__.setdefault("_clipping", Clipping())  # as pickled by version 0.2
             self._start(carried)
-            list(self._members())  # keys go by the order of now, which may change before the next step
+            list(self._members())  # keys are assigned in the current order, which may change before the next step
             if self.in_backward:
                 self._step_in_backward()
         if self._backward is not None:
-            self._backward.look_again()
+            self._backward.invalidate()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -239,12 +247,13 @@ class Collins(Measured, FusedBackward, Optimizer):
         """Adds a group, as `torch.optim.Optimizer` does, after checking its options and its parameters.
 
         Raises:
-            ValueError, TypeError: for an option out of range, a parameter that is complex, sparse, not floating point,
-                given twice or already present. The optimizer is then as it was.
+            ValueError, TypeError: for an option out of range, and for a parameter that is complex, sparse, not floating
+                point, given twice or already present. The optimizer is then unchanged.
         """
+        refuse_accumulation({**self.defaults, **param_group}, self.accumulation_steps)
         by_module = take_group(param_group, self.defaults, self._members())
         super().add_param_group(param_group)
-        self._stepper.told(by_module)
+        self._stepper.add_module_roles(by_module)
         self._watch()
 
     @overload
@@ -257,22 +266,22 @@ class Collins(Measured, FusedBackward, Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one optimization step.
 
-        Whatever is raised while parameters are stepped, each of them is either stepped - its weights, moments and
-        counter - or all of these are as they were, in every tier, after backward and in it. Two things are beyond that:
-        a kernel or a compiled graph that fails after it has begun to write; and an eager step of a large parameter
-        whose later pieces find no memory when they are tried again, which ends in a RuntimeError that says so. A
-        KeyboardInterrupt comes once the step has ended, unless Ctrl-C is pressed again a second later.
+        If an exception is raised, weights, moments and counter of each parameter are either all stepped or all
+        unchanged, in every tier, after backward and in it. There are two exceptions to this: a kernel or a compiled
+        graph that fails after it has begun to write; and an eager step of a large parameter whose later pieces run out
+        of memory twice, which raises a RuntimeError that says so. A KeyboardInterrupt is deferred until the step has
+        ended, unless Ctrl-C is pressed again a second later.
 
         Args:
             closure: reevaluates the model and returns the loss; it runs with gradients enabled.
 
         Returns:
-            What the closure returned, or None.
+            The return value of the closure, or None.
 
         Raises:
             TypeError, ValueError: for a gradient that is sparse or whose shape, dtype or device is not its parameter's,
                 an option that was set out of range, or a state that does not fit. Nothing has changed then.
-            RuntimeError: for what `in_backward` refuses.
+            RuntimeError: for the uses that `in_backward` refuses.
         """
         if closure is None and not self.in_backward and torch.compiler.is_dynamo_compiling():
             trace_step(self)
@@ -289,31 +298,31 @@ class Collins(Measured, FusedBackward, Optimizer):
     def hash_of(self, param: Tensor) -> Hash | None:
         """The hash of a parameter of this optimizer, or None when its moments are dense.
 
-        Coefficients set on a `UniversalHash` before its parameter is first stepped take effect; later ones are refused
-        by the next step. They travel with `deepcopy` and pickle; a state dict knows them, but does not set them: set
-        the same ones before loading it.
+        Coefficients of a `UniversalHash` may be set before the first step of its parameter; if they are set later, the
+        next step raises an error. `deepcopy` and pickle copy them. Loading a state dict compares them, but does not set
+        them: set the same coefficients before.
 
         Raises:
-            ValueError: when the parameter is not in this optimizer.
+            ValueError: if the parameter is not in this optimizer.
         """
         return self._stepper.hash_of(self.param_groups, self.state, param)
 
     def memory_report(self) -> MemoryReport:
-        """Bytes of state, in all and per parameter; exact before the first step, and for parameters on `meta`."""
+        """Bytes of state, total and per parameter; exact before the first step too, and for parameters on `meta`."""
         return MemoryReport(tuple(report_row(entry, self._stepper.role(entry)) for entry in self._members()))
 
     @property
     def placement(self) -> tuple[PlacementPlan, ...]:
-        """What the memory policy came to: a plan for each device, and for each time that parameters were new."""
+        """The plans of the memory policy: one for each device, and one for each later addition of parameters."""
         return tuple(self._stepper.store.plans)
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; moments on the host are complete until the next step begins.
 
-        `table_dtype` is in it by name: what `torch.distributed.checkpoint` gathers and broadcasts may hold no dtype.
-        Each group says in `with_state` for how many of its parameters there is a state.
+        `table_dtype` is saved by name, since `torch.distributed.checkpoint` cannot gather and broadcast dtypes. The
+        entry `with_state` of each group is the number of its parameters that have a state.
         """
-        self._stepper.store.drain()
+        self._drain("state_dict()")
         result = super().state_dict()
         for group, own in zip(result["param_groups"], self.param_groups, strict=True):
             group["table_dtype"] = group["table_dtype"] and str(group["table_dtype"])
@@ -323,20 +332,21 @@ class Collins(Measured, FusedBackward, Optimizer):
         return result
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raises what `load_state_dict` would raise for this state dict, and changes nothing."""
+        """Raises the error that `load_state_dict` would raise for this state dict, and changes nothing."""
         self._loadable(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned, bit for bit: moments keep their dtype whatever the parameter's is.
+        """Loads a state dict bit for bit: moments keep their dtype, which may differ from the parameter's.
 
-        Tensors that exist already are overwritten in place; others are made on the tier where they belong. lr, betas,
-        eps, weight_decay, residual_weight, residual_square and what schedulers keep in a group come from the state
-        dict; all other options stay as they are here.
+        Existing tensors are overwritten in place; others are allocated in the tier to which they belong. lr, betas,
+        eps, weight_decay, residual_weight, residual_square and the entries of schedulers in groups are loaded; all
+        other options keep the values of this optimizer.
 
         Raises:
-            ValueError: when the state dict was saved under another bucketing, hash, seed or order of parameters, naming
-                the parameter and the difference. The optimizer is then as it was.
+            ValueError: if the state dict was saved under another bucketing, hash, seed or order of parameters, naming
+                the parameter and the difference. The optimizer is then unchanged.
         """
+        self._drain("load_state_dict()")
         load_into(self, as_dict(state_dict), list(self._members()), self._stepper, self._loadable)
         self._clipping.adopt(self.param_groups)
 
@@ -344,7 +354,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         return loadable(state_dict, self.param_groups, tuple(self.defaults), self.expected_states())
 
     def expected_states(self) -> list[ExpectedState]:
-        """What the state of each parameter must be, through all groups."""
+        """The required state of each parameter, through all groups."""
         entries = list(self._members())
         for entry in entries:
             self._stepper.spec(entry)
@@ -352,23 +362,23 @@ class Collins(Measured, FusedBackward, Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def perform(self) -> None:
-        """Performs a step with the gradients that parameters have; what `step` calls, also in compiled code.
+        """Performs a step with the current gradients; `step` calls it, in compiled code too.
 
-        Code that compiles `step` calls this as it is: the engine compiles its own graphs, which no change of learning
-        rate, gradients or state invalidates.
+        torch.compile does not trace it: the engine compiles graphs of its own, which changes of the learning rate, the
+        gradients or the state do not invalidate.
         """
         with HeldInterrupts():
             self._stepper.update(self.param_groups, self.state, repeats=not self.in_backward)
             if self._backward is not None:
                 self._backward.end()
-                self._watch()  # whoever takes gradients since
+                self._watch()  # parameters that require gradients since then
 
     def _step_in_backward(self) -> None:
-        """From now on parameters are stepped as their gradients arrive."""
+        """Registers the hooks that step parameters when their gradients arrive."""
         self.in_backward = True
-        self._backward = BackwardSteps()
+        self._backward = BackwardSteps(self.accumulation_steps)
         self._grad_hooks = GradHooks(self, Collins._update_one)
-        # Asks a GradScaler to hand its scale over instead of finding no gradients: see BackwardSteps.check.
+        # Makes a GradScaler pass its scale to `step` instead of looking for gradients: see BackwardSteps.check.
         self._step_supports_amp_scaling = True
         self._watch()
 
@@ -378,7 +388,7 @@ class Collins(Measured, FusedBackward, Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _update_one(self, p: Tensor) -> None:
-        """The step of one parameter whose gradient has arrived."""
+        """Steps one parameter whose gradient has arrived."""
         assert self._backward is not None
         if torch.is_grad_enabled():  # backward(create_graph=True)
             with torch.no_grad():

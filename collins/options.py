@@ -1,4 +1,4 @@
-"""The options of a parameter group: what each may be, and the error that says so."""
+"""Checks of the options of a parameter group, and their errors."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from collins.roles import ROLES
 from collins.rule import DECODES, ORTHOGONAL
 
 TABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-OF_THE_WHOLE = frozenset({"compile", "in_backward", "max_grad_norm", "memory", "seed"})  # options that no group has
+OF_THE_WHOLE = frozenset(
+    {"accumulation_steps", "compile", "in_backward", "max_grad_norm", "memory", "seed"}
+)  # options that no group has
+_MOST_PARTS = 256  # partial steps of one step: as many have random bits of their own
 _LIMIT = 2**63  # torch passes an int to its kernels in 64 bits
-_DIGITS = 4096  # bits of an int that Python prints, whatever limit is set
+_DIGITS = 4096  # bits of an int that Python can print under any limit of digits
 
 
 def listed(values: tuple[Any, ...]) -> str:
@@ -30,7 +33,7 @@ def listed(values: tuple[Any, ...]) -> str:
 
 
 def shown(value: object) -> str:
-    """`repr`, also of an int with more digits than Python prints."""
+    """`repr`, which also works for an int with more digits than Python prints."""
     long = isinstance(value, int) and value.bit_length() > _DIGITS
     return f"an int of more than {_DIGITS} bits" if long else repr(value)
 
@@ -41,10 +44,10 @@ def require(holds: bool, name: str, value: object, accepted: str) -> None:
 
 
 def seed_of(value: object) -> int:
-    """A seed, of any library's integers, as Python's.
+    """A seed as a Python int, given as an integer of any library.
 
     Raises:
-        ValueError: for anything else, and for more digits than Python prints, which hashes are derived from.
+        ValueError: for other values, and for ints with more digits than Python prints: hashes derive from the digits.
     """
     require(_whole(value), "seed", value, "an int")
     seed: int = int(value)  # type: ignore[call-overload]
@@ -53,10 +56,10 @@ def seed_of(value: object) -> int:
 
 
 def max_norm_of(value: object) -> float | None:
-    """The largest norm of all gradients together, of any library's numbers, as Python's; None for None.
+    """`max_grad_norm` as a Python float, given as a number of any library; None for None.
 
     Raises:
-        ValueError: for anything but a number above 0, infinity among them.
+        ValueError: for other values than numbers above 0 (infinity is accepted).
     """
     value = read("max_grad_norm", value)
     norm = None if value is None else _number(value)
@@ -65,11 +68,26 @@ def max_norm_of(value: object) -> float | None:
     return norm
 
 
+def accumulation_of(value: object, in_backward: bool) -> int:
+    """How many backward passes make up one step, of any library's integers, as Python's.
+
+    Raises:
+        ValueError: for anything but an int of at least 1, and for more than 1 where steps come after backward.
+    """
+    value = read("accumulation_steps", value)
+    require(_whole(value) and value >= 1, "accumulation_steps", value, "an int of at least 1")  # type: ignore[operator]
+    steps: int = int(value)  # type: ignore[call-overload]
+    accepted = "1 without in_backward=True: gradients add up in .grad until step() is called"
+    require(steps == 1 or in_backward, "accumulation_steps", steps, accepted)
+    require(steps <= _MOST_PARTS, "accumulation_steps", steps, f"at most {_MOST_PARTS}")
+    return steps
+
+
 def check_table_dtype(name: str, dtype: torch.dtype, table_dtype: torch.dtype | str | None) -> None:
     """Raises a ValueError for float64 tables of the parameter `name` of another `dtype`.
 
-    Means of its gradients are float32, and the kernel computes all of its step in float32: twice the bytes would hold
-    the same values.
+    The means of its gradients are float32, and the kernel computes the whole step in float32: float64 tables would
+    store the same values in twice the bytes.
     """
     if table_dtype == torch.float64 and dtype != torch.float64:
         raise ValueError(
@@ -79,12 +97,11 @@ def check_table_dtype(name: str, dtype: torch.dtype, table_dtype: torch.dtype | 
 
 
 def read(name: str, value: Any) -> Any:
-    """What a string means for the option `name`, as configuration files and command lines give it.
+    """Parses a string value of the option `name`, as configuration files and command lines contain them.
 
-    Numbers, truth values, pairs of numbers and dtypes may be written out, and so may None where it is accepted ("none"
-    or "null"). What an option may be is read from its annotation in `Collins`, so that a new option needs no entry
-    here. A string that means nothing, and anything that is no string, is returned as it is: to be accepted or refused
-    like any other value.
+    Strings may be numbers, truth values, pairs of numbers, dtypes, and None where it is accepted ("none" or "null").
+    The types of an option are read from its annotation in `Collins`, so that a new option needs no entry here. Strings
+    that cannot be parsed, and values that are not strings, are returned unchanged, for later checks.
     """
     if not isinstance(value, str):
         return value
@@ -99,7 +116,7 @@ def read(name: str, value: Any) -> Any:
 
 @functools.cache
 def _kinds() -> dict[str, tuple[Any, ...]]:
-    """Of each option, the types that its annotation names."""
+    """The types in the annotation of each option."""
     from collins.optimizer import Collins  # which imports this module
 
     found = {}
@@ -119,13 +136,13 @@ def _read_number(text: Any) -> Any:
 def _read_whole(text: str) -> Any:
     try:
         return int(text)
-    except ValueError:  # YAML takes 1e3 for a string
+    except ValueError:  # YAML parses 1e3 as a string
         number = _read_number(text)
         return int(number) if isinstance(number, float) and number.is_integer() else text
 
 
 def _read_wholes(text: str) -> Any:
-    """An int, or several with commas between them."""
+    """An int, or several ints separated by commas."""
     parts = [_read_whole(part) for part in text.strip().strip("[]()").split(",")]
     return text if any(isinstance(part, str) for part in parts) else parts[0] if len(parts) == 1 else tuple(parts)
 
@@ -141,7 +158,7 @@ def _read_pair(text: str) -> Any:
 
 
 def _read_dtype(text: str) -> Any:
-    """A dtype by its name in torch, or by a short one; the name of a format that is no dtype stays."""
+    """A dtype by its name in torch or by a short name; the name of an integer format is returned as a string."""
     name = text.strip().removeprefix("torch.")
     if name in FORMATS and not isinstance(FORMATS[name], FloatFormat):
         return name
@@ -151,7 +168,7 @@ def _read_dtype(text: str) -> Any:
 
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
-# In the order in which the types of an option are looked for; what any string is accepted for has none of them.
+# In the order in which the types of an option are tried. Options that accept any string have none of these types.
 _READERS: dict[Any, Callable[[str], Any]] = {
     torch.dtype: _read_dtype,
     tuple: _read_pair,
@@ -163,10 +180,10 @@ _READERS: dict[Any, Callable[[str], Any]] = {
 
 
 def read_whole_options(compile: Any, in_backward: Any, seed: Any, memory: Any) -> tuple[bool | None, bool, int, Any]:
-    """The options that no group has, as `Collins` is given them; `memory` is its own to accept or refuse.
+    """Parses and checks the options of the whole optimizer; `MemoryPolicy.of` checks `memory`.
 
     Raises:
-        ValueError: for one that is not accepted.
+        ValueError: for a value that is not accepted.
     """
     compile, in_backward = read("compile", compile), read("in_backward", in_backward)
     require(compile is None or isinstance(compile, bool), "compile", compile, "True, False or None")
@@ -175,7 +192,7 @@ def read_whole_options(compile: Any, in_backward: Any, seed: Any, memory: Any) -
 
 
 def _number(value: object) -> float:
-    """A real number as a float; anything else as NaN, which no range contains."""
+    """A real number as a float; NaN, which is in no range, for other values."""
     try:
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
@@ -187,7 +204,7 @@ def _whole(value: object) -> bool:
 
 
 def _two_numbers(value: Any) -> tuple[float, ...]:
-    """A sequence of two as floats, NaN for what is none; () for anything else."""
+    """A sequence of two values as floats, with NaN for values that are not numbers; () for other values."""
     if isinstance(value, str | bytes | Mapping | Set) or not hasattr(value, "__getitem__"):
         return ()
     try:
@@ -217,7 +234,7 @@ def _check_whole(group: dict[str, Any], name: str, accepted: str) -> None:
 
 
 def _check_row_parts(group: dict[str, Any]) -> None:
-    """Makes `row_parts` an int, or a tuple of ints where it is a sequence of at least two."""
+    """Checks `row_parts`, and converts it to an int, or to a tuple of ints if it is a sequence of at least two."""
     value, name = group["row_parts"], "row_parts"
     accepted = "an int of at least 1, or at least two of them"
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -230,14 +247,14 @@ def _check_row_parts(group: dict[str, Any]) -> None:
 def check_options(group: dict[str, Any]) -> None:
     """Raises a ValueError that names the first option of a parameter group that is out of range.
 
-    Numbers of other libraries become Python's in `group`, so that every step computes with the same ones and every way
-    of saving takes them: betas, given as any sequence of two, a tuple of two floats; numpy's scalars floats and ints.
-    So do strings that mean such a value (`read`).
+    Values are converted to Python numbers in `group`, so that every step computes with the same numbers and every way
+    of saving supports them: betas, any sequence of two numbers, to a tuple of two floats; scalars of numpy to floats
+    and ints; strings to the values that they represent (`read`).
     """
     if not OF_THE_WHOLE.isdisjoint(group):
         name = min(OF_THE_WHOLE & group.keys())
         raise ValueError(
-            f"{name} is an option of the whole optimizer, got {name}={shown(group[name])} in a parameter group: give it"
+            f"{name} is an option of the whole optimizer, got {name}={shown(group[name])} in a parameter group: pass it"
             " to Collins beside params"
         )
     for name, value in group.items():
@@ -293,7 +310,8 @@ def check_options(group: dict[str, Any]) -> None:
     capturable = group["capturable"]
     require(isinstance(capturable, bool), "capturable", capturable, "True or False")
     waits = capturable and group["nonfinite"] == "error"
-    require(not waits, "nonfinite", group["nonfinite"], "propagate or skip with capturable=True, which cannot wait")
+    accepted = "propagate or skip with capturable=True, since a captured step cannot synchronize"
+    require(not waits, "nonfinite", group["nonfinite"], accepted)
 
 
 _DECODES: Mapping[str, Any] = ChainMap[str, Any]({ORTHOGONAL: None}, DECODES)

@@ -1,4 +1,4 @@
-"""Orthogonalised momentum: the update of whole matrices, from a sketched first moment and nothing else.
+"""Orthogonalised momentum: the update of whole matrices from a sketched first moment, without a second moment.
 
 With h, s the position and sign hashes, c the load of a bucket and g the gradient of a matrix of `rows` x `cols`:
 
@@ -6,26 +6,27 @@ With h, s the position and sign hashes, c the load of a bucket and g the gradien
     X_i = sqrt(c) s(i) M_{h(i)} + rho (g_i - s(i) mu_{h(i)})
     Q = NS(X)                                    p <- (1 - lr wd) p - lr 0.2 sqrt(max(rows, cols)) Q
 
-NS takes five steps of a Newton-Schulz iteration, which raise all singular values of X / |X| towards 1 and leave its
-singular vectors as they are; they end between about 0.7 and 1.2:
+NS is five steps of a Newton-Schulz iteration. It moves all singular values of X / |X| towards 1, to between about 0.7
+and 1.2, and does not change the singular vectors:
 
     A = X X^T        X <- a X + (b A + c A^2) X        (a, b, c) = (3.4445, -4.7750, 2.0315)
 
 The iteration, its coefficients and its precision, bfloat16, are those of Jordan et al., "Muon: an optimizer for hidden
-layers in neural networks" (2024); the scale of the update, under which it has the RMS of AdamW's and takes its learning
-rate and its weight decay, is that of Liu et al., "Muon is scalable for LLM training" (2025). This differs from both in
-that (1) the first moment is sketched, (2) what this step's sketch cannot represent enters with the weight rho, at which
-it has the noise of the moment, and (3) there is no Nesterov term. At c = 1 it is Muon without that term. Parameters of
-float64 are orthogonalised in float64.
+layers in neural networks" (2024). The scale of the update is that of Liu et al., "Muon is scalable for LLM training"
+(2025): with it the update has the RMS of AdamW's update, and AdamW's learning rate and weight decay apply. This differs
+from both in three ways: (1) the first moment is sketched; (2) the residual, the part of the gradient that this step's
+sketch cannot represent, is added with the weight rho, with which it has as much noise as the moment; (3) there is no
+Nesterov term. At c = 1 it is Muon without that term. float64 parameters are orthogonalised in float64.
 
-Which matrices a parameter consists of: a parameter of two dimensions is one matrix, of three a stack of them (experts),
-one for each index of the first. One of more is a convolution and is taken as (out, rest), as in Muon's reference. The
-rows of each may be cut into several matrices (`row_parts`), such as Q, K and V that are kept as one.
+A parameter of two dimensions is one matrix; one of three dimensions is a stack of matrices (experts), one for each
+index of the first dimension. A parameter of more dimensions is a convolution and is reshaped to (out, rest), as in
+Muon's reference. The rows of each matrix may be cut into several matrices (`row_parts`), such as Q, K and V in one
+weight.
 
-What a step costs, in floating-point operations, with m the shorter and n the longer side of a matrix: 5 (4 m^2 n +
-2 m^3), which is `step_flops`. Forward and backward take 6 m n for each token, so that the step costs less than a share
-f of them from 5 (4 m + 2 m^2 / n) / (6 f) tokens a step on: `tokens_for_share`. At 3 % and 4096 x 4096 that is 683,000
-tokens, and 564,000 for a LLaMA of 7B parameters.
+The cost of a step is 5 (4 m^2 n + 2 m^3) floating-point operations (`step_flops`), with m the shorter and n the longer
+side of a matrix. Forward and backward take 6 m n for each token, so the step costs less than a fraction f of them if a
+step has at least 5 (4 m + 2 m^2 / n) / (6 f) tokens (`tokens_for_share`). For f = 3 % that is 683,000 tokens for a
+matrix of 4096 x 4096, and 564,000 tokens for a LLaMA of 7B parameters.
 """
 
 from __future__ import annotations
@@ -47,35 +48,35 @@ from collins.task import UpdateTask, Write, bucket_signs, flat, used_gradient, w
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
-SMALLEST_NORM = 1e-7  # a matrix of a smaller norm is taken for one of this norm: zeros stay zeros
-RMS = 0.2  # of an element of the update, about; AdamW's is 0.2 to 0.4 (Liu et al.)
+SMALLEST_NORM = 1e-7  # matrices are divided by at least this norm, so that zeros stay zeros
+RMS = 0.2  # the approximate RMS of an update; AdamW's is 0.2 to 0.4 (Liu et al.)
 
 
 class Matrices(NamedTuple):
     """The matrices that a parameter consists of."""
 
-    stacked: int  # how many there are in a stack
+    stacked: int  # the number of matrices in the stack
     rows: int
     cols: int
-    row_parts: tuple[int, ...]  # the rows of those that each one is cut into; one number for none
+    row_parts: tuple[int, ...]  # the rows of each part into which a matrix is cut; one number if it is not cut
 
     @property
     def numel(self) -> int:
-        """Elements of one in the stack."""
+        """Elements of one matrix in the stack."""
         return self.rows * self.cols
 
     @property
     def is_even(self) -> bool:
-        """Whether all are of one shape."""
+        """Whether all parts have the same shape."""
         return len(set(self.row_parts)) == 1
 
 
 def matrices_of(shape: Sequence[int], row_parts: Sequence[int] = ()) -> Matrices:
-    """The matrices that a parameter of this shape, of two dimensions at least, consists of.
+    """The matrices in a parameter of this shape, which must have at least two dimensions.
 
     Args:
-        shape: of the parameter.
-        row_parts: the rows of each matrix that a matrix is cut into; () for none.
+        shape: the shape of the parameter.
+        row_parts: the rows of each part into which a matrix is cut; () if it is not cut.
     """
     stacked, rows = (1, shape[0]) if len(shape) != 3 else (shape[0], shape[1])
     cols = math.prod(shape[1:]) if len(shape) != 3 else shape[2]
@@ -83,20 +84,20 @@ def matrices_of(shape: Sequence[int], row_parts: Sequence[int] = ()) -> Matrices
 
 
 def parts_of_rows(name: str, shape: tuple[int, ...], row_parts: int | Sequence[int]) -> tuple[int, ...]:
-    """The rows of each matrix that the matrices of a parameter are cut into.
+    """The rows of each part into which the matrices of a parameter are cut.
 
     Args:
-        name: of the parameter, for errors.
-        shape: its shape.
-        row_parts: its group's option.
+        name: the name of the parameter, for errors.
+        shape: the shape of the parameter.
+        row_parts: the option of its group.
 
     Raises:
-        ValueError: for a parameter without matrices, and for one whose rows are not as many as its group says.
+        ValueError: for a parameter of fewer than two dimensions, or if `row_parts` does not match the number of rows.
     """
     if len(shape) < 2:
         raise ValueError(
-            f"{name} has the shape {shape}, and decode is 'orthogonal', which takes parameters of at least two"
-            " dimensions: in a group of its own give it role='exact', or decode='residual'"
+            f"{name} has the shape {shape}, and decode is 'orthogonal', which needs parameters of at least two"
+            " dimensions: put it into a group of its own with role='exact', or decode='residual'"
         )
     rows = matrices_of(shape).rows
     if not isinstance(row_parts, int):
@@ -109,17 +110,17 @@ def parts_of_rows(name: str, shape: tuple[int, ...], row_parts: int | Sequence[i
 
 
 def update_scale(rows: int, cols: int) -> float:
-    """What Q is multiplied by, beside the learning rate: 0.2 sqrt(max(rows, cols))."""
+    """The factor of Q beside the learning rate: 0.2 sqrt(max(rows, cols))."""
     return RMS * math.sqrt(max(rows, cols))
 
 
 def newton_schulz(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Q for each of n matrices, and their Frobenius norms before.
+    """Q for each of n matrices X, and the Frobenius norms of X.
 
-    Products are of the shorter side: of X X^T for wide matrices, and of X^T X, from the other side, for tall ones.
+    The square products have the shorter side: X X^T for wide matrices, X^T X (multiplied from the right) for tall ones.
 
     Args:
-        X: (n, rows, cols), in the dtype to compute in; its memory is used.
+        X: (n, rows, cols), in the dtype of the computation; it is overwritten.
 
     Returns:
         Q, (n, rows, cols), and the norms, (n,), in float32 at least.
@@ -128,7 +129,7 @@ def newton_schulz(X: Tensor) -> tuple[Tensor, Tensor]:
     wide = X.shape[1] <= X.shape[2]
     exact = torch.promote_types(X.dtype, torch.float32)
     norms = torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True, dtype=exact)
-    # Autocast would have products of another dtype than X.
+    # Autocast would compute the products in another dtype than that of X.
     with nullcontext() if X.is_meta else torch.autocast(X.device.type, enabled=False):
         X = X.mul_((1 / norms.clamp(min=SMALLEST_NORM)).to(X.dtype))
         for _ in range(STEPS):
@@ -139,14 +140,15 @@ def newton_schulz(X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthogonalised(X: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor]:
-    """Q for the matrices of parameters of one shape, scaled alike, and for each one in a stack whether X is finite.
+    """Q for n matrices of one shape, and whether each X is finite.
 
     Args:
-        X: (n, rows, cols); its memory is used.
-        matrices: what each of the n consists of.
+        X: (n, rows, cols); it is overwritten.
+        matrices: the form of the matrices, including the parts into which each of them is cut.
 
     Returns:
-        Q (n, rows, cols), for `update_scale` of the first of the parts, and flags (n,).
+        Q, (n, rows, cols), in which all parts are scaled so that `update_scale` of the first part applies to them; and
+        the flags, (n,).
     """
     n, parts = len(X), matrices.row_parts
     if matrices.is_even:
@@ -161,56 +163,70 @@ def orthogonalised(X: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor]:
     return X, torch.stack(flags).all(0)
 
 
-def encoded(g: Tensor, m: tuple[Tensor, ...], task: UpdateTask, hp: StepScalars) -> tuple[Tensor, list[Write]]:
-    """X, flat and in the dtype that the step is computed in, and what is written over the first moment.
+def encoded(
+    g: Tensor, m: tuple[Tensor, ...], task: UpdateTask, hp: StepScalars, stacked: int | None = None
+) -> tuple[Tensor, list[Write]]:
+    """X, flat and in the dtype of the computation, and the writes to the first moment.
 
     Args:
         g: the gradient of elements from `task.start` on.
-        m: what the entries of their buckets are stored in, flat.
-        task: of the parameter; only `spec`, `keys`, `numel` and `start` are used.
+        m: the flat tensors that store the entries of their buckets.
+        task: the task of the parameter, of which only `spec`, `keys`, `numel` and `start` are used.
         hp: the step's scalars.
+        stacked: of how many parameters `g` and `m` are, one after the other, each of whole buckets: then keys and
+            start are columns, (stacked, 1). None for a part of one.
     """
-    spec, (m_format, _), count = task.spec, task.spec.formats, g.numel()
-    grad = used_gradient(g, spec, hp)
+    spec, (m_format, _) = task.spec, task.spec.formats
+    shape = (-1,) if stacked is None else (stacked, -1)
+    grad = used_gradient(g, spec, hp).view(shape)
+    count = grad.shape[-1]
     if spec.hash is None:
-        M = decay(m_format.load(m, count, grad.dtype), grad, hp.beta1, hp.one_minus_beta1)
-        return M, writes_of(m_format, m, M, task.start, FIRST, task, hp)
+        M = decay(m_format.load(m, grad.numel(), grad.dtype).view(shape), grad, hp.beta1, hp.one_minus_beta1)
+        return M.view(-1), writes_of(m_format, m, M, task.start, FIRST, task, hp)
     load = int(spec.load)
     rows, first, missing = -(-count // load), task.start // load, -count % load
-    if missing:  # zeros, which add nothing to the sum of the last bucket
+    if missing:  # pad with zeros, which do not change the sum of the last bucket
         grad = torch.nn.functional.pad(grad, (0, missing))
     _, masks, resets, loads = bucket_signs(task, hp, first, rows, grad, tail=missing > 0)
     bitwise = spec.hints.bitwise(grad, load)
-    grad = signed(grad.view(rows, load), masks, bitwise=bitwise)
-    mu = grad.sum(1) / loads
-    M = decay(m_format.load(m, rows, mu.dtype), mu, hp.beta1, hp.one_minus_beta1, resets)
-    X = Decode.scaled(M, 0.5, loads)[:, None] + hp.rho * (grad - mu[:, None])
-    return signed(X, masks, bitwise=bitwise).view(-1)[:count], writes_of(m_format, m, M, first, FIRST, task, hp)
+    grad = signed(grad.view(*shape, load), masks, bitwise=bitwise)
+    mu = grad.sum(-1) / loads
+    M = decay(m_format.load(m, mu.numel(), mu.dtype).view(shape), mu, hp.beta1, hp.one_minus_beta1, resets)
+    X = signed(Decode.scaled(M, 0.5, loads)[..., None] + hp.rho * (grad - mu[..., None]), masks, bitwise=bitwise)
+    return X.view(-1)[: X.numel() - missing], writes_of(m_format, m, M, first, FIRST, task, hp)
 
 
 def moved(
-    p: Tensor, Q: Tensor, scale: float | Tensor, finite: Tensor | None, task: UpdateTask, hp: StepScalars
+    p: Tensor,
+    Q: Tensor,
+    scale: float | Tensor,
+    finite: Tensor | None,
+    task: UpdateTask,
+    hp: StepScalars,
+    stacked: int | None = None,
 ) -> Tensor:
-    """The new values of p, flat and as they are stored.
+    """The new values of p, flat and in the dtype of p.
 
     Args:
         p: the elements from `task.start` on.
-        Q: theirs.
-        scale: `update_scale`.
-        finite: one flag for each of as many stretches of p; p stays as it is in the others. None for all.
-        task, hp: as for `encoded`.
+        Q: the update of these elements.
+        scale: the value of `update_scale`.
+        finite: a flag for each of len(finite) equal stretches of p; stretches whose flag is not set keep their values.
+            None to update all.
+        task, hp, stacked: as for `encoded`.
     """
     dtype = torch.promote_types(p.dtype, torch.float32)
     old = flat(p, dtype)
     new = updated(old, flat(Q, dtype) * scale, hp)
     if finite is not None:
         new = kept(finite, new, old)
+    new = new if stacked is None else new.view(stacked, -1)
     ((_, stored),) = writes_of(FloatFormat(p.dtype), (p.reshape(-1),), new, task.start, PARAM, task, hp)
     return stored.to(p.dtype)
 
 
 def kept(finite: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """`new`, flat, and `old` in those of len(finite) equal stretches whose flag is not set."""
+    """`new`, flat, with the values of `old` in those of len(finite) equal stretches whose flag is not set."""
     stretches = len(finite), -1
     return torch.where(finite[:, None], new.view(stretches), old.view(stretches)).view(-1)
 
@@ -226,11 +242,11 @@ def step_flops(shapes: Iterable[Sequence[int]]) -> int:
 
 
 def tokens_for_share(shapes: Sequence[Sequence[int]], numel: int, share: float = 0.03) -> float:
-    """Tokens a step from which on `step_flops` is at most this share of forward and backward, 6 numel a token.
+    """The tokens per step from which on `step_flops` is at most `share` of forward and backward, 6 numel per token.
 
     Args:
-        shapes: of the matrices that are orthogonalised.
-        numel: parameters that each token is multiplied by, these matrices and others.
-        share: of the operations of forward and backward.
+        shapes: the shapes of the matrices that are orthogonalised.
+        numel: the number of parameters that each token is multiplied by, in these matrices and all others.
+        share: a fraction of the operations of forward and backward.
     """
     return step_flops(shapes) / (6 * numel * share)

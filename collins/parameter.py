@@ -1,7 +1,4 @@
-"""What a parameter is to the optimizer - its moments, its hash, its slice -, and what its gradient and state must be.
-
-The only checks of parameters, gradients and state stand here.
-"""
+"""Specs of parameters (moments, hash, slice), and all checks of parameters, gradients and state."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ LaunchOf = Callable[[UpdateSpec, Tensor, int], Any]
 
 PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# The group options that a ParamSpec depends on.
+# The group options on which a ParamSpec depends.
 PLANNED = (
     "role",
     "compress_ratio",
@@ -51,21 +48,21 @@ PLANNED = (
 
 
 class _Store(Protocol):
-    """Where moments live, as far as checking them is concerned; see `collins.offload.tiers.Store`."""
+    """The part of a `collins.offload.tiers.Store` that the checks of moments use."""
 
     def serves(self, p: Tensor, moment: Tensor) -> bool:
-        """Whether a step of `p` can go on from this moment."""
+        """Whether a step of `p` can use this moment."""
 
 
 def settings_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What the specs of a group's parameters depend on, beside their shapes."""
+    """The values on which the specs of a group's parameters depend, beside their shapes."""
     return tuple(group[name] for name in PLANNED)
 
 
 def check_param(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
-    """Raises for a parameter that cannot be stepped under the options of its group.
+    """Raises an error for a parameter that cannot be stepped under the options of its group.
 
-    What is frozen is never stepped and may be of any dtype.
+    Frozen parameters are never stepped and may have any dtype.
 
     Raises:
         TypeError: for a layout or a dtype that is not accepted, or a parameter of `FullyShardedDataParallel`.
@@ -75,15 +72,15 @@ def check_param(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
         raise TypeError(f"{name} has layout {p.layout}; Collins accepts torch.strided parameters")
     if is_fsdp_flattened(p):
         raise TypeError(
-            f"{name} was flattened and cut up by FullyShardedDataParallel, whose ranks would take their parts"
-            " for whole parameters; Collins accepts those that torch.distributed.fsdp.fully_shard has sharded"
+            f"{name} was flattened and sharded by FullyShardedDataParallel, whose parts an optimizer cannot tell from"
+            " whole parameters; Collins accepts parameters that torch.distributed.fsdp.fully_shard has sharded"
         )
     if p.requires_grad or p.grad is not None:
         _check_dtype(name, p)
         check_table_dtype(name, p.dtype, group["table_dtype"])
-        if is_lazy(p):  # which has no shape before the first forward
+        if is_lazy(p):  # it has no shape before the first forward
             return
-        (found,) = found_roles([(None, tuple(p.shape))])  # by its shape: the other parameters are not known yet
+        (found,) = found_roles([(None, tuple(p.shape))])  # from its shape only: other parameters are not known yet
         role = role_under(found, p.numel(), group).kind
         if group["role"] != "auto":
             row_parts_of(name, p, group, role)
@@ -103,7 +100,7 @@ def role_of(entry: ParamEntry) -> Role:
 
 
 def scheme_of(p: Tensor, group: Mapping[str, Any], role: str) -> Scheme:
-    """How the moments of `p`, a parameter of this role, are stored."""
+    """The storage scheme of the moments of `p`, a parameter of this role."""
     return scheme_under(tuple(p.shape), p.dtype, group, role, sharded=is_sharded(p))
 
 
@@ -114,7 +111,7 @@ def rounds(p: Tensor, formats: Iterable[str], group: Mapping[str, Any]) -> bool:
 
 
 def row_parts_of(name: str, p: Tensor, group: Mapping[str, Any], role: str) -> tuple[int, ...]:
-    """The rows of the matrices that `p`, a parameter of this role, is cut into; () where it is not orthogonalised."""
+    """The rows of the matrices into which `p`, a parameter of this role, is cut; () if it is not orthogonalised."""
     if decode_of(group, role) != ORTHOGONAL:
         return ()
     return parts_of_rows(name, tuple(p.shape), group["row_parts"])
@@ -128,10 +125,10 @@ def _slice_of(name: str, p: Tensor, group: Mapping[str, Any], role: str, scheme:
 
 
 def state_tensors(shape: Sequence[int], scheme: Scheme) -> tuple[dict[str, TensorSpec], int]:
-    """The tensors in which both moments of a parameter of this shape are kept, by the names of its state.
+    """The tensors that store both moments of a parameter of this shape.
 
     Returns:
-        Them, and how many are the first moment's.
+        The tensors, by their names in the state, and the number of those of the first moment.
     """
     names = DENSE if scheme.m.hash is None else TABLES
     found: list[dict[str, TensorSpec]] = []
@@ -187,7 +184,7 @@ def spec_of(entry: ParamEntry, settings: tuple[Any, ...], seed: int, launch_of: 
 
 
 def _hash_of(entry: ParamEntry, bucketing: Bucketing, seed: int) -> Hash | None:
-    """The hash of a parameter: the same object for as long as nothing that it depends on changes."""
+    """The hash of a parameter: the same object as long as shape, buckets and key are the same."""
     numel, key = entry.p.numel(), entry.key
     if bucketing.hash == "block":
         period = entry.group["rehash_period"]
@@ -201,13 +198,13 @@ def _hash_of(entry: ParamEntry, bucketing: Bucketing, seed: int) -> Hash | None:
 
 
 def fingerprint_of(entry: ParamEntry, seed: int) -> Fingerprint | None:
-    """What the tables of a parameter are encoded with; None for dense moments."""
+    """The fingerprint of the tables of a parameter; None for dense moments."""
     spec = entry.known_spec
     return None if spec.hash is None else fingerprint(spec.size[0], spec.hash, seed, entry.key)
 
 
 def mark_of(entry: ParamEntry, seed: int) -> Fingerprint | None:
-    """The fingerprint in a parameter's state; None for dense moments where nothing is rounded stochastically."""
+    """The fingerprint to save in a parameter's state; None for dense moments without stochastic rounding."""
     spec = entry.known_spec
     if spec.hash is None and spec.update.rounding and spec.numel:
         return dense_fingerprint(spec.numel, spec.size[0] if spec.size else 1, seed, entry.key)
@@ -215,7 +212,7 @@ def mark_of(entry: ParamEntry, seed: int) -> Fingerprint | None:
 
 
 def expected_state(entry: ParamEntry, seed: int) -> ExpectedState:
-    """What the state of a parameter must be."""
+    """The required state of a parameter."""
     spec = entry.known_spec
     sharded = None if spec.slice is None else entry.p
     own, mark = fingerprint_of(entry, seed), mark_of(entry, seed)
@@ -223,7 +220,7 @@ def expected_state(entry: ParamEntry, seed: int) -> ExpectedState:
 
 
 def task_of(entry: ParamEntry, skipped: Tensor | None = None) -> UpdateTask:
-    """A parameter's part of every step, over this rank's parts of its moments; `skipped` is `UpdateTask`'s."""
+    """The update task of a parameter, over this rank's parts of its moments; `skipped` is as in `UpdateTask`."""
     if entry.task is not None:
         return entry.task
     spec, moments = entry.known_spec, [local(moment) for moment in entry.moments or ()]
@@ -240,10 +237,11 @@ def task_of(entry: ParamEntry, skipped: Tensor | None = None) -> UpdateTask:
 
 
 def gradient_of(entry: ParamEntry, g: Tensor) -> Tensor:
-    """The gradient of a parameter as it is stepped: this rank's part where the parameter is sharded.
+    """Checks the gradient of a parameter; returns this rank's part of it if the parameter is sharded.
 
     Raises:
-        TypeError, ValueError: for one that is sparse, or whose shape, dtype, device or kind is not the parameter's.
+        TypeError, ValueError: for a gradient that is sparse, or whose shape, dtype, device or kind is not the
+            parameter's.
     """
     spec = entry.known_spec
     plain = spec.slice is None and type(g) is Tensor and g.dtype is spec.dtype and g.layout is torch.strided
@@ -266,7 +264,7 @@ def gradient_of(entry: ParamEntry, g: Tensor) -> Tensor:
 
 
 def check_state(entry: ParamEntry, state: Mapping[str, Any], seed: int, store: _Store) -> None:
-    """Raises a ValueError, naming the parameter, for a state that its next step could not go on from."""
+    """Raises a ValueError, naming the parameter, for a state that its next step cannot use."""
     spec, own = entry.known_spec, fingerprint_of(entry, seed)
     if not has_moments(state):
         return
@@ -278,8 +276,8 @@ def check_state(entry: ParamEntry, state: Mapping[str, Any], seed: int, store: _
         check_shape(entry.name, "the optimizer", state, tuple(spec.size))
     if difference:
         raise ValueError(
-            f"{entry.name} has tables that mean something else now: they were encoded with {difference}. Set it back,"
-            " remove the parameter's state to start anew, or see collins.convert"
+            f"{entry.name} has tables that the current options cannot decode: they were encoded with {difference}. Set"
+            " it back, remove the parameter's state to start with new moments, or see collins.convert"
         )
     if not fits:
         held = {name: value for name, value in state.items() if is_moment(name)}
@@ -288,21 +286,21 @@ def check_state(entry: ParamEntry, state: Mapping[str, Any], seed: int, store: _
         moment = state[name]
         if not is_placed_like(moment, entry.p):
             raise ValueError(
-                f"{entry.name} has been sharded, or made whole, since its moments were made: build Collins after that"
+                f"{entry.name} has been sharded or unsharded since its moments were allocated: build Collins after that"
             )
         if moment.dtype != due.dtype:
             raise ValueError(
-                f"{name} of {entry.name} must have the dtype {due.dtype}, which its group's table_dtype"
-                f" means for a parameter of {spec.dtype}, got {moment.dtype}"
+                f"{name} of {entry.name} must have the dtype {due.dtype}, which follows from its group's table_dtype"
+                f" for a parameter of {spec.dtype}, got {moment.dtype}"
             )
         if not store.serves(entry.p, moment):
             raise ValueError(
                 f"{name} of {entry.name} must be where its step needs it, got one on {moment.device} for a"
-                f" parameter on {spec.device}: move both, or load_state_dict(state_dict()) once the parameter is"
-                " where it stays"
+                f" parameter on {spec.device}: move both, or call load_state_dict(state_dict()) after moving the"
+                " parameter"
             )
 
 
 def has_moments(state: Mapping[str, Any]) -> bool:
-    """Whether a state is one that a step left, not only what others keep there."""
+    """Whether a state has entries of Collins, not only those of wrappers."""
     return "step" in state or any(map(is_moment, state))

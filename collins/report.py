@@ -1,4 +1,4 @@
-"""How many bytes of state the optimizer keeps, parameter by parameter, known before any of it is allocated."""
+"""The bytes of optimizer state per parameter, computed before any of it is allocated."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class ParameterRow:
     shape: tuple[int, ...]
     role: str | None  # "matrix", "tokens" or "exact"; None for a frozen parameter
     reason: str  # how the role was found
-    hash: str | None  # None: a first moment for each element
-    load: float  # elements per bucket of the first moment, c
-    v_load: float  # and of the second
+    hash: str | None  # None if the first moment has an entry for each element
+    load: float  # c, elements per bucket of the first moment
+    v_load: float  # elements per bucket of the second moment
     m_format: str  # keys of `collins.formats.FORMATS`, "none" for no moment; empty for a frozen parameter
     v_format: str
     state_bytes: int
-    adamw_bytes: int  # what torch.optim.AdamW keeps: two moments in the parameter's dtype
+    adamw_bytes: int  # the state of torch.optim.AdamW: two moments in the parameter's dtype
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """State of all parameters. `str()` gives a table of it."""
+    """The state of all parameters. `str()` returns a table of it."""
 
     rows: tuple[ParameterRow, ...]
 
@@ -78,7 +78,7 @@ class MemoryReport:
 
 
 def report_row(entry: ParamEntry, role: Role) -> ParameterRow:
-    """The state of a parameter of this role; none where it is frozen, since what is never stepped has none."""
+    """The state of a parameter of this role; a frozen parameter is never stepped, and has none."""
     p, step_bytes = entry.p, torch.float32.itemsize
     if not (p.requires_grad or p.grad is not None):
         return ParameterRow(entry.name, tuple(p.shape), None, "", None, 1, 1, "", "", 0, 0)

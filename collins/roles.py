@@ -1,13 +1,14 @@
-"""What a parameter is to its model, which decides how its moments are stored.
+"""The role of a parameter in its model, which determines how its moments are stored.
 
-- "tokens": a table with one row for each token, such as an input embedding or an output head. Its gradients are sparse
-  in time: a row changes when its token occurs.
-- "matrix": every other weight that is large enough for tables, expert stacks and convolutions included.
+- "tokens": a table with one row per token, such as an input embedding or an output head. Its gradients are sparse in
+  time: a row changes when its token occurs.
+- "matrix": every other weight that is large enough for tables, including expert stacks and convolutions.
 - "exact": dense moments, as AdamW's.
 
-A role is found from the module (`roles_of_modules`), from names, and from shapes, in this order; what a group says, and
-parameters too small for tables, come first (`role_under`). A matrix that is taken for a token table takes more bytes. A
-token table that is taken for a matrix trains worse, so that in doubt it is a token table.
+The options of the group, and the size of parameters that are too small for tables, have precedence (`role_under`).
+Otherwise the role is found from the module (`roles_of_modules`), from names, and from shapes, in this order. A matrix
+that is classified as a token table takes more bytes, but a token table that is classified as a matrix trains worse, so
+in doubt a parameter is a token table.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from torch.nn.parameter import is_lazy
 
 ROLES = ("auto", "matrix", "tokens", "exact")
 
-TABLE_ROWS = 4096  # rows of a token table, at least, where nothing but its shape is known
-TABLE_ASPECT = 2  # rows for each column, at least
-TABLE_SHARED = 2  # parameters with as many rows, at most: embedding and head. A block's matrices share theirs
-LONGEST_VECTOR = 2**20  # elements of a bias or a norm's weight, at most; what is longer is a model made flat
+# Bounds for a token table of which only the shape is known.
+TABLE_ROWS = 4096  # the smallest number of rows
+TABLE_ASPECT = 2  # the smallest ratio of rows to columns
+TABLE_SHARED = 2  # the most parameters with this number of rows: embedding and head. More are matrices of blocks
+LONGEST_VECTOR = 2**20  # the most elements of a bias or a norm's weight; a longer vector is a flattened model
 
 
 class Role(NamedTuple):
-    """What a parameter is to its model: "matrix", "tokens" or "exact", and a few words on how that was found."""
+    """The role of a parameter, "matrix", "tokens" or "exact", and a short text on how it was found."""
 
     kind: str
     reason: str
@@ -39,9 +41,9 @@ def role_under(found: Role, numel: int, group: Mapping[str, Any]) -> Role:
     """The role of a parameter of `numel` elements under its group's options.
 
     Args:
-        found: by `found_roles`.
-        group: its options `role`, `compress_ratio`, `min_K` and `hash`. Tables of hash="universal" are the same for
-            every role.
+        found: the role from `found_roles`.
+        group: the group, of which the options `role`, `compress_ratio`, `min_K` and `hash` are used. Tables of
+            hash="universal" are the same for every role.
     """
     if group["role"] == "exact":
         return Role("exact", "group")
@@ -60,12 +62,12 @@ def found_roles(
     """The role of each parameter, by its module, its name, or its shape.
 
     Args:
-        params: name, None where it has none, and shape of all parameters of an optimizer. Their numbers of rows are
+        params: name (None if it has none) and shape of all parameters of an optimizer. Their numbers of rows are
             compared with each other.
-        by_module: what modules say of parameters, by name: `roles_of_modules`.
+        by_module: the roles that follow from modules, by name: `roles_of_modules`.
     """
     by_module = by_module or {}
-    tables = [_said(name, shape, by_module) for name, shape in params]
+    tables = [_by_module_or_name(name, shape, by_module) for name, shape in params]
     named = {
         shape[0]: _module_name(name)
         for (name, shape), table in zip(params, tables, strict=True)
@@ -75,15 +77,15 @@ def found_roles(
     return [table or _by_rows(name, shape, named, rows) for (name, shape), table in zip(params, tables, strict=True)]
 
 
-def _said(name: str | None, shape: tuple[int, ...], by_module: Mapping[str, Role]) -> Role | None:
-    """What the module or the name of a parameter says by itself."""
+def _by_module_or_name(name: str | None, shape: tuple[int, ...], by_module: Mapping[str, Role]) -> Role | None:
+    """The role that follows from the module or the name of a parameter alone, or None."""
     if name is None or len(shape) != 2:
         return None
     return by_module.get(name) or (Role("tokens", f"name: {_module_name(name)}") if _names_a_table(name) else None)
 
 
 def _by_rows(name: str | None, shape: tuple[int, ...], named: Mapping[int, str], rows: Mapping[int, int]) -> Role:
-    """The role of a parameter of which module and name say nothing by themselves."""
+    """The role of a parameter that its module and its name do not determine."""
     if sum(size > 1 for size in shape) < 2 and max(shape, default=1) <= LONGEST_VECTOR:
         return Role("exact", "vector")
     matrix = Role("matrix", "shape")
@@ -98,10 +100,10 @@ def _by_rows(name: str | None, shape: tuple[int, ...], named: Mapping[int, str],
 
 
 def roles_of_modules(model: nn.Module) -> dict[str, Role]:
-    """What the modules of a model say of its parameters, by name: which are token tables.
+    """The token tables in a model, found from its modules: their roles by parameter name.
 
-    These are the weights of embeddings, and those of linear layers outside the model's blocks that are as wide as one
-    of them has rows: output heads, tied or not. Embeddings of positions and of kinds of tokens are none.
+    These are the weights of embeddings, and of output heads, tied or not: linear layers outside the model's blocks with
+    as many outputs as one of the embeddings has rows. Embeddings of positions and of token types are excluded.
     """
     tables, heads = _by_class(model)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -139,7 +141,7 @@ def _by_class(model: nn.Module) -> tuple[list[tuple[str, str, nn.Parameter]], li
 def _embedding_class(module: nn.Module) -> str:
     """The name of the class of an embedding of tokens; "" for another module.
 
-    Libraries for model parallelism and quantisation have embeddings that are no subclasses of torch's.
+    Libraries for model parallelism and quantisation have embeddings that are not subclasses of torch's.
     """
     for kind in (nn.Embedding, nn.EmbeddingBag):
         if isinstance(module, kind):
@@ -148,10 +150,10 @@ def _embedding_class(module: nn.Module) -> str:
     return name if name.endswith("Embedding") and "Position" not in name else ""
 
 
-# What a module's own weight is called in it.
+# The name of a module's own weight.
 _OWN = re.compile(r"(^|\.)(parametrizations\.weight\.original|weight)$")
-# A module is known by the last part of its path that is no number. torch.nn.utils.parametrize and PEFT keep weights in
-# modules of their own beneath it.
+# A module's name is the last part of its path that is not a number. torch.nn.utils.parametrize and PEFT keep weights in
+# child modules.
 _LEAF = re.compile(r"(^|\.)(parametrizations\.weight\.original\d?|modules_to_save\.[^.]+\.weight|weight)$")
 _NUMBERS = re.compile(r"(\.\d+)+$")
 _TABLE = re.compile(
@@ -161,11 +163,11 @@ _TABLE = re.compile(
     re.VERBOSE,
 )
 _HEAD = re.compile(r"(^|\.)((lm_head|predictions)\.decoder|lm_loss|vocab_projector)$")
-# Embeddings of what is not a token: positions, kinds of tokens, steps of a diffusion, patches of an image.
+# Embeddings of other things than tokens: positions, token types, steps of a diffusion, patches of an image.
 _OTHER = re.compile(
     r"(^|_)(wpe|pos|posit\w*|rel|relative|rotary|rope|segments?|token_types?|time|timesteps?|patch(es)?)(_|$)|posit"
 )
-# Within one of several blocks of a kind: a number, and the path of a module after it; after the number of a layer, any.
+# In a repeated block: a number followed by a module's path, or the number of a layer followed by anything.
 _BLOCK = re.compile(r"(^|\.)(\d+\.[^.]*[a-z_][^.]*\.|(layers?|blocks?|stages?|h)\d*\.\d+\.\d)", re.IGNORECASE)
 
 

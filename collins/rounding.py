@@ -1,8 +1,9 @@
 """Stochastic rounding to bfloat16 and float16 with counter-based random bits.
 
-Rounding to nearest drops every update smaller than half a unit in the last place, so a bf16 weight under small steps
-stands still and a bf16 average with beta2 = 0.999 never moves. Rounding up with a probability equal to the fraction
-lost is right on average (Croci et al., "Stochastic rounding: implementation, error analysis and applications", 2022).
+Rounding to nearest drops every update smaller than half a unit in the last place, so a bf16 weight does not change
+under small steps, and a bf16 average with beta2 = 0.999 never does. Rounding up with a probability equal to the
+truncated fraction is unbiased (Croci et al., "Stochastic rounding: implementation, error analysis and applications",
+2022).
 
 The random bits of element i are a hash of (seed, step, parameter, stream, i). There is no generator state: a resumed
 run rounds as the uninterrupted one does, and replicas agree.
@@ -18,14 +19,14 @@ from collins.hints import NO_HINTS, Hints
 
 ROUNDED = (torch.bfloat16, torch.float16)
 
-# The tensors one step writes, each with random bits of its own.
+# The streams of random bits of the three tensors that a step writes.
 PARAM, FIRST, SECOND = 0, 0x3C6EF372, 0x1F83D9AB
 SECOND_WORD = 0x510E527F
 
 HALF_MAX = 65504.0  # largest float16
-HALF_OVERFLOW = 65520.0  # from here on, round-to-nearest gives infinity
+HALF_OVERFLOW = 65520.0  # the smallest number that rounding to nearest turns into infinity
 HALF_NORMAL = 2.0**-14  # smallest normal float16
-HALF_QUANTUM = 2.0**-24  # spacing of the subnormal ones
+HALF_QUANTUM = 2.0**-24  # the spacing of subnormal float16 numbers
 
 
 def random_bits(
@@ -39,10 +40,10 @@ def random_bits(
 ) -> Tensor:
     """16 random bits, as int32 in [0, 65536), for each of the elements first, ..., first + count - 1: shape (count,).
 
-    A `first` that is a tensor, as in compiled code, is a multiple of 32. Where it, the step and the key are columns,
-    (n, 1), the bits are rows, (n, count).
+    A `first` that is a tensor, as in compiled code, must be a multiple of 32. If `first`, `step` and `key` are columns,
+    (n, 1), the bits have the shape (n, count).
 
-    32 neighbours share two hashed words A and B, of 24 bits each, and number j of them takes the upper bits of
+    32 neighbours share two hashed words A and B, of 24 bits each, and element j of them uses the upper bits of
     A + j B mod 2^24: uniform, and independent between any two of them (Dietzfelbinger, "Universal hashing and k-wise
     independent random variables via integer arithmetic without primes", 1996).
     """
@@ -59,7 +60,7 @@ def random_bits(
 def stochastic_round(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """`x` (float32) rounded to bf16 or fp16 so that its expectation is x; `bits` int32 in [0, 65536), shaped like x.
 
-    Infinities and NaN pass through; a value that nearest rounding keeps finite stays finite.
+    Infinities and NaN are kept; a value stays finite if rounding to nearest keeps it finite.
     """
     if dtype == torch.bfloat16:
         raised = ((x.view(torch.int32) + bits) & -65536).view(torch.float32)

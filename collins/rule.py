@@ -1,4 +1,4 @@
-"""The update rule: one line of mathematics, shared by dense, residual and published parameters.
+"""The update rule, one formula for dense moments and for both elementwise decodes of tables.
 
     p <- (1 - lr wd) p - lr (m_hat + rho r) / (sqrt(v_hat + kappa r^2) + eps)
 
@@ -8,8 +8,8 @@
 | sketch, decode="residual" | s sqrt(c) M / (1 - beta1^t) | V / (1 - beta2^t) | g - s mu |
 | sketch, decode="sketch" (Collins v0.1) | s c M / (1 - beta1^t) | c V / (1 - beta2^t) | none |
 
-Turning the sign of m_hat and r turns that of their quotient and changes nothing else, to the bit. So a sketch is
-decoded from s g, with m_hat and r free of signs, and s is applied to the quotient.
+Changing the sign of m_hat and r changes the sign of the quotient and nothing else, bit for bit. So tables are decoded
+from s g, without signs in m_hat and r, and the quotient is multiplied by s.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from torch import Tensor
 
 Scalar = float | Tensor
 
+PART_STRIDE = 1 << 24  # in steps, between the random bits of two partial steps: no counter gets that far
+
 
 @dataclass(frozen=True)
 class Decode:
-    """How tables of bucket means become the two moments of an element: the rows of the table above, as data.
+    """The decode of bucket means to the two moments of an element: the rows of the table above, as data.
 
     Args:
         m_scale, v_scale: the power of the load c that multiplies s M / (1 - beta1^t), and V / (1 - beta2^t).
@@ -39,7 +41,7 @@ class Decode:
 
     @staticmethod
     def scaled(table: Tensor, power: float, load: float | Tensor) -> Tensor:
-        """table * load^power; powers 0 and 1 take no root."""
+        """table * load^power, without a root for the powers 0 and 1."""
         return table if power == 0 else table * load if power == 1 else table * load**power
 
 
@@ -50,11 +52,11 @@ DECODES = {
 
 
 ORTHOGONAL = "orthogonal"  # the decode of whole matrices: see `collins.orthogonal`
-ELEMENTWISE = "residual"  # what parameters that are no matrices are stepped by beside it
+ELEMENTWISE = "residual"  # under it, the decode of parameters that are not matrices
 
 
 class StepScalars(NamedTuple):
-    """What one step's formulas need besides tensors: Python numbers, or 0-d tensors, which compiled code takes."""
+    """The scalars in the formulas of a step: Python numbers, or 0-d tensors, which compiled code uses."""
 
     step: int | Tensor
     lr: Scalar
@@ -68,7 +70,9 @@ class StepScalars(NamedTuple):
     eps: Scalar
     rho: Scalar
     kappa: Scalar
-    grad_scale: Scalar = 1.0  # what every gradient is multiplied by before it is used
+    mu_weight: Scalar = 0.0  # the factor of mu in m_hat, in addition to M; positive in all partial steps but the first
+    part: Scalar = 0  # the number of the partial step within step t, from 0
+    grad_scale: Scalar = 1.0  # the factor by which every gradient is multiplied before it is used
 
 
 def step_scalars(
@@ -82,21 +86,49 @@ def step_scalars(
     residual_square: float,
     grad_scale: Scalar = 1.0,
 ) -> StepScalars:
-    """The `StepScalars` of step t = `step`, counted from 1; as a float tensor it stays on its device.
+    """The `StepScalars` of step t = `step`, counted from 1; a float tensor of steps stays on its device.
 
-    rho = sqrt((1 - beta1) / (1 + beta1)) unless set: an EMA shrinks independent noise by that factor, so the sketched
-    momentum and the raw residual enter the update with equal noise.
+    rho is sqrt((1 - beta1) / (1 + beta1)) unless it is set: an EMA reduces independent noise by that factor, so
+    sketched momentum and weighted residual have equal noise in the update.
     """
     beta1, beta2 = betas
     averages = beta1, 1 - beta1, beta2, 1 - beta2
     rho = math.sqrt((1 - beta1) / (1 + beta1)) if residual_weight is None else residual_weight
-    others = eps, rho, residual_square, grad_scale
+    others = eps, rho, residual_square, 0.0, 0, grad_scale
     if isinstance(step, Tensor):
         exact = step.to(torch.float64)
         on_device = 1 / (1 - beta1**exact), 1 / (1 - beta2**exact)
         return StepScalars(step.to(torch.int64), lr, 1 - lr * weight_decay, *averages, *on_device, *others)
     inverses = 1 / (1 - beta1**step), 1 / (1 - beta2**step)
     return StepScalars(step, lr, 1 - lr * weight_decay, *averages, *inverses, *others)
+
+
+def partial_scalars(hp: StepScalars, part: int, parts: int) -> StepScalars:
+    """The scalars of partial step j = `part` + 1 of k = `parts` that make up one step, of which `hp` are.
+
+    With g_j the gradient of micro-batch j, the step uses sum_j g_j without ever having it. Tables and weights decay in
+    the first partial step alone, and each adds its share:
+
+        M <- beta1 M + (1 - beta1) mu_1               and then M + (1 - beta1) mu_j
+        V <- beta2 V + (1 - beta2) q_1                and then V + (1 - beta2) q_j
+        m_hat = s sqrt(c) M / (1 - beta1^t)           and then s sqrt(c) (1 - beta1) mu_j / (1 - beta1^t)
+        v_hat = V / (1 - beta2^t - (1 - beta2) (k - j) / k)
+        p <- (1 - lr wd) p - lr (m_hat + rho r_j) / (sqrt(v_hat + kappa k r_j^2) + eps)
+        p <- p - lr (the same)
+
+    M and the sum of all numerators are those of the whole gradient, exactly. V is not: sum_j g_j^2 stands for
+    (sum_j g_j)^2, which is right on average where noise is most of a gradient and independent between micro-batches,
+    and up to k times too small where they agree. So does k r_j^2 for r^2, at one partial step in place of all of them;
+    v_hat is corrected for the share of V that has not come yet.
+    """
+    if parts == 1:
+        return hp
+    later = (1 / hp.inv_bias_correction2) - hp.one_minus_beta2 * ((parts - 1 - part) / parts)
+    hp = hp._replace(part=part, inv_bias_correction2=1 / later, kappa=hp.kappa * parts)
+    if part == 0:
+        return hp
+    own = hp.one_minus_beta1 * hp.inv_bias_correction1
+    return hp._replace(decay_factor=1.0, beta1=1.0, beta2=1.0, inv_bias_correction1=0.0, mu_weight=own)
 
 
 def direction(m_hat: Tensor, v_hat: Tensor, r: Tensor | None, hp: StepScalars) -> Tensor:

@@ -1,18 +1,18 @@
-"""How the moments of a parameter are stored: loads and formats, from its role and the bytes it may take.
+"""Storage schemes of moments: loads and formats, chosen from a parameter's role and the bytes that it may take.
 
-`compress_ratio` is a ratio of bytes: the 8 bytes that AdamW keeps of an fp32 parameter, over ours. Where a group names
-no `table_dtype`, the widest scheme of a role that fits takes the moments; where it names one, `compress_ratio` is the
-load, the number of elements a bucket, as in version 0.2: for fp32 tables that is the same number.
+`compress_ratio` is a ratio of bytes: AdamW's 8 bytes of state per fp32 parameter, divided by ours. Without a
+`table_dtype`, the widest scheme of the role that fits stores the moments. With a `table_dtype`, `compress_ratio` is the
+load, the number of elements per bucket, as in version 0.2; for fp32 tables that is the same number.
 
 - Matrices: at equal bytes, many coarse buckets of M beat few exact ones, and V may be much coarser than M. M in int4 at
-  load 4 and V at load 128 end where swept AdamW does (examples/results).
-- Token tables: a row is hit once in many steps, so that the noise of a signed sketch never averages out. M keeps an
-  entry for each element, as integers; V shares one between neighbours in a row, which loses as little as factors for
-  rows and columns do and needs no second pass. Such tables are a twentieth of a large model, and may take
+  load 4 and V at load 128 reach the loss of AdamW at its best rate (examples/results).
+- Token tables: a row gets a gradient only once in many steps, so the noise of a signed sketch does not average out. M
+  keeps an entry for each element, as integers. V shares an entry between neighbours in a row, which trains as well as
+  factors for rows and columns and needs no second pass. Such tables are a twentieth of a large model, and may take
   `TOKEN_SHARE` times the bytes of a matrix.
-- Matrices under decode="orthogonal" have no second moment: all bytes go to M. With the scales of its integers it may
-  take `ORTHOGONAL_SHARE` times the bytes that `compress_ratio` says, so that 32 is int4 at load 2 and 64 is int4 at
-  load 4. A LLaMA of 7B parameters takes 0.30 byte a parameter at 32, token tables included, and 0.15 at 64.
+- Matrices under decode="orthogonal" have no second moment, so M may use all bytes. It may take `ORTHOGONAL_SHARE`
+  times the bytes that follow from `compress_ratio`, for the scales of its integers: 32 is int4 at load 2, and 64 is
+  int4 at load 4. A LLaMA of 7B parameters takes 0.30 byte per parameter at 32, with its token tables, and 0.15 at 64.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from collins.formats import (
 )
 from collins.rule import ELEMENTWISE, ORTHOGONAL
 
-ADAMW_BYTES = 8  # that AdamW keeps of a parameter in fp32
+ADAMW_BYTES = 8  # AdamW's state per fp32 parameter
 TOKEN_SHARE = 5
 ORTHOGONAL_SHARE = 9 / 8
 
 
 class Scheme(NamedTuple):
-    """How the moments of one parameter are stored: the buckets and the formats of both, keys of `FORMATS`."""
+    """The buckets of both moments of one parameter, and their formats, which are keys of `FORMATS`."""
 
     m: Bucketing
     v: Bucketing
@@ -55,7 +55,7 @@ class Scheme(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """Loads of both moments' buckets, 0 for no second moment at all, and the format of the first."""
+    """The format of the first moment, and the loads of both moments' buckets; `v_load` is 0 without a second moment."""
 
     m_format: str
     m_load: int
@@ -71,11 +71,11 @@ class Recipe(NamedTuple):
 
     @property
     def v_format(self) -> str:
-        """The format of the second moment, where there is one."""
+        """The format of the second moment, if there is one."""
         return second_format(self.m_format)
 
 
-# Of each role, and of matrices under decode="orthogonal", the widest first. Where none fits, the last is taken.
+# For each role, and for matrices under decode="orthogonal", the widest recipe first. If none fits, the last is used.
 RECIPES = {
     "matrix": (
         Recipe("float32", 4, 128),
@@ -101,19 +101,19 @@ SHARES = {"matrix": 1, "tokens": TOKEN_SHARE, ORTHOGONAL: ORTHOGONAL_SHARE}
 
 
 def recipe_of(role: str, compress_ratio: float) -> Recipe:
-    """The widest recipe of a role that takes at most 8 / compress_ratio bytes a parameter, or its share of them."""
+    """The widest recipe of a role that takes at most `SHARES[role]` times 8 / compress_ratio bytes per parameter."""
     allowed = SHARES[role] * ADAMW_BYTES / compress_ratio
     return next((recipe for recipe in RECIPES[role] if recipe.bytes <= allowed), RECIPES[role][-1])
 
 
 def decode_of(group: Mapping[str, Any], role: str) -> str:
-    """By which decode a parameter of this role is stepped: whole matrices are orthogonalised, and nothing else."""
+    """The decode of a parameter of this role: only matrices are orthogonalised."""
     decode: str = group["decode"]
     return ELEMENTWISE if decode == ORTHOGONAL and role != "matrix" else decode
 
 
 def by_bytes(group: Mapping[str, Any]) -> bool:
-    """Whether `compress_ratio` is a ratio of bytes in this group, under which roles have recipes."""
+    """Whether `compress_ratio` is a ratio of bytes in this group, so that the recipes of roles apply."""
     return group["table_dtype"] is None and group["hash"] == "block" and group["decode"] != "sketch"
 
 
@@ -123,11 +123,11 @@ def scheme_under(
     """The scheme of a parameter.
 
     Args:
-        shape, dtype: of the whole parameter.
-        group: its group's options.
+        shape, dtype: shape and dtype of the whole parameter.
+        group: the options of its group.
         role: "matrix", "tokens" or "exact".
-        sharded: whether it may be cut along its first dimension anywhere, so that no bucket, and no block of integers,
-            may cross from one row into the next.
+        sharded: whether it may be sharded between any two rows, so that no bucket, and no block of integers, may cross
+            from one row into the next.
     """
     numel = torch.Size(shape).numel()
     if role == "exact":
@@ -155,7 +155,7 @@ def _exact(numel: int, dtype: torch.dtype, group: Mapping[str, Any]) -> Scheme:
 
 
 def _orthogonal(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]) -> Scheme:
-    """A first moment, and no second. Where buckets would be too few, it has an entry for each element."""
+    """A scheme with a first moment only. If there would be too few buckets, it has an entry for each element."""
     ratio, stored = group["compress_ratio"], group["table_dtype"]
     recipe = recipe_of(ORTHOGONAL, ratio) if stored is None else None
     load = ratio if recipe is None else recipe.m_load
@@ -178,7 +178,7 @@ def _by_bytes(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, An
     second = bucketing_of(numel, compress_ratio=recipe.v_load, min_K=1, hash="block")
     row = numel // shape[0]
     aligned = len(shape) > 1 and row % (recipe.m_load * SMALLEST_BLOCK) == 0
-    if sharded or aligned:  # rows stay whole: results are the same for any number of ranks, one among them
+    if sharded or aligned:  # no bucket crosses rows, so results do not depend on the number of ranks
         first, second = within_rows(first, shape), within_rows(second, shape)
     if first.load != recipe.m_load or recipe.v_load == 1 or second.load < first.load:
         return _exact(numel, dtype, group)  # too small, or of odd rows

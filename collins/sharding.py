@@ -1,11 +1,11 @@
-"""Parameters that are sharded as DTensors, by FSDP2 or tensor parallelism: what part of them is here, and of what.
+"""Parameters that FSDP2 or tensor parallelism has sharded as DTensors: this rank's parts of them and of their moments.
 
-Which moments a parameter has, and with which signs and random bits it is stepped, is decided on the whole parameter. So
-all ranks agree on it, it does not change with their number, and each steps its part to the bits that one process would
-have come to. Moments are DTensors placed like their parameter, which is what `torch.distributed.checkpoint` reshards;
-plain tensors that differ between ranks it would silently take for copies of each other.
+Layout, signs and random bits of a parameter's moments are derived from the whole parameter. So they are the same on all
+ranks and for every number of ranks, and the results on each rank are bitwise those of a single process. Moments are
+DTensors placed like their parameter, so that `torch.distributed.checkpoint` can reshard them; it would treat plain
+tensors that differ between ranks as replicas, without an error.
 
-Nothing here imports DTensor before somebody else has: without it there is no sharded parameter.
+This module does not import DTensor: if nobody else has imported it, there are no sharded parameters.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ _DEEPSPEED = "deepspeed.runtime.base_optimizer"
 class Slice(NamedTuple):
     """This rank's part of a parameter."""
 
-    start: int  # the number of its first element in the whole parameter, row-major
-    shape: tuple[int, ...]  # of the local tensor
+    start: int  # the row-major index of its first element in the whole parameter
+    shape: tuple[int, ...]  # the shape of the local tensor
 
 
 def is_sharded(t: object) -> bool:
-    """Whether `t` is a DTensor, which may be sharded over several ranks or whole on each."""
+    """Whether `t` is a DTensor, which may be sharded over several ranks or replicated."""
     module = sys.modules.get(_MODULE)
     return module is not None and isinstance(t, module.DTensor)
 
 
 def local(t: Tensor) -> Tensor:
-    """The part of a tensor that is on this rank, in the same memory: all of it unless it is a DTensor."""
+    """The part of a tensor that is on this rank, in the same memory; the tensor itself if it is not a DTensor."""
     if not is_sharded(t):
         return t
-    with torch.no_grad():  # where gradients are recorded, what comes back is a view
+    with torch.no_grad():  # if gradients were recorded, `to_local` would return a view
         part: Tensor = t.to_local()  # type: ignore[attr-defined]
     return waited(part)
 
 
 def check_whole(name: str, p: Tensor) -> None:
-    """Raises a ValueError, naming the parameter, for one of which this rank may have a part only."""
+    """Raises a ValueError, naming the parameter, if this rank has only a part of it."""
     if not is_sharded(p):
         return
     found: Any = p
@@ -59,21 +59,21 @@ def check_whole(name: str, p: Tensor) -> None:
     if math.prod(sizes) > 1:
         raise ValueError(
             f"{name} is a DTensor placed as {_text(found.placements)} over {math.prod(sizes)} ranks, and decode is"
-            " 'orthogonal', which takes the whole matrix at once: Collins accepts it on one rank, or replicated. In a"
-            " group of its own give it decode='residual'"
+            " 'orthogonal', which needs the whole matrix: Collins accepts it on one rank, or replicated. Otherwise put"
+            " it into a group of its own with decode='residual'"
         )
 
 
 def slice_of(name: str, p: Tensor, layout: Bucketing, *, rounding: bool) -> Slice | None:
-    """Which part of the parameter `p` is here, or None for an ordinary tensor.
+    """This rank's part of the parameter `p`, or None for an ordinary tensor.
 
     Args:
-        name: for errors.
-        layout: of the parameter's second moment, the coarser one.
+        name: the parameter's name, for errors.
+        layout: the layout of its second moment, which is the coarser one.
         rounding: whether the step rounds stochastically, with random bits for each element.
 
     Raises:
-        ValueError: for a placement, or a hash, under which a rank could not step its part on its own.
+        ValueError: for a placement or a hash with which a rank could not step its part by itself.
     """
     if not is_sharded(p):
         return None
@@ -94,10 +94,10 @@ def slice_of(name: str, p: Tensor, layout: Bucketing, *, rounding: bool) -> Slic
 
 
 def placed(part: Tensor, p: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor of global `shape` of which `part` is this rank's, placed like `p`; `part` itself for ordinary `p`.
+    """A tensor of global `shape`, placed like `p`, with `part` as this rank's part; `part` itself for an ordinary `p`.
 
-    Dimension 0 is that of `p`, or else no dimension is sharded. `part` stays on its device, as FSDP2 leaves a parameter
-    that it keeps on the host.
+    Dimension 0 must be that of `p`, unless no dimension is sharded. `part` stays on its device, which for parameters
+    that FSDP2 keeps on the host is not that of the mesh.
     """
     if not is_sharded(p):
         return part
@@ -108,7 +108,7 @@ def placed(part: Tensor, p: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def is_placed_like(t: Tensor, p: Tensor) -> bool:
-    """Whether both are ordinary tensors, or DTensors placed alike on the same ranks."""
+    """Whether both are ordinary tensors, or both are DTensors with the same placements on the same mesh."""
     first: Any = t
     second: Any = p
     if not (is_sharded(t) and is_sharded(p)):
@@ -119,12 +119,12 @@ def is_placed_like(t: Tensor, p: Tensor) -> bool:
 def local_gradient(name: str, g: Tensor, p: Tensor) -> Tensor:
     """The gradient of this rank's part of a sharded parameter.
 
-    A gradient that is placed otherwise, such as one that is still to be summed over ranks, is redistributed first; that
-    is a collective operation.
+    A gradient with other placements, such as a partial one that must be summed over ranks, is redistributed first,
+    which is a collective operation.
 
     Raises:
-        TypeError: for a gradient that is no DTensor.
-        ValueError: for one on other ranks.
+        TypeError: if the gradient is not a DTensor.
+        ValueError: if the gradient is on another mesh.
     """
     if not is_sharded(g):
         raise TypeError(f"the gradient of {name} must be a DTensor as the parameter is, got a plain tensor")
@@ -138,20 +138,21 @@ def local_gradient(name: str, g: Tensor, p: Tensor) -> Tensor:
 
 
 def saved_part(name: str, key: str, saved: Tensor, p: Tensor | None) -> Tensor:
-    """This rank's part of a saved moment for the parameter `p`; None: a parameter that is whole here.
+    """This rank's part of a saved moment.
 
     Args:
-        name: of the parameter, for errors.
-        key: of the moment, for errors.
+        name: the name of the parameter, for errors.
+        key: the name of the moment, for errors.
         saved: a DTensor placed like `p`, or a whole tensor.
+        p: the parameter if it is a DTensor, else None.
 
     Raises:
-        ValueError: for a DTensor that is placed otherwise.
+        ValueError: for a DTensor with other placements than `p`.
     """
     if p is None or not is_sharded(p):
         if is_sharded(saved):
             raise ValueError(
-                f"{name} is no DTensor here, but {key} is one in state_dict: make it whole on every rank with"
+                f"{name} is not a DTensor here, but {key} is one in state_dict: gather it on every rank with"
                 " torch.distributed.checkpoint.state_dict.StateDictOptions(full_state_dict=True)"
             )
         return saved
@@ -170,9 +171,9 @@ def saved_part(name: str, key: str, saved: Tensor, p: Tensor | None) -> Tensor:
 
 
 def agreed(flags: Sequence[bool], params: Sequence[Tensor]) -> list[bool]:
-    """`flags`, one for each parameter; for sharded ones, whether it is set on all ranks that have a part of it.
+    """`flags`, one for each parameter; the flag of a sharded parameter is set if it is set on all ranks of its mesh.
 
-    A collective operation for each mesh, none without sharded parameters.
+    This takes one collective operation for each dimension of each mesh, and none without sharded parameters.
     """
     result = list(flags)
     by_mesh: dict[Any, list[int]] = {}
@@ -189,14 +190,17 @@ def agreed(flags: Sequence[bool], params: Sequence[Tensor]) -> list[bool]:
 
 
 def sharded_over(p: Tensor) -> tuple[Any, tuple[int, ...]] | None:
-    """The mesh of a DTensor, and those of its dimensions that `p` is cut along; None if it is whole on every rank."""
+    """The mesh of a DTensor, and the mesh dimensions over which it is sharded; None if it is whole on every rank."""
     like: Any = p
     dims = tuple(dim for dim, placement in enumerate(like.placements) if not placement.is_replicate())
     return (like.device_mesh, dims) if math.prod(like.device_mesh.size(dim) for dim in dims) > 1 else None
 
 
 def norm_over(norm: Tensor, mesh: Any, dims: Sequence[int]) -> Tensor:
-    """The norm of what is cut along dimensions of a mesh, from that of this rank's part: a collective for each."""
+    """The norm of tensors that are sharded over dimensions of a mesh, given the norm of this rank's parts.
+
+    This takes one collective operation for each dimension.
+    """
     squares = norm.to(mesh.device_type, torch.float64).square()
     for dim in dims:
         torch.distributed.all_reduce(squares, group=mesh.get_group(dim))
@@ -204,13 +208,13 @@ def norm_over(norm: Tensor, mesh: Any, dims: Sequence[int]) -> Tensor:
 
 
 def _extent(p: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape of this rank's part of a tensor of global `shape` placed like `p`, and where in it that part begins."""
+    """The shape and the offset of this rank's part of a tensor of global `shape` that is placed like `p`."""
     like: Any = p
     return local_extent(shape, like.device_mesh, like.placements)
 
 
 def _is_rows(p: Tensor) -> bool:
-    """Whether this rank's part is consecutive rows, on whatever rank this is asked."""
+    """Whether every rank's part consists of consecutive rows; the answer is the same on all ranks."""
     like: Any = p
     ways = [
         (placement, like.device_mesh.size(dim))
@@ -219,8 +223,8 @@ def _is_rows(p: Tensor) -> bool:
     ]
     if any(getattr(placement, "dim", None) != 0 for placement, _ in ways):
         return False
-    # FSDP2 over tensor parallelism along the same dimension: rows are dealt out in the order of the inner mesh
-    # dimension first, which _StridedShard says. They are consecutive where they divide evenly.
+    # With FSDP2 over tensor parallelism along the same dimension, rows are distributed over the inner mesh dimension
+    # first, which is recorded as _StridedShard. Parts are consecutive rows if the rows divide evenly.
     factors = [(i, split_factor(placement)) for i, (placement, _) in enumerate(ways)]
     strided = [(i, factor) for i, factor in factors if factor is not None]
     inner = [math.prod(size for _, size in ways[i + 1 :]) for i, _ in strided]
@@ -237,12 +241,12 @@ def _text(placements: Sequence[Any]) -> str:
 
 
 def refuse_flat_partitions(groups: Sequence[dict[str, Any]]) -> None:
-    """Raises a RuntimeError if DeepSpeed has put flat partitions in the place of the parameters of these groups.
+    """Raises a RuntimeError if DeepSpeed has replaced the parameters of these groups by flat partitions.
 
-    ZeRO of every stage concatenates the parameters of a group and gives the optimizer this rank's part of that as one
-    vector. It has neither rows nor names, biases and norms are compressed along with everything else, and its buckets
-    go by the number of ranks. DeepSpeed's own optimizers, which hold the group, are looked for among all objects: call
-    this when parameters have changed.
+    ZeRO of every stage concatenates the parameters of a group and passes this rank's part of it to the optimizer as one
+    vector. Such a vector has neither rows nor names, biases and norms would be compressed like everything else, and its
+    buckets would depend on the number of ranks. DeepSpeed's optimizers, which hold the groups, are searched for among
+    all objects, so call this only when parameters have changed.
     """
     deepspeed = sys.modules.get(_DEEPSPEED)
     if deepspeed is None:
@@ -251,8 +255,8 @@ def refuse_flat_partitions(groups: Sequence[dict[str, Any]]) -> None:
         flat = isinstance(wrapper, deepspeed.ZeROOptimizer) or hasattr(wrapper, "fp32_groups_flat")
         if flat and getattr(getattr(wrapper, "optimizer", None), "param_groups", None) is groups:
             raise RuntimeError(
-                f"{type(wrapper).__name__} of DeepSpeed has put flat partitions in the place of parameters: Collins"
-                " needs whole parameters, whose rows, names and sizes decide how their moments are kept. Set ZeRO"
-                " stage 0, or shard the model by torch.distributed.fsdp.fully_shard. Tables of 0.25 byte per parameter"
-                " leave ZeRO stage 1 little to divide"
+                f"{type(wrapper).__name__} of DeepSpeed has replaced parameters by flat partitions: Collins needs whole"
+                " parameters, whose rows, names and sizes determine how their moments are stored. Set ZeRO stage 0, or"
+                " shard the model with torch.distributed.fsdp.fully_shard. With 0.25 byte of state per parameter, ZeRO"
+                " stage 1 would save little"
             )

@@ -1,4 +1,4 @@
-"""The state of parameters: step counters, and creating, adopting and dropping moments."""
+"""The state of parameters: step counters, and allocating, adopting and dropping moments."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from collins.sharding import local, placed
 
 
 class StepCounters:
-    """Counters on the host. Each is also a 0-d tensor of its own, which is what an optimizer's state shows."""
+    """Step counters on the host, in one array. Each is also a 0-d tensor, which is stored in the optimizer's state."""
 
     def __init__(self) -> None:
         self._steps = torch.zeros(0, dtype=torch.float32, device="cpu")
         self._numbers = self._steps.numpy()  # the same memory
-        self._views: list[Tensor | None] = []  # None where a counter has been let go of
-        self._free: list[int] = []  # the places of these
+        self._views: list[Tensor | None] = []  # None where a counter is no longer in use
+        self._free: list[int] = []  # the places of the counters that are not in use
         self._kept: set[ParamEntry] = set()
-        self._every: list[int | None] = []  # all places, once `_index` has been asked
+        self._every: list[int | None] = []  # all places, since the last call of `_index`
 
     def adopt(self, place: int | None, value: int) -> tuple[int, Tensor]:
-        """The place and the tensor of a counter that stands at `value`: the one at `place`, or a new one for None."""
+        """Sets the counter at `place`, or a new one for None, to `value`; returns its place and its tensor."""
         if place is None and self._free:
             place = self._free.pop()
             self._views[place] = self._steps[place]
@@ -57,7 +57,7 @@ class StepCounters:
         self._kept = kept
 
     def _move(self, grown: Tensor) -> None:
-        """The tensors that were handed out stay what they are: only their memory moves, of all or of none."""
+        """Moves the memory of all counters, or of none; the tensor objects in the state stay the same."""
         before = self._steps
         try:
             for view, new in zip(self._views, grown.unbind(), strict=False):
@@ -72,15 +72,15 @@ class StepCounters:
             raise
 
     def read(self, places: Sequence[int | None]) -> np.ndarray:
-        """What the counters at these places stand at: float32, shape (len(places),)."""
+        """The values of the counters at these places: float32, shape (len(places),)."""
         return cast(np.ndarray, self._numbers[self._index(places)].copy())
 
     def read_one(self, place: int) -> int:
-        """What the counter at this place stands at."""
+        """The value of the counter at this place."""
         return int(self._numbers[place])
 
     def set(self, places: Sequence[int | None], counts: Any) -> None:
-        """Sets the counters at these different places."""
+        """Sets the counters at these places, which must be distinct."""
         if len(places) == 1:
             self._numbers[places[0]] = counts[0]
         else:
@@ -93,19 +93,19 @@ class StepCounters:
 
 
 class Store(Protocol):
-    """Where moments live, as far as adopting them is concerned; see `collins.offload.tiers`."""
+    """The part of a `collins.offload.tiers.Store` that adopts moments."""
 
     def adopt(self, p: Tensor, specs: Sequence[TensorSpec], given: Sequence[Tensor | None]) -> list[Tensor]:
-        """The tensors that are to be kept as the state of `p`, with the values of `given`, zeros for None."""
+        """The tensors to keep as the state of `p`, with the values of `given`, or zeros for None."""
 
 
 def adopt(
     entry: ParamEntry, states: MutableMapping[Tensor, Any], store: Store, counters: StepCounters, seed: int
 ) -> bool:
-    """Takes a parameter's state, which has been checked, as its entry's own; makes it if there is none.
+    """Adopts a parameter's state, which has been checked; allocates it if there is none.
 
     Returns:
-        Whether it was made.
+        Whether it was allocated.
     """
     spec, p = entry.known_spec, entry.p
     state = states.get(p) or {}
@@ -123,14 +123,14 @@ def adopt(
     if p not in states:
         states[p] = {}
     states[p].update(own)
-    if made or spec.hash is None:  # dense moments mean the same whatever key they come from
+    if made or spec.hash is None:  # dense moments do not depend on the key
         mark(entry, states[p], seed)
     entry.adopt(states[p])
     return made
 
 
 def drop(entries: Iterable[ParamEntry], states: MutableMapping[Tensor, Any]) -> None:
-    """Takes back what `adopt` made for parameters that were not stepped after all."""
+    """Removes the state that `adopt` allocated for parameters that were not stepped in the end."""
     for entry in entries:
         state = states.get(entry.p, {})
         for name in ("step", LAYOUT, *entry.known_spec.tensors):
@@ -141,7 +141,7 @@ def drop(entries: Iterable[ParamEntry], states: MutableMapping[Tensor, Any]) -> 
 
 
 def mark(entry: ParamEntry, state: MutableMapping[str, Any], seed: int) -> None:
-    """Writes into a state what its tables are encoded with, or what its parameter is rounded with."""
+    """Writes the fingerprint of a parameter into its state."""
     own = mark_of(entry, seed)
     if own is not None:
         state[LAYOUT] = own.packed()

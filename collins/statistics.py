@@ -1,9 +1,9 @@
-"""What a run shows: numbers of the last steps, computed on the device and left there until somebody reads them.
+"""Statistics of the last steps, computed on the device, where they stay until they are read.
 
-Two things are counted in every step where gradients may be left out: what was left out, and steps in which that was
-everything. Sizes of weights and updates are taken in the steps for which they are asked: on a sample of each parameter,
-at most `SAMPLE` elements spread evenly over its memory, so that no step needs memory of a parameter's size. Of a
-parameter that is sharded, they are this rank's part's.
+Under nonfinite="skip" every step counts the buckets that it skipped, and the steps in which everything was skipped.
+Sizes of weights and updates are measured only in steps for which they were requested, on a sample of each parameter: at
+most `SAMPLE` elements spread evenly over its memory, so that no step needs memory of a parameter's size. For a sharded
+parameter they are those of this rank's part.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from collins.entries import ParamEntry
 from collins.rounding import ROUNDED
 from collins.sharding import local
 
-SAMPLE = 1 << 14  # elements of a parameter that are looked at
+SAMPLE = 1 << 14  # the most elements of a parameter in its sample
 
-ALL_SKIPPED = 100  # steps in a row of which nothing was used, after which there is a warning
-_LOOKS = 50  # steps from one look at that number to the next
-_ROUNDING_CHECK = 100  # the step whose updates are looked at where 16-bit weights are rounded to nearest
+ALL_SKIPPED = 100  # consecutive steps in which everything was skipped, after which there is a warning
+_LOOKS = 50  # steps between two reads of that number
+_ROUNDING_CHECK = 100  # the step whose updates are checked if 16-bit weights are rounded to nearest
 
 Groups = Sequence[dict[str, Any]]
 
 
 class Reading:
-    """A value on its way from a device to the host, which never waits for it."""
+    """An asynchronous copy of a value from a device to the host, which never waits for it."""
 
     def __init__(self) -> None:
         self._under_way: tuple[Tensor, torch.Event | None] | None = None
 
     def ask(self, value: Tensor) -> None:
-        """Sends for the value of now; what was under way before is dropped."""
+        """Starts a copy of the current value; a pending copy is dropped."""
         if value.is_cpu:
             self._under_way = value.clone(), None
             return
@@ -50,7 +50,7 @@ class Reading:
         self._under_way = host, arrived
 
     def take(self) -> Tensor | None:
-        """The value, once, if it has arrived."""
+        """The value if its copy is complete, else None; each value is returned once."""
         if self._under_way is None:
             return None
         host, arrived = self._under_way
@@ -61,25 +61,25 @@ class Reading:
 
 
 class SkipCounts:
-    """How much nonfinite="skip" has left out, as `collins.update.UpdateTask.skipped` counts it."""
+    """Counts of what nonfinite="skip" has skipped; see `collins.update.UpdateTask.skipped`."""
 
     def __init__(self) -> None:
         self._counters: dict[torch.device, Tensor] = {}
         self._before, self._steps, self._in_a_row = torch.zeros(3, dtype=torch.int64, device="cpu").unbind()
-        self._due = 0  # what this step could leave out
+        self._due = 0  # the number that this step could skip
         self._count = 0
         self._reading = Reading()
         self._warned = False
 
     def counter(self, device: torch.device) -> Tensor:
-        """What counts on a device: int64, shape (1,), the same tensor for as long as the optimizer lives."""
+        """The counter of a device: int64, shape (1,), the same tensor for as long as the optimizer lives."""
         if device not in self._counters:
             self._counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return self._counters[device]
 
     @property
     def buckets(self) -> Tensor:
-        """How many have been left out, 0-d."""
+        """The number of buckets skipped so far, 0-d."""
         counters = [counter[0] for counter in self._counters.values() if not counter.is_meta]
         home = next((counter.device for counter in counters if not counter.is_cpu), torch.device("cpu"))
         total: Tensor = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -89,15 +89,15 @@ class SkipCounts:
 
     @property
     def steps(self) -> Tensor:
-        """In how many steps everything has been left out, 0-d; a copy."""
+        """The number of steps in which everything was skipped, 0-d; a copy."""
         return self._steps.clone()
 
     def stepped(self, due: int) -> None:
-        """Parameters have been stepped, of which so much could have been left out."""
+        """Records that parameters were stepped, with the number that could have been skipped."""
         self._due += due
 
     def end(self, *, capturing: bool) -> None:
-        """The step has ended."""
+        """Ends a step."""
         due, self._due = self._due, 0
         if not due:
             return
@@ -114,7 +114,7 @@ class SkipCounts:
             self._look()
 
     def _look(self) -> None:
-        """Warns once, some steps late: the host reads what was true when it asked."""
+        """Warns once, some steps late, because the host reads the count asynchronously."""
         self._count += 1
         if self._count % _LOOKS == 0:
             self._reading.ask(self._in_a_row)
@@ -122,8 +122,8 @@ class SkipCounts:
         if found is not None and int(found) >= ALL_SKIPPED:
             self._warned = True
             warnings.warn(
-                f"nonfinite='skip' has left out every gradient in {int(found)} steps in a row: none of them was finite,"
-                " or their norm was not, and nothing is being trained. Look at the loss and its scale;"
+                f"nonfinite='skip' has skipped every gradient in {int(found)} consecutive steps: none of them was"
+                " finite, or their norm was not, and nothing is being trained. Check the loss and its scale;"
                 " nonfinite='error' names the parameters",
                 stacklevel=2,
             )
@@ -132,20 +132,20 @@ class SkipCounts:
 class _Kind(NamedTuple):
     """Parameters that are measured together."""
 
-    group: int  # its identity
+    group: int  # the id() of their group
     place: Place
     dtype: torch.dtype
 
 
 class _Measured(NamedTuple):
-    """What a step did to parameters of one kind."""
+    """Sums over the parameters of one kind in a step."""
 
-    sums: Tensor  # squares of updates, squares of weights, and weights that moved: (3,)
-    weights: int  # how many
+    sums: Tensor  # squares of updates, squares of weights, and the number of weights that changed: (3,)
+    weights: int  # the number of weights
 
 
 class UpdateSamples:
-    """How large updates are, on samples of the weights before a step and after it."""
+    """Sizes of updates, from samples of the weights before and after a step."""
 
     def __init__(self) -> None:
         self._asked = self._measuring = False
@@ -156,17 +156,17 @@ class UpdateSamples:
         self._warned = False
 
     def ask(self) -> None:
-        """The next step is to be measured."""
+        """Requests that the next step is measured."""
         self._asked = True
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """Of the last step that was measured."""
+        """The values of the last step that was measured."""
         return dict(self._values)
 
     def begin(self, groups: Groups, *, anew: bool, capturing: bool) -> None:
-        """A step begins - in backward with the first gradient that arrives -, or, not `anew`, is to be ended."""
-        if anew:  # what an interrupted step has left
+        """Begins a step (in backward, when the first gradient arrives), or, if not `anew`, continues one to end it."""
+        if anew:  # drop the values of an interrupted step
             self._found = {}
         if self._count + 1 == _ROUNDING_CHECK and any(map(_rounds_to_nearest, groups)):
             self._asked = True
@@ -174,11 +174,11 @@ class UpdateSamples:
             self._asked, self._measuring = False, True
 
     def before(self, entries: Sequence[ParamEntry]) -> list[Tensor]:
-        """What `after` takes: copies of the samples of these parameters, which are about to be stepped."""
+        """Copies of the samples of these parameters before they are stepped, for `after`."""
         return [_samples(members) for members in _alike(entries).values()] if self._measuring else []
 
     def after(self, entries: Sequence[ParamEntry], before: Sequence[Tensor]) -> None:
-        """These parameters have been stepped."""
+        """Measures parameters that have been stepped, given their samples from `before`."""
         for (key, members), old in zip(_alike(entries).items() if before else (), before, strict=True):
             new = _samples(members)
             wide = torch.promote_types(new.dtype, torch.float32)
@@ -195,7 +195,7 @@ class UpdateSamples:
             self._found[key] = _Measured(sums, count)
 
     def end(self, groups: Groups, *, capturing: bool) -> None:
-        """The step has ended."""
+        """Ends a step."""
         self._count += 1
         if self._measuring:
             self._measuring, self._values = False, {}
@@ -215,10 +215,10 @@ class UpdateSamples:
             )
 
     def _ask_of_rounding(self, groups: Groups) -> None:
-        """Sends for what says whether updates are lost where they are rounded to nearest.
+        """Starts to read whether rounding to nearest drops updates.
 
-        They are where most weights stand still, and lr, about the size of an update, is below half a unit in the last
-        place of a weight of the usual size.
+        It does if most weights did not change, and lr, the approximate size of an update, is below half a unit in the
+        last place of a weight of typical size.
         """
         small, rates = [], []
         for number, group in enumerate(groups):
@@ -235,7 +235,7 @@ class UpdateSamples:
 
 
 class Statistics:
-    """The numbers of one optimizer's steps; `Collins.statistics` says what they are."""
+    """The statistics of one optimizer; `Collins.statistics` documents them."""
 
     def __init__(self) -> None:
         self.skips = SkipCounts()
@@ -247,20 +247,20 @@ class Statistics:
 
     @contextlib.contextmanager
     def stepping(self, entries: Sequence[ParamEntry], skippable: int) -> Iterator[None]:
-        """The body steps these parameters, of which so much may be left out."""
+        """A context in whose body these parameters are stepped; `skippable` is the number that may be skipped."""
         before = self.updates.before(entries)
         yield
         self.updates.after(entries, before)
         self.skips.stepped(skippable)
 
     def end(self, groups: Groups) -> None:
-        """The step has ended."""
+        """Ends a step."""
         capturing = is_capturing()
         self.skips.end(capturing=capturing)
         self.updates.end(groups, capturing=capturing)
 
     def values(self, norm: Tensor | None, link_bytes: int) -> dict[str, Tensor | int]:
-        """All of them, with the norm of the last step's gradients, if it is known, and the bytes that were copied."""
+        """All statistics, including the given gradient norm of the last step, if known, and the bytes copied so far."""
         counts = self.skips.buckets, self.skips.steps
         norm = torch.full((), math.nan, device=counts[0].device) if norm is None else norm
         known = {"grad_norm": norm, "skipped_buckets": counts[0], "skipped_steps": counts[1]}
@@ -287,16 +287,16 @@ def _samples(params: Sequence[Tensor]) -> Tensor:
 
 def _sample(p: Tensor) -> Tensor:
     """Elements of a parameter, at equal distances in its memory."""
-    # An odd distance reaches all columns, since their number is mostly a power of two.
+    # With an odd distance the sample covers all columns, since their number is mostly a power of two.
     distance = max(p.numel() // SAMPLE, 1) | 1
-    if not p.is_contiguous():  # a transposed one is, in another order of its dimensions
+    if not p.is_contiguous():  # sorts the dimensions by stride, which makes a transposed tensor contiguous
         strides = p.stride()
         p = p.permute(sorted(range(p.ndim), key=lambda dim: -strides[dim]))
     return p.reshape(-1)[:: distance if p.numel() > SAMPLE else 1]
 
 
 def _summary(number: int, found: Mapping[_Kind, _Measured]) -> dict[str, Tensor]:
-    """What the parameters of one group come to together."""
+    """The statistics of the parameters of one group."""
     home = next((kind.place.device for kind in found if kind.place.device.type != "cpu"), torch.device("cpu"))
     rounded = [each for kind, each in found.items() if kind.dtype in ROUNDED]
     sums = torch.stack([each.sums.to(home) for each in found.values()]).sum(0)

@@ -1,37 +1,35 @@
-"""How parameters are stepped: checked, placed, adopted, and run by a program, after backward or in it.
+"""Steps parameters, after backward or in it: checks them, places and adopts their state, and runs a program.
 
-There is one path. A step is checked and becomes a `StepProgram`; as long as nothing but gradients and scalars changes,
-the same program is run again. A step in backward is a program of one parameter, made once its gradient has arrived.
+All steps take this path. A step is checked and becomes a `StepProgram`, which later steps run again as long as only
+gradients and scalars change. A step in backward is a program of one parameter, made when its gradient has arrived.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from collins.checkpoint import writable
-from collins.clipping import UNSCALED, Clipping, warn_of_lost_clipping
+from collins.clipping import UNSCALED, Clipping
 from collins.compile import Engine
 from collins.compile.program import ProgramGroup, ScalarsOf, StepProgram, scalars_under
 from collins.devices import is_capturing
 from collins.entries import Carried, Hash, ParamEntries, ParamEntry, ParamSpec, flattened
 from collins.formats import TensorSpec
-from collins.fused_backward import LoneSteps
+from collins.fused_backward import SingleSteps
 from collins.hashing import UniversalHash
 from collins.interrupts import HeldInterrupts
 from collins.offload import MemoryPolicy
-from collins.offload.backward import refuse_replicas
 from collins.offload.staging import StateRequest
 from collins.offload.tiers import ResidentStore, Store, TieredStore
 from collins.options import check_options
 from collins.parameter import check_state, gradient_of, has_moments, role_of, settings_of, spec_of, task_of
 from collins.roles import Role
-from collins.rule import StepScalars
+from collins.rule import StepScalars, partial_scalars
 from collins.sharding import is_placed_like, is_sharded, local, placed, refuse_flat_partitions, sharded_over
 from collins.state import StepCounters, adopt, drop, mark
 from collins.statistics import Statistics
@@ -41,12 +39,22 @@ Groups = Sequence[dict[str, Any]]
 States = MutableMapping[Tensor, dict[str, Any]]
 
 
+class Part(NamedTuple):
+    """A partial step of one step; see `collins.rule.partial_scalars`."""
+
+    number: int  # from 0
+    parts: int  # how many make up a step
+
+
+WHOLE = Part(0, 1)
+
+
 class Stepper:
-    """Steps the parameters of one optimizer, whose groups and state it is given at each call.
+    """Steps the parameters of one optimizer, whose groups and state are passed to each call.
 
     Args:
-        seed, compile, memory, clipping: the optimizer's.
-        carried: what is known of the parameters of an optimizer that has been copied.
+        seed, compile, memory, clipping: those of the optimizer.
+        carried: the part of the entries that a copy of an optimizer takes over.
     """
 
     def __init__(
@@ -62,29 +70,29 @@ class Stepper:
         self.statistics = Statistics()
         self.engine = Engine(compile, busy_link=memory is not None)
         self.store: Store = ResidentStore() if memory is None else TieredStore(memory)
-        self.lone_steps = LoneSteps()
+        self.single_steps = SingleSteps()
         self._entries = ParamEntries(carried)
         self._counters = StepCounters()
         self._known_roster: list[list[ParamEntry]] = []
         self._settings: list[tuple[Any, ...]] = []
         self._program: StepProgram | None = None  # the last step's, where the next one may run it again
-        self._last: list[ParamEntry] = []  # what the last program that was made has stepped
+        self._last: list[ParamEntry] = []  # the entries of the last program that was made
 
     def entries(self, groups: Groups, states: States) -> Iterator[ParamEntry]:
         """The parameters of all groups."""
         return flattened(self._roster(groups, states))
 
     def role(self, entry: ParamEntry) -> Role:
-        """The role of a parameter under the options of now."""
+        """The role of a parameter under the current options."""
         self._entries.find_roles()
         return role_of(entry)
 
-    def told(self, by_module: Mapping[str, Role]) -> None:
-        """Takes what modules say of the parameters with these names."""
-        self._entries.told(by_module)
+    def add_module_roles(self, by_module: Mapping[str, Role]) -> None:
+        """Adds roles that follow from modules, by parameter name."""
+        self._entries.add_module_roles(by_module)
 
     def carried(self) -> Carried:
-        """What a copy of the optimizer is to know of its parameters."""
+        """The part of the entries that a copy of the optimizer takes over."""
         return self._entries.carried()
 
     def _roster(self, groups: Groups, states: States) -> list[list[ParamEntry]]:
@@ -92,14 +100,14 @@ class Stepper:
         if roster is not self._known_roster:
             refuse_flat_partitions(groups)
             self._known_roster = roster
-            # Nothing keeps what has been taken out.
+            # Frees the moments of removed parameters.
             self.store.retain(entry.p for entry in self._entries.kept())
             self._counters.retain(self._entries.kept())
             self._program, self._last = None, []
         return roster
 
     def spec(self, entry: ParamEntry, settings: tuple[Any, ...] | None = None) -> ParamSpec:
-        """The spec of a parameter under the options of now."""
+        """The spec of a parameter under the current options."""
         self._entries.find_roles()
         settings = self._settings_of(entry.group) if settings is None else settings
         if entry.spec is None or not entry.spec.fits(entry.p, settings):
@@ -118,13 +126,13 @@ class Stepper:
         raise ValueError(f"param must be a parameter of this optimizer, got a {tuple(param.shape)} tensor that is not")
 
     def update(self, groups: Groups, states: States, *, repeats: bool = True) -> None:
-        """Performs a step of all parameters that have a gradient: of all, or of those that backward has left.
+        """Performs a step of all parameters that have a gradient; after steps in backward, of the remaining ones.
 
         Args:
-            groups, states: the optimizer's.
+            groups, states: those of the optimizer.
             repeats: whether later steps may run the program of this one.
         """
-        alone = self.lone_steps.end()
+        alone = self.single_steps.end()
         self.store.refresh()
         self.statistics.begin(groups, anew=repeats and not alone)
         bound = self.matching(groups, states)
@@ -137,7 +145,7 @@ class Stepper:
         self.store.finish()
 
     def end(self, groups: Groups, states: States) -> None:
-        """The step has ended, and what is to be known of it is."""
+        """Ends a step: computes its gradient norm and its statistics."""
         if self.clipping.max_norm is not None:
             self.clipping.end((entry.p for entry in self.entries(groups, states)), groups)
         self.statistics.end(groups)
@@ -147,14 +155,14 @@ class Stepper:
         if self.clipping.max_norm is not None:
             self.clipping.adopt(groups)
             grads, _ = bound
-            # Asked first once the program has found nothing to refuse.
+            # Computed at its first use, after the program has checked the gradients.
             scale = functools.cache(lambda: self.clipping.scale([entry.p for entry in program.entries], grads))
             scalars_of = lambda group, step: scalars_under(group, step, scale().of(group))  # noqa: E731
         with self.statistics.stepping(program.entries, program.skippable):
             program.run(bound, scalars_of)
 
     def _update_anew(self, groups: Groups, states: States, *, repeats: bool) -> None:
-        """A step whose program is made for it. State that it makes goes again for whoever is not stepped."""
+        """A step with a new program. State that it allocates is dropped again for parameters that are not stepped."""
         new: list[ParamEntry] = []
         program = None
         try:
@@ -166,7 +174,7 @@ class Stepper:
             raise
 
     def matching(self, groups: Groups, states: States) -> Any:
-        """What the last step's program takes for this step's gradients; None if it cannot be run again."""
+        """This step's gradients, prepared for the last step's program; None if that cannot be run again."""
         same = self._roster(groups, states) is (self._program and self._program.roster)
         program = self._program
         if program is None or is_capturing():
@@ -186,10 +194,10 @@ class Stepper:
 
         Args:
             groups, states, repeats: as for `update`.
-            new: takes the entries whose state is made.
+            new: entries whose state is allocated are appended to it.
 
         Returns:
-            The program, and what it takes for this step's gradients.
+            The program, and this step's gradients as prepared by `StepProgram.bind`.
         """
         capturing = is_capturing()
         roster = self._roster(groups, states)
@@ -212,7 +220,8 @@ class Stepper:
         self._adopt(stepping, states, flattened(roster), new)
         executor = self.store.executor(self.engine, list(map(self._task, stepping)), [e.p for e in stepping], grads)
         program = StepProgram(found, executor, self._counters, roster)
-        # While gradients come and go no step is repeated, and guards would take as long as the step itself.
+        # While the set of parameters with gradients changes, no program is run again, and setting guards would only
+        # cost as much time as the step itself.
         settled, self._last = stepping == self._last, stepping
         if settled and repeats:
             stepped = set(stepping)
@@ -221,11 +230,11 @@ class Stepper:
         return program, program.bind(grads)
 
     def _check(self, entry: ParamEntry, states: States, settings: tuple[Any, ...]) -> None:
-        """Raises for a parameter or a state that cannot be stepped."""
+        """Raises an error for a parameter or a state that cannot be stepped."""
         spec = self.spec(entry, settings)
         state = states.get(entry.p) or {}
         if entry.holds(state):
-            if isinstance(spec.hash, UniversalHash):  # whose coefficients may have been set
+            if isinstance(spec.hash, UniversalHash):  # its coefficients may have been set
                 check_state(entry, state, self.seed, self.store)
             return
         entry.forget()
@@ -234,7 +243,7 @@ class Stepper:
     def _adopt(
         self, entries: Sequence[ParamEntry], states: States, every: Iterable[ParamEntry], new: list[ParamEntry]
     ) -> None:
-        """Places and adopts the state of entries that have been checked; `new` takes those that had none."""
+        """Places and adopts the state of checked entries; entries that had none are appended to `new`."""
         unknown = [entry for entry in entries if entry.moments is None]
         if unknown:
             self.place([entry for entry in every if can_step(entry)])
@@ -243,33 +252,33 @@ class Stepper:
                 adopt(entry, states, self.store, self._counters, self.seed)
 
     def place(self, entries: Iterable[ParamEntry], *, early: bool = False, loading: bool = False) -> None:
-        """Finds memory for the moments of entries that have none; see `collins.offload.tiers.Store`."""
+        """Allocates memory for the moments of entries that have none; see `collins.offload.tiers.Store`."""
         self._entries.settle()
         specs = [(entry, self.spec(entry)) for entry in entries]
         requests = [StateRequest(entry.name, entry.p, spec.local_tensors, spec.role) for entry, spec in specs]
         self.store.place(requests, early=early, loading=loading)
 
-    def room(self, entry: ParamEntry, present: Mapping[str, Any]) -> dict[str, Any]:
-        """A parameter's state, to be filled: in the tensors that are present, as far as they fit."""
+    def state_to_load(self, entry: ParamEntry, present: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors of a parameter's state, to be filled; those in `present` are reused where they fit."""
         spec, step = self.spec(entry), present.get("step")
         device = entry.p.device if entry.group["capturable"] else torch.device("cpu")
         if not writable(step, (), torch.float32, device):
             step = torch.zeros((), dtype=torch.float32, device=device)
         given = [self._present(entry, present.get(name), due) for name, due in spec.tensors.items()]
-        room = self.store.room(entry.p, spec.local_tensors, given)
+        tensors = self.store.tensors_to_load(entry.p, spec.local_tensors, given)
         state: dict[str, Any] = {"step": step}
-        for (name, due), tensor, old in zip(spec.tensors.items(), room, given, strict=True):
+        for (name, due), tensor, old in zip(spec.tensors.items(), tensors, given, strict=True):
             state[name] = present[name] if tensor is old else placed(tensor, entry.p, due.shape)
         mark(entry, state, self.seed)
         return state
 
     def _present(self, entry: ParamEntry, moment: Any, due: TensorSpec) -> Tensor | None:
-        """This rank's part of a moment that can be loaded into."""
+        """This rank's part of a moment if it can be loaded into, else None."""
         fits = writable(moment, due.shape, due.dtype, getattr(moment, "device", torch.device("cpu")))
         return local(moment) if fits and is_placed_like(moment, entry.p) else None
 
     def _settings_of(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What the specs of a group depend on: the same object for as long as nothing changes."""
+        """The settings of a group: the same object as long as they are equal."""
         settings = settings_of(group)
         for known in self._settings:
             if known == settings:
@@ -280,7 +289,7 @@ class Stepper:
     # Steps in backward.
 
     def begin(self, groups: Groups, states: States) -> dict[int, ParamEntry]:
-        """All parameters that backward may step, by identity, checked and placed before the first one is stepped."""
+        """Checks and places all parameters that backward may step, before the first one; returns them by identity."""
         self.store.refresh()
         self.statistics.begin(groups)
         self.clipping.adopt(groups)
@@ -298,7 +307,7 @@ class Stepper:
         return pending
 
     def check(self, entry: ParamEntry, states: States) -> None:
-        """Raises for a parameter that cannot be stepped under the options and the state of now."""
+        """Raises an error for a parameter that cannot be stepped under the current options and state."""
         check_options(entry.group)
         self._check(entry, states, self._settings_of(entry.group))
 
@@ -307,25 +316,28 @@ class Stepper:
         entry: ParamEntry,
         g: Tensor,
         states: States,
-        scalars: dict[tuple[int, int], StepScalars],
+        scalars: dict[tuple[int, int, int], StepScalars],
         stepped: Callable[[ParamEntry], None],
+        part: Part = WHOLE,
     ) -> None:
         """Steps one of the parameters that `begin` has checked.
 
         Args:
             entry: the parameter.
             g: its gradient.
-            states: the optimizer's.
-            scalars: of this step, by group and count; filled here.
+            states: those of the optimizer.
+            scalars: the scalars of this step by group, step number and partial step, which are added here.
             stepped: called once the parameter has been stepped, also if something is raised after that.
+            part: which partial step of the step it is; the first where the parameter has no state yet.
         """
 
         def shared(group: dict[str, Any], step: int | Tensor) -> StepScalars:
             if isinstance(step, Tensor):
-                return scalars_under(group, step, scale.of(group))
-            if (id(group), step) not in scalars:
-                scalars[id(group), step] = scalars_under(group, step)
-            own = scalars[id(group), step]
+                return partial_scalars(scalars_under(group, step, scale.of(group)), *part)
+            key = id(group), step, part.number
+            if key not in scalars:
+                scalars[key] = partial_scalars(scalars_under(group, step), *part)
+            own = scalars[key]
             return own if scale is UNSCALED else own._replace(grad_scale=scale.of(group))
 
         grads = [gradient_of(entry, g)]
@@ -335,9 +347,11 @@ class Stepper:
         with HeldInterrupts():
             try:
                 self._adopt([entry], states, [entry], new)
+                if new:
+                    part = part._replace(number=0)
                 program = entry.program or self._program_of_one(entry)
                 with self.statistics.stepping(program.entries, program.skippable):
-                    program.run(program.bind(grads), shared)
+                    program.run(program.bind(grads), shared, advance=int(part.number == 0))
                     stepped(entry)
             except BaseException:
                 if program is not None and program.stepped:
@@ -359,75 +373,8 @@ class Stepper:
         return program
 
 
-class BackwardSteps:
-    """The steps in backward of one optimizer, from the first gradient that arrives until `step` ends them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # gradients on several devices arrive in as many threads
-        self._pending: dict[int, ParamEntry] | None = None
-        self._stepped: dict[int, ParamEntry] = {}
-        self._scalars: dict[tuple[int, int], StepScalars] = {}
-        self._alone = False  # whether replicas have been looked for
-        self._begun = False  # whether a step has been ended
-
-    def receive(self, p: Tensor, stepper: Stepper, groups: Groups, states: States) -> None:
-        """Steps a parameter whose gradient is complete, and frees the gradient."""
-        with self._lock:
-            g = p.grad
-            if g is None:  # an earlier hook has taken it
-                return
-            if self._pending is None:
-                self._scalars.clear()
-                if not self._alone:
-                    refuse_replicas(entry.p for entry in stepper.entries(groups, states))
-                    self._alone = True
-                self._pending = stepper.begin(groups, states)
-            entry = self._pending.get(id(p))
-            if entry is None:  # taken out of its group since
-                return
-            if id(p) in self._stepped:
-                p.grad = None
-                raise RuntimeError(_twice(entry.name))
-            stepper.update_one(entry, g, states, self._scalars, self._receive_no_more)
-
-    def _receive_no_more(self, entry: ParamEntry) -> None:
-        self._stepped[id(entry.p)] = entry
-        entry.p.grad = None
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def check(self, owner: object, closure: object) -> None:
-        """Raises a RuntimeError for what steps in backward cannot work with, when `step` is called."""
-        if closure is not None:
-            raise RuntimeError(
-                "closure must be None with in_backward=True, where parameters are stepped during backward: evaluate the"
-                " model before step(), or build Collins with in_backward=False"
-            )
-        if not self._begun and getattr(owner, "max_grad_norm", None) is None:
-            warn_of_lost_clipping()
-        self._begun = True
-        if hasattr(owner, "found_inf"):
-            owner.__dict__.pop("found_inf", None)
-            owner.__dict__.pop("grad_scale", None)
-            raise RuntimeError(
-                "a GradScaler cannot be used with in_backward=True: parameters have been stepped with gradients that"
-                " were still scaled. Train in bfloat16 without one, or build Collins with in_backward=False"
-            )
-        for entry in self._stepped.values():
-            if entry.p.grad is not None:
-                raise RuntimeError(_twice(entry.name))
-
-    def end(self) -> None:
-        """The step has ended."""
-        self._stepped.clear()
-        self._pending = None
-
-    def look_again(self) -> None:
-        """Groups or state have been replaced: the next gradient has them checked again."""
-        self._pending = None
-
-
 def can_step(entry: ParamEntry) -> bool:
-    """Whether a parameter may be stepped: what is frozen needs no moments."""
+    """Whether a parameter may be stepped; frozen parameters need no moments."""
     return entry.p.requires_grad or entry.p.grad is not None
 
 
@@ -436,13 +383,4 @@ def _sharded(name: str) -> str:
         f"max_grad_norm must be None with in_backward=True for {name}, which is sharded over several ranks: each sees"
         " its part of a gradient, and uses it before the norm over all ranks is known. Build Collins with"
         " in_backward=False, which clips by that norm"
-    )
-
-
-def _twice(name: str) -> str:
-    return (
-        f"the gradient of {name} arrived twice before step(), and the second one is not used: with in_backward=True"
-        " gradients cannot be accumulated over several backward passes, of which a reentrant checkpoint is one. Call"
-        " step() after each, also after one that failed; checkpoint with use_reentrant=False, or build Collins with"
-        " in_backward=False"
     )

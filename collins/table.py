@@ -1,4 +1,4 @@
-"""Text tables, as reports and plans print them."""
+"""Text tables for reports and plans."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 
 def as_table(heads: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """`lines` under `heads` and a rule, in columns as wide as their widest cell.
+    """A table of `lines` under `heads` and a rule; each column is as wide as its widest cell.
 
     Args:
-        heads: one for each column.
-        lines: cells, as many in each line as there are heads.
-        left: how many of the first columns are set flush left; the others, figures, are set flush right.
+        heads: the head of each column.
+        lines: lists of cells, one cell for each head.
+        left: the number of columns that are left-aligned; the others are right-aligned.
     """
     widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
     ruled = [heads, ["-" * width for width in widths], *lines]

@@ -1,7 +1,7 @@
-"""What one parameter's step is given, and what its arithmetic has in common for every decode.
+"""The arguments of one parameter's step, and the arithmetic that all decodes share.
 
-A step goes through a parameter in pieces: gradients are read flat, in row-major order, in the dtype of the moments, and
-new values are stored in the format of what they replace.
+A step processes a parameter in pieces: gradients are read flat, in row-major order, in the dtype of the moments, and
+new values are stored in the formats of the values that they replace.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from collins.formats import FORMATS, Bits, TableFormat
 from collins.hashing import HashKey, epoch_of, sign_masks, sign_words
 from collins.hints import NO_HINTS, Hints
 from collins.rounding import random_bits
-from collins.rule import StepScalars
+from collins.rule import PART_STRIDE, StepScalars
 
-Write = tuple[Tensor, Tensor]  # where, and what
+Write = tuple[Tensor, Tensor]  # a target, and the value to copy to it
 
 
 class UpdateSpec(NamedTuple):
-    """What is fixed when a step is compiled. Hashable: together with the tensors' shapes it is a signature."""
+    """The values that are constants of a compiled step. It is hashable; with the tensors' shapes it is a signature."""
 
     hash: str | None  # as in Bucketing
-    load: float  # c, of the first moment's buckets
+    load: float  # c of the first moment's buckets
     decode: str  # a key of `collins.rule.DECODES`, or "orthogonal"
-    rehash: bool  # whether signs are ever drawn anew
-    rounding: bool  # stochastic, for whatever is stored in 16 bits
+    rehash: bool  # whether buckets draw new signs
+    rounding: bool  # whether values that are stored in 16 bits are rounded stochastically
     maximize: bool
-    skip: bool = False  # whatever shares a moment with a gradient that is not finite
-    m_format: str = "float32"  # a key of `collins.formats.FORMATS`, as the next
-    v_format: str = "float32"
-    v_load: float | None = None  # of the second moment's buckets, where it differs
+    skip: bool = False  # whether to skip all elements that share a moment with a gradient that is not finite
+    m_format: str = "float32"  # a key of `collins.formats.FORMATS`
+    v_format: str = "float32"  # likewise
+    v_load: float | None = None  # c of the second moment's buckets, if it differs
     hints: Hints = NO_HINTS  # for the compiler
-    row_parts: tuple[int, ...] = ()  # rows of the matrices that lie one below another, under decode="orthogonal"
+    row_parts: tuple[int, ...] = ()  # under decode="orthogonal", the rows of each part into which a matrix is cut
 
     @property
     def loads(self) -> tuple[float, float]:
@@ -60,19 +60,19 @@ class HashKeys(NamedTuple):
 
 
 class UpdateTask(NamedTuple):
-    """One parameter's part of every step: what `update_` needs beside a gradient and the step's scalars.
+    """The arguments of `update_` that do not change from step to step: all but a gradient and the step's scalars.
 
-    p: the parameter: any shape and strides; element number i counts in row-major order.
-    m, v: the tensors that each moment is stored in, contiguous; entries are shaped like `p` when dense, else one a
-        bucket in any shape.
-    spec, keys: the static part, the parameter's constants.
-    numel: N, of the whole parameter.
-    start: the number of the first element, where p, m and v are slices of the parameter's, at a whole bucket; a 0-d
-        tensor in compiled code, whose slices hold whole buckets only.
-    launch: the engine's own: what `Engine.launch_of` returned, None for what no kernel takes.
-    skipped: with `spec.skip`, what counts the buckets of v that steps leave out - of hash="universal", where some are
-        empty, the elements; of decode="orthogonal" those of m, all of a matrix -: int64, shape (1,), on the device of
-        p; for `update_rows_`, (n,). None to count nothing.
+    p: the parameter, of any shape and strides; elements are numbered in row-major order.
+    m, v: the tensors that store each moment, contiguous. Dense moments have an entry for each element, in the shape of
+        `p`; tables have one for each bucket, in any shape.
+    spec, keys: the static values, and the constants of the parameter.
+    numel: N of the whole parameter.
+    start: the number of the first element if p, m and v are slices, which begin at a whole bucket; in compiled code a
+        0-d tensor, and slices hold whole buckets only.
+    launch: the return value of `Engine.launch_of`; None if the kernel does not support the parameter.
+    skipped: with `spec.skip`, the counter of skipped buckets of v (for hash="universal", which may have empty buckets,
+        of elements; for decode="orthogonal" of buckets of m, all those of a matrix): int64, shape (1,), on the device
+        of p; for `update_rows_`, (n,). None to count nothing.
     """
 
     p: Tensor
@@ -87,14 +87,14 @@ class UpdateTask(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that a step changes: p, then what m and v are stored in."""
+        """All tensors that a step changes: p, then those that store m and v."""
         return (self.p, *self.m, *self.v)
 
 
 class Piece(NamedTuple):
-    """Slices of p and g along their first dimension that are consecutive elements in row-major order."""
+    """Slices of p and g along their first dimension, which hold consecutive elements in row-major order."""
 
-    offset: int  # of the first element from the start of the task
+    offset: int  # the number of the first element, counted from the start of the task
     p: Tensor
     g: Tensor
 
@@ -113,16 +113,16 @@ def pieces(task: UpdateTask, g: Tensor, chunk: int | None, unit: int = 1) -> Ite
 
 
 def unit_of(spec: UpdateSpec) -> int:
-    """Pieces of a parameter begin at multiples of it: of whole buckets, and of entries that are stored together."""
+    """The unit at whose multiples pieces begin, so that they hold whole buckets and whole groups of stored entries."""
     return math.lcm(*(int(load) * format.unit for load, format in zip(spec.loads, spec.formats, strict=True)))
 
 
 class BucketSigns(NamedTuple):
-    """The signs of R buckets of hash="block" at one step, and their loads."""
+    """The signs of R buckets of hash="block" at one step, and their loads; of n parameters with n before R."""
 
     words: Tensor  # as `collins.hashing.sign_words` returns them, (R, ...)
     masks: Tensor  # (R, c): negative where s = -1
-    resets: Tensor | None  # which buckets draw new signs in this step, (R,); None where none ever does
+    resets: Tensor | None  # whether each bucket draws new signs in this step, (R,); None if none ever does
     loads: float | Tensor  # c, or (R,) loads
 
 
@@ -132,24 +132,29 @@ def bucket_signs(
     """The signs of `rows` buckets from number `first` on.
 
     Args:
-        task, hp: the parameter's task, the step's scalars.
-        first, rows: of the buckets.
-        like: a tensor on the device and in the dtype that the step is computed in.
-        tail: whether the parameter's last bucket may be among them, with fewer elements than others.
+        task, hp: the parameter's task, the step's scalars. Keys may be columns, (n, 1), of n parameters.
+        first, rows: the number of the first bucket, a column for such keys, and the number of buckets.
+        like: a tensor on the device and in the dtype of the computation.
+        tail: whether they may include the parameter's last bucket, which may have fewer elements.
     """
     spec, keys, hints, load = task.spec, task.keys, task.spec.hints, int(task.spec.load)
     bucket = torch.arange(rows + hints.padding, device=like.device) + first
     epoch, resets = epoch_of(bucket, hp.step, keys.sign, keys.period) if spec.rehash else (0, None)
+    if isinstance(hp.part, Tensor):
+        resets = None if resets is None else resets & (hp.part == 0)
+    elif hp.part > 0:  # what was to be reset has been
+        resets = None
     loads: float | Tensor = load
     if tail:
         last, count = (task.numel - 1) // load, (task.numel - 1) % load + 1
         is_tail = bucket == last
         loads = torch.where(is_tail, count, load).to(like.dtype)
-        if count == 1 and resets is not None:  # alone, an element keeps its sign: the sketch is exact there
+        if count == 1 and resets is not None:  # a bucket of one element keeps its sign, so that its sketch is exact
             epoch, resets = torch.where(is_tail, 0, epoch), resets & ~is_tail
-    resets = None if resets is None else hints.separate_loop(resets, rows)
-    words = hints.separate_loop(sign_words(bucket, load, epoch, keys.sign), rows)
-    return BucketSigns(words, sign_masks(words, bucket[:rows], load), resets, loads)
+    lead = bucket.dim() - 1
+    resets = None if resets is None else hints.separate_loop(resets, rows, lead)
+    words = hints.separate_loop(sign_words(bucket, load, epoch, keys.sign), rows, lead)
+    return BucketSigns(words, sign_masks(words, bucket[..., :rows], load), resets, loads)
 
 
 def flat(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,17 +163,24 @@ def flat(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def used_gradient(g: Tensor, spec: UpdateSpec, hp: StepScalars) -> Tensor:
-    """The gradient as it is used, flat."""
+    """The gradient with scale and sign applied, flat and in the dtype of the computation."""
     return scaled_gradient(flat(g, torch.promote_types(g.dtype, torch.float32)), spec, hp)
 
 
 def scaled_gradient(g: Tensor, spec: UpdateSpec, hp: StepScalars) -> Tensor:
-    """The gradient scaled, and of the sign that descends."""
+    """The gradient times `grad_scale`, negated for `maximize`."""
     scale = hp.grad_scale
     g = -g if spec.maximize else g
     if isinstance(scale, Tensor):
         return g * scale.to(g.device)
     return g if scale == 1 else g * scale
+
+
+def noise_step(hp: StepScalars) -> int | Tensor:
+    """What random bits derive from in place of the step: partial steps of one step have bits of their own."""
+    if isinstance(hp.part, Tensor):
+        return hp.step + hp.part.to(torch.int64) * PART_STRIDE
+    return hp.step + int(hp.part) * PART_STRIDE
 
 
 def writes_of(
@@ -180,14 +192,14 @@ def writes_of(
     task: UpdateTask,
     hp: StepScalars,
 ) -> list[Write]:
-    """What is written over `parts` for `values`, flat or in rows; the first, or that of each row, is number `first`."""
+    """The writes to `parts` that store `values`, flat or in rows; the first one (in each row) has number `first`."""
     bits: Bits | None = None
     if task.spec.rounding and format.rounds:
         bits = partial(
             random_bits,
             first,
             values.shape[-1],
-            hp.step,
+            noise_step(hp),
             task.keys.rounding,
             stream,
             parts[0].device,

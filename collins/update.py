@@ -1,9 +1,9 @@
-"""One parameter's whole step, in place: hash, encode, decay, decode, write. The only code that changes a parameter.
+"""The whole step of one parameter, in place: hash, encode, decay, decode, write.
 
-Compiled steps call `update_`, which takes the parameter as one piece for the compiler to fuse. Eager steps are an
-`EagerUpdate`, which works through it in pieces, so that a step needs a few small temporaries. All values of a piece are
-computed before the first of them is written. Every number that differs between parameters of one `UpdateSpec` may be a
-0-d tensor: one compiled graph serves them all.
+Compiled steps call `update_`, which processes the parameter as one piece, for the compiler to fuse. Eager steps are an
+`EagerUpdate`, which processes it in pieces, so that temporaries are small. All values of a piece are computed before
+the first of them is written. Every number that differs between parameters of one `UpdateSpec` may be a 0-d tensor, so
+that they share one compiled graph.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def update_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
 
     Args:
         task: the parameter and its moments.
-        g: the gradient, of the parameter's shape, dtype and device, of any strides.
+        g: the gradient, of the parameter's shape, dtype and device, with any strides.
         hp: the step's scalars.
     """
     for piece in _pieces_of(task, g, hp, None):
@@ -64,29 +64,29 @@ def update_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
 
 
 class PiecewiseUpdate:
-    """A step in pieces, which is made as a whole or not at all.
+    """A step in pieces, which is performed completely or not at all.
 
-    An error while the first piece is computed leaves everything as it was. Once a piece is being written, the step can
-    only be finished: `finish` computes what is missing, and writes again what may have been written already.
+    An error while the first piece is computed leaves everything unchanged. Once writing has begun, the step can only be
+    completed: `finish` computes and writes the remaining pieces, including the one whose writes may be incomplete.
 
     Args:
-        pieces: each computes what is to be written; none depends on what another one writes.
+        pieces: functions that compute the values of each piece; none depends on the writes of another one.
         skipped: as in `UpdateTask`.
     """
 
     def __init__(self, pieces: Sequence[Callable[[], Values]], skipped: Tensor | None) -> None:
         self._pieces, self._skipped = pieces, skipped
         self._next = 0
-        self._values: Values | None = None  # of the next piece, once they are computed
-        self.begun = False  # whether anything has been written, or is about to be
+        self._values: Values | None = None  # the values of the next piece, if they have been computed
+        self.begun = False  # whether writing has begun
 
     def prepare(self) -> None:
-        """Computes the next piece, and writes nothing."""
+        """Computes the next piece without writing it."""
         if self._values is None and self._next < len(self._pieces):
             self._values = self._pieces[self._next]()
 
     def run(self) -> None:
-        """Performs the step, or what is left of it."""
+        """Performs the remaining pieces of the step."""
         while self._next < len(self._pieces):
             self.prepare()
             assert self._values is not None
@@ -97,17 +97,17 @@ class PiecewiseUpdate:
             _count(self._skipped, values)
 
     def finish(self) -> None:
-        """Performs what is left after an error: temporaries that found no memory may find it now that others are gone.
+        """Completes the step after an error; a failed allocation may succeed now, since other temporaries are freed.
 
         Raises:
-            RuntimeError: when that fails, too. The parameter is stepped in part then.
+            RuntimeError: if that fails too. Then only some pieces of the parameter have been stepped.
         """
         try:
             self.run()
         except Exception as error:
             raise RuntimeError(
-                f"an error in the middle of a step, and {type(error).__name__} when it was to be finished, left a"
-                f" parameter stepped in part, {self._next} of {len(self._pieces)} pieces: load a checkpoint"
+                f"an error in the middle of a step, and {type(error).__name__} while the step was being completed, left"
+                f" a parameter stepped in part, {self._next} of {len(self._pieces)} pieces: load a checkpoint"
             ) from error
 
 
@@ -116,7 +116,7 @@ class EagerUpdate(PiecewiseUpdate):
 
     Args:
         task, g, hp: as for `update_`.
-        chunk: about how many elements to work on at a time; None takes the tensor whole.
+        chunk: the approximate number of elements of a piece; None for one piece.
     """
 
     def __init__(self, task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None = None) -> None:
@@ -127,11 +127,11 @@ class Values(NamedTuple):
     """The results of one piece."""
 
     writes: list[Write]
-    finite: Tensor | None = None  # what of it is not left out, where something may be
-    left_out: Tensor | None = None  # or else how much is
+    finite: Tensor | None = None  # under `skip`, flags of what is not skipped
+    left_out: Tensor | None = None  # or the number of what is skipped
 
 
-_Compute = Callable[[], Values]  # of one piece
+_Compute = Callable[[], Values]  # computes one piece
 
 
 def _count(skipped: Tensor | None, values: Values) -> None:
@@ -144,7 +144,7 @@ def _count(skipped: Tensor | None, values: Values) -> None:
 
 
 def _pieces_of(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int | None) -> list[_Compute]:
-    """The step in pieces, none of which depends on what another one writes; None for one piece."""
+    """The step in pieces, none of which depends on the writes of another one; one piece if `chunk` is None."""
     if task.p.is_contiguous() and g.is_contiguous():
         task, g = task._replace(p=task.p.view(-1)), g.view(-1)
     m, v = (tuple(part.view(-1) for part in parts) for parts in (task.m, task.v))
@@ -169,7 +169,7 @@ def _dense_piece(piece: Piece, task: UpdateTask, hp: StepScalars) -> Values:
 def update_rows_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
     """As `update_`, for many dense parameters of one `UpdateSpec`, each a row of p, g and the parts of m and v, (n, N).
 
-    What else is not static, the hash keys, the scalars and `start`, is columns, (n, 1).
+    The other values that are not static (hash keys, scalars, `start`) are columns, (n, 1).
     """
     dtype = torch.promote_types(task.p.dtype, torch.float32)
     m, v = (parts[0].to(dtype) for parts in (task.m, task.v))  # dense moments have one part
@@ -181,10 +181,10 @@ def update_rows_(task: UpdateTask, g: Tensor, hp: StepScalars) -> None:
 
 
 def _dense(old: Tensor, grad: Tensor, m: Tensor, v: Tensor, hp: StepScalars, spec: UpdateSpec) -> tuple[Tensor, ...]:
-    """The new p, m and v before they are rounded; and which gradients, or buckets of the second moment, are finite, if
-    that is asked for.
+    """The new p, m and v before rounding; under `spec.skip` also the flags of finite gradients, or of finite buckets of
+    the second moment.
 
-    All are flat, in one dtype; or rows of as many elements, with scalars in columns, where v has an entry for each.
+    All are flat, in one dtype. If v has an entry for each element, they may be rows, with scalars in columns.
     """
     v_load, count = int(spec.loads[1]), len(grad)
     q = grad * grad if v_load == 1 else _means(grad * grad, v_load)
@@ -192,14 +192,15 @@ def _dense(old: Tensor, grad: Tensor, m: Tensor, v: Tensor, hp: StepScalars, spe
     own = None if finite is None else _each(finite, v_load, count)
     first_moment = decay(m, grad, hp.beta1, hp.one_minus_beta1, finite=own)
     second_moment = decay(v, q, hp.beta2, hp.one_minus_beta2, finite=finite)
-    m_hat, v_hat = first_moment * hp.inv_bias_correction1, _each(second_moment * hp.inv_bias_correction2, v_load, count)
+    m_hat = _m_hat(first_moment, grad, hp)
+    v_hat = _each(second_moment * hp.inv_bias_correction2, v_load, count)
     new = updated(old, direction(m_hat, v_hat, None, hp), hp)
     changed = _where(own, new, old), first_moment, second_moment
     return changed if finite is None else (*changed, finite)
 
 
 def _means(squares: Tensor, load: int) -> Tensor:
-    """q of dense first moments: means over `load` neighbours, of which the last may be fewer."""
+    """q for dense first moments: means over `load` neighbours, the last over those that remain."""
     missing = -len(squares) % load
     if not missing:
         return squares.view(-1, load).sum(1) / load
@@ -209,7 +210,7 @@ def _means(squares: Tensor, load: int) -> Tensor:
 
 
 def _each(x: Tensor, load: int, count: int) -> Tensor:
-    """What holds for each bucket of the second moment, for each of `count` elements."""
+    """Repeats a value per bucket of the second moment for each of `count` elements."""
     return x if load == 1 else x[:, None].expand(-1, load).reshape(-1)[:count]
 
 
@@ -246,14 +247,14 @@ def _block_piece(piece: Piece, task: UpdateTask, hp: StepScalars) -> Values:
     padded = -(-count // v_load) * v_load
     first, rows, v_rows = (task.start + offset) // load, padded // load, padded // v_load
     grad, old = used_gradient(g_piece, spec, hp), flat(p, torch.promote_types(p.dtype, torch.float32))
-    if count % v_load:  # what is missing of the last buckets is zeros, which add nothing to their sums
+    if count % v_load:  # pad the last buckets with zeros, which do not change their sums
         grad, old = (torch.nn.functional.pad(t, (0, padded - count)) for t in (grad, old))
     elif p.is_contiguous():
-        p = p.view(rows, load)  # compiled, reads, sums and writes then share one loop over rows
+        p = p.view(rows, load)  # in compiled code, reads, sums and writes then share one loop over rows
     grad, old = grad.view(rows, load), old.view(rows, load)
     words, masks, resets, loads = bucket_signs(task, hp, first, rows, grad, tail=count % v_load > 0)
     bitwise = hints.bitwise(p, load)
-    grad = signed(grad, masks, bitwise=bitwise)  # s g from here on
+    grad = signed(grad, masks, bitwise=bitwise)  # from here on grad is s g
     if load == v_load:
         mu, q = (hints.scalar_loop(mean, words) for mean in encode_rows(grad, loads))
         v_loads = loads
@@ -269,7 +270,7 @@ def _block_piece(piece: Piece, task: UpdateTask, hp: StepScalars) -> Values:
     m = m_format.cut(task.m, offset // load, m_count)
     v = v_format.cut(task.v, offset // v_load, v_count)
     old_m, old_v = m_format.load(m, m_count, mu.dtype), v_format.load(v, v_count, q.dtype)
-    if m_count < rows:  # buckets of padding alone
+    if m_count < rows:  # the last rows consist of padding
         old_m = torch.nn.functional.pad(old_m, (0, rows - m_count))
     first_moment = decay(old_m, mu, hp.beta1, hp.one_minus_beta1, resets, m_finite)
     second_moment = decay(old_v, q, hp.beta2, hp.one_minus_beta2, finite=finite)
@@ -277,7 +278,7 @@ def _block_piece(piece: Piece, task: UpdateTask, hp: StepScalars) -> Values:
         *writes_of(m_format, m, first_moment[:m_count], first, FIRST, task, hp),
         *writes_of(v_format, v, second_moment, (task.start + offset) // v_load, SECOND, task, hp),
     ]
-    m_b, v_b = map(hints.realized, _scaled(first_moment, second_moment, (loads, v_loads), spec, hp))
+    m_b, v_b = map(hints.realized, _scaled(first_moment, mu, second_moment, (loads, v_loads), spec, hp))
     r = grad - hints.realized(mu)[:, None] if DECODES[spec.decode].residual else None
     change = direction(m_b[:, None], _along(v_b, rows)[:, None], r, hp)
     new = updated(old, signed(change, masks, bitwise=bitwise), hp)
@@ -287,7 +288,7 @@ def _block_piece(piece: Piece, task: UpdateTask, hp: StepScalars) -> Values:
 
 
 def _along(x: Tensor, rows: int) -> Tensor:
-    """What holds for each bucket of the second moment, for each of the first moment's `rows`."""
+    """Repeats a value per bucket of the second moment for each of the first moment's `rows` buckets."""
     return x if len(x) == rows else _each(x, rows // len(x), rows)
 
 
@@ -311,7 +312,7 @@ def _universal_pieces(task: UpdateTask, g: Tensor, hp: StepScalars, chunk: int |
     finite = _finite(q, spec)
     first_moment = decay(m_format.load(task.m, buckets, dtype), mu, hp.beta1, hp.one_minus_beta1, finite=finite)
     second_moment = decay(v_format.load(task.v, buckets, dtype), q, hp.beta2, hp.one_minus_beta2, finite=finite)
-    m_b, v_b = _scaled(first_moment, second_moment, (load, load), spec, hp)
+    m_b, v_b = _scaled(first_moment, mu, second_moment, (load, load), spec, hp)
 
     def piece_of(piece: Piece) -> Values:
         first, p, grad = piece
@@ -337,7 +338,7 @@ _UPDATES = {None: _dense_pieces, "block": _block_pieces, "universal": _universal
 
 
 def _finite(q: Tensor, spec: UpdateSpec) -> Tensor | None:
-    """Where all gradients behind a mean of squares are finite, if that is asked for."""
+    """Under `spec.skip`, whether all gradients in each mean of squares are finite; else None."""
     return torch.isfinite(q) if spec.skip else None
 
 
@@ -345,10 +346,16 @@ def _where(finite: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return new if finite is None else torch.where(finite, new, old)
 
 
+def _m_hat(M: Tensor, mu: Tensor, hp: StepScalars) -> Tensor:
+    """The first moment without its bias, before the load's power."""
+    own = M * hp.inv_bias_correction1
+    return own if isinstance(hp.part, int) and hp.part == 0 else own + mu * hp.mu_weight
+
+
 def _scaled(
-    M: Tensor, V: Tensor, loads: tuple[float | Tensor, float | Tensor], spec: UpdateSpec, hp: StepScalars
+    M: Tensor, mu: Tensor, V: Tensor, loads: tuple[float | Tensor, float | Tensor], spec: UpdateSpec, hp: StepScalars
 ) -> tuple[Tensor, Tensor]:
-    """What each bucket contributes to m_hat, up to the sign, and to v_hat."""
+    """The value of each bucket in m_hat, without the sign, and in v_hat."""
     decode = DECODES[spec.decode]
-    m, v = M * hp.inv_bias_correction1, V * hp.inv_bias_correction2
+    m, v = _m_hat(M, mu, hp), V * hp.inv_bias_correction2
     return decode.scaled(m, decode.m_scale, loads[0]), decode.scaled(v, decode.v_scale, loads[1])

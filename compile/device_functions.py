@@ -1,6 +1,6 @@
-"""What the kernel is made of: hashing, rounding and integer tables, as functions of Triton.
+"""The kernel's building blocks, as Triton functions: hashing, rounding and integer tables.
 
-Each is the twin of a function in the pure modules, which says what it computes.
+Each one is the counterpart of a function in `collins/`, whose docstring says what it computes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def mix(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def widened(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x in float32. Two neighbours in bfloat16 share a register and take one instruction each."""
+    """x in float32. Two neighbours in bfloat16 share a register, and each is widened by one instruction."""
     if FAST and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
@@ -41,7 +41,7 @@ def widened(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def quotient(x, y, eps, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x / (sqrt(y) + eps) to about 3 ulp, where the plain operations spend instructions on denormal numbers."""
+    """x / (sqrt(y) + eps) to about 3 ulp, without the instructions that the plain operations spend on denormals."""
     if FAST:
         x, y = tl.broadcast(x, y)
         x, eps = tl.broadcast(x, eps)
@@ -65,7 +65,7 @@ def flipped(x, flips, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def noise(index, spot, tick, low, high, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Random bits in the upper half of a word; the lower half is to be ignored. `tick` is the step's."""
+    """Random bits in the upper half of a word; callers must ignore the lower half. `tick` is the tick of the step."""
     a = mix((index + low) ^ (tick + (high ^ STREAM))) & 0xFFFFFF00
     b = mix((index + low) ^ (tick + (high ^ (STREAM ^ _WORD_B)))) & 0xFFFFFF00
     return a + b * spot
@@ -89,14 +89,14 @@ def rounded(x, noise, TO: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def add_count(counter, x):  # type: ignore[no-untyped-def]
-    """Adds to a counter how much of x is true. Integers come to the same sum in any order."""
+    """Adds the number of true elements of x to a counter. Integer sums do not depend on the order of the atomics."""
     count = tl.sum(tl.ravel(x).to(tl.int32), axis=0).to(tl.int64)
     tl.atomic_add(counter, count, mask=count > 0, sem="relaxed")
 
 
 @triton.jit
 def along(x, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What holds for each bucket, for each of its rows."""
+    """Repeats a value per bucket for each row of the bucket."""
     if WORDS > 1:
         x = tl.reshape(tl.broadcast_to(x[:, None], (ROWS // WORDS, WORDS)), (ROWS,))
     return x
@@ -104,7 +104,7 @@ def along(x, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untype
 
 @triton.jit
 def scaled(x, load, root, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x * load^SCALE, with the root of the load, as `collins.rule.Decode.scaled`."""
+    """x * load^SCALE, given the square root of the load, as `collins.rule.Decode.scaled`."""
     if SCALE == 1.0:
         x = x * load
     elif SCALE == 0.5:
@@ -116,7 +116,7 @@ def scaled(x, load, root, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def nearest(x):  # type: ignore[no-untyped-def]
-    """x, of less than 2^22, rounded to the nearest integer, and of two to the even one."""
+    """x rounded to the nearest integer, ties to even; |x| must be less than 2^22."""
     return (x + 12582912.0) - 12582912.0
 
 
@@ -124,10 +124,10 @@ def nearest(x):  # type: ignore[no-untyped-def]
 def load_integers(  # type: ignore[no-untyped-def]
     base, scales, first, end, BITS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Entries number `first` to `first + COUNT`, those before `end`, as `collins.formats.IntFormat` stores them.
+    """Loads entries `first` to `first + COUNT`, in the storage of `collins.formats.IntFormat`; zeros from `end` on.
 
     Args:
-        WHOLE: whether the table is made of whole words of 32 bits, and lies at a multiple of four bytes.
+        WHOLE: whether the table consists of whole 32-bit words and is aligned to four bytes.
     """
     block = tl.arange(0, COUNT // BLOCK)
     scale = tl.load(scales + first // BLOCK + block, mask=first + block * BLOCK < end, other=0.0)
@@ -152,7 +152,7 @@ def load_integers(  # type: ignore[no-untyped-def]
 def store_integers(  # type: ignore[no-untyped-def]
     base, scales, first, end, M, BITS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Writes the entries M where `load_integers` reads them, and the scale of each block."""
+    """Writes the entries M to where `load_integers` reads them, and the scale of each block."""
     LIMIT: tl.constexpr = 127.0 if BITS == 8 else 7.0
     blocks = tl.reshape(M, (COUNT // BLOCK, BLOCK))
     largest = tl.max(tl.abs(blocks), axis=1)
@@ -160,7 +160,7 @@ def store_integers(  # type: ignore[no-untyped-def]
     q = nearest(blocks * inverse[:, None]).to(tl.int32)
     block = tl.arange(0, COUNT // BLOCK)
     tl.store(scales + first // BLOCK + block, largest / LIMIT, mask=first + block * BLOCK < end)
-    # Words are written where there are none but whole ones; else what an entry, or two of 4 bits, takes.
+    # Tables of whole words are written word by word, others byte by byte: one 8-bit entry or two 4-bit entries.
     WIDTH: tl.constexpr = 32 if WHOLE else 8
     PER_WORD: tl.constexpr = WIDTH // BITS
     place = tl.arange(0, COUNT // PER_WORD)

@@ -20,12 +20,13 @@ from collins.update import EagerUpdate, UpdateSpec, UpdateTask
 if TYPE_CHECKING:
     from collins.compile.multi_tensor import KernelLaunch, KernelLaunches
 
-# Elements per piece of an eager step, at most: enough to outweigh the calls, few enough to stay in cache.
+# The largest number of elements in a piece of an eager step: enough to outweigh the cost of the calls, few enough to
+# stay in the cache.
 _PIECE_CPU = 1 << 18
 _PIECE_ACCELERATOR = 1 << 22
-_PIECE_SMALL = 1 << 12  # at least: less takes as long
-# What all temporaries take together: for each element of a piece, numbers of the dtype that is computed in; for each of
-# its buckets, bytes.
+_PIECE_SMALL = 1 << 12  # the smallest number: smaller pieces take as long
+# The size of all temporaries together: numbers in the dtype of the computation for each element of a piece, and bytes
+# for each of its buckets.
 _TEMPORARIES = 11
 _BUCKET_BYTES = 64
 
@@ -36,8 +37,8 @@ class Engine:
     Args:
         compile: None for kernels on CUDA devices, graphs on other accelerators, eager steps on the CPU. True for graphs
             on every device, False for eager steps.
-        busy_link: whether tables are copied from and to the host meanwhile.
-        launches: the kernels' launches, in place of those for CUDA devices.
+        busy_link: whether tables are copied from and to the host during steps.
+        launches: replaces the kernel launches for CUDA devices.
     """
 
     def __init__(
@@ -56,26 +57,26 @@ class Engine:
         return len(self._graphs)
 
     def launch_of(self, spec: UpdateSpec, p: Tensor, start: int = 0) -> KernelLaunch | None:
-        """What to give as `UpdateTask.launch` for such a parameter."""
+        """The `UpdateTask.launch` of such a parameter."""
         return None if self.launches is None else self.launches.of(spec, p, start)
 
     def executor(self, tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> Executor:
-        """What steps these tasks, of different parameters, with gradients that lie in memory as these do."""
+        """An executor for these tasks, of different parameters, with gradients of the memory layout of `grads`."""
         self._largest = max(self._largest, *(task.p.nbytes for task in tasks), 0)
         return EngineExecutor(self, tasks, grads)
 
     def executor_of_one(self, task: UpdateTask) -> Executor:
-        """What steps one task, which others follow as their gradients arrive in backward."""
+        """An executor for one task of a step in backward, where tasks run one by one as their gradients arrive."""
         self._largest = max(self._largest, task.p.nbytes)
         return OneExecutor(self, task)
 
     @property
     def has_kernel(self) -> bool:
-        """Whether kernels work here, as far as is known."""
+        """Whether no kernel has failed to compile so far."""
         return "kernel" not in self._failed
 
     def run_kernel(self, way: Callable[[], bool | None]) -> bool:
-        """Whether the kernel has performed this; if not, nothing has changed."""
+        """Calls `way`, which launches the kernel, and returns whether that worked; if not, nothing has changed."""
         return self._attempt("kernel", way)
 
     def run_rest(
@@ -84,9 +85,9 @@ class Engine:
         """Performs tasks, by number, through graphs or eagerly.
 
         Args:
-            tasks: what to perform.
-            grads, hps: of all tasks of the executor, by number.
-            done: takes the numbers of those that have been performed.
+            tasks: the tasks to perform.
+            grads, hps: gradients and scalars of all tasks of the executor, indexed by number.
+            done: the numbers of the tasks that have been performed are appended to it.
         """
         small: dict[tuple[Any, ...], list[int]] = {}
         whole: dict[int, UpdateTask] = {}
@@ -105,7 +106,7 @@ class Engine:
     def _run_one(
         self, number: int, task: UpdateTask, g: Tensor, hp: StepScalars, scalars: ScalarTensors, done: list[int]
     ) -> None:
-        """Performs a task as a whole or not at all: through a graph as far as one can take it, the rest eagerly."""
+        """Performs a task completely or not at all: a graph steps the elements that it supports, the rest is eager."""
         whole = whole_of(task, g) if self._compiles(task.p.device) else 0
         if not 0 < whole < task.p.numel():
             first, rest = task, None
@@ -113,10 +114,10 @@ class Engine:
             first, rest = split(task, whole)
             flat = g.detach().view(-1)
             g, g_rest = flat[:whole], flat[whole:]
-        updates: list[EagerUpdate] = []  # of all that is left once anything has been written
+        updates: list[EagerUpdate] = []  # what remains to be performed after an exception
         before = version_of(task.p)
         try:
-            if rest is not None:  # less than a piece
+            if rest is not None:  # smaller than a piece
                 updates.append(EagerUpdate(rest, g_rest, hp))
                 updates[0].prepare()
             if task.p.numel() and not (
@@ -164,13 +165,17 @@ class Engine:
         return device.type not in ("cpu", "meta") if self._compile is None else self._compile
 
     def _piece(self, p: Tensor, load: float) -> int:
-        """Elements per piece: all its temporaries take at most twice what the largest parameter does, or little."""
+        """Elements per piece: its temporaries take at most twice the bytes of the largest parameter, or those of
+        `_PIECE_SMALL` elements.
+        """
         each = _TEMPORARIES * torch.promote_types(p.dtype, torch.float32).itemsize + _BUCKET_BYTES / load
         cap = _PIECE_CPU if p.device.type == "cpu" else _PIECE_ACCELERATOR
         return min(max(int(2 * self._largest / each), _PIECE_SMALL), cap)
 
     def _attempt(self, name: str, way: Callable[[], bool | None]) -> bool:
-        """Whether that way works here; if not, nothing has changed. One warning says why, unless the way declines."""
+        """Calls `way` and returns whether it worked; if not, nothing has changed. A failed compilation is warned about
+        once, and `way` is not tried again; where `way` returns False there is no warning.
+        """
         if name in self._failed:
             return False
         try:
@@ -186,7 +191,7 @@ class Engine:
 
 
 class EngineExecutor:
-    """Steps fixed tasks: through kernels what they can read, the rest through graphs or eagerly."""
+    """Steps fixed tasks: by kernels where they can read the tensors, else by graphs or eagerly."""
 
     def __init__(self, engine: Engine, tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> None:
         self._engine, self._tasks = engine, tasks

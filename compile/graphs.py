@@ -1,7 +1,7 @@
-"""The step through torch.compile: one graph per signature, which every parameter of that signature shares.
+"""Steps by torch.compile: one graph per signature, which every parameter of that signature shares.
 
 Optimizers share graphs, too. PyTorch keeps what it has compiled for a code object, some megabytes, for as long as the
-process runs (`orig_code_map` in torch/_dynamo/convert_frame.py); each optimizer's own would never go away.
+process runs (`orig_code_map` in torch/_dynamo/convert_frame.py); graphs of each optimizer's own would never be freed.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ from collins.hashing import WORD, HashKey
 from collins.rule import DECODES, StepScalars
 from collins.update import HashKeys, UpdateSpec, UpdateTask, update_, update_rows_
 
-# Dense tensors of at most this many elements are stacked by signature and stepped in one call: launches rule there.
+# Dense tensors of at most this many elements are stacked by signature and stepped in one call: single steps would be
+# bound by launch overhead.
 SMALL = 1 << 16
 
-# By default Inductor stores any value of more than 30 operations, here one of the parameter's size. It is to store what
-# `CpuHints.realized` keeps and no more.
+# By default Inductor stores any value of more than 30 operations in memory, here a tensor of the parameter's size. With
+# these thresholds it stores only the values that `CpuHints.realized` marks.
 _OPTIONS: dict[str, Any] = {
     "realize_opcount_threshold": 10_000,
     "realize_reads_threshold": 1000,
     "realize_acc_reads_threshold": 1000,
-    "cpp.enable_floating_point_contract_flag": "fast",  # x * y + z by one instruction
-    "deterministic": True,  # otherwise the fastest order of a sum is measured anew in every process
+    "cpp.enable_floating_point_contract_flag": "fast",  # x * y + z in one instruction
+    "deterministic": True,  # otherwise every process measures which order of summation is fastest, and uses that
 }
 
 Graph = Callable[..., Any]
 
-# A step's count, and its other scalars in one tensor: by identity, the dtype of the update, and the device.
+# The step number, and the other scalars of a step in one tensor; the key is the identity of the scalars, the dtype of
+# the update, and the device.
 ScalarTensors = dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]]
 
 
@@ -63,19 +65,19 @@ class Graphs:
         self._graphs: dict[tuple[Any, ...], Graph] = {}
         self._constants: dict[Any, Any] = {}
         self._stacked: dict[tuple[Any, ...], _Stacked] = {}
-        self._captured: list[_Stacked] = []  # which CUDA graphs read again
+        self._captured: list[_Stacked] = []  # read by the replays of captured CUDA graphs
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def run(self, task: UpdateTask, g: Tensor, hp: StepScalars, scalars: ScalarTensors) -> None:
-        """Performs a task, of which `whole_of` says that a graph can take it.
+        """Performs a task that a graph supports according to `whole_of`.
 
         Args:
-            task: a parameter's.
-            g: its gradient.
-            hp: its scalars.
-            scalars: those of this step, as tensors; filled here.
+            task: the task of a parameter.
+            g: the parameter's gradient.
+            hp: the task's scalars.
+            scalars: the scalars of this step as tensors, which are added here.
         """
         shape, table = _views(task, g)
         p, grad = task.p.detach().view(shape[0]), g.detach().view(shape[1])
@@ -87,7 +89,7 @@ class Graphs:
         graph(p, grad, m, v, keys, *of_step(task, hp, scalars), start, task.skipped)
 
     def of(self, spec: UpdateSpec, signature: tuple[Any, ...], make: Callable[[int], Graph]) -> Graph:
-        """The graph of a signature, `spec` among it, which is made, with a number of its own, where there is none."""
+        """The graph of a signature, which contains `spec`; if there is none, `make` makes it from an unused number."""
         if signature not in self._graphs:
             shared = signature, DECODES.get(spec.decode), spec.formats
             if shared not in _SHARED:
@@ -96,11 +98,24 @@ class Graphs:
         return self._graphs[signature]
 
     def constants(self, task: UpdateTask) -> tuple[HashKeys, Tensor]:
-        """The keys and the start of a task as tensors: one graph serves all of them."""
+        """The keys and the start of a task as tensors, so that tasks that differ in them share a graph."""
         for constant in (task.keys, task.start):
             if constant not in self._constants:
                 self._constants[constant] = tree_map(_constant, constant)
         return self._constants[task.keys], self._constants[task.start]
+
+    def stacked_constants(self, signature: tuple[Any, ...], tasks: Sequence[UpdateTask]) -> tuple[Tensor, Tensor]:
+        """The keys (n, keys) and the starts (n, 1) of tasks, int64 on their device; kept for one set a signature."""
+        device, whose = tasks[0].p.device, [(task.keys, task.start) for task in tasks]
+        if signature not in self._stacked or self._stacked[signature].whose != whose:
+            keys, starts = zip(*((tree_flatten(key)[0], [start]) for key, start in whose), strict=True)
+            self._stacked[signature] = _Stacked(
+                whose, torch.tensor(keys, device=device), torch.tensor(starts, device=device)
+            )
+        found = self._stacked[signature]
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append(found)
+        return found.keys, found.starts
 
     def run_stacked(
         self,
@@ -110,10 +125,10 @@ class Graphs:
         scalars: ScalarTensors,
     ) -> list[tuple[list[Tensor], list[Tensor]]]:
         """As `run`, for small dense tensors of one signature, stacked along a first dimension whose size may change
-        between steps.
+        between steps. Nothing is written yet.
 
         Returns:
-            What is still to be copied over what, for the step to be performed.
+            Pairs of targets and new values, which the caller copies to perform the step.
         """
         spec, device = batch[0].spec, batch[0].p.device
         signature = (spec, *_signature(batch[0]))
@@ -124,15 +139,7 @@ class Graphs:
         stacks = [torch.stack(column) for column in columns]
         tensors = [stack.view(len(doubled), -1) for stack in stacks]
         cut = 2 + len(batch[0].m)
-        whose = [(task.keys, task.start) for task in doubled]
-        if signature not in self._stacked or self._stacked[signature].whose != whose:
-            keys, starts = zip(*((tree_flatten(key)[0], [start]) for key, start in whose), strict=True)
-            self._stacked[signature] = _Stacked(
-                whose, torch.tensor(keys, device=device), torch.tensor(starts, device=device)
-            )
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._captured.append(self._stacked[signature])
-        _, keys, starts = self._stacked[signature]
+        keys, starts = self.stacked_constants(signature, doubled)
         steps = _together([hp.step for hp in hps], torch.int64, device)[:, None]
         others = torch.stack([of_step(task, hp, scalars)[1] for task, hp in zip(doubled, hps, strict=True)])
         skipped = torch.zeros(len(doubled), dtype=torch.int64, device=device)
@@ -162,15 +169,16 @@ def _signature(task: UpdateTask) -> tuple[Any, ...]:
 
 
 def stack_key(task: UpdateTask) -> tuple[Any, ...]:
-    """What small tasks that are stacked together have in common."""
+    """The key that small tasks must share to be stacked."""
     return task.spec, *_signature(task)
 
 
 def whole_of(task: UpdateTask, g: Tensor) -> int:
-    """How many leading elements a graph may take: all of the parameter but an odd end, or none of it.
+    """How many leading elements a graph may step: all that form whole buckets and words, or none.
 
-    Inductor's CPU backend splits a loop over x where it sees x // 32, and loses the end when 32 does not divide the
-    range (seen in torch 2.13). So graphs take whole buckets, and where values are rounded stochastically whole words.
+    Inductor's CPU backend splits a loop over x where the loop uses x // 32, and drops the remainder when 32 does not
+    divide the range (observed in torch 2.13). So graphs step whole buckets, and whole words of 32 elements where values
+    are rounded stochastically.
     """
     p, spec = task.p, task.spec
     loads = [1 if spec.hash == "universal" else int(load) for load in spec.loads]
@@ -198,8 +206,9 @@ def split(task: UpdateTask, whole: int) -> tuple[UpdateTask, UpdateTask]:
 
 
 def _views(task: UpdateTask, g: Tensor) -> tuple[tuple[tuple[int, ...], ...], int]:
-    """Shapes under which p and g enter a graph, and the number of the first moment's entries: one row a bucket where
-    that is a view, so that the graph's loops agree and parameters of different shapes share it.
+    """The shapes in which p and g are passed to a graph, and the number of entries of the first moment. Where a view
+    allows it, the shape has one row per bucket: then all loops of the graph have the same range, and parameters of
+    different shapes share the graph.
     """
     p = task.p
     entries = -(-p.numel() // int(task.spec.load)) if task.spec.hash == "block" else task.m[0].numel()
@@ -214,7 +223,7 @@ def _constant(value: int) -> Tensor:
 
 
 def of_step(task: UpdateTask, hp: StepScalars, scalars: ScalarTensors) -> tuple[Tensor, Tensor]:
-    """The entry in `scalars`, in the dtype of the update, so that no loop has to convert them."""
+    """The entry of `scalars` for a task, in the dtype of the update, so that no loop has to convert scalars."""
     here = id(hp), torch.promote_types(task.p.dtype, torch.float32), task.p.device
     if here not in scalars:
         step = hp.step if isinstance(hp.step, Tensor) else _constant(hp.step)
@@ -223,7 +232,9 @@ def of_step(task: UpdateTask, hp: StepScalars, scalars: ScalarTensors) -> tuple[
 
 
 def _together(numbers: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """In one tensor. If some are tensors, nothing is copied from the host, which no CUDA graph could capture."""
+    """The numbers in one tensor. If some are tensors, nothing is copied from the host: a CUDA graph could not capture
+    that copy.
+    """
     if not any(isinstance(number, Tensor) for number in numbers):
         return torch.tensor(numbers, dtype=dtype, device=device)
     made = (x if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device) for x in numbers)
@@ -249,14 +260,19 @@ def _graph_of_one(spec: UpdateSpec, number: int) -> Graph:
 
 
 def compiled(function: Callable[..., Any], number: int) -> Graph:
-    """A function of tensors of fixed shapes as a graph; `number` differs from those of all other graphs."""
+    """Compiles a function of tensors of fixed shapes; `number` must differ from the numbers of all other graphs."""
     own = _with_own_code(function, number)
     return torch.compile(own, fullgraph=True, dynamic=False, options=known_options(_OPTIONS))
 
 
-def _graph_of_many(spec: UpdateSpec, number: int) -> Graph:
+def columns_of(keys: Tensor) -> HashKeys:
+    """What `Graphs.stacked_constants` returns, for `UpdateTask.keys`: columns, (n, 1)."""
     structure = tree_flatten(HashKeys(HashKey(0, 0), HashKey(0, 0), (0, 0, 0, 0), 0))[1]
+    found: HashKeys = tree_unflatten(keys.split(1, 1), structure)
+    return found
 
+
+def _graph_of_many(spec: UpdateSpec, number: int) -> Graph:
     def stacked(
         p: Tensor,
         g: Tensor,
@@ -268,14 +284,13 @@ def _graph_of_many(spec: UpdateSpec, number: int) -> Graph:
         start: Tensor,
         skipped: Tensor | None,
     ) -> None:
-        columns = tree_unflatten(keys.split(1, 1), structure)
-        task = UpdateTask(p, m, v, spec, columns, p.shape[1], start, skipped=skipped)
+        task = UpdateTask(p, m, v, spec, columns_of(keys), p.shape[1], start, skipped=skipped)
         update_rows_(task, g, StepScalars(step, *scalars.split(1, 1)))
 
     return torch.compile(_with_own_code(stacked, number), fullgraph=True, options=known_options(_OPTIONS))
 
 
 def _with_own_code(function: Any, number: int) -> Any:
-    """The function behind a code object of its own: PyTorch's recompilation limit counts per code object."""
+    """A copy of the function with a code object of its own, since PyTorch limits recompilations per code object."""
     code = function.__code__.replace(co_name=f"collins_{function.__code__.co_name}_{number}")
     return types.FunctionType(code, function.__globals__, code.co_name, None, function.__closure__)

@@ -1,11 +1,11 @@
-"""The whole step of many tensors in one launch: a Triton kernel behind the operator `collins::step_`.
+"""Steps many tensors in one launch: a Triton kernel, which is called through the operator `collins::step_`.
 
-It computes what `collins.update.update_` computes for dense moments and for hash="block", in float32. One launch serves
-all tensors of one dtype, load and set of flags, whatever their shapes: the kernel finds its tensors through a table of
-addresses, so that hundreds of small tensors cost no more launches than one large one.
+The kernel computes `collins.update.update_` for dense moments and for hash="block", in float32. One launch steps all
+tensors of one dtype, load and set of flags, of any shapes: the kernel reads the addresses of its tensors from a table,
+so that hundreds of small tensors take no more launches than one large tensor.
 
-A program works through a span of a tensor in tiles of rows; a row is a bucket, or 32 neighbours where buckets are
-larger or moments are dense. So every hash is computed once a row, and every gradient is read once.
+A Triton program steps a span of a tensor, in tiles of rows. A row is a bucket, or 32 neighbouring elements where
+buckets are larger or moments are dense. So each hash is computed once per row, and each gradient is read once.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ from collins.rounding import (
     ROUNDED,
     SECOND,
 )
-from collins.rule import DECODES, StepScalars
+from collins.rule import DECODES, PART_STRIDE, StepScalars
 from collins.update import UpdateSpec
 
 _STRIDE = tl.constexpr(TICK_STRIDE)
 _GOLDEN = tl.constexpr(GOLDEN)
+_PART = tl.constexpr(PART_STRIDE)
 _PARAM, _FIRST, _SECOND = tl.constexpr(PARAM), tl.constexpr(FIRST), tl.constexpr(SECOND)
 
-WIDE = 16  # bytes: what a thread reads or copies at once
-SPAN = 32768  # bytes of a parameter that a program deals with, in tiles one after the other
+WIDE = 16  # bytes that a thread reads or copies at once
+SPAN = 32768  # bytes of a parameter that a program steps, one tile after another
 
-# The columns of the table, one row a tensor: addresses, sizes and hash constants, all int64.
+# The columns of the table, which has one row per tensor: addresses, sizes and hash constants, all int64.
 COLUMNS = (
     "p", "m", "v", "local", "program", "start", "numel", "sign0", "sign1", "round0", "round1", "period", "row",
     "scales",
@@ -107,8 +108,10 @@ def _step(  # type: ignore[no-untyped-def]
     eps = tl.load(scalars + 9).to(tl.float32)
     lr_rho = tl.load(scalars + 10).to(tl.float32) * lr
     kappa = tl.load(scalars + 11).to(tl.float32)
-    grad_scale = tl.load(scalars + 12).to(tl.float32)
-    tick = step * _STRIDE
+    own1 = tl.load(scalars + 12).to(tl.float32) * lr
+    part = tl.load(scalars + 13).to(tl.uint32)
+    grad_scale = tl.load(scalars + 14).to(tl.float32)
+    tick = (step + part * _PART) * _STRIDE
 
     LANES: tl.constexpr = 32 if DENSE or LOAD > 32 else LOAD
     ROWS: tl.constexpr = TILE // LANES
@@ -130,10 +133,10 @@ def _step(  # type: ignore[no-untyped-def]
             passed = step - begun * period
             old_tick = begun * _STRIDE + sign1
 
-    # The interpreter takes no bounds but constants; past the end nothing is read or written.
+    # Triton's interpreter supports only constant bounds; nothing is read or written past the end.
     for at in tl.range(0, end if FAST else SPAN, TILE, num_stages=STAGES):
-        # Elements are read in wide words, whatever the rows are that they are computed in: where tensors are made of
-        # whole words of signs, so is the mask.
+        # Elements are loaded in wide words, independently of the rows of the computation. For tensors of whole 32-bit
+        # sign words the mask is constant within a word, so that these loads stay wide.
         inside = element // 32 * 32 < end - at if EVEN else element < end - at
         g = widened(tl.load(g_base + at + element, mask=inside, other=0.0), FAST) * grad_scale
         p = widened(tl.load(p_base + at + element, mask=inside, other=0.0), FAST)
@@ -169,8 +172,8 @@ def _step(  # type: ignore[no-untyped-def]
             if REHASH:
                 past = tl.umulhi((number + sign0) * _GOLDEN, period) + passed
                 ticks = tl.where(past >= period, old_tick + _STRIDE, old_tick)
-                resets = (past == period) | (past == 0)
-                if not EVEN:  # alone, an element keeps its sign
+                resets = ((past == period) | (past == 0)) & (part == 0)
+                if not EVEN:  # an element that has a bucket to itself keeps its sign
                     ticks, resets = tl.where(size > 1.0, ticks, sign1), resets & (size > 1.0)
                 old_m = tl.where(resets, 0.0, old_m)
                 ticks = along(ticks, ROWS, WORDS)
@@ -198,7 +201,7 @@ def _step(  # type: ignore[no-untyped-def]
             finite = along(v_finite, TILE, V_LOAD)
             add_count(skipped, v_held & ~v_finite)
         if BITS != 0:
-            # Buckets past the end hold no elements: their mean is 0, and no block's largest.
+            # Buckets past the end have no elements and the mean 0, which does not change the largest value of a block.
             store_integers(m_base, scales, at // LOAD, m_end, M, BITS, BUCKETS, BLOCK, EVEN)
         elif ROUND_T:
             index, spot = number // 32, number & 31
@@ -211,10 +214,10 @@ def _step(  # type: ignore[no-untyped-def]
         else:
             tl.store(v_here, V.to(T), mask=v_held)
         if DENSE:
-            change = quotient(M * step1, along(V * inv_bias_correction2, TILE, V_LOAD), eps, FAST)
+            change = quotient(M * step1 + mu * own1, along(V * inv_bias_correction2, TILE, V_LOAD), eps, FAST)
         else:
-            # All in the frame of the signs: s r = s g - mu.
-            m_b = M * scaled(step1, load, root, M_SCALE)
+            # All values are multiplied by the sign s: s r = s g - mu.
+            m_b = M * scaled(step1, load, root, M_SCALE) + mu * scaled(own1, load, root, M_SCALE)
             v_b = V * scaled(inv_bias_correction2, v_load, v_root, V_SCALE)
             if RESIDUAL:
                 m_b, v_b = along(m_b, ROWS, WORDS)[:, None], along(v_b, ROWS, V_WORDS)[:, None]
@@ -243,22 +246,22 @@ _DTYPES = {
     torch.float64: tl.float64,
 }
 PARAMETERS = (torch.float32, torch.bfloat16, torch.float16)
-# Formats of the first moment.
+# Supported formats of the first moment.
 MOMENTS = ("float32", "bfloat16", *(name for name, format in FORMATS.items() if isinstance(format, IntFormat)))
 LARGEST_LOAD = 1024
 
-# PTX for division and square root; other compilers and the interpreter spell them out.
+# Inline PTX needs an NVIDIA compiler; ROCm and the interpreter use Triton's own operations.
 _FAST = torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") != "1"
 _SMALL_TILE = 1024  # elements
 
 
 class Tiling(NamedTuple):
-    """How a program works through its span.
+    """The tiles of a program's span.
 
     Attributes:
-        tile: elements that are computed at a time.
-        stages: how many tiles are under way at once.
-        options: of the launch: warps of a program, and the most registers that a thread takes.
+        tile: elements of a tile.
+        stages: the number of tiles that are pipelined.
+        options: launch options: the number of warps, and the limit of registers per thread.
     """
 
     tile: int
@@ -267,30 +270,31 @@ class Tiling(NamedTuple):
 
 
 def int_constants(format: str) -> tuple[int, int]:
-    """The bits of a format of integers, and how many share a scale; (0, 1) for one of floating-point numbers."""
+    """The bits of an integer format, and the number of entries that share a scale; (0, 1) for floating point."""
     found = FORMATS[format]
     return (found.bits, found.block) if isinstance(found, IntFormat) else (0, 1)
 
 
 def takes(spec: UpdateSpec) -> bool:
-    """Whether the kernel steps parameters of such moments. A tile has to hold whole blocks of integers."""
+    """Whether the kernel supports such moments. A tile must hold whole blocks of integers."""
     known = spec.m_format in MOMENTS and spec.v_format == second_format(spec.m_format)
     return known and int(spec.load) * FORMATS[spec.m_format].unit <= LARGEST_LOAD
 
 
 def decode_constants(decode: str) -> tuple[float, float, bool]:
-    """A decode as the kernel takes it: the powers of the load in m_hat and v_hat; whether there is a residual."""
+    """The kernel's arguments for a decode: the powers of the load in m_hat and v_hat; whether there is a residual."""
     found = DECODES[decode]
     return float(found.m_scale), float(found.v_scale), found.residual
 
 
 def tiling(itemsize: int, even: bool) -> Tiling:
-    """The tiling for parameters of so many bytes an element.
+    """The tiling for parameters of `itemsize` bytes per element.
 
-    The next two tiles can be copied to shared memory, where they take no registers. That pays where a thread copies
-    `WIDE` bytes at a time, which it does twice for a tile. Elsewhere it reads 8 elements and computes them, and what
-    waits for memory is other programs. Warps and registers are the fastest of fourteen pairs on an H100, for tables in
-    int4: a step in 16 bits is held up by its arithmetic, one in 32 bits by memory.
+    Where tensors are even, the next two tiles are copied ahead to shared memory, which takes no registers; that pays
+    because a thread copies `WIDE` bytes at a time, twice for a tile. For other tensors a thread loads 8 elements and
+    computes them, and the latency of memory is hidden by other programs. The numbers of warps and registers are the
+    fastest of fourteen pairs on an H100, for tables in int4: steps of 16-bit parameters are bound by arithmetic, those
+    of 32-bit parameters by memory.
     """
     warps, registers = (8, 80) if itemsize == 4 else (4, 96)
     if not even:
@@ -321,23 +325,23 @@ def step_(
     skip: bool,
     even: bool,
 ) -> None:
-    """The step of many tensors of one kind: what the operator `collins::step_` does.
+    """Steps many tensors of one kind: the implementation of the operator `collins::step_`.
 
-    Called as it is, it spares the host the dispatcher, which looks at every tensor of the lists.
+    It is called directly where possible: the dispatcher would examine every tensor of the lists, which takes host time.
 
     Args:
-        p, m, v: parameters and moments; gradients come as addresses alone.
-        owners: which tensor each program belongs to, int32.
+        p, m, v: parameters and moments; gradients are passed by address.
+        owners: the index of the tensor that each program steps, int32.
         table: a row of `COLUMNS` for each tensor.
-        grads: addresses of the gradients, int64; or the gradient itself, of the only tensor.
+        grads: addresses of the gradients, int64; or, for a single tensor, the gradient itself.
         scalars: rows of `collins.rule.StepScalars`, float64.
-        skipped: counts what `skip` leaves out, as in `collins.update.UpdateTask`; any int64 tensor without `skip`.
-        bits, block: of the integers in which the first moment is stored, and how many share a scale; 0 and 1 for
-            floating-point numbers, of the second's dtype.
+        skipped: counts skipped buckets, as in `collins.update.UpdateTask`; without `skip`, any int64 tensor.
+        bits, block: the bits of the integers that store the first moment, and the number of entries that share a scale;
+            0 and 1 if it is stored in floating point, in the dtype of the second moment.
         load, v_load: c of both moments' buckets; 1 for dense moments.
         m_scale, v_scale, residual: as in `collins.rule.Decode`.
         rehash, rounding, maximize, skip: as in `collins.update.UpdateSpec`.
-        even: whether every tensor is made of whole buckets and whole words.
+        even: whether every tensor consists of whole buckets and whole words.
     """
     param, moment, one = p[0].dtype, v[0].dtype, grads.dtype is not torch.int64
     decode = m_scale, v_scale, residual
@@ -364,9 +368,9 @@ def _is_current(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.current_device() == device.index
 
 
-_HERE = contextlib.nullcontext()  # to enter a device's own context takes as long as finding the kernel
+_HERE = contextlib.nullcontext()  # entering the context of the current device takes as long as finding the kernel
 
-# By all that Triton would look at in every launch to find the same: that takes it longer than the launch itself.
+# Compiled kernels by everything that selects one. Triton's own search takes longer than the launch itself.
 _COMPILED: dict[tuple[Any, ...], tuple[tuple[Any, ...], CompiledKernel]] = {}
 
 _LIBRARY = torch.library.Library("collins", "DEF")

@@ -1,4 +1,4 @@
-"""One launch of `collins::step_` for all tasks of a kind: builds and keeps the tables that the kernel reads."""
+"""Launches `collins::step_` once for all tasks of a kind; builds and keeps the tables that the kernel reads."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from collins.hashing import WORD
 from collins.rule import StepScalars
 from collins.update import HashKeys, UpdateSpec, UpdateTask
 
-# Tables that a launch keeps: of single tensors, which steps in backward take in turn; and of sets of them, where each
-# takes a row a tensor and a word a program, and every choice of experts is another set.
+# The number of tables that a launch keeps: tables of single tensors, which steps in backward use in turn; and tables of
+# sets of tensors. Each set has a row per tensor and a word per program, and every choice of experts is another set.
 _KEPT, _KEPT_SETS = 4096, 16
 
 Fallback = Callable[[Callable[[], bool | None]], bool]
@@ -28,8 +28,8 @@ class KernelLaunches:
     """The launches of one optimizer, for parameters on devices of one type.
 
     Args:
-        device_type: as `torch.device.type`.
-        busy_link: whether large copies from the host are on their way while the launches run.
+        device_type: a `torch.device.type`.
+        busy_link: whether large copies from the host are in flight while the launches run.
     """
 
     def __init__(self, device_type: str, *, busy_link: bool = False) -> None:
@@ -39,7 +39,7 @@ class KernelLaunches:
         self._uploaders: dict[torch.device, ArgUploader] = {}
 
     def of(self, spec: UpdateSpec, p: Tensor, start: int) -> KernelLaunch | None:
-        """The launch that takes such a parameter, or None where the kernel cannot."""
+        """The launch that steps such a parameter, or None if the kernel does not support it."""
         load, count = max(map(int, spec.loads)), p.numel()
         unit = max(WORD, load, int(spec.load) * spec.formats[0].unit)
         if (
@@ -61,7 +61,7 @@ class KernelLaunches:
         return self._launches[key]
 
     def upload(self, batches: Sequence[Batch], scalars: Sequence[StepScalars]) -> list[LaunchArgs]:
-        """What each launch needs for its batch, on its device: in one copy to each."""
+        """Uploads the arguments of each batch's launch, in one copy to each device."""
         by_uploader: dict[ArgUploader, list[int]] = {}
         for i, batch in enumerate(batches):
             by_uploader.setdefault(batch.launch.uploader, []).append(i)
@@ -74,22 +74,22 @@ class KernelLaunches:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """The tasks of one launch, column by column: C loops over hundreds of tensors."""
+    """The tasks of one launch, stored by column, so that loops over hundreds of tensors run in C."""
 
     launch: KernelLaunch
-    numbers: list[int]  # of the tasks, in their executor
+    numbers: list[int]  # the numbers of the tasks in their executor
     tasks: list[UpdateTask]
     p: tuple[Tensor, ...] = ()
     m: tuple[Tensor, ...] = ()
     v: tuple[Tensor, ...] = ()
-    scales: tuple[Tensor, ...] = ()  # of first moments in integers
+    scales: tuple[Tensor, ...] = ()  # scales of first moments that are stored as integers
     keys: tuple[HashKeys, ...] = ()
     skipped: Tensor | None = None
     sizes: tuple[int, ...] = ()
-    addresses: tuple[list[int], ...] = ()  # of p, m, v and the scales of m
-    gradients: Sequence[int] | np.ndarray = ()  # addresses of this step's
-    distinct: list[int] = field(default_factory=list)  # which scalars of this step its tasks take
-    rows: list[int] = field(default_factory=list)  # which of the distinct ones each task takes
+    addresses: tuple[list[int], ...] = ()  # addresses of p, m, v and the scales of m
+    gradients: Sequence[int] | np.ndarray = ()  # addresses of the gradients of this step
+    distinct: list[int] = field(default_factory=list)  # indices of this step's scalars that the tasks use
+    rows: list[int] = field(default_factory=list)  # for each task, an index into `distinct`
 
     def __post_init__(self) -> None:
         self.p = tuple(task.p for task in self.tasks)
@@ -97,27 +97,27 @@ class Batch:
         self.v = tuple(task.v[0] for task in self.tasks)
         self.scales = tuple(task.m[1] for task in self.tasks if len(task.m) == 2)
         self.keys = tuple(task.keys for task in self.tasks)
-        self.skipped = self.tasks[0].skipped if self.tasks else None  # of one device
+        self.skipped = self.tasks[0].skipped if self.tasks else None  # all tasks of a device share the counter
         self.sizes = tuple(map(Tensor.numel, self.p))
         self.addresses = self.addresses_now()
         self.rows = [0] * len(self.tasks)
 
     def addresses_now(self) -> tuple[list[int], ...]:
-        """Where parameters and moments lie."""
+        """The current addresses of parameters and moments."""
         return tuple([list(map(Tensor.data_ptr, column)) for column in (self.p, self.m, self.v, self.scales)])
 
     def pick(self, grads: Sequence[Tensor]) -> Iterable[Tensor]:
-        """The gradients of the batch among all of the executor."""
+        """The gradients of the batch, selected from those of the executor."""
         return map(grads.__getitem__, self.numbers)
 
     def reads(self, grads: Sequence[Tensor]) -> bool:
-        """Whether the kernel can read all of these tensors as they lie in memory: contiguous and aligned."""
+        """Whether the kernel can read all tensors of the batch, which must be contiguous and aligned."""
         columns = (self.p, self.m, self.v) if self.launch.dense else (self.p,)
         lying = all(map(_aligned, self.addresses[: len(columns)])) and _aligned(list(map(Tensor.data_ptr, grads)))
         return lying and all(all(map(Tensor.is_contiguous, column)) for column in (grads, *columns))
 
     def take(self, rows: Sequence[int]) -> None:
-        """Takes the rows of scalars of all tasks of the executor."""
+        """Sets which scalars each task uses, given the row of every task of the executor."""
         own = [rows[number] for number in self.numbers]
         if own.count(own[0]) == len(own):
             distinct, new = [own[0]], [0] * len(own)
@@ -130,23 +130,25 @@ class Batch:
 
 
 class KernelExecutor:
-    """Steps tasks through kernels alone: a launch for each kind.
+    """Steps tasks by kernel launches alone, one for each kind of task.
 
     Args:
-        launches: of the optimizer.
-        batches: what they take.
-        attempt: runs a launch, and says whether it worked; see `collins.compile.engine.Engine`.
+        launches: the launches of the optimizer.
+        batches: the tasks of each launch.
+        attempt: runs a launch and returns whether that worked; see `collins.compile.engine.Engine`.
     """
 
     def __init__(self, launches: KernelLaunches, batches: Sequence[Batch], attempt: Fallback) -> None:
         self._launches, self._attempt = launches, attempt
-        # The device begins with what takes it longest, while the host prepares the rest.
+        # The longest launch comes first, so that the device is busy while the host prepares the others.
         self._batches = sorted(batches, key=lambda batch: -sum(p.nbytes for p in batch.p))
         self._rows: Sequence[int] = ()
         self._is_new = True
 
     def bind(self, grads: Sequence[Tensor]) -> list[np.ndarray] | None:
-        """The addresses of the gradients of each launch; None if one cannot be read, or a parameter has moved."""
+        """The addresses of each launch's gradients; None if the kernel cannot read a gradient, or if the address of a
+        parameter or a moment has changed.
+        """
         at = [np.array(list(map(Tensor.data_ptr, batch.pick(grads)))) for batch in self._batches]
         if self._is_new:
             self._is_new = False
@@ -158,7 +160,7 @@ class KernelExecutor:
     def run(
         self, bound: Sequence[np.ndarray], scalars: Sequence[StepScalars], rows: Sequence[int], done: list[int]
     ) -> list[int]:
-        """Steps what the kernel can take; returns the numbers of what it could not, which is as it was."""
+        """Steps the tasks; returns the numbers of those whose launch failed, which are unchanged."""
         if rows != self._rows:
             self._rows = rows
             for batch in self._batches:
@@ -175,12 +177,14 @@ class KernelExecutor:
 
 
 def scale_address(task: UpdateTask) -> int:
-    """Where the scales of a first moment in integers lie, 0 for one without."""
+    """The address of the scales of a first moment that is stored as integers, else 0."""
     return task.m[1].data_ptr() if len(task.m) == 2 else 0
 
 
 def batched(tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> tuple[list[Batch], list[int]]:
-    """The tasks that have a launch in batches, and the numbers of the others and of those that it cannot read."""
+    """Batches of the tasks that have a launch, and the numbers of all other tasks: those that have none, and those with
+    tensors that the kernel cannot read.
+    """
     by_launch: dict[KernelLaunch | None, list[int]] = {}
     for number, task in enumerate(tasks):
         by_launch.setdefault(task.launch, []).append(number)
@@ -205,7 +209,7 @@ def _aligned(at: Sequence[int] | np.ndarray) -> bool:
 class KernelLaunch:
     """Steps many tensors of one `UpdateSpec` and one dtype on one device.
 
-    Sizes, addresses of parameters and moments and hash constants lie in a table on the device, which is made anew only
+    A table on the device holds sizes, hash constants and the addresses of parameters and moments; it is rebuilt only
     when one of them has changed. Addresses of gradients and scalars are uploaded in every step.
     """
 
@@ -234,7 +238,7 @@ class KernelLaunch:
         self._step(batch.p, batch.m, batch.v, owners, table, args.gradients, args.scalars, batch.skipped)
 
     def reads(self, task: UpdateTask, g: Tensor) -> bool:
-        """Whether the kernel can read these tensors as they lie in memory."""
+        """Whether the kernel can read these tensors, which must be contiguous and aligned."""
         p, m, v = task.p, task.m[0], task.v[0]
         if (p.data_ptr() | g.data_ptr()) % WIDE or not (p.is_contiguous() and g.is_contiguous()):
             return False
@@ -242,11 +246,11 @@ class KernelLaunch:
         return tables or not self.dense
 
     def run_one(self, task: UpdateTask, g: Tensor, hp: StepScalars) -> bool:
-        """Performs a task that comes alone, as gradients do in backward, with the scalars of many others: its gradient
-        goes to the kernel as it is, and scalars are uploaded once.
+        """Performs a single task, of a step in backward. The kernel gets the gradient itself instead of a table of
+        addresses, and the scalars are uploaded once for all tasks that share them.
 
         Returns:
-            False, and nothing is done, if the kernel cannot read one of the tensors.
+            Whether the kernel can read all tensors of the task; if not, nothing is done.
         """
         if not self.reads(task, g):
             return False
@@ -270,7 +274,7 @@ class KernelLaunch:
         scalars: Tensor,
         skipped: Tensor | None,
     ) -> None:
-        if skipped is None:  # nothing is counted, and a kernel that skips nothing does not touch it
+        if skipped is None:  # no counter is wanted; without `skip` the kernel does not access the argument
             skipped = torch.zeros_like(table[:1]) if self._skips else table
         kernels.step_(p, m, v, owners, table, gradients, scalars, skipped, *self._constants)
         torch.autograd.graph.increment_version(p)
@@ -280,13 +284,13 @@ class KernelLaunch:
     def _description(
         self, tasks: Sequence[UpdateTask], fixed: Sequence[Sequence[int]], key: Any
     ) -> tuple[Tensor, Tensor]:
-        """Which tensor each program belongs to, and the table of the tensors; kept under `key`."""
+        """The index of the tensor that each program steps, and the table of tensors; both are kept under `key`."""
         tables, most = (self._tables, _KEPT) if len(tasks) == 1 else (self._tables_of_sets, _KEPT_SETS)
         if key not in tables:
             if self.uploader.capturing():
                 raise RuntimeError(
-                    "Collins.step() is captured in a CUDA graph before it has run with the same parameters: run a few"
-                    " steps outside of the graph first"
+                    "Collins.step() is being captured in a CUDA graph before any step with the same parameters has run:"
+                    " run a few steps before the capture"
                 )
             if len(tables) == most:
                 del tables[next(iter(tables))]  # the oldest

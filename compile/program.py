@@ -1,9 +1,9 @@
-"""One step as a program: which parameters it steps, what must hold for it to be run again, and what runs it.
+"""A step as a program: the parameters to step, guards that say whether it may be run again, and an executor.
 
-To look at each of hundreds of parameters in Python costs more than to launch their step. So a step is checked once,
-which makes a program; as long as nothing but gradients and scalars changes, later steps run the same program. Whether
-anything has changed is asked of whole columns, in C. Where something has, a new program is made, and that says what is
-wrong with what cannot be stepped.
+Checking each of hundreds of parameters in Python takes longer than launching their step. So all parameters are checked
+once, when a program is made, and later steps run the same program as long as only gradients and scalars change. The
+guards compare whole lists of tensors in C. When a guard fails, a new program is made; making it checks all parameters
+again and raises the errors.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ ScalarsOf = Callable[[dict[str, Any], int | Tensor], StepScalars]
 
 
 class Executor(Protocol):
-    """What steps a fixed list of tasks: eagerly, through graphs, through kernels, or several of these in turn."""
+    """Steps a fixed list of tasks: eagerly, by graphs, by kernels, or by a combination of these."""
 
     def bind(self, grads: Sequence[Tensor]) -> Any:
-        """What `run` takes for these gradients, one for each task; None if it cannot step with them as they lie."""
+        """Prepares gradients, one for each task, for `run`; returns None if their memory layout is not supported."""
 
     def run(self, bound: Any, scalars: Sequence[StepScalars], rows: Sequence[int], done: list[int]) -> None:
         """Steps all tasks.
 
         Args:
-            bound: what `bind` returned.
-            scalars: of the step.
-            rows: which of the scalars each task takes.
-            done: takes the numbers of tasks as they are stepped. When `run` raises, those that it lacks are as they
-                were: parameters and moments.
+            bound: the return value of `bind`.
+            scalars: the distinct scalars of the step.
+            rows: for each task, an index into `scalars`.
+            done: the number of each task is appended when the task has been stepped. If `run` raises, parameters and
+                moments of all other tasks are unchanged.
         """
 
 
@@ -51,17 +51,17 @@ class ProgramGroup(NamedTuple):
     """The parameters of one group that a program steps."""
 
     options: dict[str, Any]  # the group
-    settings: tuple[Any, ...]  # what it was checked under
+    settings: tuple[Any, ...]  # the settings with which it was checked
     entries: list[ParamEntry]
 
 
 class StepProgram:
-    """One step of fixed parameters.
+    """A step of a fixed list of parameters.
 
     Args:
         groups: the parameters, by group.
-        executor: of their tasks, in order.
-        counters: of steps, on the host.
+        executor: steps their tasks, which are in the same order.
+        counters: the step counters on the host.
         roster: all parameters of the optimizer when the program was made.
     """
 
@@ -80,20 +80,20 @@ class StepProgram:
         self._places = [[entry.counter for entry in group.entries] for group in groups]
         self._requires_finite = any(group.options["nonfinite"] == "error" for group in groups)
         self._guards: _Guards | None = None
-        self.stepped: list[int] = []  # the numbers of the entries that the last run has stepped
+        self.stepped: list[int] = []  # the indices of the entries that the last run has stepped
 
     @functools.cached_property
     def skippable(self) -> int:
-        """How much of the entries nonfinite="skip" may leave out; see `ParamSpec.skippable`."""
+        """The largest number that nonfinite="skip" can add to the counter; see `ParamSpec.skippable`."""
         return sum(entry.known_spec.skippable for entry in self.entries)
 
     def guard(self, grads: Sequence[Tensor], others: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Has later steps run this program again, for as long as `matches` finds that nothing has changed.
+        """Sets guards, so that `matches` lets later steps run this program again.
 
         Args:
-            grads: of this step; none of them is kept.
+            grads: the gradients of this step, of which no reference is kept.
             others: the parameters that have no gradient.
-            states: the optimizer's.
+            states: the `state` of the optimizer.
         """
         plain = all(entry.p.grad is g for entry, g in zip(self.entries, grads, strict=True))
         on_host = all(not group.options["capturable"] for group in self.groups)
@@ -101,36 +101,37 @@ class StepProgram:
             self._guards = _Guards(self.entries, others, states)
 
     def matches(self, states: Mapping[Tensor, dict[str, Any]]) -> Any:
-        """What `run` takes for the gradients of now, if nothing else has changed since the program was made."""
+        """The current gradients, prepared for `run`; None if anything else has changed since the program was made."""
         if self._guards is None:
             return None
         grads = self._guards.gradients(states)
         return None if grads is None else self.bind(grads)
 
     def bind(self, grads: Sequence[Tensor]) -> Any:
-        """What `run` takes for these gradients, one for each entry; None if they cannot be read as they lie."""
+        """Prepares gradients, one for each entry, for `run`; returns None if their memory layout is not supported."""
         bound = self._executor.bind(grads)
         return None if bound is None else (grads, bound)
 
-    def run(self, bound: Any, scalars_of: ScalarsOf) -> None:
+    def run(self, bound: Any, scalars_of: ScalarsOf, advance: int = 1) -> None:
         """Performs the step.
 
-        Whatever is raised meanwhile, each parameter is either stepped - its weights, moments and counter - or all of
-        these are as they were.
+        If an exception is raised, weights, moments and counter of each parameter are either all stepped or all
+        unchanged.
 
         Args:
-            bound: what `matches` or `bind` returned.
-            scalars_of: the scalars of a group at a step.
+            bound: the return value of `matches` or `bind`.
+            scalars_of: returns the scalars of a group at a step.
+            advance: the number that is added to step counters; 0 in later partial steps of a step.
         """
         grads, prepared = bound
         if self._requires_finite:
             self._require_finite(grads)
         scalars: list[StepScalars] = []
         rows: list[int] = []
-        counts: list[Any] = []  # of each group, after this step: to set a counter twice does no harm
+        counts: list[Any] = []  # step numbers after this step, by group; a counter may be set to them twice
         self.stepped = []
         for group, places in zip(self.groups, self._places, strict=True):
-            counts.append(self._add_scalars(group, places, scalars, rows, scalars_of) if places else None)
+            counts.append(self._add_scalars(group, places, scalars, rows, scalars_of, advance) if places else None)
         try:
             self._executor.run(prepared, scalars, rows, self.stepped)
             for group, places, count in zip(self.groups, self._places, counts, strict=True):
@@ -146,11 +147,12 @@ class StepProgram:
         scalars: list[StepScalars],
         rows: list[int],
         scalars_of: ScalarsOf,
+        advance: int,
     ) -> Any:
-        """Adds the scalars that the entries of a group take, and the row of each; returns the counts after the step."""
+        """Adds the scalars of a group's entries, and the row of each entry; returns the step numbers after the step."""
         options, first, count = group.options, len(scalars), len(places)
         if options["capturable"]:
-            steps = torch.stack([entry.step for entry in group.entries if entry.step is not None]) + 1
+            steps = torch.stack([entry.step for entry in group.entries if entry.step is not None]) + advance
             columns = [
                 x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * count for x in scalars_of(options, steps)
             ]
@@ -158,11 +160,11 @@ class StepProgram:
             rows += range(first, first + count)
             return steps.unbind()
         if count == 1:
-            number = self._counters.read_one(cast(int, places[0])) + 1
+            number = self._counters.read_one(cast(int, places[0])) + advance
             scalars.append(scalars_of(options, number))
             rows.append(first)
             return (number,)
-        numbers = self._counters.read(places) + 1
+        numbers = self._counters.read(places) + advance
         if (numbers == numbers[0]).all():
             scalars.append(scalars_of(options, int(numbers[0])))
             rows += [first] * count
@@ -195,7 +197,7 @@ class StepProgram:
 
 
 def scalars_under(group: Mapping[str, Any], step: int | Tensor, grad_scale: float | Tensor = 1.0) -> StepScalars:
-    """The scalars of a group at a step, counted from 1; a float tensor of steps stays on its device."""
+    """The scalars of a group at a step number, counted from 1; a float tensor of step numbers stays on its device."""
     lr = group["lr"]
     return step_scalars(
         step,
@@ -210,12 +212,12 @@ def scalars_under(group: Mapping[str, Any], step: int | Tensor, grad_scale: floa
 
 
 class _Guards:
-    """What must hold for a step to be as the last one was.
+    """Detects changes since a program was made.
 
     Args:
-        entries: of the parameters that are stepped.
+        entries: the entries of the parameters that are stepped.
         others: the parameters that had no gradient.
-        states: the optimizer's.
+        states: the `state` of the optimizer.
     """
 
     def __init__(
@@ -236,7 +238,7 @@ class _Guards:
         self._columns = [(itemgetter(name), *column) for name, column in columns.items()]
 
     def gradients(self, states: Mapping[Tensor, dict[str, Any]]) -> list[Tensor] | None:
-        """The gradients of now, or None if anything else has changed."""
+        """The current gradients, or None if anything else has changed."""
         params = self._params
         grads: list[Any] = list(map(_grad, params))
         same = (

@@ -1,8 +1,9 @@
-"""A step inside code that torch.compile traces: one operator, which performs the whole step when the graph runs.
+"""Steps inside code that torch.compile traces: one operator, which performs the whole step when the graph runs.
 
-`torch.compile(function, fullgraph=True)` traces what `function` calls, and a step looks at addresses, streams and host
-memory, which a graph cannot hold. So a traced step is one call of `collins::optimizer_step_`. It says that it changes
-the parameters and reads the gradients; the optimizer behind it is found by a number.
+`torch.compile(function, fullgraph=True)` traces everything that `function` calls, but a step uses addresses, streams
+and host memory, which a graph cannot represent. So a traced step is one call of the operator
+`collins::optimizer_step_`, whose schema declares that it mutates the parameters and reads the gradients. An argument of
+the operator is the number under which the optimizer is registered.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def untraced(function: F) -> F:
-    """`torch.compiler.disable`, with types: a class whose constructor it decorates would be of any type to others."""
+    """`torch.compiler.disable` with types: type checkers would see a class with a decorated constructor as Any."""
     kept: F = torch.compiler.disable(function)
     return kept
 
 
 class Steps(Protocol):
-    """An optimizer, as far as a traced step is concerned."""
+    """The part of an optimizer that a traced step uses."""
 
     param_groups: list[dict[str, Any]]
-    step_number: int  # what `register` returned
+    step_number: int  # the return value of `register`
 
     def perform(self) -> None:
-        """Performs a step with the gradients that parameters have."""
+        """Performs a step with the current gradients of the parameters."""
 
 
 _numbers = itertools.count()
@@ -39,7 +40,7 @@ _optimizers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary
 
 
 def register(optimizer: Steps) -> int:
-    """The number by which graphs find an optimizer, for as long as it lives."""
+    """Registers an optimizer, without keeping it alive, and returns the number by which graphs find it."""
     number = next(_numbers)
     _optimizers[number] = optimizer
     return number
@@ -50,8 +51,9 @@ def trace_step(optimizer: Steps) -> None:
     params: list[Tensor] = []
     places: list[int] = []
     place = 0
-    # Not optimizer.param_groups: Dynamo then guards every option, so that a rate that changes compiles anew, and sets
-    # capturable=True in groups on CUDA devices that have no state yet (torch/_dynamo/variables/optimizer.py).
+    # Not optimizer.param_groups, for which Dynamo guards every option, so that a change of the learning rate causes a
+    # recompilation, and sets capturable=True in groups on CUDA devices that have no state yet
+    # (torch/_dynamo/variables/optimizer.py).
     for group in optimizer.__dict__["param_groups"]:
         for p in group["params"]:
             if p.grad is not None:
@@ -65,11 +67,13 @@ def trace_step(optimizer: Steps) -> None:
 def _perform(params: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence[int], number: int) -> None:
     optimizer = _optimizers.get(number)
     if optimizer is None:
-        raise RuntimeError("the optimizer of a compiled step is gone: compile the function anew for another one")
+        raise RuntimeError(
+            "the optimizer of this compiled step no longer exists: compile the function again with another optimizer"
+        )
     own = [p for group in optimizer.param_groups for p in group["params"]]
     before = [p.grad for p in own]
     try:
-        # What the graph has computed is not in .grad before it has ended.
+        # Gradients that the graph computes are assigned to .grad only when the graph has ended.
         for p in own:
             p.grad = None
         for place, g in zip(places, grads, strict=True):
@@ -79,12 +83,12 @@ def _perform(params: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence
         for p, g in zip(own, before, strict=True):
             p.grad = g
     for given, place in zip(params, places, strict=True):
-        if given.data_ptr() != own[place].data_ptr():  # a graph may work on copies, which it then copies back
+        if given.data_ptr() != own[place].data_ptr():  # a graph may pass copies, which it copies back afterwards
             given.copy_(own[place])
 
 
 _LIBRARY = torch.library.Library("collins", "FRAGMENT")
-# A captured CUDA graph would replay one step's kernels, and not what the host does for the next one.
+# A captured CUDA graph would replay the kernels of one step, without the host code that every step has to run.
 _LIBRARY.define(
     "optimizer_step_(Tensor(a!)[] params, Tensor[] grads, int[] places, int optimizer) -> ()",
     tags=tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)),

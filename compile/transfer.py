@@ -1,4 +1,4 @@
-"""Per-step arguments of the kernel - addresses of gradients, scalars - uploaded to a device in one copy."""
+"""Uploads the kernel's per-step arguments (addresses of gradients, scalars) to a device in one copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from collins._torch_internals import current_raw_stream
 from collins.rule import StepScalars
 
 _SCALARS = len(StepScalars._fields)
-_SETS = 16  # sets of scalars that tasks which come alone may take in turn
+_GRAD_SCALE = StepScalars._fields.index("grad_scale")
+_SETS = 16  # sets of scalars that are kept on the device for launches of single tasks
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -27,33 +28,34 @@ def _fetch(source, target, count, BLOCK: tl.constexpr):  # type: ignore[no-untyp
 
 
 def fetch(source: Tensor, target: Tensor) -> None:
-    """Copies from page-locked host memory by a kernel: a copy would wait in line behind those of whole slabs."""
+    """Copies from page-locked host memory by a kernel, since a memcpy would queue behind the copies of whole slabs."""
     with torch.cuda.device_of(target):
         _fetch[(triton.cdiv(source.numel(), 1024),)](source, target, source.numel(), BLOCK=1024)
 
 
 class LaunchArgs(NamedTuple):
-    """What a batch's launch reads on the device."""
+    """The per-step arguments of a launch, on the device."""
 
-    gradients: Tensor  # their addresses, int64
+    gradients: Tensor  # addresses, int64
     scalars: Tensor  # float64, rows of `StepScalars`
 
 
 _HostArgs = tuple[Sequence[int] | np.ndarray, Sequence[StepScalars]]  # addresses of gradients, and scalars
-_ArgBuffer = tuple[Tensor, list[LaunchArgs]]  # memory on a device, int64, and what of it is for whom
+_ArgBuffer = tuple[Tensor, list[LaunchArgs]]  # device memory, int64, and the views of it that each launch reads
 
 
 class ArgUploader:
-    """Uploads addresses of gradients and the step's scalars to one device, all of a step in one copy.
+    """Uploads the addresses of gradients and the scalars of a step to one device, all in one copy.
 
-    Gradients of one device may arrive on several streams: what one of them still reads no other overwrites. A captured
-    CUDA graph replays its copy from host memory kept for it.
+    Gradients of one device may arrive on several streams, so each stream has device buffers of its own: no stream
+    overwrites arguments that another still reads. A captured CUDA graph replays its copy from host memory that is
+    reserved for the graph.
     """
 
     def __init__(self, device: torch.device, *, busy_link: bool = False) -> None:
         self._device = device
-        self._buffers: dict[Any, _ArgBuffer] = {}  # on the device, by what they hold and stream
-        self._alone: dict[int, dict[StepScalars, Tensor]] = {}  # by stream
+        self._buffers: dict[Any, _ArgBuffer] = {}  # on the device, by sizes and stream
+        self._alone: dict[int, dict[StepScalars, Tensor]] = {}  # scalars on the device for single tasks, by stream
         self._spares: dict[int, Tensor] = {}  # on the host, by size
         self._pool = PinnedBufferPool() if busy_link else None
         self._captured: list[Any] = []
@@ -62,7 +64,7 @@ class ArgUploader:
         return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def upload(self, launches: Sequence[_HostArgs]) -> list[LaunchArgs]:
-        """The addresses and the scalars of each launch, on the device; the next upload of these sizes replaces them."""
+        """Uploads the addresses and scalars of each launch; the next upload of the same sizes overwrites them."""
         capturing, sizes = self.capturing(), tuple((len(addresses), len(scalars)) for addresses, scalars in launches)
         buffer = None if capturing else self._buffers.get((sizes, self._stream()))
         if buffer is None:
@@ -73,10 +75,10 @@ class ArgUploader:
         return buffer[1]
 
     def scalars(self, hp: StepScalars) -> Tensor:
-        """The scalars of tasks that come alone, on the device: uploaded for the first of them."""
-        if isinstance(hp.grad_scale, Tensor):  # each task's own, and already there
+        """The scalars of launches of single tasks, on the device; they are uploaded for the first such launch."""
+        if isinstance(hp.grad_scale, Tensor):  # differs between tasks, and is already on the device
             values = self.scalars(hp._replace(grad_scale=1.0)).clone()
-            values[0, -1].copy_(hp.grad_scale)
+            values[0, _GRAD_SCALE].copy_(hp.grad_scale)
             return values
         kept = self._alone.setdefault(self._stream(), {})
         fixed = not (self.capturing() or any(isinstance(x, Tensor) for x in hp))
@@ -132,22 +134,24 @@ class ArgUploader:
         return memory, list(map(LaunchArgs, addresses, scalars))
 
     def _host(self, count: int) -> Tensor:
-        """Host memory to copy from."""
+        """A host buffer to copy from, page-locked for CUDA devices."""
         return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=self._device.type == "cuda")
 
     def _spare(self, count: int) -> Tensor:
-        """Host memory allocated earlier, since none can be while a graph is captured, and never reused."""
+        """A host buffer for a CUDA graph that is being captured. It was allocated earlier, since capture forbids
+        allocating it, and is never reused.
+        """
         host = self._spares.pop(count, None)
         if host is None:
             raise RuntimeError(
-                "Collins.step() is captured in a CUDA graph without a step outside of it before: run one first, also"
-                " between two captures"
+                "Collins.step() is being captured in a CUDA graph without a step before the capture: run one step"
+                " before each capture, also between two captures"
             )
         return host
 
 
 def _fill(values: Tensor, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Writes what lies on the device already over its place in the scalars, (rows, columns)."""
+    """Overwrites the entries of `values`, of shape (rows, columns), whose scalars are tensors on the device already."""
     on_device = [(row, i) for row, column in enumerate(rows) for i, x in enumerate(column) if isinstance(x, Tensor)]
     for i in dict.fromkeys(i for _, i in on_device):
         places = [row for row, j in on_device if j == i]
@@ -164,13 +168,13 @@ def _fill(values: Tensor, rows: Sequence[tuple[Any, ...]]) -> None:
 
 
 class PinnedBufferPool:
-    """Page-locked memory for kernels to read: a piece is used again once its kernel has read it."""
+    """Page-locked buffers that kernels read; a buffer is reused once its kernel has read it."""
 
     def __init__(self) -> None:
         self._pieces: dict[int, deque[tuple[Tensor, torch.cuda.Event]]] = {}
 
     def take(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
-        """int64 memory of shape (size,), and the event to record behind the kernel."""
+        """An int64 buffer of shape (size,), and the event that the caller records after the kernel."""
         pieces = self._pieces.setdefault(size, deque())
         if pieces and pieces[0][1].query():
             pieces.rotate(-1)

@@ -1,16 +1,17 @@
-"""Where tables live, and how those in host memory are stepped on the device.
+"""Placement of tables on the device and on the host, and steps on the device with tables in host memory.
 
-Public names: `MemoryPolicy`, what the user wants; `place`, which turns it and the figures of `device_figures`,
-`host_memory_free` and `host_memory_total` into a `PlacementPlan`; `Request` and `PlacementRow`, its rows before and
-after. `python -m collins plan` prints the same plan for a model that need not exist. `TensorSpec`, `Slab`, `grouped`,
-`pinned_bytes`, `set_pin_limit`: pinned host memory; `Pipeline` and `streams_for`: what moves it.
+Public names. Placement: `MemoryPolicy`, the user's settings; `place`, which makes a `PlacementPlan` from the policy and
+the figures of `device_figures`, `host_memory_free` and `host_memory_total`; `Request` and `PlacementRow`, a parameter
+before and after placement. `python -m collins plan` prints the same plan for a model that need not exist. Pinned host
+memory: `TensorSpec`, `Slab`, `grouped`, `pinned_bytes`, `set_pin_limit`. Copies: `Pipeline` and `streams_for`.
 
-Figures are bytes, measured at the moment of the call. Host memory is what the kernel would hand out without swapping,
-cut to what the process's control groups still allow; device memory is what the driver reports free plus what PyTorch's
-allocator holds in reserve without using it.
+Figures are bytes, measured at the time of the call. Host memory is the memory that the kernel can allocate without
+swapping, limited by the process's control groups; device memory is the memory that the driver reports as free, plus the
+memory that PyTorch's allocator has reserved and does not use.
 
-`grouped` sorts parameters into buckets; each bucket's moments lie in one `Slab` of pinned host memory. A `Pipeline`
-over the slabs stages buckets on the device while others are computed and written back, on the streams of `streams_for`.
+`grouped` divides parameters into transfers; the moments of a transfer are in one `Slab` of pinned host memory. A
+`Pipeline` over the slabs stages transfers on the device while others are computed and written back, on the streams of
+`streams_for`.
 """
 
 from collins.formats import TensorSpec

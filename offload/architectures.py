@@ -1,4 +1,4 @@
-"""Names and shapes of any decoder that transformers knows: read off the model, built on the meta device.
+"""Names and shapes of any decoder that transformers supports, read from the model on the meta device.
 
 Nothing is downloaded or allocated, and no code from a model's folder runs. transformers is imported when a
 configuration is read, and only then.
@@ -27,7 +27,7 @@ _EXPERT = re.compile(r"(.*experts)\.(\d+)\..+")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-# What says how weights are stored or where code lies, but nothing about shapes.
+# Keys about the storage of weights or the location of code, which do not affect shapes.
 _UNREAD = ("quantization_config", "auto_map", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
 
 
@@ -52,18 +52,18 @@ def from_transformers(
 ) -> Transformer:
     """The causal language model that transformers builds from a configuration.
 
-    Where the configuration nests that of a text model, as for images and text, it is the whole model if transformers
-    has a class for it and else the text model alone; a note says which.
+    If the configuration contains that of a text model, as for images and text, this is the whole model if transformers
+    has a class for it, and otherwise the text model alone; a note says which.
 
     Args:
         transformers: the package.
-        where: what to call the configuration in errors: its path.
+        where: the name of the configuration in errors: its path.
         values: the configuration's keys and values.
-        vocabulary: in place of the configuration's own.
+        vocabulary: replaces the vocabulary of the configuration.
 
     Raises:
-        ValueError: for a model_type that transformers does not know or has no causal language model for, and for
-            values that it builds no model from.
+        ValueError: for a model_type that transformers does not know or for which it has no causal language model, and
+            for values from which it cannot build a model.
     """
     kind = values.get("model_type")
     known = transformers.CONFIG_MAPPING
@@ -89,7 +89,7 @@ def from_transformers(
             f"{where}: model_type must be one with a causal language model in transformers {version}, got {kind!r}; a"
             " parameter count works for any"
         ) from None
-    except Exception as error:  # a model's constructor is foreign code, and raises what it likes
+    except Exception as error:  # constructors of models may raise any exception
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{where}: transformers {version} builds no {kind} from it: {reason}") from error
 
@@ -100,7 +100,7 @@ class _NoDecoderError(Exception):
 
 @contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Without remarks on token ids, attention kernels or initialisation: they do not change shapes."""
+    """Suppresses warnings on token ids, attention kernels or initialisation, which do not affect shapes."""
     logging = transformers.logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
@@ -113,7 +113,7 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 
 
 def _shaping(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `values` without what says nothing about shapes, in nested configurations too."""
+    """A copy of `values` without the keys that do not affect shapes, in nested configurations too."""
     copied = copy.deepcopy(values)
     for level in levels(copied):
         for key in _UNREAD:
@@ -122,7 +122,7 @@ def _shaping(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _buildable(transformers: ModuleType, config: Any) -> tuple[Any, Any, tuple[str, ...]]:
-    """The configuration to build a model from, what builds it, and notes. The text model alone comes last."""
+    """The configuration to build a model from, the class that builds it, and notes. The text model alone comes last."""
     text = config.get_text_config()
     nested = () if text is config else (f"activations are those of the text model, {text.model_type}",)
     causal, whole = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
@@ -138,7 +138,7 @@ def _buildable(transformers: ModuleType, config: Any) -> tuple[Any, Any, tuple[s
 
 
 def _fit_vocabulary(text: Any, vocabulary: int | None) -> None:
-    """Sets another vocabulary, and keeps the padding token within it, as an embedding demands."""
+    """Sets another vocabulary, and keeps the padding token within it, as embeddings require."""
     if vocabulary is not None:
         text.vocab_size = vocabulary
     padding = getattr(text, "pad_token_id", None)
@@ -147,7 +147,7 @@ def _fit_vocabulary(text: Any, vocabulary: int | None) -> None:
 
 
 def _defaults(text: Any, values: dict[str, Any]) -> tuple[str, ...]:
-    """A note on sizes that are not in the file, as files of nested configurations often have it."""
+    """A note on sizes that are missing in the file, which is common in nested configurations."""
     nested = list(levels(values))
     renamed: Mapping[str, str] = getattr(text, "attribute_map", {})
     absent = [
@@ -194,8 +194,8 @@ def _positions(text: Any) -> int | None:
 def _stack(shapes: Sequence[tuple[str, tuple[int, ...]]], layers: int) -> tuple[str, int, int]:
     """The name of the list of decoder blocks, and where in `shapes` they begin and end.
 
-    It is the list that has as many entries as there are layers or, among several such and where there is none, the one
-    with the most elements: a vision tower has blocks of its own.
+    It is the list with as many entries as the model has layers. If there are several or none, it is the list with the
+    most elements, because vision towers have blocks of their own.
     """
     found: dict[str, list[tuple[int, str, int]]] = {}
     for place, (name, shape) in enumerate(shapes):
@@ -229,13 +229,13 @@ def _width(block: Shapes, hidden: int, experts_per_token: int | None) -> tuple[i
         held = -(-7 * sum(group) // 3) if gated else 2 * sum(group)
         if name in experts:
             chosen = min(experts_per_token or experts[name], experts[name])
-            held = chosen * (held + 2 * hidden)  # and a copy of the token on its way in, and one on its way out
+            held = chosen * (held + 2 * hidden)  # and a copy of the token before and after the expert
         total, any_gated = total + held, any_gated or gated
     return total, any_gated
 
 
 def _grouped(block: Shapes, hidden: int) -> tuple[dict[str, list[int]], dict[str, int]]:
-    """By module: the widths that its matrices add, for one expert of a list of them, and the number of experts."""
+    """For each module, the widths that its matrices add (for one expert, if it has many) and the number of experts."""
     widths: dict[str, list[int]] = {}
     indices: dict[str, set[str]] = {}
     experts: dict[str, int] = {}
@@ -256,7 +256,7 @@ def _grouped(block: Shapes, hidden: int) -> tuple[dict[str, list[int]], dict[str
 
 
 def _other(shape: tuple[int, ...], hidden: int) -> int:
-    """The width that a matrix has beside the hidden one; the larger, where it has neither."""
+    """The width of a matrix beside the hidden one; the larger one, if neither is the hidden width."""
     if len(shape) > 2:  # a convolution along the sequence
         return shape[0]
     if hidden not in shape:

@@ -1,7 +1,7 @@
-"""Hooks that hand each parameter to its optimizer as soon as its gradient has arrived in backward.
+"""Hooks that call the optimizer for each parameter as soon as its gradient has arrived in backward.
 
-A parameter never keeps its optimizer alive: hooks know it weakly, and go when it goes. Copies of parameters, by
-`deepcopy` or pickle, come without hooks.
+Hooks have a weak reference to the optimizer, so a parameter does not keep it alive, and are removed with it. Copies of
+parameters, by `deepcopy` or pickle, have no hooks.
 """
 
 from __future__ import annotations

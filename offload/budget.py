@@ -1,20 +1,20 @@
-"""What training takes of the device beside the tables: computed from shapes, for a plan made without a device.
+"""The device memory that training takes beside the tables, computed from shapes, for plans without a device.
 
 All in bytes, with w the bytes of a value in the model's dtype, T = batch size times sequence length, and the widths h
 hidden, q of all query heads, k of all key-value heads, f of the feed-forward network (of a token's experts, together):
 
     weights              N w
-    gradients            N w when the step comes after backward. In backward, where each is freed as soon as it is used,
-                         those that exist together: one block's (a compiled block hands out all of its at once) or,
-                         outside the blocks, the largest parameter's
+    gradients            N w for steps after backward. In backward each gradient is freed when it has been used, so it
+                         is the gradients that exist together: those of one block (a compiled block returns all of its
+                         gradients at once) or, outside the blocks, that of the largest parameter
     checkpoints          layers T h w: the input of each block (activation checkpointing)
-    recomputed block     T (3 h + 2 q + 2 k + 7 f) w, or 4 f in place of 7 f without a gate: what one block saves for
-                         its backward (two norms' results, the residual in between, q, k, v and the attention's result,
-                         the feed-forward's inner values), and the inner gradients on their way back. Attention is
-                         taken to be fused: no T x T matrix
+    recomputed block     T (3 h + 2 q + 2 k + 7 f) w, with 4 f instead of 7 f without a gate: the values that one block
+                         saves for its backward (the outputs of two norms, the residual in between, q, k, v, the output
+                         of attention, the inner values of the feed-forward network), and the gradients of the inner
+                         values. Attention is assumed to be fused, without a T x T matrix
     logits               T / chunks * vocabulary * 8: a chunk of logits and their gradients, in float32
 
-These do not all peak at the same moment; their sum is what is planned with.
+The plan uses their sum, although they do not all peak at the same time.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from collins.schemes import scheme_under
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained, as far as memory depends on it.
+    """The settings of a training run that affect memory.
 
     Args:
         dtype: of weights, gradients and activations.
         batch_size, seq_len: sequences on the device at once, and tokens in each.
-        loss_chunks: into how many pieces the logits of a batch are cut, one computed at a time.
+        loss_chunks: the number of pieces of a batch's logits, which are computed one at a time.
     """
 
     dtype: torch.dtype = torch.bfloat16
@@ -50,7 +50,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes on the device beside tables and staging; the formulas stand at the top of this file."""
+    """Bytes on the device beside tables and staging; the formulas are at the top of this file."""
 
     weights: int
     gradients: int  # stepping after backward
@@ -65,12 +65,12 @@ class Budget:
         return self.checkpoints + self.recomputed + self.logits
 
     def held(self, in_backward: bool) -> int:
-        """All of it, when the optimizer steps in backward or after it."""
+        """The total, for steps in backward or after it."""
         return self.weights + (self.gradients_in_backward if in_backward else self.gradients) + self.activations
 
 
 def budget_of(model: Transformer, training: Training) -> Budget:
-    """What `model` takes under `training`."""
+    """The budget of `model` under `training`."""
     width, tokens = training.dtype.itemsize, training.batch_size * training.seq_len
     alone = [math.prod(shape) for _, shape in (*model.before, *model.after)]
     return Budget(
@@ -92,7 +92,7 @@ def requests_of(
     hash: str,
     table_dtype: torch.dtype | None,
 ) -> Iterator[Request]:
-    """What `place` is asked for when `Collins` optimizes `model` in `dtype` with these options."""
+    """The requests for `place` when `Collins` optimizes `model` in `dtype` with these options."""
     options = {
         "role": "auto",
         "compress_ratio": compress_ratio,

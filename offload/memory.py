@@ -14,9 +14,10 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def host_memory_free(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
-    """Bytes of host memory this process can still take: min(available to the system, headroom of each control group).
+    """Bytes of host memory that this process can still allocate: the smallest of the system's available memory and the
+    headroom of each control group.
 
-    File pages that a group has not used of late are headroom: the kernel drops them before it refuses memory.
+    Inactive file pages of a group count as headroom, since the kernel drops them before an allocation fails.
 
     Args:
         cgroups: where the control-group file system is mounted (versions 1 and 2 are understood).
@@ -27,7 +28,9 @@ def host_memory_free(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -
 
 
 def host_memory_total(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
-    """Bytes of host memory that this process could ever have: min(the system's, the limit of each control group)."""
+    """The most bytes of host memory that this process can have: the smallest of the system's memory and the limits of
+    its control groups.
+    """
     return min([psutil.virtual_memory().total, *(limit for limit, _ in _limits(cgroups, membership))])
 
 
@@ -45,7 +48,7 @@ def _limits(cgroups: Path, membership: Path) -> Iterator[tuple[int, int]]:
         else:
             continue
         group = root / path.lstrip("/")
-        # Inside a container the path may be the host's: the mount then is the group itself.
+        # Inside a container the path may be that of the host; then the mount is the group itself.
         for folder in [group, *group.parents] if group.is_dir() else [root]:
             if (folder / limit).is_file() and (folder / usage).is_file():
                 allowed = (folder / limit).read_text().strip()
@@ -63,23 +66,23 @@ def _counted(folder: Path, name: str) -> int:
 
 
 class DeviceFigures(NamedTuple):
-    """What the driver and PyTorch's allocator say of one device at one moment, in bytes."""
+    """The figures of the driver and of PyTorch's allocator for one device at one moment, in bytes."""
 
-    total: int  # that the device has
-    driver_free: int  # held by no process
-    fraction: float  # of the total that this process may hold (torch.cuda.set_per_process_memory_fraction)
-    reserved: int  # held by the allocator
-    allocated: int  # of these, in tensors
-    peak: int  # the most there ever was in tensors (torch.cuda.max_memory_allocated)
+    total: int  # the memory of the device
+    driver_free: int  # allocated by no process
+    fraction: float  # the fraction of `total` that this process may use (torch.cuda.set_per_process_memory_fraction)
+    reserved: int  # reserved by PyTorch's allocator
+    allocated: int  # the part of `reserved` that tensors use
+    peak: int  # the peak of `allocated` (torch.cuda.max_memory_allocated)
 
     @property
     def obtainable(self) -> int:
-        """The most that this process's tensors can have in all, those of now included."""
+        """The most that all tensors of this process can have, including the current ones."""
         return min(self.driver_free + self.reserved, int(self.fraction * self.total))
 
     @property
     def free(self) -> int:
-        """What tensors can still have now."""
+        """The memory that new tensors can have now."""
         return max(self.obtainable - self.allocated, 0)
 
     @property
@@ -88,10 +91,10 @@ class DeviceFigures(NamedTuple):
 
             spare = free - (peak - allocated)
 
-        Between a backward and its step, activations are gone and would seem to have left their room to the tables; yet
-        each later step needs it. The peak counts from the start of the process, or from
-        `torch.cuda.reset_peak_memory_stats`: a higher peak before training (weights loaded twice, say) makes this too
-        small until it is reset, and a measurement before the first backward is over makes it too large.
+        Between a backward and its step, activations have been freed, but each later step needs their memory, so tables
+        must not take it. The peak counts from the start of the process, or from `torch.cuda.reset_peak_memory_stats`: a
+        higher peak before training (for example if weights were loaded twice) makes this too small until it is reset,
+        and a measurement before the end of the first backward makes it too large.
         """
         return max(self.obtainable - max(self.peak, self.allocated), 0)
 
@@ -104,7 +107,7 @@ def device_figures(device: torch.device) -> DeviceFigures:
     """
     if device.type != "cuda":
         raise ValueError(f"device must be a CUDA device, got {device}")
-    if device.index is None:  # the memory fraction is not told for "the current device"
+    if device.index is None:  # the memory fraction can only be read for a device with an index
         device = torch.device("cuda", torch.cuda.current_device())
     driver_free, total = torch.cuda.mem_get_info(device)
     return DeviceFigures(

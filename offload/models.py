@@ -1,4 +1,4 @@
-"""What `plan` takes for a model: a named shape, a Hugging Face configuration, or a number of parameters."""
+"""The models that `plan` accepts: a named shape, a Hugging Face configuration, or a number of parameters."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from collins.offload.architectures import from_transformers, levels, transformers_or_none
 from collins.offload.shapes import LARGE_VOCABULARY, Transformer, gpt2, llama, of_count
 
-# The LLaMA shapes have the 32,000 tokens of LLaMA 1 and 2 unless another vocabulary is asked for; llama-1b has the
-# layers of LLaMA 3.2 1B, and a head of its own. Each family is named before its first hyphen, and grows.
+# The LLaMA shapes have the 32,000 tokens of LLaMA 1 and 2 unless another vocabulary is given; llama-1b has the layers
+# of LLaMA 3.2 1B, and an untied head. The name of a family ends at the first hyphen; members are in ascending order.
 NAMED: dict[str, Callable[[int | None], Transformer]] = {
     "gpt2": lambda vocabulary: gpt2(vocabulary=vocabulary or 50257),
     "gpt2-medium": lambda vocabulary: gpt2(24, 1024, vocabulary or 50257),
@@ -40,11 +40,11 @@ def model_of(text: str, vocabulary: int | None = None) -> Transformer:
     """The model that `text` names: one of `NAMED`, a config.json or its folder, or a count ("7B", "350M", "1234567").
 
     Args:
-        vocabulary: in place of the model's own or, for a count, of `LARGE_VOCABULARY`.
+        vocabulary: replaces the model's vocabulary, or `LARGE_VOCABULARY` for a count.
 
     Raises:
-        ValueError: for what is none of these, for an unknown architecture, and a key that is missing or out of range.
-        FileNotFoundError: when a path leads nowhere, or to a folder without a config.json.
+        ValueError: for other texts, for an unknown architecture, and for a key that is missing or out of range.
+        FileNotFoundError: for a path that does not exist, or a folder without a config.json.
     """
     if text in NAMED:
         return NAMED[text](vocabulary)
@@ -65,7 +65,7 @@ def model_of(text: str, vocabulary: int | None = None) -> Transformer:
 
 
 def family_of(text: str) -> tuple[str, ...]:
-    """The names in `NAMED` of the family that `text` is one of, smallest first; none for what is not named there."""
+    """The names in `NAMED` of the family of `text`, smallest first; empty if `text` is not a named shape."""
     return tuple(name for name in NAMED if name.split("-")[0] == text.split("-")[0]) if text in NAMED else ()
 
 
@@ -96,10 +96,10 @@ def from_config(path: Path, vocabulary: int | None = None) -> Transformer:
     model_type must be llama, mistral, qwen2 or gpt2.
 
     Args:
-        vocabulary: in place of the configuration's own.
+        vocabulary: replaces the vocabulary of the configuration.
 
     Raises:
-        ValueError: naming file and key, what came and what is accepted.
+        ValueError: naming the file, the key, its value and what is accepted.
     """
     config = _read(path)
     kind, transformers = config.get("model_type"), transformers_or_none()
@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _checked(path: Path, config: dict[str, Any]) -> None:
-    """Refuses sizes that are no sizes, by file and key, before transformers does in its own words."""
+    """Raises a ValueError with file and key for invalid sizes, before transformers raises a less specific one."""
     for level in levels(config):
         read = _Config(path, level)
         for key in _SIZES:
@@ -141,7 +141,7 @@ def _checked(path: Path, config: dict[str, Any]) -> None:
 
 
 def _quantization(config: dict[str, Any]) -> tuple[str, ...]:
-    """A note where the checkpoint's weights are quantized: the plan is for weights that can be trained in full."""
+    """A note if the checkpoint's weights are quantized, since the plan is for training all weights unquantized."""
     for level in levels(config):
         quantization = level.get("quantization_config")
         if quantization is not None:
@@ -155,7 +155,7 @@ def _quantization(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _described(path: Path, config: dict[str, Any]) -> Transformer:
-    """The model that keys of the four architectures known here describe, without transformers."""
+    """The model of a configuration of one of the four architectures that need no transformers."""
     kind = config.get("model_type")
     read = _Config(path, config)
     if kind == "gpt2":
@@ -190,14 +190,14 @@ def _described(path: Path, config: dict[str, Any]) -> Transformer:
 
 
 class _Config:
-    """Typed look-ups in a config, with errors that name the file and the key."""
+    """Typed access to the keys of a configuration, with errors that name the file and the key."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
         self.path = path
         self.values = values
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """`default` stands in where the key is absent or null, as files of older models have it."""
+        """The int under `key`; `default` if the key is absent or null, as in files of older models."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default

@@ -1,13 +1,13 @@
-"""Prefetch, compute, write-back: moments that live in host slabs, updated on the device through a ring of slots.
+"""Prefetch, compute, write-back: moments in host slabs are updated on the device through a ring of slots.
 
-Two streams copy, one each way, while the caller's stream computes. What waits for what (`WaitFor` names each wait):
+Two streams copy, one in each direction, while the caller's stream computes. The dependencies (each is a `WaitFor`):
 
     h2d(b into slot)     after the slot's last use, and after the last d2h of b
     compute(b)           after h2d(b), and after earlier compute on it
     d2h(b)               after compute(b); then the slot is free
 
-What one stream has waited for it need not wait for again: a transfer whose parameters come one after the other on one
-stream costs no more events than a transfer that is stepped at once.
+A stream does not wait twice for the same event: a transfer whose parameters are stepped one after another on one stream
+needs no more events than a transfer that is stepped at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SLOT_ALIGNMENT = 512  # bytes: what PyTorch's device allocator aligns its own b
 
 @dataclass(eq=False)
 class _Slot:
-    """One stretch of device memory, and what it holds."""
+    """A staging slot: a range of device memory, and the transfer that it holds."""
 
     memory: Tensor
     staged: Event  # after the last h2d into it
@@ -44,7 +44,7 @@ class _Slot:
 
 
 class Traffic:
-    """What has been copied between host and device, in both directions."""
+    """The number of bytes copied between host and device, in both directions."""
 
     def __init__(self) -> None:
         self.nbytes = 0
@@ -53,23 +53,24 @@ class Traffic:
 class Pipeline:
     """Stages transfers of moments on the device, and writes them back.
 
-    Transfer b is `slabs[b]`. `run` takes a whole step's transfers in a known order. Gradients that arrive in backward
-    call `using` (or `acquire` and `release`) in whatever order they come, and `finish` once a step: the order of one
-    step is the prediction for the next, and a wrong prediction costs time, not correctness. A transfer of several
-    parameters may be used in several goes (`more=True`); it is written back early if its slot is needed.
+    Transfer b is `slabs[b]`. `run` processes all transfers of a step in a known order. In backward, gradients arrive in
+    any order: call `using` (or `acquire` and `release`) for each of them, and `finish` once per step. The order of one
+    step is used as the prediction for the next; a wrong prediction only costs time. A transfer of several parameters
+    may be used in several parts (`more=True`); it is written back early if its slot is needed.
 
     As long as the order of transfers stays the same, each one is staged at the same device addresses in every step.
 
-    When compute raises, the parts of the transfer that it was given keep the values from before it, on the device and
-    in the slab; other parts and other transfers keep whatever was computed for them. The pipeline can then be used on.
+    If compute raises, the parts of the transfer that it was given keep their values from before, on the device and in
+    the slab; other parts and other transfers keep the values computed for them. The pipeline remains usable.
 
-    Calls may come from any thread and under any current stream, one call at a time. Compute belongs on the stream that
-    is current when `acquire` and `release` are called; both look it up anew.
+    Calls may be made from any thread and under any current stream, but only one at a time. Compute must run on the
+    stream that is current when `acquire` and `release` are called; both look it up again.
 
     Args:
-        slabs: the transfers. None is to be touched by anyone else but after `drain`.
-        streams: of the device that computes; see `streams_for`.
-        slots: staging slots, each as large as the largest slab. Three let both directions and compute overlap.
+        slabs: the transfers. Only the pipeline may access them, except after `drain`.
+        streams: the streams of the computing device; see `streams_for`.
+        slots: the number of staging slots, each as large as the largest slab. With three, both directions and compute
+            overlap.
 
     Raises:
         ValueError: without slabs or slots.
@@ -107,14 +108,14 @@ class Pipeline:
         weakref.finalize(self, _settle, streams, self._slots, self.slabs, os.getpid()).atexit = False
 
     def expect(self, order: Sequence[int]) -> None:
-        """Begins a step that should take the transfers in this order. Without it the last step's order is expected."""
+        """Begins a step with this expected order of transfers. Without this call, the last step's order is expected."""
         for transfer in order:
             self._check(transfer)
         self._expected = {transfer: place for place, transfer in enumerate(order)}
         self._seen = {}
 
     def prefetch(self, transfer: int) -> bool:
-        """Starts to stage a transfer if a slot is empty, and says whether the transfer is staged or on its way."""
+        """Starts to stage a transfer if a slot is empty; returns whether the transfer is staged or being staged."""
         self._check(transfer)
         if transfer not in self._staged:
             slot = self._room(transfer)
@@ -124,7 +125,7 @@ class Pipeline:
         return True
 
     def prefetch_first(self) -> None:
-        """Starts to stage what the next step should take first: call it while the device does other work."""
+        """Starts to stage the first transfers of the next step; call it while the device does other work."""
         self._check_process()
         for transfer in list(self._expected)[: len(self._slots)]:
             self.prefetch(transfer)
@@ -133,12 +134,12 @@ class Pipeline:
         """The transfer's tensors on the device, for compute on the current stream until `release` or `discard`.
 
         Args:
-            transfer: which one.
-            parts: the tensors to be given, by their places in the slab; None for all. Others must not be changed.
+            transfer: the number of the transfer.
+            parts: the tensors to return, by their places in the slab; None for all. Others must not be changed.
 
         Raises:
             ValueError: for a transfer or a part that does not exist.
-            RuntimeError: when the transfer is acquired already, or all slots hold acquired transfers.
+            RuntimeError: if the transfer is acquired already, or all slots hold acquired transfers.
         """
         self._check(transfer)
         count = len(self.slabs[transfer].parts)
@@ -159,15 +160,15 @@ class Pipeline:
         return [slot.tensors[part] for part in chosen]
 
     def release(self, transfer: int, *, more: bool = False) -> None:
-        """Compute on an acquired transfer has been enqueued on the current stream: schedules the write-back.
+        """Schedules the write-back of an acquired transfer, after compute has been enqueued on the current stream.
 
         Args:
-            transfer: which one.
-            more: other parts of it will be used in this step: it stays staged until then, until its slot is needed, or
-                until `finish`.
+            transfer: the number of the transfer.
+            more: whether other parts of it will be used in this step. Then it stays staged until that use, until its
+                slot is needed, or until `finish`.
 
         Raises:
-            RuntimeError: when the transfer is not acquired.
+            RuntimeError: if the transfer is not acquired.
         """
         slot, parts = self._acquired(transfer)
         slot.marked = False
@@ -177,14 +178,14 @@ class Pipeline:
             self._write_back(slot)
 
     def discard(self, transfer: int, keep: Sequence[int] = ()) -> None:
-        """Compute on an acquired transfer has failed: its parts keep the values from before `acquire`.
+        """Releases an acquired transfer after compute has failed: its parts get back the values from before `acquire`.
 
         Args:
-            transfer: which one.
-            keep: parts that have been computed nevertheless, and keep their new values.
+            transfer: the number of the transfer.
+            keep: parts that were computed successfully, and keep their new values.
 
         Raises:
-            RuntimeError: when the transfer is not acquired.
+            RuntimeError: if the transfer is not acquired.
         """
         slot, parts = self._acquired(transfer)
         slot.changed.update(keep)
@@ -204,14 +205,14 @@ class Pipeline:
         slot.user = None
 
     def abandon(self, transfer: int, keep: Sequence[int] = ()) -> None:
-        """`discard`, if the transfer is acquired: for whoever was interrupted on the way there or on the way back."""
+        """`discard`, if the transfer is acquired; for callers that were interrupted during `acquire` or `release`."""
         slot = next((slot for slot in self._slots if slot.transfer == transfer and slot.held is not None), None)
         if slot is not None:
             self._staged[transfer] = slot
             self.discard(transfer, keep)
 
     def drop(self, transfer: int) -> None:
-        """The host has written to a transfer's slab: what was staged of it is not used, unless it has changed there."""
+        """Call this after the host has written to a transfer's slab: its staged copy is dropped, unless it is newer."""
         self._check(transfer)
         slot = self._staged.get(transfer)
         if slot is not None and slot.held is None and not slot.changed:
@@ -220,13 +221,13 @@ class Pipeline:
             self._empty(slot)
 
     def using(self, transfer: int, parts: Sequence[int] | None = None, *, more: bool = False) -> _Use:
-        """A context: `acquire`, then `release`, or `discard` when the body raises, but for parts to keep."""
+        """A context manager: `acquire`, then `release`; if the body raises, `discard` except for parts to keep."""
         return _Use(self, transfer, parts, more)
 
     def run(self, order: Sequence[int], compute: Callable[[int, list[Tensor]], None]) -> None:
-        """A whole step: `compute(transfer, tensors)` for each transfer in this order, with later ones staged meanwhile.
+        """A whole step: calls `compute(transfer, tensors)` for each transfer in this order, and prefetches later ones.
 
-        When compute raises, transfers before the failing one have their new values, it and later ones their old values.
+        If compute raises, earlier transfers have their new values; the failing one and later ones have their old ones.
         """
         self.expect(order)
         for transfer in order:
@@ -235,10 +236,10 @@ class Pipeline:
         self.finish()
 
     def finish(self) -> None:
-        """Ends a step: schedules what is still to be written back, and expects this step's order again in the next.
+        """Ends a step: schedules all remaining write-backs, and predicts this step's order for the next one.
 
         Raises:
-            RuntimeError: when a transfer is still acquired.
+            RuntimeError: if a transfer is still acquired.
         """
         self._check_process()
         held = [slot.transfer for slot in self._slots if slot.held is not None]
@@ -252,9 +253,9 @@ class Pipeline:
             self._seen = {}
 
     def drain(self) -> None:
-        """Finishes, then waits until the slabs hold all values and no copy is under way.
+        """Ends the step, then waits until the slabs hold all values and no copy is pending.
 
-        From here to the next call of any other method the host may read and write the slabs; nothing stays staged.
+        Until the next call of any other method the host may read and write the slabs; nothing stays staged.
         """
         self.finish()
         _wait_for(self.streams, self._slots, WaitFor.DRAINED)
@@ -262,7 +263,7 @@ class Pipeline:
             self._empty(slot)
 
     def _entered(self, transfer: int, slot: _Slot | None, caller: Stream) -> _Slot:
-        """The transfer's slot, staged if it is not yet, for a stream to compute on; stages those expected next."""
+        """The slot of a transfer, staged if necessary, for compute on a stream; prefetches the expected next ones."""
         ahead = self._upcoming(transfer)
         if slot is None:
             slot = self._room(transfer, keep=ahead, force=True)
@@ -289,7 +290,7 @@ class Pipeline:
         return slot
 
     def _mark(self, slot: _Slot) -> None:
-        """Records `computed`: as late as somebody has to wait for it."""
+        """Records `computed`; called only when another stream has to wait for it."""
         if not slot.marked:
             self.streams.record(slot.computed, slot.user)
             slot.marked = True
@@ -329,11 +330,11 @@ class Pipeline:
         self._empty(slot)
 
     def _room(self, transfer: int, keep: Collection[int] | None = None, *, force: bool = False) -> _Slot | None:
-        """A slot for a transfer, emptied if need be.
+        """A slot for a transfer, which is emptied if necessary.
 
-        An empty one comes first; then one that was staged for nothing, but not for one to `keep` (None: for none).
-        With `force` any that is not held will do, unchanged ones first. The place in the expected order decides between
-        empty slots, so that neighbours use different ones and every step the same.
+        An empty slot is preferred; then one whose transfer was staged unnecessarily and is not in `keep` (None: no such
+        slot). With `force`, any slot that is not held is used, unchanged ones first. Among empty slots the place in the
+        expected order decides, so that neighbours use different slots and every step uses the same ones.
         """
         home = self._expected.get(transfer, len(self._seen))
         for turn in range(len(self._slots)):
@@ -351,7 +352,7 @@ class Pipeline:
         return chosen
 
     def _upcoming(self, transfer: int) -> list[int]:
-        """Those expected next after a transfer, as many as there are other slots."""
+        """The transfers expected after this one, as many as there are other slots."""
         if transfer not in self._expected:
             return []
         order = list(self._expected)[self._expected[transfer] + 1 :]
@@ -387,7 +388,7 @@ class _Use:
         self._kept: Sequence[int] = ()
 
     def keep(self, parts: Sequence[int]) -> None:
-        """These parts keep their new values when the body raises."""
+        """Marks parts that keep their new values if the body raises."""
         self._kept = parts
 
     def __enter__(self) -> list[Tensor]:
@@ -401,7 +402,7 @@ class _Use:
 
 
 def _wait_for(streams: Streams, slots: Sequence[_Slot], rule: WaitFor) -> None:
-    """Holds up the host until all copies from and to the slots are done."""
+    """Blocks the host until all copies from and to the slots are complete."""
     for slot in slots:
         streams.synchronize(slot.staged, rule)
         streams.synchronize(slot.free, rule)

@@ -1,8 +1,8 @@
-"""`place`: which parameter's tables go where. Pure arithmetic on sizes that were measured elsewhere.
+"""`place` assigns the tables of each parameter to the device or the host. It only computes with measured sizes.
 
-Rows keep the order of the parameters and are cut at one point: what stands before it is on the device, the rest on the
-host. As soon as anything is on the host, a ring of staging slots, each as large as the largest transfer, takes room on
-the device too.
+Rows are in the order of the parameters and are cut at one point: the rows before it are on the device, the others on
+the host. If any row is on the host, a ring of staging slots, each as large as the largest transfer, takes device memory
+too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RAN_OUT = "the device ran out of memory while placing"
 
 
 class Request(NamedTuple):
-    """One parameter's tables, to be placed: `bytes` of both moments, without the step counter."""
+    """The tables of one parameter to place: `bytes` of both moments, without the step counter."""
 
     name: str
     shape: tuple[int, ...]  # the parameter's
@@ -31,7 +31,7 @@ class Request(NamedTuple):
 
 
 class PlacementRow(NamedTuple):
-    """One parameter's tables, placed on tier "device" or "host"."""
+    """The tables of one parameter, placed on tier "device" or "host"."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,10 +43,10 @@ class PlacementRow(NamedTuple):
 
 @dataclass(frozen=True)
 class PlacementPlan:
-    """Where every parameter's tables go, in the order of the parameters. `str()` is a table that says why.
+    """The placement of every parameter's tables, in the order of the parameters. `str()` is a table with the reasons.
 
-    The free and total figures, in bytes, are those that the plan was decided from; those of the device are None when
-    the parameters are on the CPU.
+    The free and total figures, in bytes, are the input of the plan; those of the device are None if the parameters are
+    on the CPU.
     """
 
     rows: tuple[PlacementRow, ...]
@@ -88,24 +88,24 @@ class PlacementPlan:
 
     @property
     def limits(self) -> Limits:
-        """What tables and staging may take of each memory."""
+        """The bytes of each memory that tables and staging may take."""
         return _limits(self.policy, self.device_free, self.device_total, self.host_free, self.host_total)
 
     def spilled(self, from_row: int, *, leave: int = 0) -> PlacementPlan:
-        """The plan for when the device ran out of memory before row number `from_row` was on it.
+        """The new plan after the device ran out of memory for row number `from_row`.
 
-        From that row on all is on the host. What stood on the device before it has shown how much the device does hold;
-        where the staging ring, and what is to be left free, would not fit into that, rows before `from_row` move to the
-        host as well. Make the ring of the new plan after those rows are off the device. When nothing had been placed,
-        nothing stays on the device.
+        All rows from that one on go to the host. The rows before it show how much memory the device really has; if the
+        staging ring and the memory to be left free do not fit into that, rows before `from_row` move to the host as
+        well. Allocate the ring of the new plan after those rows have been freed. If no row had been placed, nothing
+        stays on the device.
 
         Args:
-            from_row: number of the row.
-            leave: bytes of the device that others need.
+            from_row: the number of the row.
+            leave: bytes of the device that must stay free.
 
         Raises:
             IndexError: for a row that the plan does not have.
-            MemoryError: when the policy forces the device, or the host cannot hold the rest.
+            MemoryError: if the policy forces the device, or the rest does not fit on the host.
         """
         if not 0 <= from_row < len(self.rows):
             raise IndexError(f"from_row must be in [0, {len(self.rows) - 1}], got {from_row}")
@@ -135,7 +135,7 @@ class PlacementPlan:
         return f"{as_table(heads, lines, left=1 + len(_CELLS))}\n{self.totals()}"
 
     def summary(self) -> str:
-        """The table with one line for all parameters that differ in name alone, in the order they first appear."""
+        """The table with one line for all parameters that differ only in their names, in order of first appearance."""
         groups: dict[tuple[str, ...], list[PlacementRow]] = {}
         for row in self.rows:
             groups.setdefault(_cells(row), []).append(row)
@@ -153,7 +153,7 @@ class PlacementPlan:
         return f"{as_table(heads, lines, left=1 + len(_CELLS))}\n{self.totals()}"
 
     def totals(self) -> str:
-        """Two lines: what each memory takes of what it may, and the staging ring."""
+        """Two lines: the bytes used and allowed in each memory, and the staging ring."""
         policy, limits = self.policy, self.limits
         ring = f"{size_text(self.staging_bytes)} ({policy.staging_slots} slots of {size_text(self.slot_bytes)})"
         where = "device"
@@ -178,7 +178,7 @@ _CELLS = ("shape", "role", "found by", "tier", "why")
 
 
 def _cells(row: PlacementRow) -> tuple[str, ...]:
-    """What a table tells of a row in the columns `_CELLS`."""
+    """The text of a row in the columns `_CELLS`."""
     return shape_text(row.shape), *(row.role or ("", "")), row.tier, row.why
 
 
@@ -201,21 +201,21 @@ def place(
 ) -> PlacementPlan:
     """The plan with the most rows on the device that keeps every limit of the policy.
 
-    It depends on its arguments alone. Parameters on the CPU (both device figures None) have their device in host
-    memory: tables stay with them, on tier "device", until `host_free` or a `device_budget` is spent, and no reserve is
-    kept back; a plan that puts some on the host copies them within the same memory, which serves to test the pipeline.
+    The plan depends on the arguments only. For parameters on the CPU (both device figures None) the device is host
+    memory: tables stay on tier "device" until `host_free` or a `device_budget` is used up, and no reserve is kept. A
+    plan that puts some of them on the host copies within the same memory, which is useful to test the pipeline.
 
     Args:
-        requests: what to place, in the order of the parameters.
+        requests: the tables to place, in the order of the parameters.
         policy: tier, reserves, budget, and the staging ring.
-        device_free: bytes that the device has for tables and staging, once all else that a step needs has its room.
-        device_total: bytes of the device, which shares such as "10%" refer to.
-        host_free: bytes of host memory that this process can still take.
-        host_total: bytes of host memory, which shares refer to.
+        device_free: bytes of the device that are free for tables and staging, after everything else that a step needs.
+        device_total: bytes of the device, to which shares such as "10%" refer.
+        host_free: bytes of host memory that this process can still allocate.
+        host_total: bytes of host memory, to which shares refer.
 
     Raises:
         ValueError: for a figure below 0, or one device figure without the other.
-        MemoryError: when no cut keeps the limits, with all the numbers.
+        MemoryError: if no cut satisfies the limits, with all the numbers.
     """
     figures = {"device_free": device_free, "device_total": device_total, "host_free": host_free}
     for name, figure in (figures | {"host_total": host_total}).items():
@@ -252,7 +252,7 @@ def _limits(
 
 
 def _cut(sizes: Sequence[int], policy: MemoryPolicy, limits: Limits) -> int | None:
-    """The largest number of leading rows that the device can hold beside the staging of the others, if there is one."""
+    """The largest number of leading rows that fit on the device with the staging ring of the others; None if none."""
     total, on_device = sum(sizes), [0, *accumulate(sizes)]
     largest = [*accumulate(reversed(sizes), max, initial=0)][::-1]  # of the rows from here on
     cuts = {"auto": range(len(sizes), -1, -1), "device": (len(sizes),), "host": (0,)}[policy.tier]
@@ -266,7 +266,7 @@ def _cut(sizes: Sequence[int], policy: MemoryPolicy, limits: Limits) -> int | No
 
 
 def ring_bytes(sizes: Sequence[int], policy: MemoryPolicy) -> int:
-    """What the device must have room for when tables of these sizes are all on the host."""
+    """The device memory that staging takes if tables of these sizes are all on the host."""
     return policy.staging_slots * _slot(sizes, policy)
 
 
@@ -298,7 +298,7 @@ def _kept(free: int, name: str, reserve: int | str) -> str:
 
 
 def _shortage(sizes: Sequence[int], plan: PlacementPlan) -> str:
-    """Every number that a failed placement was decided from, and what can be done."""
+    """The error of a failed placement, with all its numbers and the possible remedies."""
     policy, limits = plan.policy, plan.limits
     slots, slot = policy.staging_slots, _slot(sizes, policy)
     if plan.device_free is None:

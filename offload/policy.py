@@ -1,4 +1,4 @@
-"""`MemoryPolicy`: where the user wants tables to live, and how much of each memory they may take."""
+"""`MemoryPolicy`: the memory in which tables are allocated, and how much of each memory they may take."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ TIERS = ("auto", "device", "host")
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """How tables are divided between the device and host memory.
+    """The division of tables between device and host memory.
 
-    A size is an int of bytes, as digits too; a string with a unit, "2GiB" or "1.5GB" (powers of 1024 and of 1000); or,
-    where it says so, a share such as "10%" of the total memory of that device or host.
+    A size is an int or a string of digits, in bytes; a string with a unit, "2GiB" or "1.5GB" (powers of 1024 and of
+    1000); or, where noted, a share such as "10%" of the total memory of the device or host.
 
     Args:
         tier: "auto" fills the device first and puts the rest on the host; "device" and "host" force one of them.
-        device_reserve: device memory that no table or staging slot may take: size or share. For parameters on the CPU,
-            whose tables have no other place to go, nothing is kept back.
+        device_reserve: device memory that no table or staging slot may take: size or share. For parameters on the CPU
+            there is no reserve, since their tables cannot go elsewhere.
         host_reserve: host memory that no table on the host tier may take: size or share.
         device_budget: the most that tables and staging may take of the device: size or share; None for all that is free
             beyond the reserve.
         pin_limit: the most host memory that may be page-locked: size or share; None for no limit. Tables beyond it
             stay in pageable memory, whose copies are slower and do not overlap.
-        staging_slots: transfers of tables from the host that are on the device at once, at least 2. Three let one
-            arrive and one leave while one is worked on.
-        transfer_size: bytes of tables that are copied together: a size. A parameter with more is a transfer of its own.
+        staging_slots: the number of transfers that are staged on the device at once, at least 2. With three, one can be
+            copied in and one out during the step of the third.
+        transfer_size: bytes of tables that are copied together: a size. A larger parameter is a transfer of its own.
         bucket_size: the former name of `transfer_size`; deprecated.
 
     Raises:
@@ -77,7 +77,7 @@ staging_slots=3, transfer_size='64MiB')
 
     @classmethod
     def of(cls, value: object) -> MemoryPolicy:
-        """The policy that `value` stands for.
+        """The policy for any accepted `value`.
 
         Args:
             value: a policy; a tier's name; a mapping of this class's arguments; or a path, as a string that ends in
@@ -155,6 +155,6 @@ def _accepted() -> str:
 
 
 def _meant(value: object, known: tuple[str, ...]) -> str:
-    """A guess at what was meant, or nothing."""
+    """A suggestion of the intended value, or an empty string."""
     close = difflib.get_close_matches(str(value), known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,4 +1,4 @@
-"""Parameter shapes of transformers: what a plan needs to know of a model that need not exist yet."""
+"""Parameter shapes of transformers, for plans without the model."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ LARGE_VOCABULARY = 262_144  # the largest that is in wide use: Gemma 3's
 
 @dataclass(frozen=True)
 class Transformer:
-    """A decoder: parameters before, within and after its blocks, and how wide its activations are.
+    """A decoder: parameters before, within and after its blocks, and the widths of its activations.
 
-    Widths are values of one token. `budget_of` multiplies them by tokens and by the bytes of a value.
+    Widths are numbers of values per token. `budget_of` multiplies them by tokens and by the bytes of a value.
     """
 
     hidden: int
     vocabulary: int
     gated: bool  # whether the feed-forward network multiplies two projections
-    checkpointed: int  # width of all that activation checkpoints keep: layers times hidden
-    recomputed: int  # width of what recomputing one block holds: `block_width`
+    checkpointed: int  # width of all activation checkpoints: layers times hidden
+    recomputed: int  # width of one recomputed block: `block_width`
     before: Shapes
     blocks: tuple[Shapes, ...]  # one for each layer, named as within it
     after: Shapes
     block_name: str = "model.layers"
-    counted: bool = False  # made from a number of parameters alone: no shape is the model's own
+    counted: bool = False  # whether it was made from a number of parameters alone, with assumed shapes
     positions: int | None = field(default=None, compare=False)  # the longest sequence it is configured for
-    notes: tuple[str, ...] = field(default=(), compare=False)  # what a reader of the plan must know, one line each
-    by_module: Mapping[str, Role] = field(default_factory=dict, compare=False)  # what modules say, by name
+    notes: tuple[str, ...] = field(default=(), compare=False)  # notes for the reader of the plan, one line each
+    by_module: Mapping[str, Role] = field(default_factory=dict, compare=False)  # roles from modules, by name
 
     def parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of every parameter, in the order in which the model has them."""
@@ -58,17 +58,17 @@ class Transformer:
 
     @property
     def largest_block(self) -> Shapes:
-        """The block with the most elements; empty where there is none."""
+        """The block with the most elements; empty if there is none."""
         return max(self.blocks, key=numel, default=())
 
     def with_layers(self, layers: int) -> Transformer:
-        """The same model with so many blocks: its first ones, or all of them and more of the largest."""
+        """The same model with another number of blocks: its first ones, or all of them and copies of the largest."""
         more = (self.largest_block,) * (layers - self.layers)
         return replace(self, blocks=self.blocks[:layers] + more, checkpointed=layers * self.hidden)
 
 
 def block_width(hidden: int, attention: int, feed_forward: int, gated: bool) -> int:
-    """Values of one token that a block's backward holds once its forward is recomputed.
+    """The values per token that a block's backward holds after its forward has been recomputed.
 
     The results of two norms and the residual in between; queries, keys, values and the attention's result; and of the
     feed-forward network four inner values and the gradients of three, or with no gate two and two.
@@ -173,20 +173,20 @@ def gpt2(
 
 
 def of_count(count: int, vocabulary: int = LARGE_VOCABULARY) -> Transformer:
-    """A model of exactly `count` parameters of which nothing else is known but, perhaps, its vocabulary.
+    """A model of exactly `count` parameters of unknown architecture, and possibly a known vocabulary.
 
-    Each figure that memory depends on is at least that of the published decoders of this size, so that a count is never
-    said to fit where the configuration behind it does not. With N parameters in layers of 12 h^2 each, an aspect a =
-    h / layers gives h = (a N / 12)^(1/3) and N / (12 h^2) layers. Published models lie between a = 16 (thin ones of a
-    few hundred million), or 64 from 3 billion on, and 256.
+    Each figure that affects memory is at least that of the published decoders of this size, so a count never fits where
+    the actual configuration does not. With N parameters in layers of 12 h^2 each, an aspect a = h / layers gives
+    h = (a N / 12)^(1/3) and N / (12 h^2) layers. Published models have aspects from 16 (thin models of a few hundred
+    million parameters; 64 from 3 billion on) to 256.
 
-    - checkpoints: of the thinnest, whose layers times h is largest
-    - one block recomputed: a gated feed-forward network of 6 h (Gemma's is 5.3 h wide) at a = 128
-    - vectors: in each layer of the thinnest 13 of h, as GPT-2 has them, and 8 of 1,024 and 8 of 128, for biases of
-      key-value heads and norms within heads: what is small takes more bytes for each element
-    - embedding and a head of its own: the vocabulary times h at a = 256, where N allows it; token tables take more
-      bytes for each element than matrices do
-    - the rest: 15 equal blocks in two matrices, so that one has a share of N that sparse mixtures have in theirs
+    - checkpoints: those of the thinnest model, whose layers times h is largest
+    - one recomputed block: a gated feed-forward network of 6 h (Gemma's has 5.3 h) at a = 128
+    - vectors: in each layer of the thinnest model 13 of h, as in GPT-2, 8 of 1,024 and 8 of 128, for biases of
+      key-value heads and norms within heads, since small parameters take more bytes per element
+    - embedding and an untied head: the vocabulary times h at a = 256, if N allows it, since token tables take more
+      bytes per element than matrices
+    - the rest: 15 equal blocks of two matrices, so that a block has the share of N that it has in sparse mixtures
     """
     thin = _hidden(count, 16 if count < 3 * 10**9 else 64)
     middle, wide = _hidden(count, 128), _hidden(count, 256)

@@ -1,4 +1,4 @@
-"""Sizes in bytes: as policies and the command line write them, and as reports print them."""
+"""Sizes in bytes: parses those of policies and the command line, and formats them for reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNITS = {"B": 1} | {
 _FACTORS = {unit.lower(): factor for unit, factor in _UNITS.items()}
 _WRITTEN = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+|%)", re.IGNORECASE)
 
-_LIMIT = 2**63  # bytes: more than any memory has, and than any arithmetic here overflows at
+_LIMIT = 2**63  # bytes: more than any memory has; below it no arithmetic here overflows
 _BARE = re.compile(r"[0-9]{1,30}")
 
 BYTES = "an int of bytes or a string with digits alone or a unit such as '2GiB', '512 MiB' or '1.5GB'"
@@ -30,15 +30,15 @@ class Size(NamedTuple):
     share: Fraction
 
     def of(self, total: int) -> int:
-        """Bytes, where there are `total` bytes in all."""
+        """The size in bytes, given the `total`."""
         return self.fixed + int(self.share * total)
 
 
 def parse_size(name: str, value: object, *, relative: bool = True) -> Size:
-    """What `value` says: an int or digits, of bytes; "2GiB", "1.5GB" (powers of 1024 and of 1000); or "10%".
+    """Parses `value`: an int or digits, in bytes; "2GiB", "1.5GB" (powers of 1024 and of 1000); or "10%".
 
     Raises:
-        ValueError: naming `name`, `value` and what is accepted; shares are not where `relative` is False.
+        ValueError: naming `name`, `value` and what is accepted; shares are refused if `relative` is False.
     """
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LIMIT:
         return Size(value, Fraction(0))
@@ -58,7 +58,7 @@ def parse_size(name: str, value: object, *, relative: bool = True) -> Size:
 
 
 def size_text(count: int) -> str:
-    """`count` bytes in the largest binary unit that leaves a whole part: "16.42 GiB"."""
+    """`count` bytes in the largest binary unit in which it is at least 1: "16.42 GiB"."""
     for unit, digits in (("GiB", 2), ("MiB", 1), ("KiB", 1)):
         if abs(count) >= _UNITS[unit]:
             return f"{count / _UNITS[unit]:,.{digits}f} {unit}"

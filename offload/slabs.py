@@ -1,7 +1,7 @@
-"""Host memory of exact size for the tensors of one transfer of parameters, page-locked where CUDA is there.
+"""Host memory of exact size for the tensors of one transfer, page-locked if CUDA is available.
 
-PyTorch's own pinned allocator rounds each block up to a power of two, which nearly doubles 16.4 GiB. A slab is an
-anonymous mapping, registered with `cudaHostRegister` at just the bytes that its tensors take.
+PyTorch's pinned allocator rounds each block up to a power of two, which nearly doubles 16.4 GiB. A slab is an anonymous
+mapping of exactly the bytes that its tensors take, registered with `cudaHostRegister`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WIPE_ON_FORK = 18  # MADV_WIPEONFORK, which Python's mmap has no name for
 
 
 def offsets(parts: Iterable[TensorSpec]) -> tuple[tuple[int, ...], int]:
-    """Where each part begins, in bytes, when they follow each other at multiples of `ALIGNMENT`; and where all end."""
+    """The offset of each part in bytes, in sequence at multiples of `ALIGNMENT`, and the total size."""
     starts, end = [], 0
     for part in parts:
         starts.append(_aligned(end))
@@ -47,13 +47,13 @@ def carve(memory: Tensor, parts: Iterable[TensorSpec]) -> list[Tensor]:
 
 
 def grouped(members: Sequence[Sequence[TensorSpec]], transfer_size: int) -> list[list[int]]:
-    """Sorts parameters, each given by the parts that are kept for it, into transfers of at most `transfer_size` bytes.
+    """Divides parameters, each given by its stored parts, into transfers of at most `transfer_size` bytes.
 
-    Neighbours stay neighbours: their gradients arrive one after the other. A parameter whose parts alone are larger
-    than `transfer_size` is a transfer of its own. The same input always gives the same transfers.
+    A transfer consists of consecutive parameters, because their gradients arrive one after another. A parameter whose
+    parts exceed `transfer_size` is a transfer of its own. The same input always gives the same transfers.
 
     Returns:
-        Per transfer the places of its parameters in `members`, ascending; together every place once.
+        For each transfer the indices of its parameters in `members`, ascending; each index is in one transfer.
 
     Raises:
         ValueError: for a `transfer_size` below 1.
@@ -74,20 +74,20 @@ def grouped(members: Sequence[Sequence[TensorSpec]], transfer_size: int) -> list
 
 
 class Slab:
-    """Host tensors in one exact-size, page-aligned block of memory, zero at first.
+    """Host tensors in one page-aligned block of memory of exact size, initialized to zeros.
 
-    The block lives as long as the slab or any tensor that views it. While it is pinned, it counts towards
-    `pinned_bytes`; it is unpinned and handed back to the system when the last of them is gone. A forked child finds
-    zeros there and cannot reach its parent's values: `check_process`, which every use of a slab goes through, refuses.
+    The block lives as long as the slab or any tensor that views it; then it is unpinned and freed. While it is pinned,
+    it counts towards `pinned_bytes`. A forked child sees zeros instead of its parent's values, so every use of a slab
+    calls `check_process`, which raises an error in the child.
 
     Args:
         parts: shape and dtype of each tensor.
-        pin: whether to page-lock the block, where CUDA is there. Beyond the limit of `set_pin_limit`, or when the
-            driver refuses, a warning says so once and the block stays pageable: copies are then slower, not wrong.
+        pin: whether to page-lock the block, if CUDA is available. Beyond the limit of `set_pin_limit`, or if the driver
+            refuses, there is one warning and the block stays pageable; then copies are slower.
 
     Attributes:
-        parts: as given.
-        nbytes: the bytes of all parts, with the gaps that align them, and not one more.
+        parts: the argument.
+        nbytes: the bytes of all parts, including the gaps for alignment.
         pinned: whether the block is page-locked.
     """
 
@@ -122,7 +122,7 @@ class Slab:
         return self._tensors
 
     def check_process(self) -> None:
-        """Raises a RuntimeError in any process but the one that made the slab."""
+        """Raises a RuntimeError in any process other than the one that made the slab."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 f"this slab of optimizer state belongs to process {self._process}, and process {os.getpid()} was forked"
@@ -131,7 +131,7 @@ class Slab:
 
 
 class _Pins:
-    """How much is pinned in this process, and how much may be."""
+    """The pinned bytes of this process, and their limit."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # reentrant: a slab may be collected while this thread holds it
@@ -144,14 +144,14 @@ _pins = _Pins()
 
 
 def pinned_bytes() -> int:
-    """Bytes that the slabs of this process hold pinned."""
+    """The pinned bytes of all slabs of this process."""
     return _pins.used
 
 
 def set_pin_limit(limit: int | None) -> None:
-    """Limits what the slabs of this process may pin from now on, in bytes; None for no limit. Pinned slabs stay so.
+    """Limits the bytes that new slabs of this process may pin; None for no limit. Pinned slabs stay pinned.
 
-    An optimizer with tables on the host sets what its `MemoryPolicy` says before it makes slabs.
+    An optimizer with tables on the host sets the limit of its `MemoryPolicy` before it makes slabs.
 
     Raises:
         ValueError: for a negative limit.
@@ -176,10 +176,10 @@ def _mapped(nbytes: int) -> _Block:
 
 
 def _part(block: _Block, start: int, part: TensorSpec) -> Tensor:
-    """A part as a tensor whose storage is its own bytes only.
+    """A part as a tensor whose storage has only the bytes of the part.
 
-    Whoever saves a tensor saves its storage, and `torch.distributed.checkpoint` (2.13) cannot stage a DTensor whose
-    local part begins further on in one.
+    Saving a tensor saves its whole storage, and `torch.distributed.checkpoint` (2.13) cannot stage a DTensor whose
+    local part has an offset in its storage.
     """
     count = part.nbytes // part.dtype.itemsize
     if not count:
@@ -188,7 +188,7 @@ def _part(block: _Block, start: int, part: TensorSpec) -> Tensor:
 
 
 def _pinned(block: _Block, nbytes: int) -> bool:
-    """Pins a block, to be unpinned when it goes, or warns and returns False."""
+    """Pins a block, and registers that it is unpinned when it is freed; warns and returns False if that fails."""
     with _pins.lock:
         if _pins.limit is not None and _pins.used + nbytes > _pins.limit:
             _warn_pageable(f"{nbytes:,} bytes more would exceed the limit of {_pins.limit:,}")
@@ -216,7 +216,7 @@ def _unpin(address: int, nbytes: int, process: int) -> None:
 
 
 def _warn_pageable(reason: str) -> None:
-    """The first refusal speaks for those to come: an optimizer makes hundreds of slabs."""
+    """Warns at the first failure only, since an optimizer makes hundreds of slabs."""
     if not _pins.warned:
         _pins.warned = True
         warnings.warn(
@@ -227,9 +227,7 @@ def _warn_pageable(reason: str) -> None:
 
 
 def _forget_error() -> None:
-    """A failed runtime call leaves an error pending, which the next kernel launch of anyone would report as its own:
-    this launch takes it.
-    """
+    """Clears the pending error of a failed runtime call by a launch; else the next kernel launch would report it."""
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device="cuda")
 

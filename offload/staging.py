@@ -1,7 +1,7 @@
-"""Moments on the host: slabs of them, and executors that step them on the device.
+"""Moments on the host: their slabs, and executors that step them on the device.
 
-Each parameter has a region, its tensors in one slab; the regions of one slab are copied together. Whenever parameters
-are stepped, the transfers that hold their regions are staged on the device through a `Pipeline`.
+Each parameter has a region, which is its tensors in one slab; the regions of a slab are copied together. To step
+parameters, a `Pipeline` stages the transfers that contain their regions on the device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collins.update import UpdateTask
 
 
 class StateRequest(NamedTuple):
-    """A parameter whose moments are to be placed."""
+    """A parameter whose moments must be placed."""
 
     name: str
     p: Tensor
@@ -47,13 +47,13 @@ def zeros(spec: TensorSpec, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Backend:
-    """What a store asks of the machine; tests give their own.
+    """The functions of a machine that a store calls; tests replace them.
 
     Args:
         allocate: makes a tensor of zeros on a device, or raises torch.OutOfMemoryError.
-        measure: the figures of a CUDA device.
-        host_free: bytes of host memory that this process can still take.
-        streams: of a device.
+        measure: returns the figures of a CUDA device.
+        host_free: returns the bytes of host memory that this process can still allocate.
+        streams: returns the streams of a device.
     """
 
     allocate: Callable[[TensorSpec, torch.device], Tensor] = zeros
@@ -66,7 +66,7 @@ MACHINE = Backend()
 
 
 class Placed(NamedTuple):
-    """Where the moments of one parameter are."""
+    """The location of the moments of one parameter."""
 
     tensors: tuple[Tensor, ...]
     host: HostTier | None  # None for the device tier
@@ -75,7 +75,7 @@ class Placed(NamedTuple):
 
 
 class HostTier:
-    """Parameters of one device whose moments live in slabs. Each has a region: its tensors in one slab."""
+    """The parameters of one device whose moments are in slabs. Each has a region: its tensors in one slab."""
 
     def __init__(
         self, requests: Sequence[StateRequest], plan: PlacementPlan, device: torch.device, backend: Backend
@@ -98,7 +98,7 @@ class HostTier:
         self._arrived: dict[int, int] = {}  # in backward: how many regions of each transfer have been used
         slots = min(plan.policy.staging_slots, len(transfers))
         self.pipeline = Pipeline(self._slabs, backend.streams(device), slots=slots)
-        self._free: set[int] = set()  # regions whose parameters need them no more
+        self._free: set[int] = set()  # regions whose parameters no longer need them
         self._versions: list[list[int]] = [[] for _ in requests]
         for region in range(len(requests)):
             self.take_versions(region)
@@ -110,7 +110,7 @@ class HostTier:
         return tuple(found[part] for part in parts)
 
     def free_region(self, request: StateRequest) -> int | None:
-        """A region whose parameter is gone and into which the request's moments fit exactly: now the request's."""
+        """Assigns a free region that the request's moments fit exactly; None if there is none."""
         for region in sorted(self._free):
             found = tuple(TensorSpec(tuple(t.shape), t.dtype) for t in self.tensors(region))
             if found == request.tensors:
@@ -119,15 +119,15 @@ class HostTier:
         return None
 
     def release(self, region: int) -> None:
-        """The region's parameter needs it no more."""
+        """Marks a region as free, because its parameter no longer needs it."""
         self._free.add(region)
 
     def take_versions(self, region: int) -> None:
-        """The region's tensors, which nothing staged is older than, count as they are."""
+        """Makes the current values of a region's tensors valid: staged copies of them are dropped."""
         self._versions[region] = list(map(version_of, self.tensors(region)))
 
     def refresh(self) -> None:
-        """Drops what was staged of regions that have been edited in place since."""
+        """Drops staged copies of regions that have been edited in place since."""
         for region, known in enumerate(self._versions):
             transfer, parts = self._where[region]
             tensors = self._slabs[transfer].tensors
@@ -171,12 +171,12 @@ class HostTier:
         self.pipeline.finish()
 
     def run_one(self, region: int, step: Callable[[tuple[Tensor, ...]], None], done: Sequence[int]) -> None:
-        """Steps one region while others are still to come; `finish` ends the step.
+        """Steps one region of a step in backward, which `finish` ends.
 
         Args:
-            region: which one.
+            region: the number of the region.
             step: steps it over staged moments.
-            done: not empty once that has happened.
+            done: not empty once the region has been stepped.
         """
         transfer, parts = self._where[region]
         arrived = self._arrived[transfer] = self._arrived.get(transfer, 0) + 1
@@ -196,7 +196,7 @@ class HostTier:
         self.pipeline.drain()
 
 
-# Steps tasks, by number, of a host tier over staged moments; takes the numbers of those that have been stepped.
+# Steps tasks of a host tier, given by number, over staged moments, and appends the numbers of the stepped tasks.
 _Step = Callable[[HostTier, list[int], list[tuple[Tensor, ...]], list[int]], None]
 
 
@@ -207,7 +207,7 @@ def _over(task: UpdateTask, staged: Sequence[Tensor]) -> UpdateTask:
 
 
 class TieredExecutor:
-    """Steps tasks of both tiers: what is on the device at once, the rest transfer by transfer."""
+    """Steps tasks of both tiers: those of the device tier together, the others transfer by transfer."""
 
     def __init__(
         self, engine: Engine, tasks: Sequence[UpdateTask], placed: Sequence[Placed], grads: Sequence[Tensor]
@@ -247,7 +247,7 @@ class TieredExecutor:
     def _over_staged(
         self, host: HostTier, numbers: list[int], staged: list[tuple[Tensor, ...]], grads: list[Tensor]
     ) -> tuple[Executor, Any]:
-        """What steps tasks over moments that are staged where these are, and what it takes for these gradients."""
+        """An executor for tasks over moments at these staged addresses, and these gradients as it prepares them."""
         key = host, numbers[0], len(numbers), staged[0][0].data_ptr()
         executor = self._staged.get(key)
         bound = None if executor is None else executor.bind(grads)
@@ -266,7 +266,7 @@ def _run_as(
     rows: Sequence[int],
     done: list[int],
 ) -> None:
-    """Runs an executor whose tasks have these numbers among others."""
+    """Runs an executor for a subset of the tasks, which has these numbers."""
     own: list[int] = []
     try:
         executor.run(bound, scalars, [rows[number] for number in numbers], own)
@@ -277,7 +277,7 @@ def _run_as(
 
 
 def _add(done: list[int], more: Sequence[int]) -> None:
-    """Adds numbers, but those that are there already."""
+    """Appends the numbers that `done` does not contain yet."""
     known = set(done)
     done += [number for number in more if number not in known]
 

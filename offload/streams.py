@@ -1,4 +1,4 @@
-"""What the pipeline asks of a device: three streams, events between them, and copies."""
+"""The device interface of the pipeline: three streams, events between them, and copies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StreamKind(Enum):
 
 
 class WaitFor(Enum):
-    """The promise that a wait keeps. Real backends need no name for it; a test that takes one wait away does."""
+    """The purpose of a wait. Real backends ignore it; tests use it to remove a single wait."""
 
     SLOT_FREE = "h2d into a slot waits for whoever used the slot's memory before"
     WRITTEN_BACK = "h2d of a transfer waits for that transfer's last d2h"
@@ -37,9 +37,7 @@ class WaitFor(Enum):
 
 
 class Streams(Protocol):
-    """A device's streams. Work on one stream runs in order; work on different streams runs in any order that the waits
-    allow.
-    """
+    """The streams of a device. Work on one stream runs in order; work on different streams is ordered by waits only."""
 
     device: torch.device
 
@@ -53,30 +51,30 @@ class Streams(Protocol):
         """The caller's current stream: the same object for the same stream."""
 
     def record(self, event: Event, kind: StreamKind | Stream) -> None:
-        """Marks what `kind` has been given so far; an event recorded again forgets its earlier mark."""
+        """Records an event after all work enqueued on `kind`; it replaces an earlier record of the event."""
 
     def wait(self, kind: StreamKind, event: Event, rule: WaitFor) -> None:
-        """Holds up what `kind` is given from now on until what `event` marks now is done."""
+        """Makes all later work on `kind` wait for the current record of `event`."""
 
     def synchronize(self, event: Event, rule: WaitFor) -> None:
-        """Holds up the host until what `event` marks is done."""
+        """Blocks the host until the work before `event` is complete."""
 
     def copy(self, kind: StreamKind, target: Tensor, source: Tensor) -> None:
         """Enqueues a copy between host and device; the host does not wait for it."""
 
     def hold(self, tensor: Tensor, kind: StreamKind) -> None:
-        """Keeps device memory from being used anew, once `tensor` is freed, before `kind` is done with it."""
+        """Prevents the reuse of a freed tensor's device memory before the work on `kind` that uses it is complete."""
 
 
 class CudaStreams:
-    """A CUDA device's streams: one for each direction, made once for the device, and whichever is current."""
+    """The streams of a CUDA device: one for each copy direction, made once for the device, and the current stream."""
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
         self._index = index
         self._copies = _copy_streams(index)
-        self._current: dict[int, torch.cuda.Stream] = {}  # by address: to ask for the object takes ten times as long
+        self._current: dict[int, torch.cuda.Stream] = {}  # by address: making the object takes ten times as long
 
     def empty(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
@@ -123,7 +121,7 @@ def _copy_streams(index: int) -> dict[StreamKind, torch.cuda.Stream]:
 
 
 class HostStreams:
-    """For parameters on the CPU: everything is done when the call returns."""
+    """Synchronous streams, for parameters on the CPU."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")

@@ -1,12 +1,12 @@
-"""Where each parameter's moments live, and how those that live on the host are stepped.
+"""Stores of moments: where they are allocated, and how moments on the host are stepped.
 
-Two stores have one interface. `ResidentStore` keeps moments beside their parameters. `TieredStore` turns a
-`MemoryPolicy` into memory: when parameters are first stepped it measures what is free, places them, and allocates.
-Moments on the device tier are ordinary tensors there. Those on the host tier lie in slabs, one for each transfer, and
-are staged on the device through a `Pipeline` whenever they are stepped.
+Both stores have the same interface. `ResidentStore` keeps moments beside their parameters. `TieredStore` implements a
+`MemoryPolicy`: at the first step of parameters it measures the free memory, places their moments, and allocates them.
+Moments on the device tier are ordinary tensors there. Those on the host tier are in slabs, one for each transfer, and a
+`Pipeline` stages them on the device whenever they are stepped.
 
-What an optimizer's state holds is the truth: moments that were edited, replaced or removed there are taken over before
-the next step.
+The optimizer's `state` is authoritative: moments that were edited, replaced or removed there are used from the next
+step on.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _log = logging.getLogger("collins")
 
 
 class Store(Protocol):
-    """Where the moments of an optimizer live.
+    """The storage of an optimizer's moments.
 
     Attributes:
-        plans: what was decided, for each device and each time that parameters were new.
+        plans: the plans so far: one for each device, and one for each later addition of parameters.
     """
 
     @property
@@ -58,49 +58,49 @@ class Store(Protocol):
         """Bytes of moments that have been copied between host and device, in both directions."""
 
     def place(self, requests: Sequence[StateRequest], *, early: bool = False, loading: bool = False) -> None:
-        """Finds memory for the moments of parameters that have none yet.
+        """Allocates memory for the moments of parameters that have none yet.
 
         Args:
-            requests: what is to be placed.
-            early: within the first backward, which has still to show how much it takes: see `device_room`.
-            loading: before any step: what depends on the peak is left for the first step to decide.
+            requests: the moments to place.
+            early: whether this is during the first backward, whose peak is not known yet: see `device_room`.
+            loading: whether this is before any step. Then decisions that need the peak are left to the first step.
 
         Raises:
-            MemoryError: when neither tier can hold them; nothing has been placed then.
+            MemoryError: if neither tier can hold them; then nothing has been placed.
         """
 
     def serves(self, p: Tensor, moment: Tensor) -> bool:
-        """Whether a step of `p` can go on from this moment."""
+        """Whether a step of `p` can use this moment."""
 
     def adopt(self, p: Tensor, specs: Sequence[TensorSpec], given: Sequence[Tensor | None]) -> list[Tensor]:
-        """The tensors that are to be kept as the state of `p`, with the values of `given`, zeros for None."""
+        """The tensors to keep as the state of `p`, with the values of `given`, or zeros for None."""
 
-    def room(self, p: Tensor, specs: Sequence[TensorSpec], present: Sequence[Tensor | None]) -> list[Tensor]:
-        """Tensors to load the state of `p` into: those that are present, as far as they fit."""
+    def tensors_to_load(self, p: Tensor, specs: Sequence[TensorSpec], present: Sequence[Tensor | None]) -> list[Tensor]:
+        """Tensors to load the state of `p` into; those in `present` are reused where they fit."""
 
     def retain(self, params: Iterable[Tensor]) -> None:
-        """Lets go of the moments of all parameters but these."""
+        """Frees the moments of all other parameters."""
 
     def refresh(self) -> None:
-        """Takes over what was edited in place since the last step; call it before a step begins."""
+        """Makes in-place edits since the last step take effect; call it before a step begins."""
 
     def executor(
         self, engine: Engine, tasks: Sequence[UpdateTask], params: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> Executor:
-        """What steps these tasks, of `params`, with gradients that lie in memory as these do."""
+        """An executor for these tasks, of `params`, with gradients of the memory layout of `grads`."""
 
     def executor_of_one(self, engine: Engine, task: UpdateTask, p: Tensor) -> Executor:
-        """What steps one task, which others follow as their gradients arrive in backward."""
+        """An executor for one task of a step in backward, where tasks run one by one as their gradients arrive."""
 
     def finish(self) -> None:
-        """Ends a step. What the next one should need first is on its way to the device from here on."""
+        """Ends a step, and starts to stage the first transfers of the next one."""
 
     def drain(self) -> None:
-        """Waits until the tensors of the state hold what has been computed."""
+        """Waits until the tensors of the state hold the computed values."""
 
 
 class ResidentStore:
-    """Moments beside their parameters, owned by the optimizer's state."""
+    """Keeps moments beside their parameters, in the optimizer's state."""
 
     plans: Sequence[PlacementPlan] = ()
     link_bytes = 0
@@ -114,7 +114,7 @@ class ResidentStore:
     def adopt(self, p: Tensor, specs: Sequence[TensorSpec], given: Sequence[Tensor | None]) -> list[Tensor]:
         return [zeros(spec, p.device) if t is None else t for spec, t in zip(specs, given, strict=True)]
 
-    def room(self, p: Tensor, specs: Sequence[TensorSpec], present: Sequence[Tensor | None]) -> list[Tensor]:
+    def tensors_to_load(self, p: Tensor, specs: Sequence[TensorSpec], present: Sequence[Tensor | None]) -> list[Tensor]:
         return _fitting(specs, present, p.device)
 
     def retain(self, params: Iterable[Tensor]) -> None:
@@ -147,11 +147,11 @@ def _fitting(specs: Sequence[TensorSpec], present: Sequence[Tensor | None], devi
 
 
 class TieredStore:
-    """Moments on the device and in host memory, as a policy says.
+    """Keeps moments on the device and in host memory, according to a policy.
 
     Args:
-        policy: where they may live.
-        backend: the machine.
+        policy: the memory policy.
+        backend: the functions of the machine.
     """
 
     def __init__(self, policy: MemoryPolicy, backend: Backend = MACHINE) -> None:
@@ -159,7 +159,7 @@ class TieredStore:
         self._backend = backend
         self._placed: dict[Tensor, Placed] = {}
         self._hosts: weakref.WeakSet[HostTier] = weakref.WeakSet()
-        self._traffic: list[Traffic] = []  # of all host tiers, also of those that are gone
+        self._traffic: list[Traffic] = []  # of all host tiers, including those that no longer exist
         self._plans: list[PlacementPlan] = []
 
     @property
@@ -217,7 +217,7 @@ class TieredStore:
                 placed.host.take_versions(placed.region)
         return list(placed.tensors)
 
-    def room(self, p: Tensor, specs: Sequence[TensorSpec], present: Sequence[Tensor | None]) -> list[Tensor]:
+    def tensors_to_load(self, p: Tensor, specs: Sequence[TensorSpec], present: Sequence[Tensor | None]) -> list[Tensor]:
         placed = self._placed.get(p)
         if placed is None:
             return _fitting(specs, present, torch.device("cpu"))
@@ -259,7 +259,7 @@ class TieredStore:
             placed.host.release(placed.region)
 
     def _reuse(self, request: StateRequest) -> bool:
-        """Whether memory was found that a parameter which is gone has left."""
+        """Whether the region of a removed parameter could be reused."""
         for host in self._hosts:
             region = host.free_region(request) if host.device == request.p.device else None
             if region is not None:
@@ -274,19 +274,19 @@ def _holds(placed: Placed, request: StateRequest) -> bool:
 
 
 def device_room(spare: int, total: int, policy: MemoryPolicy, requests: Sequence[Request], largest: int) -> int:
-    """What to plan with on a device in the midst of its first backward.
+    """The device memory to plan with during the first backward.
 
-    The first gradient arrives when forward's activations are at their peak, but the gradients that will be there
-    together are still to come: of one tensor in eager code, of one block where blocks are compiled. A block of a
-    transformer has up to `_TO_COME` times the elements of its largest matrix, so that many times the largest gradient
-    is kept free. Where a checkpointed block takes more to recompute than that, a `device_reserve` has to say so. The
-    staging ring goes before this margin: without it nothing can be stepped.
+    When the first gradient arrives, the activations of forward are at their peak, but most gradients do not exist yet.
+    Those of one tensor exist together in eager code, those of one block if blocks are compiled. A block of a
+    transformer has up to `_TO_COME` times the elements of its largest matrix, so `_TO_COME` times the largest gradient
+    is kept free. If the recomputation of a checkpointed block takes more, it needs a `device_reserve`. The staging ring
+    has priority over this margin, because no step is possible without it.
 
     Args:
-        spare: what no forward has used so far, in bytes.
+        spare: bytes that no forward has used so far.
         total: bytes of the device.
-        policy: whose tier decides: only "auto" leaves a choice.
-        requests: what is to be placed.
+        policy: the policy; only tier "auto" leaves a choice.
+        requests: the moments to place.
         largest: bytes of the largest parameter.
     """
     if policy.tier != "auto":
@@ -306,7 +306,7 @@ def planned(
     early: bool,
     backend: Backend,
 ) -> tuple[PlacementPlan, int]:
-    """The plan for one device, and the bytes of it that are free now and must be so when all tables are there."""
+    """The plan for one device, and the bytes of it that must be free after all tables have been allocated."""
     requests = [Request(t.name, tuple(t.p.shape), t.nbytes, t.role) for t in state_requests]
     free, total, leave = None, None, 0
     if device.type == "cuda":
@@ -346,8 +346,8 @@ class _Built(NamedTuple):
 def _built(
     device: torch.device, requests: Sequence[StateRequest], plan: PlacementPlan, leave: int, backend: Backend
 ) -> _Built:
-    """Allocates what a plan says; where the device runs out of memory, more goes to the host, with a warning, until
-    `leave` bytes are free.
+    """Allocates the moments of a plan. If the device runs out of memory, it warns and moves more moments to the host,
+    until `leave` bytes are free.
     """
     made: list[tuple[Tensor, ...]] = []
     for row, request in enumerate(requests):

@@ -1,4 +1,4 @@
-"""Whether a training run fits, and the largest one that does: what `python -m collins plan` decides, not its text."""
+"""Decides whether a training run fits, and which is the largest one that does, for `python -m collins plan`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collins.offload.policy import MemoryPolicy
 from collins.offload.shapes import Transformer, of_count
 from collins.offload.sizes import size_text
 
-MOST_LAYERS = 1024  # that a larger model of a configuration's family is looked for with
+MOST_LAYERS = 1024  # the most layers of a model in a configuration's family
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One way to step, tried: the plan, or why there is none."""
+    """The outcome of one way to step: the plan, or the reason why there is none."""
 
     in_backward: bool
     left: int  # bytes of the device, for tables and staging; negative when all else does not fit
@@ -38,11 +38,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Trial:
-    """A model, how it is trained, and what it is trained on.
+    """A model, its training settings, and the machine.
 
     Args:
-        tables: what is to be placed for a model: `requests_of`, with the options of `Collins`.
-        modes: ways to step that are tried, in this order: in backward (True) or after it.
+        tables: returns the requests for the tables of a model: `requests_of`, with the options of `Collins`.
+        modes: the ways to step to try, in this order: in backward (True) or after it.
     """
 
     model: Transformer
@@ -54,16 +54,16 @@ class Trial:
 
     @cached_property
     def budget(self) -> Budget:
-        """What all but tables and staging takes."""
+        """The memory of everything but tables and staging."""
         return budget_of(self.model, self.training)
 
     @cached_property
     def requests(self) -> tuple[Request, ...]:
-        """The tables to be placed, one request for each parameter."""
+        """The tables to place, one request for each parameter."""
         return tuple(self.tables(self.model))
 
     def outcomes(self) -> list[Outcome]:
-        """What comes of each way to step."""
+        """The outcome of each way to step."""
         return [self._tried(in_backward) for in_backward in self.modes]
 
     def fits(self) -> bool:
@@ -92,7 +92,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest that fits of one thing while all else stays as it is. 0 or None where nothing does."""
+    """The largest value of each setting that fits with all others unchanged; 0 or None if none does."""
 
     seq_len: int  # tokens
     batch_size: int  # sequences
@@ -103,11 +103,11 @@ class Largest:
 def largest(trial: Trial, name: str) -> Largest:
     """The longest sequence, the largest batch and the largest model of the family that fit.
 
-    The family of a named shape are the named shapes that share what its name begins with; that of a configuration, the
-    same model with 1 to `MOST_LAYERS` layers; that of a count, all counts.
+    The family of a named shape is all named shapes with the same first word; that of a configuration, the same model
+    with 1 to `MOST_LAYERS` layers; that of a count, all counts.
 
     Args:
-        name: of the trial's model, as `model_of` takes it.
+        name: the name of the trial's model, as for `model_of`.
     """
     training = trial.training
     model_name, model = _largest_model(trial, name)
@@ -136,7 +136,7 @@ def _largest_model(trial: Trial, name: str) -> tuple[str | None, Transformer | N
 
 
 def _most(fits: Callable[[int], bool], limit: int = 2**40) -> int:
-    """The largest n in [1, limit] that fits, 0 if none does; whatever is larger than one that does not, does not."""
+    """The largest n in [1, limit] that fits, 0 if none does, by bisection: if n does not fit, no larger one does."""
     low, high = 0, 1
     while high < limit and fits(high):
         low, high = high, min(2 * high, limit)

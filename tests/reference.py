@@ -126,15 +126,23 @@ class Reference:
         self.h, self.h_v = (np.array([f.h(i) for i in range(self.p.size)], dtype=int) for f in (hash, v_hash))
         self.c, self.c_v = (np.array([f.load(b) for b in range(f.K)]) for f in (hash, v_hash))
 
-    def step(self, g, grad_scale=1.0):
+    def accumulate(self, gs, parts=None):
+        """One step of as many partial steps as there are gradients, of `parts` that were expected."""
+        for part, g in enumerate(gs):
+            self.step(g, part=part, parts=len(gs) if parts is None else parts)
+
+    def step(self, g, grad_scale=1.0, part=0, parts=1):
         g = np.array(g, dtype=np.float64).reshape(-1) * grad_scale
-        self.t += 1
-        t, (beta1, beta2), hash = self.t, self.betas, self.hash
-        correct1, correct2 = 1 - beta1**t, 1 - beta2**t
+        self.t += part == 0
+        t, (beta1, beta2), hash, decay = self.t, self.betas, self.hash, self.wd
+        correct1, correct2 = 1 - beta1**t, 1 - beta2**t - (1 - beta2) * (parts - 1 - part) / parts
+        new1, new2 = 1 - beta1, 1 - beta2
+        if part > 0:
+            beta1, beta2, decay = 1, 1, 0
         if hash is None:
-            self.M = beta1 * self.M + (1 - beta1) * g
-            self.V = beta2 * self.V + (1 - beta2) * g**2
-            m, v, r = self.M / correct1, self.V / correct2, 0
+            self.M = beta1 * self.M + new1 * g
+            self.V = beta2 * self.V + new2 * g**2
+            m, v, r = (self.M if part == 0 else new1 * g) / correct1, self.V / correct2, 0
         else:
             h, c, h_v, c_v = self.h, self.c, self.h_v, self.c_v
             s = np.array([hash.s(i, t) for i in range(g.size)])
@@ -142,16 +150,16 @@ class Reference:
             np.add.at(mu, h, s * g / c[h])
             np.add.at(q, h_v, g**2 / c_v[h_v])
             for b in range(hash.K):
-                if hash.fresh(b, t):
+                if part == 0 and hash.fresh(b, t):
                     self.M[b] = 0
-            self.M = beta1 * self.M + (1 - beta1) * mu
-            self.V = beta2 * self.V + (1 - beta2) * q
+            self.M = beta1 * self.M + new1 * mu
+            self.V = beta2 * self.V + new2 * q
             m_scale, v_scale, residual = self.decode
-            m = s * (c**m_scale * self.M)[h] / correct1
+            m = s * (c**m_scale * (self.M if part == 0 else new1 * mu))[h] / correct1
             v = (c_v**v_scale * self.V)[h_v] / correct2
             r = g - s * mu[h] if residual else 0
-        self.p = (1 - self.lr * self.wd) * self.p - self.lr * (m + self.rho * r) / (
-            np.sqrt(v + self.kappa * r**2) + self.eps
+        self.p = (1 - self.lr * decay) * self.p - self.lr * (m + self.rho * r) / (
+            np.sqrt(v + self.kappa * parts * r**2) + self.eps
         )
         if self.kept is not None and hash is not None:
             self.M = self.kept(self.M)

@@ -161,7 +161,7 @@ def test_a_number_that_python_does_not_print_is_refused_at_once(name):
 )
 def test_an_option_of_the_whole_optimizer_does_not_belong_in_a_group(option):
     (name,) = option
-    text = f"{name} is an option of the whole optimizer, got {name}=.* in a parameter group: give it to Collins"
+    text = f"{name} is an option of the whole optimizer, got {name}=.* in a parameter group: pass it to Collins"
     with pytest.raises(ValueError, match=text):
         Collins([{"params": [param(10)], **option}])
     opt = Collins([param(10)])
@@ -284,7 +284,8 @@ def test_a_layout_that_no_longer_fits_its_tables():
     opt.step()
     opt.param_groups[0]["compress_ratio"] = 8
     with pytest.raises(
-        ValueError, match=r"parameter 0 has tables that mean something else now: .*load c 32 where this optimizer has 8"
+        ValueError,
+        match=r"parameter 0 has tables that the current options cannot decode: .*load c 32 where this optimizer has 8",
     ):
         opt.step()
     assert opt.state[p]["step"].item() == 1
@@ -317,7 +318,7 @@ MOVES = {
     "table": (lambda p, state: state.update(m_table=torch.zeros(64, 2, device="meta")), "got one on meta"),
     "parameter": (
         lambda p, state: torch.utils.swap_tensors(p, torch.nn.Parameter(torch.zeros(64, 64, device="meta"))),
-        "m_table of parameter 0 must be where .* got one on cpu for a parameter on meta: move both, or load_state_dict",
+        "m_table of parameter 0 must be where .* got one on cpu for a parameter on meta: move both, or call load_state",
     ),
 }
 

@@ -724,8 +724,18 @@ def test_an_optimizer_may_take_the_loop_over_and_step_in_backward(compare):
         assert all(p.grad is None for p in model.parameters())
         ends.append([p.detach().clone() for p in model.parameters()])
     assert all(map(torch.equal, *ends))
-    with pytest.raises(ValueError, match="accumulate must be 1 for optimizers that step in backward, got 2"):
-        drive([lambda: None, lambda: None])
+
+
+def test_a_run_in_backward_takes_partial_steps(command, compare, arguments, tmp_path, monkeypatch):
+    taken, optimizers = [], compare("compare.optimizers")
+    monkeypatch.setattr(
+        optimizers, "Collins", lambda *args, **options: taken.append(options) or Collins(*args, **options)
+    )
+    path = tmp_path / "results.jsonl"
+    more = ("--optimizers", "collins-in-backward", "--rates", "1e-3", "--results", str(path))
+    command.main(arguments("lm-small", *more, steps=2, settings=["accumulate=2"]))
+    assert taken[0]["accumulation_steps"] == 2
+    assert records(path)[0]["validation_loss"] is not None
 
 
 def test_accumulated_steps_are_those_of_the_whole_batch(command, arguments, tmp_path):

@@ -242,12 +242,12 @@ REFUSED = [
     (
         collins(compress_ratio=32),
         collins(compress_ratio=8),
-        "load c 32 where this .* 8.* a mean does not tell its elem",
+        "load c 32 where this .* 8.* a mean does not determine its elem",
     ),
     (
         collins(),
         collins(compress_ratio=1),
-        "parameter 0 keeps dense moments here; tables of bucket means cannot be told",
+        "parameter 0 keeps dense moments here; the bucket means in state_dict",
     ),
     (
         collins(),

@@ -290,7 +290,7 @@ def refuse(rank, folder):
     # Sharded tables for parameters that are whole, and the other way round after a change of mind.
     alone = plain(torch.float32)
     single = Collins(alone.named_parameters(), **DECAYING)
-    refused(single, {**single.state_dict(), "state": opt.state_dict()["state"]}, "is no DTensor here")
+    refused(single, {**single.state_dict(), "state": opt.state_dict()["state"]}, "is not a DTensor here")
     # Placed over other ranks than the parameter.
     _, target = build(sizes=(1, 2))
     refused(target, opt.state_dict(), "load it with torch.distributed.checkpoint, which reshards")
@@ -311,7 +311,7 @@ def refuse(rank, folder):
             flat = FullyShardedDataParallel(
                 plain(torch.float32), use_orig_params=original, device_id=torch.device("cpu")
             )
-            with pytest.raises(TypeError, match="was flattened and cut up by FullyShardedDataParallel"):
+            with pytest.raises(TypeError, match="was flattened and sharded by FullyShardedDataParallel"):
                 Collins(flat.parameters())
 
 

@@ -62,7 +62,10 @@ def test_flat_partitions_are_refused_at_the_first_step_and_at_every_other(deepsp
     (flat,) = wrapper.optimizer.param_groups[0]["params"]
     before = flat.detach().clone()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"DeepSpeedZeroOptimizer of DeepSpeed has put flat .* Set ZeRO stage 0"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"DeepSpeedZeroOptimizer of DeepSpeed has replaced parameters by flat .* Set ZeRO stage 0",
+        ):
             opt.step()
     assert torch.equal(flat, before)
     assert not opt.state

@@ -102,14 +102,14 @@ def test_a_damaged_file_is_refused_and_nothing_changes(whole, tmp_path_factory, 
     before = target.values()
     if wrong == whole:
         return
-    with pytest.raises(CheckpointError, match=r"damaged\.pt (is corrupted|does not end as collins\.save)"):
+    with pytest.raises(CheckpointError, match=r"damaged\.pt (is corrupted|does not end with the trailer)"):
         collins.load(path, **target.parts)
     assert same(target.values(), before)
 
 
 def test_files_of_others_are_refused(tmp_path):
     torch.save({"model": 1}, tmp_path / "plain.pt")
-    with pytest.raises(CheckpointError, match=r"plain\.pt does not end as collins\.save ends a file"):
+    with pytest.raises(CheckpointError, match=r"plain\.pt does not end with the trailer of collins\.save"):
         collins.load(tmp_path / "plain.pt")
     with pytest.raises(FileNotFoundError):
         collins.load(tmp_path / "none.pt")
@@ -353,7 +353,7 @@ def test_what_has_no_load_state_dict_is_no_part(tmp_path):
 def test_what_could_not_be_read_back_is_not_written(tmp_path):
     path = tmp_path / "last.pt"
     collins.save(path, epoch=1)
-    with pytest.raises(TypeError, match=r"callback must have a state_dict, or be made of tensors.* got Stranger"):
+    with pytest.raises(TypeError, match=r"callback must have a state_dict, or consist of tensors.* got Stranger"):
         collins.save(path, epoch=2, callback=Stranger())
     assert collins.load(path) == {"epoch": 1}
 
@@ -390,14 +390,14 @@ def stop(*_):
 
 if where == "in the middle":
     files = collins.files
-    write = files._Sealed.write
+    write = files._DigestingFile.write
     def halfway(self, data):
         if len(memoryview(data).cast("B")) > 100_000:
             write(self, memoryview(data).cast("B")[:50_000])
             self._file.flush()
             stop()
         return write(self, data)
-    files._Sealed.write = halfway
+    files._DigestingFile.write = halfway
 elif where == "before the rename":
     os.replace = stop
 else:

@@ -757,7 +757,7 @@ def test_a_tokenizer_of_another_model_is_refused(finetune, place, tmp_path, caps
     ("changed", "named"),
     [
         (["--seq-len", "65"], "--seq-len must be at most 64, the positions of "),
-        (["--out", "nowhere/out"], "--out must be in a folder that is there, got nowhere/out"),
+        (["--out", "nowhere/out"], "--out must be in an existing folder, got nowhere/out"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--lr", "0"], "--lr must be above 0 and below 2**63, got 0.0"),
         (["--compress-ratio", "0.5"], "--compress-ratio must be at least 1, got 0.5"),

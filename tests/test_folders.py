@@ -53,11 +53,11 @@ def test_an_error_leaves_nothing_and_the_next_attempt_begins_anew(tmp_path):
     ("path", "error", "text"),
     [
         (7, TypeError, "path must be a str or an os.PathLike, got 7"),
-        ("", ValueError, "path must be that of a folder with a name of its own, got '.'"),
-        ("there/..", ValueError, "path must be that of a folder with a name of its own, got 'there/..'"),
-        ("nowhere/step-1", FileNotFoundError, "path must be in a folder that is there, got nowhere/step-1"),
-        ("there", FileExistsError, "path must not be there yet, got there"),
-        ("dangling", FileExistsError, "path must not be there yet, got dangling"),
+        ("", ValueError, "path must be one that ends with a folder name, got '.'"),
+        ("there/..", ValueError, "path must be one that ends with a folder name, got 'there/..'"),
+        ("nowhere/step-1", FileNotFoundError, "path must be in an existing folder, got nowhere/step-1"),
+        ("there", FileExistsError, "path must not exist yet, got there"),
+        ("dangling", FileExistsError, "path must not exist yet, got dangling"),
     ],
 )
 def test_paths_that_cannot_be_made_are_refused(path, error, text, tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def write_together(rank, root):
     assert (root / "step-5").is_file()
     group = dist.new_group([0])
     if rank:
-        with pytest.raises(ValueError, match="group must be None, or one that this process is in"):
+        with pytest.raises(ValueError, match="group must be None, or a group that contains this process"):
             made(root / "step-6", rank, group=group)
     else:
         made(root / "step-6", rank, group=group)

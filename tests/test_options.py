@@ -9,7 +9,7 @@ import torch
 from collins import Collins
 from collins.offload import MemoryPolicy
 
-WHOLE = ("seed", "compile", "in_backward", "max_grad_norm", "memory")
+WHOLE = ("accumulation_steps", "seed", "compile", "in_backward", "max_grad_norm", "memory")
 DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(Collins.__init__).parameters.items()
@@ -48,6 +48,7 @@ MEANT = [
     ("compile", "false", False),
     ("compile", "null", None),
     ("in_backward", "false", False),
+    ("accumulation_steps", "1", 1),
     ("max_grad_norm", "0.5", 0.5),
     ("max_grad_norm", "inf", float("inf")),
     ("max_grad_norm", "none", None),

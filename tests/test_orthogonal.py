@@ -603,7 +603,7 @@ def test_a_matrix_that_ranks_share_is_refused_by_name(sizes, placements, accepte
     with rank_of(0, *sizes) as mesh:
         p = torch.nn.Parameter(distribute_tensor(whole, mesh, placements, src_data_rank=None))
         if not accepted:
-            with pytest.raises(ValueError, match=r"'weight' is a DTensor placed as .* takes the whole matrix at once"):
+            with pytest.raises(ValueError, match=r"'weight' is a DTensor placed as .* needs the whole matrix"):
                 Collins([("weight", p)], **OPTIONS)
             return
         opt, plain = Collins([("weight", p)], **OPTIONS), torch.nn.Parameter(whole.clone())

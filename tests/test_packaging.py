@@ -1,9 +1,15 @@
-"""What a wheel and an editable install put where."""
+"""The contents and the metadata of the source distribution and the wheel, and imports from every kind of install.
+
+`tests/release` installs the wheel alone into a new environment.
+"""
 
 import importlib.metadata
 import os
+import re
+import shutil
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -29,7 +35,7 @@ for folder in sys.argv[1:]:
         else:
             home = home.parent
         assert [collins.compile.__file__, collins.offload.__file__] == [
-            str(home / room / "__init__.py") for room in ("compile", "offload")
+            str(home / name / "__init__.py") for name in ("compile", "offload")
         ]
         for name in ("tests", "examples", "collins", "pyproject"):
             assert importlib.util.find_spec("collins." + name) is None, name
@@ -38,20 +44,41 @@ for folder in sys.argv[1:]:
     assert os.wait()[1] == 0
 """
 
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+FOLDERS = (".ci", "collins", "compile", "examples", "offload", "tests")
+FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml")
+
+
+def copy_of_the_tree(target):
+    """Copies the checkout without compiled code."""
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy(ROOT / name, target)
+    return target
+
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """A copy of the checkout, so that building leaves nothing there."""
-    copy = tmp_path_factory.mktemp("tree")
-    names = ("collins", "compile", "examples", "offload", "tests", "pyproject.toml", "README.md", "LICENSE")
-    output_of("cp", "-R", *(ROOT / name for name in names), copy)
-    return copy
+    return copy_of_the_tree(tmp_path_factory.mktemp("tree"))
 
 
 @pytest.fixture(scope="module")
-def wheel(tree, tmp_path_factory):
+def sdist(tree, tmp_path_factory):
+    """The source distribution."""
+    target = tmp_path_factory.mktemp("sdist")
+    build = "import sys, setuptools.build_meta as backend; print(backend.build_sdist(sys.argv[1]))"
+    *_, name = output_of(sys.executable, "-c", build, target, cwd=tree).split()
+    return target / name
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """The wheel, built from the source distribution as `python -m build` does."""
     target = tmp_path_factory.mktemp("wheel")
-    output_of(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", target, tree)
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
+    output_of(*pip, "--wheel-dir", target, sdist)
     (path,) = target.glob("collins_optim-*.whl")
     return path
 
@@ -72,35 +99,70 @@ def install(python, *what):
 
 
 def found_from(python, *folders, **options):
-    """The file that is imported as `collins` from each folder, with both rooms of its tree and nothing else of it."""
+    """The file that is imported as `collins` from each folder, with both subpackages of its tree and nothing else."""
+    options.setdefault("env", ENVIRONMENT)
     return output_of(python, "-c", IMPORTS, *folders, cwd=folders[0], **options).splitlines()
 
 
-def test_a_wheel_has_one_top_level_name(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"collins"}
-    modules = ("optimizer.py", "compile/engine.py", "offload/memory.py", "integrations/transformers.py")
-    for expected in ("py.typed", "__main__.py", *modules):
-        assert f"collins/{expected}" in names
-    assert {Path(name).suffix for name in names if ".dist-info" not in name} == {".py", ".typed"}  # no READMEs
+def files_in(folder):
+    """The files below a folder, without compiled code, by relative path."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in paths if "__pycache__" not in path.parts}
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    homes = {"collins": "collins/", "compile": "collins/compile/", "offload": "collins/offload/"}
+    modules = {
+        home + name for folder, home in homes.items() for name in files_in(ROOT / folder) if name.endswith(".py")
+    }
+    assert {name for name in names if ".dist-info/" not in name} == {*modules, "collins/py.typed"}
+    assert {name.split("/", 1)[1] for name in names if ".dist-info/" in name} == {
+        "METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt",
+    }  # fmt: skip
+
+
+def test_the_source_distribution_holds_what_the_tests_need(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
+    assert {name for name in names if ".egg-info/" not in name} == {
+        *(f"{folder}/{name}" for folder in FOLDERS for name in files_in(ROOT / folder)),
+        *FILES,
+        *("PKG-INFO", "setup.cfg"),  # which setuptools writes
+    }
+
+
+def metadata(wheel):
+    files = zipfile.ZipFile(wheel)
+    (name,) = (name for name in files.namelist() if name.endswith("METADATA"))
+    return files.read(name).decode()
 
 
 def test_the_wheel_states_name_licence_and_needs(wheel):
-    files = zipfile.ZipFile(wheel)
-    (metadata,) = (name for name in files.namelist() if name.endswith("METADATA"))
-    lines = files.read(metadata).decode().splitlines()
+    lines = metadata(wheel).splitlines()
     for line in (
         "Name: collins-optim",
         f"Version: {collins.__version__}",
         "License-Expression: MIT",
         "License-File: LICENSE",
+        "Requires-Python: >=3.11",
+        *(f"Classifier: Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13, 14)),
         "Requires-Dist: torch>=2.9",
         "Requires-Dist: numpy",
         "Requires-Dist: psutil",
-        "Provides-Extra: test",
-        "Provides-Extra: examples",
     ):
         assert line in lines
+    assert sum(line.startswith("Requires-Dist:") and "extra ==" not in line for line in lines) == 3
+
+
+def test_the_wheel_s_description_is_the_readme_and_lists_the_extras(wheel):
+    head, _, description = metadata(wheel).partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in head.splitlines()
+    readme = (ROOT / "README.md").read_text()
+    assert description.strip() == readme.strip()
+    extras = set(re.findall(r"^Provides-Extra: (.*)$", head, re.MULTILINE))
+    (listed,) = re.findall(r"^Extras: (.*?)\.$", readme, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`([a-z]+)`", listed)) == extras
 
 
 def test_llm_foundry_finds_the_optimizer_by_its_name(wheel):
@@ -118,7 +180,7 @@ def test_installed_it_imports_from_any_folder(wheel, environment, tmp_path):
     assert not {"compile", "offload"} & {path.name for path in site.iterdir()}
     *anywhere, here = found_from(python, tmp_path, Path("/"), site, ROOT)
     assert anywhere == [str(site / "collins" / "__init__.py")] * 3
-    # In a source tree Python finds that tree first; its rooms stand beside it.
+    # In a source tree Python finds that tree first; which has the subpackages beside it.
     assert here == str(ROOT / "collins" / "__init__.py")
 
 
@@ -128,11 +190,10 @@ def test_editable_it_imports_from_any_folder(tree, environment, tmp_path):
     assert not {"compile", "offload"} & {path.name for path in site.iterdir()}
     *anywhere, here = found_from(python, tmp_path, Path("/"), tree, tree / "compile", ROOT)
     assert anywhere == [str(tree / "collins" / "__init__.py")] * 4
-    assert here == str(ROOT / "collins" / "__init__.py")  # and not with the rooms of the installed tree
+    assert here == str(ROOT / "collins" / "__init__.py")  # and not with the subpackages of the installed tree
     for name in ("compile", "offload"):
-        found = output_of(
-            python, "-c", f"import importlib.util; print(importlib.util.find_spec({name!r}))", cwd=tmp_path
-        )
+        find = f"import importlib.util; print(importlib.util.find_spec({name!r}))"
+        found = output_of(python, "-c", find, cwd=tmp_path, env=ENVIRONMENT)
         assert found.strip() == "None"
 
 

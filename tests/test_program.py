@@ -244,5 +244,5 @@ def test_an_optimizer_is_built_within_compiled_code():
 def test_a_compiled_step_whose_optimizer_is_gone_says_so():
     (p,) = parameters(torch.float32, [(64, 64)])
     p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="the optimizer of a compiled step is gone"):
+    with pytest.raises(RuntimeError, match="the optimizer of this compiled step no longer exists"):
         torch.ops.collins.optimizer_step_([p.detach()], [p.grad], [0], 10**6)

@@ -202,13 +202,13 @@ def test_moments_of_another_role_are_refused_and_nothing_changes():
     net = small_model()
     old, new = (Collins(net.parameters(), min_K=16, role=role) for role in ("matrix", "auto"))
     train(net, old, 2)
-    refusal = r"parameter 1 has moments .*exp_avg.* under its group's role, .* Version 0.2 kept vectors in tables too"
+    refusal = r"parameter 1 has moments .*exp_avg.* by its group's role, .* Version 0.2 kept vectors in tables too"
     with pytest.raises(ValueError, match=refusal):
         new.load_state_dict(old.state_dict())
     assert not new.state
     old.param_groups[0]["role"] = "exact"
     before = [p.detach().clone() for p in net.parameters()]
-    with pytest.raises(ValueError, match="under its group's role"):
+    with pytest.raises(ValueError, match="by its group's role"):
         old.step()
     assert same(before, [p.detach() for p in net.parameters()])
 

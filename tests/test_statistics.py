@@ -123,7 +123,7 @@ def test_a_hundred_steps_of_which_nothing_was_used_are_one_warning(way):
     assert steps(61, 150, math.nan) == []
     assert int(opt.statistics()["skipped_steps"]) == 149
     (message,) = steps(150, 220, math.nan)
-    assert "nonfinite='skip' has left out every gradient in 139 steps in a row" in message
+    assert "nonfinite='skip' has skipped every gradient in 139 consecutive steps" in message
     assert steps(220, 400, math.nan) == []
 
 
@@ -344,6 +344,7 @@ def test_a_reading_is_given_out_once_it_has_arrived():
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_nothing_waits_for_the_device(in_backward):
     ps = parameters(torch.bfloat16, SHAPES, "cuda")
@@ -383,5 +384,5 @@ def test_a_device_is_read_late_and_warned_of():
             step(opt, ps, number, math.nan, range(40))
             torch.cuda.synchronize()
 
-    with pytest.warns(UserWarning, match="has left out every gradient in 1.. steps in a row"):
+    with pytest.warns(UserWarning, match="has skipped every gradient in 1.. consecutive steps"):
         steps()

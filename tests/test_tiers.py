@@ -458,10 +458,12 @@ def shrinking(monkeypatch):
 def test_tables_spill_when_a_real_device_is_full(in_backward, room, shrinking):
     """Training goes on with what it needs itself: in backward that is room for gradients to come, of 64 MiB each."""
 
+    tables = {"compress_ratio": 2, "table_dtype": torch.float32}  # 12 times 64 MiB
+
     def built(**options):
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(12))).cuda()
-        return model, Collins(model.parameters(), lr=1e-3, compress_ratio=2, **options)  # 12 times 64 MiB of tables
+        return model, Collins(model.parameters(), lr=1e-3, **tables, **options)
 
     def train(model, opt):
         for step in range(3):

@@ -1,8 +1,9 @@
-"""Collins by name: what training frameworks need that choose their optimizer in a configuration file.
+"""Support for training frameworks that choose their optimizer by name in a configuration file.
 
-Most of them import what a configuration names, `collins.Collins`, and need nothing of this. For the others there is a
-module each, which imports its framework: `transformers` (with TRL, and all that trains through `Trainer`), `axolotl`,
-`lightning`, `timm`, `torchtitan`, `torchtune`. `examples/README.md` has a recipe for each.
+Most frameworks import the class that a configuration names, `collins.Collins`, and need nothing of this package. Each
+of the others has a module here, which imports its framework: `transformers` (also for TRL, and for everything else that
+trains by `Trainer`), `axolotl`, `lightning`, `timm`, `torchtitan`, `torchtune`. `examples/README.md` has a recipe for
+each.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ HOSTS = ("transformers", "timm")
 
 
 def register(*hosts: str) -> None:
-    """Makes "collins" the name of an optimizer in frameworks that keep a list of names.
+    """Registers the optimizer name "collins" in frameworks that keep a list of names.
 
-    In transformers `TrainingArguments(optim="collins", optim_args="compress_ratio=32")` then trains with Collins, and
-    so do the configurations of TRL and all others that derive from it; in timm `create_optimizer_v2(model, "collins")`.
-    Calling it again changes nothing.
+    In transformers, `TrainingArguments(optim="collins", optim_args="compress_ratio=32")` then trains with Collins, and
+    so do the configurations of TRL and all others that derive from it. In timm, `create_optimizer_v2(model, "collins")`
+    builds it. Repeated calls have no effect.
 
     Args:
-        hosts: "transformers", "timm", or both; transformers if none is given.
+        hosts: "transformers", "timm", or both; by default transformers.
 
     Raises:
         ValueError: for another framework.
-        ImportError: where one is not installed.
-        RuntimeError: where its version keeps no list that could be added to, saying what to do instead.
+        ImportError: if a framework is not installed.
+        RuntimeError: if a framework's version has no list of names; the message names the alternative.
     """
     for host in hosts:
         require(host in HOSTS, "hosts", host, listed(tuple(map(repr, HOSTS))))

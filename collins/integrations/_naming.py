@@ -1,4 +1,4 @@
-"""Names for parameters of frameworks that make groups of tensors alone."""
+"""Adds parameter names for frameworks that build groups from tensors without names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from collins.optimizer import Collins
 
 
 def named(params: Iterable[Tensor] | Iterable[dict[str, Any]], model: nn.Module) -> list[Any]:
-    """The same parameters as groups of pairs, with the names that they have in a model and what its modules say.
+    """The same parameters as groups of pairs, with their names in a model and the roles that follow from its modules.
 
-    Hashes and roles then derive from names and modules, errors and reports have them, and a checkpoint's order is
-    checked. If one parameter is not the model's, none gets a name: an optimizer has names for all or for none.
+    Then hashes and roles derive from names and modules, errors and reports show the names, and the order of a
+    checkpoint is checked. If one parameter does not belong to the model, none gets a name, because an optimizer must
+    have names for all parameters or for none.
     """
     given: list[Any] = list(params)
     pairs = {id(pair[1]): pair for pair in named_parameters(model)}
@@ -30,10 +31,10 @@ def named(params: Iterable[Tensor] | Iterable[dict[str, Any]], model: nn.Module)
 
 
 def naming(model: nn.Module | None) -> type[Collins]:
-    """A class to be called in the place of `Collins`, which gives it parameters with the names of a model.
+    """A class that replaces `Collins` and passes it the parameters with their names in a model.
 
-    What comes of the call is a `Collins`. Frameworks that make groups themselves ask for a class of optimizers and hand
-    it tensors; what wraps the class instead of the call would be no class.
+    Calling it returns a `Collins`. Frameworks that build groups themselves need a class of optimizers, which they call
+    with tensors; a wrapping function would not be a class.
     """
     if model is None:
         return Collins

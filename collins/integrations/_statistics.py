@@ -1,4 +1,4 @@
-"""What `Collins.statistics` says, as numbers that a framework's loggers take."""
+"""`Collins.statistics` as Python numbers for the loggers of frameworks."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from collins.optimizer import Collins
 
 
 def measure_next(optimizers: Iterable[object]) -> None:
-    """Has the next step measure the sizes of its updates, which takes some launches and is not done unasked."""
+    """Requests that the next step measures the sizes of its updates, which takes some launches."""
     for one in _every(optimizers):
         one.statistics(updates=True)
 
 
 def numbers_of(optimizers: Iterable[object], prefix: str = "collins/") -> dict[str, float]:
-    """The statistics of every Collins among some optimizers; with a number in their names where there are several.
+    """The statistics of every Collins in `optimizers`; if there are several, their names contain its number.
 
-    Waits for each device once. A norm that nothing has computed is left out.
+    Waits for each device once. The gradient norm is left out if it is not computed.
 
     Args:
-        optimizers: of any kind, wrapped by Accelerate or Lightning or not.
-        prefix: before every name.
+        optimizers: optimizers of any kind, which Accelerate or Lightning may have wrapped.
+        prefix: the prefix of every name.
     """
     found = _every(optimizers)
     values: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """`create_optimizer_v2(model, "collins")` in timm, and `--opt collins` in its training script.
 
-Contract, read in timm 1.0.31 (timm/optim/_optim_factory.py): `default_registry.register` takes an `OptimInfo`, of which
-`create_optimizer` calls `opt_class` with groups, `lr`, `weight_decay`, `eps` and `betas` where they are set, and with
-whatever else its caller gives.
+Contract, read in timm 1.0.31 (timm/optim/_optim_factory.py): `default_registry.register` takes an `OptimInfo`, and
+`create_optimizer` calls its `opt_class` with the groups, with `lr`, `weight_decay`, `eps` and `betas` if they are set,
+and with all other arguments of its caller.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def register() -> None:
     """Adds "collins" to timm's optimizers; see `collins.register`.
 
     Raises:
-        RuntimeError: where this version of timm keeps no registry.
+        RuntimeError: if this version of timm has no registry.
     """
     try:
         registry = import_module("timm.optim._optim_factory").default_registry

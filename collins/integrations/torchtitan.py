@@ -1,7 +1,7 @@
-"""A container of torchtitan that knows Collins by name, and its default configuration.
+"""A container of torchtitan in which "Collins" is an optimizer name, and its default configuration.
 
 Contract, read in torchtitan 0.3.0 (components/optimizer/optimizer.py): a subclass of `OptimizersContainer` overrides
-`_resolve_optimizer_factory`, and `Config.build(model_parts=...)` builds the class whose `Config` it is.
+`_resolve_optimizer_factory`, and `Config.build(model_parts=...)` builds the class in which `Config` is defined.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class CollinsOptimizers(OptimizersContainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):
-        """As torchtitan's."""
+        """The configuration of torchtitan's container."""
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., Optimizer]:
@@ -30,11 +30,11 @@ class CollinsOptimizers(OptimizersContainer):
 
 
 def default_collins(lr: float = 3e-3, **options: Any) -> CollinsOptimizers.Config:
-    """Collins for all parameters, to stand in the place of torchtitan's `default_adamw` in a configuration.
+    """Collins for all parameters: replaces torchtitan's `default_adamw` in a configuration.
 
     Args:
         lr: the learning rate.
-        options: further ones of `Collins`, those of the whole optimizer included.
+        options: further options of `Collins`, including those of the whole optimizer.
     """
     whole = {name: options.pop(name) for name in OF_THE_WHOLE & options.keys()}
     everything = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.1, **options}

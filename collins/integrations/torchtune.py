@@ -1,9 +1,9 @@
-"""One optimizer for each parameter, as under torchtune's `optimizer_in_bwd: True`, each with hashes of its own.
+"""One optimizer per parameter with distinct hashes, for torchtune's `optimizer_in_bwd: True`.
 
 Contract, read in torchtune 0.6.1 (recipes/full_finetune_single_device.py, training/memory.py) and in its repository at
-commit bd2a0fc (modules/optim.py): for each parameter of the model, in order, the recipe calls what `_component_` names
-with `[parameter]` and the options, and steps it when that parameter's gradient has arrived. With `optimizer_in_bwd:
-False` it calls `_component_` once with all of them: `collins.Collins` then needs nothing of this.
+commit bd2a0fc (modules/optim.py): for each parameter of the model, in order, the recipe calls the component that
+`_component_` names with `[parameter]` and the options, and steps that optimizer when the parameter's gradient has
+arrived. With `optimizer_in_bwd: False` it calls `_component_` once with all parameters, and `collins.Collins` suffices.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collins.optimizer import Collins
 
 
 class CollinsInBackward(Collins):
-    """To be called in the place of `Collins`, which comes of the call: it names parameters by their order.
+    """Replaces `Collins` and returns a `Collins` whose parameters are named by their order.
 
-    Hashes derive from names. The one parameter of an optimizer that is given none is number 0 in each of them, so that
-    all would be hashed alike. Here parameters are numbered over all calls in a process: one that builds the same model,
-    on another rank or to resume, comes to the same names. What a parameter is to its model can be told from its shape
-    alone; where that takes wide matrices for token tables, set `role`.
+    Hashes derive from names. Without names, the only parameter of each optimizer would be number 0, and all parameters
+    would have the same hash. Here parameters are numbered over all calls in a process, so a process that builds the
+    same model, on another rank or to resume, uses the same names. The role of a parameter is found from its shape
+    alone; if wide matrices are taken for token tables, set `role`.
     """
 
     def __new__(cls, params: Iterable[Tensor], *args: Any, **options: Any) -> Collins:  # type: ignore[misc]

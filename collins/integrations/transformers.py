@@ -1,9 +1,9 @@
-"""`optim="collins"` in `TrainingArguments`, and what `Trainer` logs of a step.
+"""`optim="collins"` in `TrainingArguments`, and a callback that logs statistics.
 
 Contract, read in transformers 5.23.0: `TrainingArguments.__post_init__` turns `optim` into a member of
 `training_args.OptimizerNames`, an `ExplicitEnum`; `Trainer.get_optimizer_cls_and_kwargs` looks the member up in
-`trainer_optimizer._OPTIMIZER_HANDLERS`, and calls what it finds with an `OptimizerContext`. `HfArgumentParser` offers
-the members as choices on the command line. `tests/test_trainer.py` runs all of that.
+`trainer_optimizer._OPTIMIZER_HANDLERS`, and calls the handler with an `OptimizerContext`. `HfArgumentParser` offers the
+members as choices on the command line. `tests/test_trainer.py` runs all of that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collins.integrations._naming import naming
 from collins.integrations._statistics import measure_next, numbers_of
 from collins.optimizer import Collins
 
-# Options that Trainer takes from fields of their own, for this optimizer as for every other.
+# Options that TrainingArguments has fields for, which Trainer uses for every optimizer.
 _FIELDS = {
     "lr": "learning_rate",
     "betas": "adam_beta1 and adam_beta2",
@@ -33,7 +33,7 @@ def register() -> None:
     """Adds "collins" to the names that `TrainingArguments` accepts; see `collins.register`.
 
     Raises:
-        RuntimeError: where this version of transformers has no table of optimizers.
+        RuntimeError: if this version of transformers has no table of optimizers.
     """
     try:
         handlers = import_module("transformers.trainer_optimizer")._OPTIMIZER_HANDLERS
@@ -45,7 +45,7 @@ def register() -> None:
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"transformers {transformers.__version__} has no table of optimizers that a name could be added to"
-            " (trainer_optimizer._OPTIMIZER_HANDLERS): give Trainer(optimizer_cls_and_kwargs=(Collins, {'lr': 3e-3}))"
+            " (trainer_optimizer._OPTIMIZER_HANDLERS): use Trainer(optimizer_cls_and_kwargs=(Collins, {'lr': 3e-3}))"
             " instead"
         ) from error
     if NAME not in values:
@@ -57,28 +57,28 @@ def register() -> None:
 
 
 def optimizer_of(context: Any) -> tuple[type[Collins], dict[str, Any]]:
-    """The class and the options that `Trainer` is to build its optimizer of.
+    """The class and the options with which `Trainer` builds its optimizer.
 
     Learning rate, betas, eps and weight decay are those of the training arguments; `optim_args` has all other options,
     as strings.
 
     Raises:
-        ValueError: for one of the former in `optim_args`.
+        ValueError: if `optim_args` contains one of the first four.
     """
     for name in _FIELDS.keys() & context.optim_args.keys():
         raise ValueError(
-            f"optim_args must leave {name} to TrainingArguments, which has {_FIELDS[name]} for it, got"
+            f"optim_args must not contain {name}, which the field {_FIELDS[name]} of TrainingArguments sets, got"
             f" {name}={context.optim_args[name]}"
         )
     return naming(context.model), {**context.optimizer_kwargs, **context.adam_kwargs, **context.optim_args}
 
 
 class StatisticsCallback(TrainerCallback):
-    """Adds the statistics of the optimizer's last step to what `Trainer` logs of training, under "collins/".
+    """Adds the statistics of the optimizer's last step to the training logs of `Trainer`, under "collins/".
 
-    The device is waited for at the steps that `Trainer` logs, where it reads the loss, and at no other. Updates are
-    measured in these steps; where it logs each epoch, in the first step after a log. It must be the first callback,
-    since every other one, TensorBoard's say, is told what is logged in turn: use `log_statistics`.
+    It waits for the device only at the steps that `Trainer` logs, where `Trainer` itself waits to read the loss.
+    Updates are measured in these steps; where `Trainer` logs each epoch, in the first step after a log. It must be the
+    first callback, so that the callbacks after it, such as TensorBoard's, receive the statistics: use `log_statistics`.
     """
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -93,7 +93,7 @@ class StatisticsCallback(TrainerCallback):
         self._fresh = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
-        """Called by `Trainer.log`, which keeps a copy of `logs` in `state.log_history` before."""
+        """Called by `Trainer.log`, which has already stored a copy of `logs` in `state.log_history`."""
         if logs is not None and "loss" in logs:
             numbers = numbers_of([others["optimizer"]])
             logs.update(numbers)
@@ -105,7 +105,7 @@ class StatisticsCallback(TrainerCallback):
 
 
 def log_statistics(trainer: Any) -> StatisticsCallback:
-    """Has a `Trainer` log the optimizer's statistics; to be called once, after it has been built."""
+    """Makes a `Trainer` log the optimizer's statistics; call it once, after the trainer has been built."""
     callback = StatisticsCallback()
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback

@@ -53,7 +53,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Setup:
-    """What an optimizer is made of in one run."""
+    """What an optimizer is made of in one run.
+
+    `accumulate` is the number of backward passes of a step, for optimizers that step in them.
+    """
 
     model: nn.Module
     lr: float
@@ -62,6 +65,7 @@ class Setup:
     clip: float
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    accumulate: int = 1
 
     @property
     def split(self) -> Split:
@@ -251,7 +255,7 @@ _RULE = (
     "table_dtype",
 )
 _GIVEN = frozenset(  # by the run or the spec
-    {"params", "lr", "betas", "weight_decay", "seed", "in_backward", "max_grad_norm"}
+    {"params", "lr", "betas", "weight_decay", "seed", "in_backward", "accumulation_steps", "max_grad_norm"}
 )
 
 
@@ -262,7 +266,7 @@ def _collins(name: str, about: str, *, beta1: float = 0.9, in_backward: bool = F
     def built(setup: Setup, *, in_backward: bool) -> Collins:
         options = {**settled, **setup.options}
         if in_backward:
-            options |= {"in_backward": True, "max_grad_norm": setup.clip}
+            options |= {"in_backward": True, "max_grad_norm": setup.clip, "accumulation_steps": setup.accumulate}
         params = param_groups(setup.model, weight_decay=setup.weight_decay)
         optimizer: Collins = Collins(params, lr=setup.lr, betas=(beta1, setup.betas[1]), seed=setup.seed, **options)
         return optimizer

@@ -75,7 +75,16 @@ class Run:
         task, settings, spec = self.task, self.task.settings, self.choice.spec
         workload = task.workload(place, device, self.choice.weights, self.seed)
         decay = settings.weight_decay / spec.unit
-        setup = Setup(workload.model, self.lr, self.beta2, decay, settings.clip, self.seed, self.choice.options)
+        setup = Setup(
+            workload.model,
+            self.lr,
+            self.beta2,
+            decay,
+            settings.clip,
+            self.seed,
+            self.choice.options,
+            settings.accumulate,
+        )
         optimizers = spec.make(setup)
         drive = spec.drive(workload.model, optimizers, settings.clip)
         autocast = torch.bfloat16 if task.casts(device, self.choice.weights) else None

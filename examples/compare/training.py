@@ -63,7 +63,7 @@ class AfterBackward:
 class InBackward:
     """Parameters are stepped as their gradients arrive, by an optimizer that hooks into backward.
 
-    Gradients are never there together: clipping is the optimizer's to do, and there is no accumulation.
+    Gradients are never there together: clipping is the optimizer's to do, and so is accumulation, by partial steps.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], clip: float) -> None:
@@ -71,8 +71,6 @@ class InBackward:
         self.times = StepTimes(next(model.parameters()).device)
 
     def __call__(self, losses: Sequence[Callable[[], Tensor]]) -> Tensor:
-        if len(losses) > 1:
-            raise ValueError(f"accumulate must be 1 for optimizers that step in backward, got {len(losses)}")
         total = backward(losses)
         with self.times:
             for optimizer in self.optimizers:

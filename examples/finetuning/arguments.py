@@ -19,7 +19,7 @@ def parse(description: str | None, arguments: list[str] | None) -> argparse.Name
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL_FOLDER")
     add("--data", type=Path, required=True, metavar="FILE", help="JSON lines")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="must not be there yet")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="must not exist yet")
     add("--resume", action="store_true", help="from the newest checkpoint, if there is one")
     add("--eval-data", type=Path, metavar="FILE", help="JSON lines to be held out, in place of a fraction of --data")
     add("--eval-fraction", type=float, default=0.02, help="of the lines of --data, held out (%(default)s)")

@@ -1,0 +1,314 @@
+"""Several backward passes as partial steps of one step: as defined, on every way and tier, and what is refused."""
+
+import copy
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import OPTIONS, bits, moments, parameters, same, with_kernel
+from reference import Block, Reference, Universal
+from training import TIERS, backward, made, same_bits
+
+from collins import Collins
+from collins.clipping import LAST_NORM
+from collins.hashing import UniversalHash
+
+SHAPES, PARTS = [(32, 64), (33, 37), (12,)], 3
+OWN = {**OPTIONS, "in_backward": True, "accumulation_steps": PARTS}
+
+
+def gradients(step, ps, parts=PARTS):
+    """Of each micro-batch, one for each parameter."""
+    seeds = range(1000 * step, 1000 * step + parts)
+    return [[torch.randn(p.shape, generator=torch.Generator().manual_seed(s)).to(p) for p in ps] for s in seeds]
+
+
+def give(ps, grads):
+    """A backward pass that brings these gradients; None for none."""
+    sum((p * g).sum() for p, g in zip(ps, grads, strict=True) if g is not None).backward()
+
+
+def stepped(steps=4, dtype=torch.float32, kernel=False, shapes=SHAPES, **options):
+    ps = parameters(dtype, shapes)
+    opt = Collins(ps, **{**OWN, **options})
+    opt = with_kernel(opt) if kernel else opt
+    for step in range(steps):
+        for grads in gradients(step, ps):
+            give(ps, grads)
+        assert all(p.grad is None for p in ps)
+        opt.step()
+    return ps, opt
+
+
+def kept(ps, opt):
+    opt.state_dict()  # waits for moments on their way to the host
+    return [t.detach().clone() for p in ps for t in (p, *moments(opt, p))]
+
+
+@pytest.mark.parametrize("decode", ["residual", "sketch"])
+@pytest.mark.parametrize("hash", ["block", "universal"])
+def test_partial_steps_are_those_of_the_float64_reference(hash, decode):
+    ps = parameters(torch.float64, SHAPES)
+    options = {"hash": hash, "decode": decode, "compress_ratio": 8, "table_dtype": torch.float64, "weight_decay": 0.1}
+    opt = Collins(ps, **{**OWN, **options})
+    twins = []
+    for key, p in enumerate(ps):
+        found, twin = opt.hash_of(p), None
+        if isinstance(found, UniversalHash):
+            twin = Universal(p.numel(), found.buckets, *found.coefficients)
+        elif found is not None:
+            twin = Block(p.numel(), 8, 0, key, 3)
+        twins.append(Reference(p.detach().numpy(), twin, decode, lr=1e-2, weight_decay=0.1))
+    assert sum(twin.hash is None for twin in twins) == 1
+    for step in range(5):
+        found = gradients(step, ps)
+        if step == 3:
+            found = found[:-1]  # a step of fewer backward passes than were expected
+        for grads in found:
+            give(ps, grads)
+        opt.step()
+        for number, twin in enumerate(twins):
+            twin.accumulate([grads[number].numpy() for grads in found], PARTS)
+    assert all(state["step"] == 5 for state in opt.state.values())
+    for p, twin in zip(ps, twins, strict=True):
+        np.testing.assert_allclose(p.detach().numpy().reshape(-1), twin.p, rtol=1e-9, atol=1e-12)
+
+
+def test_first_moments_are_those_of_the_whole_gradient_and_so_are_numerators():
+    """With one denominator for all of it, which a large eps makes, weights are those of true accumulation too."""
+    options = {"eps": 1e9, "lr": 1e8, "weight_decay": 1e-10, "compress_ratio": 8, "table_dtype": torch.float64}
+    ps, opt = stepped(dtype=torch.float64, **options)
+    others = parameters(torch.float64, SHAPES)
+    other = Collins(others, **{**OPTIONS, **options})
+    for step in range(4):
+        for p, parts in zip(others, zip(*gradients(step, others), strict=True), strict=True):
+            p.grad = sum(parts)
+        other.step()
+    assert all((p - old).abs().max() > 1e-2 for p, old in zip(ps, parameters(torch.float64, SHAPES), strict=True))
+    for p, q in zip(ps, others, strict=True):
+        torch.testing.assert_close(moments(opt, p)[0], moments(other, q)[0], rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_where_micro_batches_have_independent_noise_second_moments_are_those_of_their_sum_on_average():
+    p, q = (torch.nn.Parameter(torch.zeros(256, 256)) for _ in range(2))
+    opt, other = Collins([p], **OWN), Collins([q], **OPTIONS)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        q.grad = torch.zeros_like(q)
+        for _ in range(PARTS):
+            g = torch.randn(q.shape, generator=generator)
+            give([p], [g])
+            q.grad += g
+        opt.step()
+        other.step()
+    sums = [moments(one, t)[-1].sum().item() for one, t in ((opt, p), (other, q))]
+    assert sums[0] == pytest.approx(sums[1], rel=0.01)
+
+
+@pytest.mark.parametrize("way", [{"compile": True}, {"kernel": True}], ids=["compiled", "kernel"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.bfloat16, {}), (torch.float32, {"table_dtype": torch.float32, "compress_ratio": 8})],
+    ids=["bfloat16", "float32"],
+)
+def test_the_kernels_and_the_graphs_partial_steps_are_eager_ones(dtype, options, way):
+    if "kernel" in way:
+        pytest.importorskip("triton")
+    same_runs = {"shapes": [(64, 64), (40,)], "dtype": dtype, "steps": 3, **options}
+    rough = 2.0**-7 if dtype == torch.bfloat16 else 2e-6
+    for ours, theirs in zip(
+        kept(*stepped(**same_runs, **way)), kept(*stepped(**same_runs, compile=False)), strict=True
+    ):
+        if ours.dtype in (torch.int8, torch.uint8):
+            assert (ours != theirs).float().mean() < 0.02
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=2 * rough, atol=2 * rough)
+
+
+@pytest.mark.parametrize("memory", TIERS.values(), ids=TIERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_tier_steps_to_the_same_bits(memory, dtype):
+    sides = []
+    for own in (None, memory):
+        model = made(dtype)
+        opt = Collins(model.parameters(), **OWN, memory=own)
+        for step in range(5):
+            for part in range(PARTS):  # of which every second one leaves some parameters without a gradient
+                backward(model, PARTS * step + part)
+            opt.step()
+        sides.append((model, opt))
+    assert same_bits(*sides)
+    counts = {int(state["step"]) for state in sides[0][1].state.values()}
+    assert counts == {5}
+
+
+def test_a_counter_on_the_device_steps_to_the_same_bits():
+    assert same(kept(*stepped(capturable=True)), kept(*stepped()))
+
+
+def test_one_backward_pass_a_step_is_the_usual_step():
+    assert same(kept(*stepped(accumulation_steps=1, steps=0)), kept(*stepped(steps=0)))
+    ends = []
+    for options in ({}, {"accumulation_steps": 1}, {"accumulation_steps": "1"}):
+        ps = parameters(torch.float32, SHAPES)
+        opt = Collins(ps, **OPTIONS, in_backward=True, **options)
+        for step in range(3):
+            give(ps, gradients(step, ps)[0])
+            opt.step()
+        ends.append(kept(ps, opt))
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])
+
+
+def test_rounding_is_independent_between_partial_steps():
+    """Equal bits would round each of k equal updates alike, and leave k times the error of one."""
+    p = torch.nn.Parameter(torch.full((1 << 14,), 1.0, dtype=torch.bfloat16))
+    opt = Collins([p], lr=2.0**-10, betas=(0.0, 0.0), weight_decay=0, role="exact", in_backward=True,
+                  accumulation_steps=4)  # fmt: skip
+    for _ in range(4):
+        give([p], [torch.ones_like(p)])
+    opt.step()
+    assert len(p.detach().unique()) > 2
+
+
+def test_training_goes_on_from_a_state_dict_to_the_same_bits():
+    whole, parted = stepped(steps=4), stepped(steps=2)
+    saved = io.BytesIO()
+    torch.save(parted[1].state_dict(), saved)
+    saved.seek(0)
+    ps = [torch.nn.Parameter(p.detach().clone()) for p in parted[0]]
+    opt = Collins(ps, **OWN)
+    opt.load_state_dict(torch.load(saved, weights_only=True))
+    opt = copy.deepcopy({"opt": opt, "ps": ps})
+    ps, opt = opt["ps"], opt["opt"]
+    for step in (2, 3):
+        for grads in gradients(step, ps):
+            give(ps, grads)
+        opt.step()
+    assert same(kept(ps, opt), kept(*whole))
+
+
+def test_a_step_that_has_been_begun_is_neither_saved_copied_nor_loaded_over():
+    ps, opt = stepped(steps=1)
+    saved = opt.state_dict()
+    give(ps, gradients(1, ps)[0])
+    before = [bits(p).clone() for p in ps]
+    for what in (opt.state_dict, lambda: copy.deepcopy(opt), lambda: opt.load_state_dict(saved)):
+        with pytest.raises(RuntimeError, match=r"in the middle of a step, after 1 of accumulation_steps=3.*step\(\)"):
+            what()
+    assert all(map(torch.equal, map(bits, ps), before))
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    assert all(state["step"] == 2 for state in opt.state.values())
+
+
+def test_more_backward_passes_than_were_announced_are_refused():
+    ps, opt = stepped(steps=1)
+    first = gradients(1, ps)
+    for grads in first:
+        give(ps, grads)
+    before = [bits(p).clone() for p in ps]
+    with pytest.raises(RuntimeError, match=r"arrived 4 times before step\(\).*accumulation_steps is 3.*in_backward=F"):
+        give(ps, first[0])
+    assert all(map(torch.equal, map(bits, ps), before))
+    opt.step()
+    ps_after, opt_after = stepped(steps=2)
+    assert same(kept(ps, opt), kept(ps_after, opt_after))
+
+
+def test_gradients_that_are_not_finite_are_left_out_of_the_backward_pass_that_brings_them():
+    ends = []
+    for wrong in (False, True):
+        ps = parameters(torch.float32, SHAPES)
+        opt = Collins(ps, **OWN, nonfinite="skip", table_dtype=torch.float32, compress_ratio=8)
+        for step in range(2):
+            found = gradients(step, ps)
+            if step == 1:
+                for grads in found[1:]:
+                    for g in grads:
+                        g.view(-1)[:8] = math.nan if wrong else 0
+            for grads in found:
+                give(ps, grads)
+            opt.step()
+        ends.append((kept(ps, opt), opt.statistics()["skipped_buckets"]))
+    assert int(ends[0][1]) == 0
+    assert int(ends[1][1]) == 2 * (1 + 1 + 8)  # two backward passes; a bucket of each table, 8 exact elements
+    for ours, theirs in zip(ends[1][0], ends[0][0], strict=True):  # where nothing is left out, and where it is
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_the_norm_is_that_of_orthogonal_gradients_and_clips_each_as_it_arrives():
+    ps = parameters(torch.float64, [(12,)])
+    opt = Collins(ps, **OWN, max_grad_norm=0.5)
+    twin = Reference(ps[0].detach().numpy(), lr=1e-2)
+    last = 0.0
+    for step in range(3):
+        arrived = 0.0
+        for part, (g,) in enumerate(gradients(step, ps)):
+            give(ps, [g])
+            arrived = math.hypot(arrived, g.norm().item())
+            twin.step(g.numpy(), min(1, 0.5 / (max(last, arrived) + 1e-6)), part, PARTS)
+        opt.step()
+        assert float(opt.grad_norm) == pytest.approx(arrived)
+        last = arrived
+    assert float(opt.param_groups[0][LAST_NORM]) == pytest.approx(last)
+    np.testing.assert_allclose(ps[0].detach().numpy(), twin.p, rtol=1e-9)
+
+
+def test_a_state_that_is_cleared_within_a_step_begins_anew():
+    ps, opt = stepped(steps=1)
+    give(ps, gradients(1, ps)[0])
+    opt.step()
+    opt.state.clear()
+    for grads in gradients(2, ps):
+        give(ps, grads)
+    opt.step()
+    assert all(state["step"] == 1 for state in opt.state.values())
+    assert all(p.isfinite().all() for p in ps)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None, "two", 257], ids=str)
+def test_what_is_no_number_of_backward_passes_is_refused(value):
+    with pytest.raises(ValueError, match="accumulation_steps must be"):
+        Collins(parameters(torch.float32, SHAPES), in_backward=True, accumulation_steps=value)
+
+
+def test_it_is_refused_where_it_means_nothing():
+    ps = parameters(torch.float32, SHAPES)
+    with pytest.raises(ValueError, match=r"accumulation_steps must be 1 without in_backward=True.*add up.*got 3"):
+        Collins(ps, accumulation_steps=3)
+    with pytest.raises(ValueError, match=r"accumulation_steps must be 1 for decode='orthogonal', got 3"):
+        Collins(ps, **{**OWN, "decode": "orthogonal"})
+    opt = Collins(ps, **OWN)
+    with pytest.raises(ValueError, match="accumulation_steps must be 1 for decode='orthogonal'"):
+        opt.add_param_group({"params": parameters(torch.float32, [(64, 64)]), "decode": "orthogonal"})
+    with pytest.raises(ValueError, match="accumulation_steps is an option of the whole optimizer"):
+        opt.add_param_group({"params": parameters(torch.float32, [(4,)]), "accumulation_steps": 3})
+    assert len(opt.param_groups) == 1
+    opt.param_groups[0]["decode"] = "orthogonal"
+    before = [bits(p).clone() for p in ps]
+    with pytest.raises(ValueError, match="accumulation_steps must be 1 for decode='orthogonal'"):
+        give(ps, gradients(0, ps)[0])
+    assert all(map(torch.equal, map(bits, ps), before))
+    assert not opt.state
+
+
+def test_tables_on_the_host_are_copied_once_for_each_backward_pass():
+    """In each of which all are used again, in the order of the first: they are staged ahead and written back once."""
+    copied = []
+    for parts in (1, PARTS):
+        model = made()
+        opt = Collins(model.parameters(), **{**OWN, "accumulation_steps": parts}, memory=TIERS["host"])
+        counts = []
+        for step in range(3):
+            for part in range(parts):
+                backward(model, 2 * (parts * step + part))
+            opt.step()
+            opt.state_dict()
+            counts.append(opt.statistics()["link_bytes"])
+        copied.append(counts[2] - counts[1])
+    assert copied[1] <= PARTS * copied[0]
