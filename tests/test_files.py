@@ -118,7 +118,7 @@ def test_files_of_others_are_refused(tmp_path):
 def sealed(data):
     """A file whose seal is right, as any program can make one."""
     file = io.BytesIO()
-    seal = collins.files._Sealed(file)
+    seal = collins.files._DigestingFile(file)
     seal.write(data)
     return file.getvalue() + seal.seal()
 
@@ -135,7 +135,7 @@ def sealed(data):
 )
 def test_a_seal_does_not_vouch_for_what_is_under_it(whole, tmp_path, damage, text):
     path, target = tmp_path / "sealed.pt", Training(seed=1).train(1)
-    path.write_bytes(sealed(damage(whole[: -collins.files._SEAL])))
+    path.write_bytes(sealed(damage(whole[: -collins.files._TRAILER])))
     before = target.values()
     with pytest.raises(CheckpointError, match=text):
         collins.load(path, **target.parts)

@@ -301,14 +301,14 @@ class Program(Side):
 def sealed(data):
     """The bytes of a file whose seal is right, whatever is in it."""
     file = io.BytesIO()
-    seal = files._Sealed(file)
+    seal = files._DigestingFile(file)
     seal.write(data)
     return file.getvalue() + seal.seal()
 
 
 def parts_of(whole):
     """The records of a file, the table of contents at its end, and its seal, as (start, end)."""
-    cut = len(whole) - files._SEAL
+    cut = len(whole) - files._TRAILER
     with zipfile.ZipFile(io.BytesIO(whole[:cut])) as archive:
         starts = [info.header_offset for info in archive.infolist()]
         ends = [*starts[1:], archive.start_dir, cut, len(whole)]
@@ -322,7 +322,7 @@ def test_checkpoint_files(kind, tmp_path):
     path = tmp_path / "checkpoint.pt"
     collins.save(path, **Program(3).parts, epoch=3)
     whole, content = path.read_bytes(), torch.load(path, weights_only=True)
-    seal, parts = len(whole) - files._SEAL, parts_of(whole)
+    seal, parts = len(whole) - files._TRAILER, parts_of(whole)
     cases = Cases("file", kind, count=share(0.2, 3))
     for seed in cases:
         with cases.case(seed) as chance:

@@ -457,7 +457,7 @@ def test_memory_for_a_capture_is_ready_after_a_step_outside_of_it(busy_link, mon
     for step in range(2):
         with monkeypatch.context() as patched:
             patched.setattr(ArgUploader, "capturing", lambda self: True)
-            with pytest.raises(RuntimeError, match="without a step outside of it before"):
+            with pytest.raises(RuntimeError, match="without a step before the capture"):
                 uploader.upload(args)
         ((outside, _),) = uploader.upload(args)
         with monkeypatch.context() as patched:
