@@ -120,7 +120,7 @@ def sealed(data):
     file = io.BytesIO()
     seal = collins.files._DigestingFile(file)
     seal.write(data)
-    return file.getvalue() + seal.seal()
+    return file.getvalue() + seal.trailer()
 
 
 @pytest.mark.parametrize(

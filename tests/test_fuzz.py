@@ -303,7 +303,7 @@ def sealed(data):
     file = io.BytesIO()
     seal = files._DigestingFile(file)
     seal.write(data)
-    return file.getvalue() + seal.seal()
+    return file.getvalue() + seal.trailer()
 
 
 def parts_of(whole):
