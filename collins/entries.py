@@ -210,7 +210,7 @@ class ParamEntries:
             self._by_module,
         )
 
-    def told(self, by_module: Mapping[str, Role]) -> None:
+    def add_module_roles(self, by_module: Mapping[str, Role]) -> None:
         """Adds roles that follow from modules, by parameter name. If two roles of a name disagree, neither is used."""
         for name, role in by_module.items():
             if self._by_module.setdefault(name, role) != role:

@@ -76,10 +76,10 @@ class FusedBackward:
                 " not known yet. Clip each gradient in the hook that calls step_parameter, or use in_backward=True"
             )
         if p.grad is not None:
-            self._stepper.lone_steps.step(p, p.grad, self._stepper, self.param_groups, self.state)
+            self._stepper.single_steps.step(p, p.grad, self._stepper, self.param_groups, self.state)
 
 
-class LoneSteps:
+class SingleSteps:
     """A step whose parameters are stepped one by one, by calls of `step_parameter`.
 
     It begins with the first such call, and ends with the optimizer's `step` or the second call for a parameter.

@@ -287,9 +287,9 @@ class BlockHash:
 
     def _epoch(self, bucket: Tensor, step: int) -> tuple[Tensor, Tensor]:
         bucket = bucket.long()
-        still = torch.zeros_like(bucket)
+        zero = torch.zeros_like(bucket)
         if self.period is None:
-            return still, still.bool()
+            return zero, zero.bool()
         epoch, fresh = epoch_of(bucket, step, self.sign_key, self.period)
-        lonely = self.load(bucket) == 1
-        return torch.where(lonely, still, epoch), fresh & ~lonely
+        single = self.load(bucket) == 1
+        return torch.where(single, zero, epoch), fresh & ~single

@@ -58,9 +58,9 @@ class BackwardSteps:
             if number > self._number:  # another backward pass: all tables are used again, in the same order
                 self._number = number
                 stepper.store.finish()
-            stepper.update_one(entry, g, states, self._scalars, self._take, Part(number, self._parts))
+            stepper.update_one(entry, g, states, self._scalars, self._mark_stepped, Part(number, self._parts))
 
-    def _take(self, entry: ParamEntry) -> None:
+    def _mark_stepped(self, entry: ParamEntry) -> None:
         self._stepped[id(entry.p)] = entry
         self._arrived[id(entry.p)] = self._arrived.get(id(entry.p), 0) + 1
         entry.p.grad = None
@@ -102,7 +102,7 @@ class BackwardSteps:
         self._number = 0
         self._pending = None
 
-    def look_again(self) -> None:
+    def invalidate(self) -> None:
         """Called when groups or state have been replaced: the next gradient checks them again."""
         self._pending = None
 

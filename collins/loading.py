@@ -38,7 +38,7 @@ def load_into(
     keys = [entry.key for entry in entries]
     after: list[dict[str, Any]] = []
 
-    def set_aside(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+    def prepare(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
         # Everything that can fail is done here, before anything changes.
         found = check(given)
         try:
@@ -47,7 +47,9 @@ def load_into(
                     entry.key, entry.spec = saved.key, None
             stepper.place([entry for entry, saved in zip(entries, found.states, strict=True) if saved], loading=True)
             for entry, state, saved in zip(entries, before, found.states, strict=True):
-                after.append({**saved.others_on(entry.p.device), **stepper.room(entry, state)} if saved else {})
+                after.append(
+                    {**saved.others_on(entry.p.device), **stepper.state_to_load(entry, state)} if saved else {}
+                )
         except BaseException:
             for entry, key in zip(entries, keys, strict=True):
                 if entry.key != key:
@@ -61,15 +63,15 @@ def load_into(
                     local(state[name]).copy_(moment)
         return {**given, "param_groups": found.groups, "state": found.rest}
 
-    def put_back(_: Optimizer) -> None:
+    def finish(_: Optimizer) -> None:
         optimizer.state.update({entry.p: state for entry, state in zip(entries, after, strict=True) if state})
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             if isinstance(rate, Tensor):  # others, such as a captured graph, may have a reference to this tensor
                 group["lr"] = rate.fill_(float(group["lr"]))
 
     hooks = (
-        optimizer.register_load_state_dict_pre_hook(set_aside),
-        optimizer.register_load_state_dict_post_hook(put_back, prepend=True),
+        optimizer.register_load_state_dict_pre_hook(prepare),
+        optimizer.register_load_state_dict_post_hook(finish, prepend=True),
     )
     try:
         with HeldInterrupts(), torch.no_grad():  # overwrites state that requires gradients too

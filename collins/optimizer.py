@@ -238,7 +238,7 @@ class Collins(Measured, FusedBackward, Optimizer):
             if self.in_backward:
                 self._step_in_backward()
         if self._backward is not None:
-            self._backward.look_again()
+            self._backward.invalidate()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -253,7 +253,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         refuse_accumulation({**self.defaults, **param_group}, self.accumulation_steps)
         by_module = take_group(param_group, self.defaults, self._members())
         super().add_param_group(param_group)
-        self._stepper.told(by_module)
+        self._stepper.add_module_roles(by_module)
         self._watch()
 
     @overload

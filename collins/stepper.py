@@ -20,7 +20,7 @@ from collins.compile.program import ProgramGroup, ScalarsOf, StepProgram, scalar
 from collins.devices import is_capturing
 from collins.entries import Carried, Hash, ParamEntries, ParamEntry, ParamSpec, flattened
 from collins.formats import TensorSpec
-from collins.fused_backward import LoneSteps
+from collins.fused_backward import SingleSteps
 from collins.hashing import UniversalHash
 from collins.interrupts import HeldInterrupts
 from collins.offload import MemoryPolicy
@@ -70,7 +70,7 @@ class Stepper:
         self.statistics = Statistics()
         self.engine = Engine(compile, busy_link=memory is not None)
         self.store: Store = ResidentStore() if memory is None else TieredStore(memory)
-        self.lone_steps = LoneSteps()
+        self.single_steps = SingleSteps()
         self._entries = ParamEntries(carried)
         self._counters = StepCounters()
         self._known_roster: list[list[ParamEntry]] = []
@@ -87,9 +87,9 @@ class Stepper:
         self._entries.find_roles()
         return role_of(entry)
 
-    def told(self, by_module: Mapping[str, Role]) -> None:
+    def add_module_roles(self, by_module: Mapping[str, Role]) -> None:
         """Adds roles that follow from modules, by parameter name."""
-        self._entries.told(by_module)
+        self._entries.add_module_roles(by_module)
 
     def carried(self) -> Carried:
         """The part of the entries that a copy of the optimizer takes over."""
@@ -132,7 +132,7 @@ class Stepper:
             groups, states: those of the optimizer.
             repeats: whether later steps may run the program of this one.
         """
-        alone = self.lone_steps.end()
+        alone = self.single_steps.end()
         self.store.refresh()
         self.statistics.begin(groups, anew=repeats and not alone)
         bound = self.matching(groups, states)
@@ -258,16 +258,16 @@ class Stepper:
         requests = [StateRequest(entry.name, entry.p, spec.local_tensors, spec.role) for entry, spec in specs]
         self.store.place(requests, early=early, loading=loading)
 
-    def room(self, entry: ParamEntry, present: Mapping[str, Any]) -> dict[str, Any]:
+    def state_to_load(self, entry: ParamEntry, present: Mapping[str, Any]) -> dict[str, Any]:
         """The tensors of a parameter's state, to be filled; those in `present` are reused where they fit."""
         spec, step = self.spec(entry), present.get("step")
         device = entry.p.device if entry.group["capturable"] else torch.device("cpu")
         if not writable(step, (), torch.float32, device):
             step = torch.zeros((), dtype=torch.float32, device=device)
         given = [self._present(entry, present.get(name), due) for name, due in spec.tensors.items()]
-        room = self.store.room(entry.p, spec.local_tensors, given)
+        tensors = self.store.tensors_to_load(entry.p, spec.local_tensors, given)
         state: dict[str, Any] = {"step": step}
-        for (name, due), tensor, old in zip(spec.tensors.items(), room, given, strict=True):
+        for (name, due), tensor, old in zip(spec.tensors.items(), tensors, given, strict=True):
             state[name] = present[name] if tensor is old else placed(tensor, entry.p, due.shape)
         mark(entry, state, self.seed)
         return state

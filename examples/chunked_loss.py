@@ -1,4 +1,4 @@
-"""Cross-entropy of a language model's head, computed in chunks of tokens: logits are never whole."""
+"""Cross-entropy of a language model's head in chunks of tokens, so that the logits never exist all at once."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def chunked_loss(
 ) -> Tensor:
     """Mean cross-entropy of a linear head, with the logits of one chunk of tokens at a time.
 
-    Left to autograd, each chunk would bring a gradient of the head's own size. Here all add to one, which arrives once
-    in a backward pass.
+    With autograd alone, each chunk would have a gradient of the size of the head. Here they are added up to one
+    gradient, which arrives once in a backward pass.
 
     Args:
-        x: what the head is given, (tokens, hidden).
-        head: its weight, (vocabulary, hidden).
-        targets: the token that each should predict, (tokens,), int64.
-        chunks: pieces that the tokens are cut into.
-        bias: of the head, (vocabulary,).
-        finish: what is done to logits after the head, if anything: differentiable, the shape stays, and no parameter
-            takes part in it.
+        x: the input of the head, (tokens, hidden).
+        head: the weight of the head, (vocabulary, hidden).
+        targets: the token to predict at each position, (tokens,), int64.
+        chunks: the number of pieces into which the tokens are cut.
+        bias: the bias of the head, (vocabulary,).
+        finish: a function of the logits after the head, if any: differentiable, without parameters, and keeping the
+            shape.
 
     Returns:
         A scalar in nats, float32.

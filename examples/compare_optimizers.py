@@ -6,13 +6,13 @@ python examples/compare_optimizers.py --task lm-60m --optimizers adamw collins m
 python examples/compare_optimizers.py --task lm-60m --optimizers adamw collins:compress_ratio=8 collins@bf16 \
     --rates adamw=1e-3 adamw=1.4e-3 2e-3 2.8e-3 --beta2 0.99 0.999 --time-limit 540
 
-Each finished run is a line of JSON in the results file, and is not repeated: the same command goes on where it was
-stopped, and one with more rates or seeds adds them. At the end there are tables in Markdown, on standard output and in
-a file, and figures: loss against steps, against bytes of state, against the rate. Every optimizer of a task gets the
-same model, data, schedule, clipping and decay, and one learning rate for the whole model.
+Each finished run is a line of JSON in the results file, and is not repeated: the same command resumes an interrupted
+comparison, and one with more rates or seeds adds runs. At the end it prints tables in Markdown, which are also written
+to a file, and draws figures: loss against steps, against bytes of state, against the rate. Every optimizer of a task
+gets the same model, data, schedule, clipping and decay, and one learning rate for the whole model.
 
-Text comes from the installed packages, and so depends on the machine: results carry a digest of their data, and those
-over other data are not compared. `--text FOLDER` takes a folder's instead.
+The text is that of the installed packages, and so depends on the machine: results contain a digest of their data, and
+results with different digests are not compared. `--text FOLDER` uses the text in a folder instead.
 """
 
 from __future__ import annotations

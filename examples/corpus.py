@@ -1,4 +1,4 @@
-"""Real text for the examples, there wherever Python is: the sources of its standard library, as bytes."""
+"""Text for the examples that every Python installation has: the sources of the standard library, as bytes."""
 
 from __future__ import annotations
 

@@ -3,18 +3,18 @@
 python examples/finetune.py MODEL_FOLDER --data FILE.jsonl --out FOLDER
 python examples/finetune.py MODEL_FOLDER --data FILE.jsonl --out FOLDER --resume
 
-MODEL_FOLDER holds config.json, a tokenizer and safetensors. FILE.jsonl has an object in each line: {"messages": [...]}
-(the assistant's tokens are trained on), {"prompt": "...", "completion": "..."} (the completion's are) or {"text":
-"..."}. FOLDER will be there when all is done, whole, for `from_pretrained`. Nothing is downloaded.
+MODEL_FOLDER has config.json, a tokenizer and safetensors. FILE.jsonl has an object in each line: {"messages": [...]}
+(the assistant's tokens are trained on), {"prompt": "...", "completion": "..."} (those of the completion are) or
+{"text": "..."}. FOLDER is created at the end of the run, for `from_pretrained`. Nothing is downloaded.
 
-Weights are in bfloat16, without a copy in float32, and are stepped by Collins as their gradients arrive in backward.
-Layers are checkpointed and, on a GPU, compiled one by one; logits exist for a chunk of tokens at a time. Documents
-share rows of --seq-len tokens, without seeing each other where the model's code can keep them apart; where it cannot,
-each has a row of its own. Which it is, is tried on the loaded model, and said.
+Weights are in bfloat16, without a copy in float32, and Collins steps them as their gradients arrive in backward. Layers
+are checkpointed and, on a GPU, compiled one by one; logits exist for one chunk of tokens at a time. Documents share
+rows of --seq-len tokens if the model's code restricts attention to a document, which is tested on the loaded model;
+otherwise each document has a row of its own. The output says which is the case.
 
-Everything that can be wrong with the folder, the data or the arguments is found before anything is loaded onto the
-device. Checkpoints go to FOLDER.checkpoints; --resume goes on from the newest, to the bit where the device's kernels
-repeat themselves (on a GPU: --deterministic).
+All errors in the folder, the data or the arguments are raised before anything is loaded onto the device. Checkpoints
+are written to FOLDER.checkpoints; --resume continues from the newest one, bitwise identical to an uninterrupted run if
+the device's kernels are deterministic (on a GPU: --deterministic).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from collins.offload.trial import Trial
 
 @dataclass(frozen=True)
 class Job:
-    """All that is known before anything is loaded."""
+    """Everything that is known before weights are loaded."""
 
     args: argparse.Namespace
     folder: ModelFolder
@@ -84,7 +84,7 @@ class Job:
 
 
 def prepared(args: argparse.Namespace) -> Job:
-    """Looks at everything that a run depends on.
+    """Checks everything that a run depends on.
 
     Raises:
         ValueError, OSError: for what cannot be used, naming it and what is accepted.
@@ -127,7 +127,7 @@ _SAME = (
 
 
 def _places(args: argparse.Namespace) -> tuple[Checkpoints, tuple[int, Path] | None]:
-    """Where the run writes, and what it goes on from."""
+    """The folder to which the run writes, and the checkpoint from which it resumes."""
     out: Path = args.out
     if out.exists() or out.is_symlink():
         raise ValueError(f"--out must be a folder that is not there yet, got {out}")
@@ -144,7 +144,7 @@ def _places(args: argparse.Namespace) -> tuple[Checkpoints, tuple[int, Path] | N
 
 
 def _divided(documents: Documents, args: argparse.Namespace) -> tuple[Documents, Documents | None]:
-    """What is trained on, and what is held out: whole lines, drawn from the seed."""
+    """The documents to train on and those that are held out: whole lines, drawn with the seed."""
     lines = sorted(set(documents.lines))
     count = math.ceil(args.eval_fraction * len(lines))
     if not 0 < count < len(lines):
@@ -157,7 +157,7 @@ def _divided(documents: Documents, args: argparse.Namespace) -> tuple[Documents,
 
 
 def loaded(job: Job) -> CausalLM:
-    """The model on the device, prepared; which documents may share a row has been tried.
+    """The model on the device, prepared for training; it has been tested whether documents may share a row.
 
     Raises:
         ValueError: for a model that cannot be trained in this way, or not in that of the run that it goes on with.
@@ -169,7 +169,7 @@ def loaded(job: Job) -> CausalLM:
         language_model.check(args.batch_size)
     except (ValueError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a model is foreign code, and raises what it likes
+    except Exception as error:  # models may raise any exception
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{model.config.model_type} cannot be trained in this way: {reason}") from error
     job.settings["whether documents share rows"] = language_model.separates_documents
@@ -256,7 +256,7 @@ def evaluated(language_model: CausalLM, batches: Iterable[Batch], device: torch.
 
 
 def _described(job: Job, rows: Rows, steps: int) -> Iterator[str]:
-    """What will be trained on, in lines for the reader."""
+    """A summary of the training data, in lines."""
     documents, folder = job.documents, job.folder
     count = len(documents.lines)
     yield f"{count:,} documents of {len(documents.tokens):,} tokens, {documents.trained:,} of them trained on"

@@ -1,6 +1,6 @@
-"""A LLaMA decoder: RMSNorm, rotary positions, grouped queries, SwiGLU; its logits are never whole.
+"""A LLaMA decoder: RMSNorm, rotary positions, grouped queries, SwiGLU, and a loss in chunks of tokens.
 
-Parameters come in the order of `collins.offload.shapes.llama`: a plan made from those shapes is the plan of this model.
+Parameters are in the order of `collins.offload.shapes.llama`, so a plan from those shapes is the plan of this model.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Random initial weights, drawn where the parameters are; without memory for more than them."""
+        """Draws random initial weights in place, on the device of the parameters, without further memory."""
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 p.fill_(1)
@@ -89,12 +89,12 @@ class Llama(nn.Module):
                 p.normal_(std=0.02 / math.sqrt(depth))
 
     def compile_blocks(self) -> None:
-        """Compiles block by block: one graph serves all, and each hands its gradients out before the next begins."""
+        """Compiles each block: they share one graph, and each returns its gradients before the next one begins."""
         for block in self.blocks:
             block.compile(dynamic=False)
 
     def features(self, tokens: Tensor) -> Tensor:
-        """What the head reads: (batch, length, hidden) of `tokens` (batch, length), int64."""
+        """The input of the head, (batch, length, hidden), for `tokens` (batch, length), int64."""
         x = self.token(tokens)
         cos, sin = rotations(x.shape[1], self.width, x, self.rotary_base)
         for block in self.blocks:

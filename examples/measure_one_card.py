@@ -7,18 +7,18 @@ python examples/measure_one_card.py 7b --device cpu --no-compile --layers 2 --hi
     --kv-heads 2 --vocab 256 --seq-len 64 --batch-size 8 --steps 30 --lr 1e-2 --policy host
 
 A named shape is that of LLaMA 2 (7b, 13b), Llama 3 (8b, 70b), Qwen 3 (14b) or Qwen 2.5 (32b), without the biases and
-norms within heads of the last two. With transformers installed the model is its LLaMA, or what the configuration says,
-trained as by `finetune.py`; without, it is `llama.py` beside this script. --code chooses.
+norms within heads of the last two. With transformers installed the model is its LLaMA, or that of the configuration,
+trained as by `finetune.py`; without, it is that of `llama.py` beside this script. --code selects one of them.
 
 Weights are random and in bfloat16, without a copy in float32; tokens are the bytes of Python's standard library. Layers
 are checkpointed and compiled, the loss is computed in chunks, and Collins steps each parameter while backward goes on.
 
-It prints where everything will go, then trains. Each step is timed against a forward and backward on the same batch
-whose gradients are dropped as they arrive: "optimizer adds" is what the median step takes beyond the median of those,
-the first of each aside, which compiles. The last line is all of it in JSON: sizes in bytes, times in seconds.
+It prints the plan, then trains. Each step is timed against a forward and backward on the same batch whose gradients are
+dropped as they arrive: "optimizer adds" is the difference of the two medians, without the first of each, which
+compiles. The last line has all figures in JSON: sizes in bytes, times in seconds.
 
---memory-limit emulates a smaller card: PyTorch may hold no more than that. A card of that size would also hold the CUDA
-context, about 0.5 GiB.
+--memory-limit emulates a smaller card: PyTorch may allocate no more than that. On a card of that size the CUDA context
+would take about 0.5 GiB of it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ _KEYS = {  # of a configuration that `llama.py` can be built from
 
 @dataclass
 class Run:
-    """What a run showed, step by step; times in seconds."""
+    """The measurements of a run, step by step; times in seconds."""
 
     trial: Trial
     tokens: int  # in a step
@@ -102,19 +102,19 @@ class Run:
 
     @property
     def added(self) -> float | None:
-        """The share of forward and backward that the optimizer adds to them."""
+        """The time that the optimizer adds, as a fraction of that of forward and backward."""
         if len(self.steps) < 2:
             return None
         return statistics.median(self.steps[1:]) / statistics.median(self.passes[1:]) - 1
 
     @property
     def speed(self) -> float | None:
-        """Tokens a second, of the median step, the first aside."""
+        """Tokens per second of the median step, without the first one."""
         return self.tokens / statistics.median(self.steps[1:]) if len(self.steps) > 1 else None
 
 
 def shapes_of(args: argparse.Namespace) -> Transformer:
-    """What the plan knows of the model."""
+    """The model as the plan describes it."""
     if args.shape is None:
         return from_config(args.config)
     shape = args.shape
@@ -122,7 +122,7 @@ def shapes_of(args: argparse.Namespace) -> Transformer:
 
 
 def built(args: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor], Tensor], str]:
-    """The model with random weights, which are first drawn on the device: nowhere else is there room.
+    """The model with random weights, which are drawn on the device, since host memory may not suffice.
 
     Returns:
         The model; its loss of tokens, (batch, length + 1); and whose code it is.
@@ -161,7 +161,7 @@ def _whole(tokens: Tensor) -> Batch:
 
 
 class Dropping:
-    """While `on`, gradients are dropped as they arrive. To be made before the optimizer, whose hooks come after."""
+    """While `on`, drops gradients as they arrive. Make it before the optimizer, so that its hooks run first."""
 
     def __init__(self, model: nn.Module) -> None:
         self.on = False
@@ -174,7 +174,7 @@ class Dropping:
 
 
 def train(args: argparse.Namespace, run: Run, console: Console) -> str:
-    """Trains, and times. Returns whose code the model is."""
+    """Trains, and measures the times. Returns the origin of the model's code."""
     text = standard_library()
     model, loss_of, code = built(args)
     dropping = Dropping(model)
@@ -210,7 +210,7 @@ def train(args: argparse.Namespace, run: Run, console: Console) -> str:
 
 
 def as_json(args: argparse.Namespace, run: Run, code: str) -> dict[str, Any]:
-    """All that was measured, and what the plan had said."""
+    """All measurements, and the plan's figures."""
     budget, count = run.trial.budget, run.trial.model.count
     on_gpu = args.device.type == "cuda"
     return {

@@ -4,9 +4,9 @@ python examples/train_lm.py
 python examples/train_lm.py --optimizers adamw collins collins-published muon --rates 1e-3 2e-3 4e-3 8e-3
 python examples/train_lm.py --optimizers collins --rates 4e-3 --memory examples/policies/one-24gb-card.toml
 
-A decoder of 1.8M parameters over a vocabulary of 8,192 byte-level BPE tokens. Each optimizer is tried at three rates
-and shown at its best. It is the task `lm-small` of `compare_optimizers.py` with smaller batches, so that six runs take
-two minutes on two cores; `compare_optimizers.py` has larger tasks, more seeds, and results that are kept.
+The model is a decoder of 1.8M parameters with a vocabulary of 8,192 byte-level BPE tokens. Each optimizer is run at
+three rates, of which the best is shown. This is the task `lm-small` of `compare_optimizers.py` with smaller batches, so
+that six runs take two minutes on two cores; `compare_optimizers.py` has larger tasks, more seeds, and kept results.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _TABLE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 _EPILOG = """\
-sizes: 139.8GiB and 512MiB are powers of 1024, 141GB is a power of 1000. A card sold as "141 GB" or "24 GB" has about as
-many GiB: 139.8GiB and 23.5GiB, as torch.cuda.mem_get_info() tells there. Digits alone are bytes.
-models: with transformers installed, a configuration may be of any causal language model that it knows, which is built
-on the meta device: nothing is downloaded. Without, its model_type must be llama, mistral, qwen2 or gpt2.
-exit status: 0 when the training fits, 1 when it does not, 2 for arguments that cannot be used."""
+sizes: 139.8GiB and 512MiB are powers of 1024, 141GB is a power of 1000. Cards sold as "141 GB" and "24 GB" have about
+139.8GiB and 23.5GiB, according to torch.cuda.mem_get_info() on them. Digits alone are bytes.
+models: with transformers installed, all causal language models that it supports are accepted; they are built on the
+meta device, and nothing is downloaded. Without it, the model_type must be llama, mistral, qwen2 or gpt2.
+exit status: 0 if the training fits, 1 if it does not, 2 for invalid arguments."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,20 +77,20 @@ def _add_training(plan: argparse.ArgumentParser) -> None:
         "--vocab",
         type=_least(1),
         metavar="N",
-        help=f"vocabulary, in place of the model's own or, for a count, of {LARGE_VOCABULARY:,}",
+        help=f"replaces the model's vocabulary, or {LARGE_VOCABULARY:,} for a count",
     )
-    plan.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of weights and gradients (%(default)s)")
-    plan.add_argument("--seq-len", type=_least(1), default=2048, metavar="N", help="tokens a sequence (%(default)s)")
+    plan.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="for weights, gradients (%(default)s)")
+    plan.add_argument("--seq-len", type=_least(1), default=2048, metavar="N", help="tokens per sequence (%(default)s)")
     plan.add_argument(
         *("--batch", "--batch-size"),
         dest="batch_size",
         type=_least(1),
         default=1,
         metavar="N",
-        help="sequences at once (%(default)s)",
+        help="sequences per batch (%(default)s)",
     )
     plan.add_argument(
-        "--loss-chunks", type=_least(1), default=8, metavar="N", help="pieces that logits are cut into (%(default)s)"
+        "--loss-chunks", type=_least(1), default=8, metavar="N", help="number of pieces of the logits (%(default)s)"
     )
     plan.add_argument(
         "--in-backward",
@@ -100,8 +100,8 @@ def _add_training(plan: argparse.ArgumentParser) -> None:
 
 
 def _add_memory(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument("--device-memory", metavar="SIZE", help="of the device; default: what this one's has free")
-    plan.add_argument("--host-memory", metavar="SIZE", help="of the host; default: what this one has free")
+    plan.add_argument("--device-memory", metavar="SIZE", help="device memory; default: that of this machine's device")
+    plan.add_argument("--host-memory", metavar="SIZE", help="host memory; default: the free memory of this machine")
     plan.add_argument(
         "--policy", default="auto", metavar="FILE", help="a policy's TOML file, or a tier: auto, device, host (auto)"
     )
@@ -114,7 +114,7 @@ def _add_tables(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--table-dtype",
         choices=_TABLE_DTYPES,
-        help="formats by role and ratio where it is not given",
+        help="default: formats by role and ratio",
     )
 
 

@@ -1,4 +1,4 @@
-"""What `python -m collins plan` prints of a trial: text for people, JSON for programs."""
+"""The output of `python -m collins plan`: text and JSON."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Store(Protocol):
     def adopt(self, p: Tensor, specs: Sequence[TensorSpec], given: Sequence[Tensor | None]) -> list[Tensor]:
         """The tensors to keep as the state of `p`, with the values of `given`, or zeros for None."""
 
-    def room(self, p: Tensor, specs: Sequence[TensorSpec], present: Sequence[Tensor | None]) -> list[Tensor]:
+    def tensors_to_load(self, p: Tensor, specs: Sequence[TensorSpec], present: Sequence[Tensor | None]) -> list[Tensor]:
         """Tensors to load the state of `p` into; those in `present` are reused where they fit."""
 
     def retain(self, params: Iterable[Tensor]) -> None:
@@ -114,7 +114,7 @@ class ResidentStore:
     def adopt(self, p: Tensor, specs: Sequence[TensorSpec], given: Sequence[Tensor | None]) -> list[Tensor]:
         return [zeros(spec, p.device) if t is None else t for spec, t in zip(specs, given, strict=True)]
 
-    def room(self, p: Tensor, specs: Sequence[TensorSpec], present: Sequence[Tensor | None]) -> list[Tensor]:
+    def tensors_to_load(self, p: Tensor, specs: Sequence[TensorSpec], present: Sequence[Tensor | None]) -> list[Tensor]:
         return _fitting(specs, present, p.device)
 
     def retain(self, params: Iterable[Tensor]) -> None:
@@ -217,7 +217,7 @@ class TieredStore:
                 placed.host.take_versions(placed.region)
         return list(placed.tensors)
 
-    def room(self, p: Tensor, specs: Sequence[TensorSpec], present: Sequence[Tensor | None]) -> list[Tensor]:
+    def tensors_to_load(self, p: Tensor, specs: Sequence[TensorSpec], present: Sequence[Tensor | None]) -> list[Tensor]:
         placed = self._placed.get(p)
         if placed is None:
             return _fitting(specs, present, torch.device("cpu"))

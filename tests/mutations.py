@@ -43,7 +43,7 @@ class Cases:
 
     @contextlib.contextmanager
     def case(self, seed):
-        """A case in whose body the value is tried; yields what draws from its seed. One that does not end has failed."""
+        """A case, whose body tries a value and must end; yields what draws from its seed."""
 
         def hangs(*_):
             raise AssertionError(f"no end after {PATIENCE} s")
@@ -171,7 +171,8 @@ def tensor_like(t, chance):
         lambda: t.flatten(), lambda: t[None], lambda: t.new_zeros(0), lambda: t.new_zeros(3),
         lambda: t.new_full(t.shape, math.nan if t.is_floating_point() else 1), lambda: t.clone().requires_grad_(),
         lambda: t.new_ones(1).expand(t.shape), lambda: t.t() if t.ndim == 2 else t, lambda: t.tolist(),
-        lambda: t.numpy(), lambda: torch.nn.Parameter(t, requires_grad=False), lambda: -t, lambda: t.to(torch.complex64),
+        lambda: t.numpy(), lambda: torch.nn.Parameter(t, requires_grad=False), lambda: -t,
+        lambda: t.to(torch.complex64),
     ])  # fmt: skip
 
 
@@ -182,8 +183,9 @@ def damaged(data, chance, parts=()):
         parts: as (start, end), which may be exchanged with each other, or one of which may be hit.
     """
     data = bytearray(data)
+    kinds = ["flip", "flip", "flip", "cut", "insert", "delete", "zeros", "copy", *["swap"] * bool(parts)]
     for _ in range(chance.choice([1, 1, 2, 3])):
-        kind = chance.choice(["flip", "flip", "flip", "cut", "insert", "delete", "zeros", "copy"] + ["swap"] * bool(parts))
+        kind = chance.choice(kinds)
         if parts and kind != "swap" and chance.random() < 0.5:
             start, end = chance.choice(parts)
             at = min(chance.randrange(start, end), len(data))

@@ -318,7 +318,7 @@ MOVES = {
     "table": (lambda p, state: state.update(m_table=torch.zeros(64, 2, device="meta")), "got one on meta"),
     "parameter": (
         lambda p, state: torch.utils.swap_tensors(p, torch.nn.Parameter(torch.zeros(64, 64, device="meta"))),
-        "m_table of parameter 0 must be where .* got one on cpu for a parameter on meta: move both, or load_state_dict",
+        "m_table of parameter 0 must be where .* got one on cpu for a parameter on meta: move both, or call load_state",
     ),
 }
 

@@ -71,7 +71,8 @@ def test_train_lm_compares_the_optimizers(train_lm, small, tmp_path, capsys):
         assert record["validation"][-1] < record["validation"][0] < 6.1  # nats; a uniform guess has 5.99
     assert records[1]["state_bytes"] < records[0]["state_bytes"] / 2
     assert picture.read_bytes().startswith(b"\x89PNG")
-    shown = capsys.readouterr().out
+    shown, drawn = capsys.readouterr()
+    assert drawn == ""  # no progress bar without a terminal
     for record in records:
         assert f"{record['state_bytes']:,}" in shown
         assert f"{record['validation_loss']:.3f}" in shown
@@ -133,7 +134,8 @@ def test_one_card_learns_and_reports(one_card, tier, code, capsys):
     assert len(run.steps) == len(run.passes) == 10
     assert run.added > 0
     assert run.pinned == 0  # nothing is, on the CPU
-    shown = capsys.readouterr().out
+    shown, drawn = capsys.readouterr()
+    assert drawn == ""  # no progress bar without a terminal
     (outcome,) = run.trial.outcomes()
     assert outcome.plan.summary().splitlines()[-1] in shown
     assert shown.index("staging ring") < shown.index("tokens/s")

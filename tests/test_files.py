@@ -1,6 +1,8 @@
 """Checkpoint files: whole or refused, whatever happened to them; and loading is all or nothing."""
 
 import copy
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -111,6 +113,53 @@ def test_files_of_others_are_refused(tmp_path):
         collins.load(tmp_path / "plain.pt")
     with pytest.raises(FileNotFoundError):
         collins.load(tmp_path / "none.pt")
+
+
+def sealed(data):
+    """A file whose seal is right, as any program can make one."""
+    file = io.BytesIO()
+    seal = collins.files._Sealed(file)
+    seal.write(data)
+    return file.getvalue() + seal.seal()
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda whole: b"not what torch.save writes", "cannot read"),
+        (lambda whole: whole[: len(whole) // 2], "cannot read"),
+        (lambda whole: whole.replace(b"PK\x01\x02", b"PK\x09\x09"), "cannot read"),
+        (lambda whole: serialized([1, 2]), "must hold a dict of parts, got one list"),
+        (lambda whole: serialized(torch.ones(3)), "must hold a dict of parts, got one Tensor"),
+    ],
+)
+def test_a_seal_does_not_vouch_for_what_is_under_it(whole, tmp_path, damage, text):
+    path, target = tmp_path / "sealed.pt", Training(seed=1).train(1)
+    path.write_bytes(sealed(damage(whole[: -collins.files._SEAL])))
+    before = target.values()
+    with pytest.raises(CheckpointError, match=text):
+        collins.load(path, **target.parts)
+    assert same(target.values(), before)
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, CheckpointError), (errno.EIO, OSError)])
+def test_an_offset_outside_the_file_is_damage_and_a_disk_that_fails_is_none(tmp_path, monkeypatch, number, raised):
+    path = tmp_path / "last.pt"
+    collins.save(path, epoch=1)
+
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(raised) as caught:
+        collins.load(path)
+    assert type(caught.value) is raised
+
+
+def serialized(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 class Stubborn:

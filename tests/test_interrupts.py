@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from helpers import OPTIONS, give_gradients, parameters, same_snapshots, snapshot, with_kernel
-from test_faults import WAYS, Fault, Lines, made, step
+from test_faults import SHAPES, WAYS, Fault, Lines, made, step
 
 from collins import Collins, interrupts
 from collins.compile.graphs import Graphs
@@ -55,7 +55,8 @@ class Stepped(Fault):
         super().__init__(STEPPED[way], first=False)
 
     def new(self):
-        ps = parameters(torch.float32, [(32, 64), (40,), (33, 37)], "cpu")
+        shapes = SHAPES if self.way == "mixed" else [(32, 64), (40,), (33, 37)]  # those that its budget is for
+        ps = parameters(torch.float32, shapes, "cpu")
         opt = Collins(ps, **{**OPTIONS, **self.options})
         opt._stepper.engine._graphs = self.graphs
         if self.way.startswith("kernel"):

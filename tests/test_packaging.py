@@ -44,6 +44,7 @@ for folder in sys.argv[1:]:
     assert os.wait()[1] == 0
 """
 
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 FOLDERS = (".ci", "collins", "compile", "examples", "offload", "tests")
 FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml")
 
@@ -99,7 +100,7 @@ def install(python, *what):
 
 def found_from(python, *folders, **options):
     """The file that is imported as `collins` from each folder, with both subpackages of its tree and nothing else."""
-    options.setdefault("env", {name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
+    options.setdefault("env", ENVIRONMENT)
     return output_of(python, "-c", IMPORTS, *folders, cwd=folders[0], **options).splitlines()
 
 
@@ -191,9 +192,8 @@ def test_editable_it_imports_from_any_folder(tree, environment, tmp_path):
     assert anywhere == [str(tree / "collins" / "__init__.py")] * 4
     assert here == str(ROOT / "collins" / "__init__.py")  # and not with the subpackages of the installed tree
     for name in ("compile", "offload"):
-        found = output_of(
-            python, "-c", f"import importlib.util; print(importlib.util.find_spec({name!r}))", cwd=tmp_path
-        )
+        find = f"import importlib.util; print(importlib.util.find_spec({name!r}))"
+        found = output_of(python, "-c", find, cwd=tmp_path, env=ENVIRONMENT)
         assert found.strip() == "None"
 
 

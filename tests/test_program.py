@@ -7,15 +7,16 @@ from helpers import DEVICE, give_gradients, parameters, same_snapshots, snapshot
 from collins import Collins
 from collins.compile import Engine
 
-SHAPES = [(64, 64), (40,), (33, 37), (96, 64), (64, 32), (32, 64)]
+SHAPES = [(96, 64), (40,), (33, 37), (64, 64), (64, 32), (32, 64)]
 FEW_SIGNATURES = [(64, 32), (40,), (2053,), (32, 64), (2048,), (16, 128)]  # two graphs: of tables, of dense moments
-SMALL = [(64, 32), (40,), (33, 37), (32, 64)]  # Triton's interpreter is slow
+SMALL = [(64, 64), (40,), (33, 37), (24, 64)]  # Triton's interpreter is slow
 MEMORY = {
     "resident": None,
     "device": "device",
     "host": {"tier": "host", "transfer_size": 1500, "staging_slots": 2},  # some transfers hold several parameters
-    "mixed": {"device_budget": "7KiB", "transfer_size": 1500, "staging_slots": 2},
+    "mixed": {"transfer_size": 300, "staging_slots": 2},  # with a budget of some tables and the ring
 }
+BUDGETS = {tuple(SHAPES): 3900, tuple(FEW_SIGNATURES): 2000, tuple(SMALL): 1850}
 
 
 class BrokenError(Exception):
@@ -25,8 +26,17 @@ class BrokenError(Exception):
 def made(memory, shapes=SHAPES, **options):
     """With tables of vectors too, as large as those that the budgets above are for."""
     ps = parameters(torch.float32, shapes)
+    if memory == MEMORY["mixed"]:
+        memory = {**memory, "device_budget": BUDGETS[tuple(shapes)]}
     tables = {"role": "matrix", "table_dtype": torch.float32, "min_K": 16, "rehash_period": 3}
     return ps, Collins(ps, lr=1e-2, memory=memory, **tables, **options)
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, FEW_SIGNATURES, SMALL])
+def test_what_is_mixed_is_on_both_tiers(shapes):
+    ps, opt = made(MEMORY["mixed"], shapes)
+    step(ps, opt, 0)
+    assert {row.tier for plan in opt.placement for row in plan.rows} == {"device", "host"}
 
 
 def step(ps, opt, number):

@@ -317,8 +317,8 @@ MALFORMED = {
     "moment: list": (in_state(m_table=[0]), "parameter 0 must have a m_table .* of type list"),
     "moment: its shape": (in_state(m_table=(128, 2)), "parameter 0 must have a m_table .* of type tuple"),
     "others: meta": (in_state(slow=[torch.ones(2, device="meta")]), "slow of parameter 0 must hold data"),
-    "group: no copy": (in_group(tag=threading.Lock()), "parameter group 0 in state_dict holds a value that cannot be"),
-    "others: no copy": (in_state(slow=threading.Lock()), "slow of parameter 0 in state_dict holds what cannot be cop"),
+    "group: no copy": (in_group(tag=threading.Lock()), "parameter group 0 in state_dict holds a value that cannot"),
+    "others: no copy": (in_state(slow=threading.Lock()), "slow of parameter 0 in state_dict holds a value that cannot"),
 }
 
 

@@ -1,6 +1,6 @@
-"""What `finetune.py` and `measure_one_card.py` are made of.
+"""The modules of `finetune.py` and `measure_one_card.py`.
 
-`arguments`: of the command line. `folder`: a model's folder, checked, loaded and saved. `data`: JSON lines, tokenized,
-with what is trained on. `packing`: documents in rows. `causal_lm`: a model of transformers, prepared for training.
-`forecast`: what it takes, and what to change when that is too much. `running`: checkpoints, rate, progress.
+`arguments`: the command line. `folder`: checks, loads and saves a model's folder. `data`: tokenizes JSON lines.
+`packing`: packs documents into rows. `causal_lm`: prepares a model of transformers for training. `forecast`: plans the
+memory, and proposes changes if it does not suffice. `running`: checkpoints, learning rate, progress.
 """

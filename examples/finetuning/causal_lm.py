@@ -1,12 +1,12 @@
 """A causal language model of transformers, prepared for training: any that has a list of layers and a linear head.
 
-The head is not run by the model, whose logits would be whole. What the model gives to its head is taken there, and goes
-to `chunked_loss`; what the model does to logits afterwards (it caps or scales them) is done by its own code, chunk by
-chunk. `check` compares the result with the model's own logits.
+The model does not run its head, because all logits would exist at once. Instead the input of the head is passed to
+`chunked_loss`; the model's own code processes the logits afterwards (capping or scaling), chunk by chunk. `check`
+compares the result with the model's own logits.
 
-Documents that share a row are told apart by their positions, which begin at 0 with each: transformers masks attention
-between them accordingly. Not every model's code does (one that keeps a recurrent state, or ignores positions), so
-`check` tries it.
+The positions of each document in a row begin at 0, from which transformers derives the attention mask between
+documents. Some models do not support this (those with a recurrent state, or that ignore positions), so `check` tests
+it.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class CausalLM:
             self._finishes = self._finish(torch.zeros(2, head.out_features, device=head.weight.device)) is not None
 
     def prepare(self, *, checkpointed: bool = True, backend: str | None = None) -> None:
-        """Has each layer keep its input alone for backward, and compiled by itself.
+        """Checkpoints each layer, so that it keeps only its input for backward, and compiles each layer by itself.
 
-        One graph serves all layers of a kind, and each hands its gradients out before the next begins: a model that is
-        compiled as a whole would hold all of them at once.
+        All layers of a kind share one graph, and each returns its gradients before the next one begins; a model that is
+        compiled as a whole would hold all gradients at once.
 
         Args:
-            backend: of torch.compile; None for layers that are not compiled.
+            backend: the backend of torch.compile; None to compile no layers.
         """
         for layer in self.layers:
             _set_forward(layer, _prepared(layer.forward, checkpointed, backend))
@@ -84,7 +84,7 @@ class CausalLM:
         return chunked_loss(x, self._head.weight, batch.targets, self.chunks, bias=self._head.bias, finish=finish)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """What the head is given, (rows, length, hidden)."""
+        """The input of the head, (rows, length, hidden)."""
         self.model(**self._arguments_of(batch))
         taken, self._taken = self._taken, None
         if taken is None or taken.dim() != 3:
@@ -98,21 +98,21 @@ class CausalLM:
         return logits
 
     def _arguments_of(self, batch: Batch) -> dict[str, Any]:
-        """What the model's forward takes of the batch."""
+        """The arguments of the model's forward for a batch."""
         given = {"input_ids": batch.tokens, "position_ids": batch.positions, "use_cache": False}
         if self._typed:
             given["token_type_ids"] = torch.zeros_like(batch.tokens)
         return {name: value for name, value in given.items() if name in self._accepted}
 
     def check(self, rows: int) -> None:
-        """Compares the loss with that of the model's own logits, and looks for attention to later tokens and to other
-        documents. To be called before `prepare`, since what it computes is short.
+        """Compares the loss with that of the model's own logits, and tests for attention to later tokens and to other
+        documents. Call it before `prepare`: its batches are short, and compiling for them would take longer.
 
         Args:
-            rows: of a batch. Some implementations of attention keep the documents of a single row apart, not of many.
+            rows: the rows of a batch. Some implementations of attention separate documents only in a single row.
 
         Raises:
-            ValueError: where they differ, or where a token sees what comes after it.
+            ValueError: if the losses differ, or if a token attends to later ones.
         """
         half = _PROBE // 2
         batch = self._probe(torch.arange(half).repeat(2), rows)
@@ -131,10 +131,9 @@ class CausalLM:
         self.separates_documents = not second[:half].any()
 
     def _influences(self, batch: Batch, place: slice) -> Tensor:
-        """Which tokens have any influence on what the head is given at `place`, (length,).
+        """Whether each token influences the input of the head at `place`, (length,).
 
-        Where there is no way from a token, its gradient is zero to the bit; a difference of results would have to be
-        told from rounding.
+        A token without influence has a gradient of exactly zero; comparing results would need a tolerance for rounding.
         """
         embedded: list[Tensor] = []
 
@@ -176,7 +175,7 @@ class CausalLM:
             self.model.train(training)
 
     def _take(self, x: Tensor) -> Tensor:
-        """In place of the head's own forward: keeps what it is given."""
+        """Replaces the head's forward: keeps its input."""
         self._taken = x
         return x.new_zeros(*x.shape[:-1], 1)
 
@@ -200,7 +199,7 @@ class CausalLM:
         return logits if finished is None else finished
 
     def _finish(self, logits: Tensor) -> Tensor | None:
-        """What the model's code makes of its head's result, (tokens, vocabulary); None where that is left as it is.
+        """The model's own function of the head's result, (tokens, vocabulary); None if it is the identity.
 
         The model runs with its decoder and its head replaced: neither computes anything.
         """
@@ -245,13 +244,13 @@ def _prepared(forward: Callable[..., Any], checkpointed: bool, backend: str | No
 
 
 def _set_forward(module: Any, forward: Callable[..., Any]) -> None:
-    """Has the module, this one of its class, run another function."""
+    """Replaces the forward of this one module by another function."""
     module.forward = forward
 
 
 @contextmanager
 def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward of the module meanwhile."""
+    """A context in which the module has another forward."""
     own = module.__dict__.get("forward")
     _set_forward(module, forward)
     try:

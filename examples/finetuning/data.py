@@ -1,14 +1,14 @@
-"""JSON lines, tokenized, with what is trained on marked.
+"""Tokenizes JSON lines, and marks the tokens that are trained on.
 
-Each line is an object of one of three kinds. Other keys are left alone, but for `tools`, which a chat template gets.
+Each line is an object of one of three kinds. Other keys are ignored, except for `tools`, which chat templates use.
 
     {"text": "..."}                            every token is trained on
     {"prompt": "...", "completion": "..."}     the tokens of the completion are
-    {"messages": [{"role", "content"}, ...]}   the tokens that the assistant says are, by the tokenizer's chat template
+    {"messages": [{"role", "content"}, ...]}   the assistant's tokens are, by the tokenizer's chat template
 
-Text and completions end with the tokenizer's end-of-sequence token, if it has one; a chat ends as its template ends it.
-A token is the completion's if any of its characters are. Text that is longer than a sequence is cut into several; of a
-completion or chat that is longer, the end is left out.
+Text and completions end with the tokenizer's end-of-sequence token, if it has one; the end of a chat is that of its
+template. A token belongs to the completion if any of its characters does. Text that is longer than a sequence is cut
+into several; the end of a longer completion or chat is dropped.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def checked_tokenizer(transformers: Any, folder: Path, vocabulary: int) -> Any:
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a tokenizer's constructor raises what it likes
+    except Exception as error:  # constructors of tokenizers may raise any exception
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{folder}: must have a tokenizer that transformers can load: {reason}") from error
     if not tokenizer.is_fast:
@@ -269,12 +269,12 @@ def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _conversation(
     tokenizer: Any, line: int, messages: list[dict[str, Any]], tools: Any
 ) -> list[Rendering] | list[Tokenized]:
-    """A conversation as the chat template writes it, with what the assistant says marked.
+    """A conversation in the format of the chat template, with the assistant's answers marked.
 
-    Where the template marks that itself (`{% generation %}`), its marks count. Else an answer is what the template adds
-    for it to the conversation so far and the opening of an answer. A template that writes earlier answers otherwise
-    than last ones (it leaves their reasoning out, say) makes a document of each answer, with the conversation up to it:
-    what the model will see when it answers.
+    If the template marks them itself (`{% generation %}`), its marks are used. Otherwise an answer is the text that the
+    template adds for it to the conversation so far and the opening of an answer. If a template formats earlier answers
+    differently from the last one (for example without their reasoning), each answer becomes a document with the
+    conversation up to it, which is the model's input when it answers.
     """
     if not tokenizer.chat_template:
         raise ValueError(
@@ -326,7 +326,7 @@ def _marked(tokenizer: Any, line: int, messages: list[dict[str, Any]], tools: An
 
 
 class _template_errors:  # noqa: N801 - used as a context, like those of contextlib
-    """What a chat template refuses, or stumbles over, is an error of the line."""
+    """Turns exceptions of a chat template into errors of the line."""
 
     def __enter__(self) -> None:
         pass

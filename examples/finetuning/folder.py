@@ -1,8 +1,8 @@
-"""A model's folder: what is wrong with it is found before anything is loaded; what is written is what came, trained.
+"""Checks, loads and saves a model's folder. All errors are found before anything is loaded.
 
-Weights are loaded and written by transformers: it alone knows which tensors of a file make up a parameter (the experts
-of a mixture are files' worth of small ones). It builds the model on the meta device and reads each tensor from its file
-straight to the device; nothing is there twice but the tensor that is on its way.
+transformers loads and saves the weights, because it knows which tensors of a file make up a parameter (for example the
+experts of a mixture). It builds the model on the meta device and reads each tensor from its file directly to the
+device; only the tensor that is being read is in memory twice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TEMPLATES = "additional_chat_templates"
 
 
 class Header(NamedTuple):
-    """What a safetensors file says of one tensor."""
+    """The entry of one tensor in the header of a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ class ModelFolder:
 
 
 def transformers_module() -> ModuleType:
-    """transformers, with its remarks and, off a terminal, its progress bars turned off.
+    """transformers, with its warnings turned off, and its progress bars too if standard error is not a terminal.
 
     Raises:
         ValueError: where it is not installed.
@@ -82,7 +82,7 @@ def transformers_module() -> ModuleType:
 
 @contextmanager
 def quiet(transformers: ModuleType) -> Iterator[None]:
-    """Without transformers' reports of what it found missing: what is missing here is an error of its own."""
+    """Suppresses transformers' reports of missing tensors, which raise an error here."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     try:
@@ -94,7 +94,7 @@ def quiet(transformers: ModuleType) -> Iterator[None]:
 
 
 def open_folder(path: Path) -> ModelFolder:
-    """The folder, once everything that loading depends on has been looked at: no tensor is read.
+    """The folder, after everything that loading depends on has been checked; no tensor is read.
 
     Raises:
         ValueError: naming the file, what is wrong with it and what is accepted.
@@ -168,10 +168,11 @@ def read_headers(path: Path) -> dict[str, Header]:
 
 
 def read_header(file: Path) -> dict[str, Header]:
-    """What a safetensors file holds: 8 bytes, the length of a JSON header; the header; tensors at its offsets.
+    """The tensors of a safetensors file, which consists of the length of a JSON header in 8 bytes, the header, and the
+    tensors at the offsets in the header.
 
     Raises:
-        ValueError: for a file that is truncated, longer than it says, or of another kind.
+        ValueError: for a file that is truncated, longer than its header says, or of another kind.
     """
     size = file.stat().st_size
     with open(file, "rb") as opened:
@@ -207,7 +208,7 @@ def _class_of(transformers: ModuleType, path: Path, values: Mapping[str, Any]) -
     try:
         with quiet(transformers):
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a configuration's constructor raises what it likes
+    except Exception as error:  # constructors of configurations may raise any exception
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{where}: model_type must be one that transformers {transformers.__version__} knows, got {kind!r}:"
@@ -239,7 +240,7 @@ def _tried(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except Exception as error:  # nor is a model's constructor ours
+    except Exception as error:  # so may those of models
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{path}: transformers builds no {build.__name__} from it: {reason}") from error
     missing, mismatched = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
@@ -293,8 +294,9 @@ def load_model(
 def save_model(target: Path, model: Any, source: ModelFolder) -> None:
     """Writes a folder that `from_pretrained` loads: weights in shards of 5 GB, and the source's files beside them.
 
-    config.json is the source's, with the class and the dtype of now: transformers would write it as its own version
-    does, which others may not read. So it is with the tokenizer and the generation configuration, which are copied.
+    config.json is that of the source, with the current class and dtype: transformers would write it in the format of
+    its own version, which other versions may not read. For the same reason the tokenizer and the generation
+    configuration are copied.
     """
     transformers = transformers_module()
     with quiet(transformers):

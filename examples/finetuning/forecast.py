@@ -1,4 +1,4 @@
-"""What training takes, by the plan of `python -m collins plan`, and what to change where that is too much."""
+"""Plans the memory of training as `python -m collins plan` does, and proposes changes if it does not suffice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def with_index(device: torch.device) -> torch.device:
 
 
 def machine_of(device: torch.device) -> Machine:
-    """Memory that is free and there in all, before the model is loaded; a CPU is its own device."""
+    """Free and total memory before the model is loaded; for a CPU, device and host are the same."""
     host = host_memory_free(), host_memory_total()
     if device.type != "cuda":
         return Machine(*host, *host)
@@ -57,14 +57,14 @@ def figures(name: str, trial: Trial) -> str:
 
 
 def refuse_weights(trial: Trial) -> None:
-    """Raises a MemoryError where the weights alone are more than is free: all else in a plan is on the safe side."""
+    """Raises a MemoryError if the weights alone exceed the free memory; the plan's other figures are upper bounds."""
     weights, free = trial.budget.weights, trial.machine.device_free
     if weights > free:
         raise MemoryError(f"the weights take {size_text(weights)}, and {size_text(free)} are free")
 
 
 def advice(name: str, trial: Trial) -> str:
-    """The plan's figures, and what to change in a run that found no memory.
+    """The plan's figures, and proposed changes for a run that ran out of memory.
 
     Args:
         name: of the model, as `python -m collins plan` takes it.

@@ -15,7 +15,7 @@ from finetuning.data import UNTRAINED, Documents
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step reads.
+    """The input of one step.
 
     Attributes:
         tokens: (rows, length), int64.
@@ -65,12 +65,12 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 class Rows:
-    """All documents in rows, in an order that is drawn anew for each pass over them.
+    """All documents in rows, with a new random order for each pass over them.
 
     Args:
-        packed: whether several documents share a row. Else each has one for itself, and all rows are as long as the
+        packed: whether several documents share a row. Otherwise each has its own row, and all rows are as long as the
             longest document.
-        seed: of the orders.
+        seed: the seed of the orders.
     """
 
     def __init__(self, documents: Documents, *, seq_len: int, batch_size: int, packed: bool, seed: int) -> None:
@@ -84,7 +84,7 @@ class Rows:
         return len(self.rows)
 
     def steps(self, epochs: float) -> int:
-        """Steps that take so many passes."""
+        """The number of steps for a number of passes."""
         return max(1, -(-round(epochs * len(self.rows)) // self._batch_size))
 
     @property

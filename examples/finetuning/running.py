@@ -1,8 +1,8 @@
-"""What belongs to a run: its checkpoints, what it must agree with to go on from one, its rate and its progress.
+"""Checkpoints of a run, the settings that must agree to resume it, its learning rate and its progress.
 
-Checkpoints lie beside the folder that the run will end in, in NAME.checkpoints, as step-N: a folder that
-`from_pretrained` loads, with `training.pt` (the optimizer, the schedule and the state of the random number generators,
-by `collins.save`) and `run.json` (the settings). Each is whole, or not there.
+Checkpoints are in NAME.checkpoints beside the run's output folder NAME, as step-N: a folder that `from_pretrained`
+loads, with `training.pt` (the optimizer, the schedule and the state of the random number generators, by `collins.save`)
+and `run.json` (the settings). Each is written atomically.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OLD = ".old-"
 
 @dataclass
 class Run:
-    """What a run showed."""
+    """The results of a run."""
 
     first: int  # the step it went on from
     steps: int  # in all
@@ -54,7 +54,7 @@ class Checkpoints:
     def save(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
         """Saves a step, then removes all but the newest `keep`.
 
-        A folder that is removed gets another name first: at no time is a part of it there under its own.
+        A folder is renamed before it is removed, so that a partly removed folder never has its original name.
         """
         self.root.mkdir(exist_ok=True)
         path = self.root / f"step-{step}"
@@ -84,7 +84,7 @@ def saved_settings(checkpoint: Path) -> dict[str, Any]:
 
 
 def refuse_others(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    """Raises a ValueError where a run was begun with other settings than it would go on with."""
+    """Raises a ValueError if a run would be resumed with other settings than it was begun with."""
     saved = saved_settings(checkpoint)
     for name, value in settings.items():
         if saved.get(name) != value:
@@ -109,7 +109,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Goes on where `random_state` was taken; on another kind of device, from the seed."""
+    """Restores the result of `random_state`; on another kind of device, the seed is used instead."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
@@ -130,7 +130,7 @@ class Rate:
 
 
 class Progress:
-    """A bar on a terminal, lines elsewhere. Losses are fetched in groups: the device is not waited for in each step."""
+    """Shows a bar on a terminal, and lines elsewhere. Losses are read in groups, to synchronize less often."""
 
     def __init__(self, run: Run, optimizer: Collins, every: int, tokens: int) -> None:
         self._run, self._optimizer, self._every, self._tokens = run, optimizer, every, tokens

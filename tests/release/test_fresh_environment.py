@@ -3,7 +3,6 @@
 Run by name, `pytest tests/release`: it installs torch into a new environment, and takes about three minutes.
 """
 
-import os
 import re
 import shutil
 import sys
@@ -11,9 +10,8 @@ import venv
 
 import pytest
 from helpers import ROOT, output_of
-from test_packaging import copy_of_the_tree
+from test_packaging import ENVIRONMENT, copy_of_the_tree
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 PLAN = ("plan", "llama-7b", "--device-memory", "24GiB", "--host-memory", "64GiB", "--in-backward")
 
 

@@ -201,7 +201,6 @@ def test_what_leaks_is_found(leak):
     assert growth[leak] > 0
     with pytest.raises(AssertionError):
         has_not_grown(growth)
-    del run.step, kept
 
 
 def wait_in_a_thread():

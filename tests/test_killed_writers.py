@@ -1,0 +1,88 @@
+"""Processes killed at random moments while they save: what is at the path is whole, and the next one goes on.
+
+At a few moments in the suite, at 100 by name:
+
+    pytest -n 0 tests/test_killed_writers.py --hypothesis-profile=thorough
+"""
+
+import random
+import time
+
+import torch
+from hypothesis import settings
+from ranks import _CONTEXT as CONTEXT
+
+import collins
+from collins import CheckpointError, whole_folder
+
+KILLS = 100 if settings.get_current_profile_name() == "thorough" else 10
+ELEMENTS = 100_000
+
+
+def files(path, first, there):
+    """Saves over and over: each time a file in which everything is of one number."""
+    for number in range(first, 10_000):
+        collins.save(path, number=number, t=torch.full((ELEMENTS,), float(number)), u=[number] * 100)
+        there.set()
+
+
+def folders(root, first, there):
+    """Saves over and over: each time a folder of files of one number."""
+    for number in range(first, 10_000):
+        with whole_folder(root / f"step-{number}") as folder:
+            assert not list(folder.iterdir())  # what another one has left is gone
+            for rank in range(4):
+                (folder / f"{rank}").write_text(f"{number}" * 20_000)
+        there.set()
+
+
+def kill_at_random(work, path, check):
+    """Starts the work `KILLS` times, killed at a random moment after its first save; `check` says where to go on."""
+    chance, first, moments = random.Random(0), 1, set()
+    for _ in range(KILLS):
+        there = CONTEXT.Event()
+        process = CONTEXT.Process(target=work, args=(path, first, there))
+        process.start()
+        assert there.wait(60)
+        time.sleep(chance.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        first, left = check()
+        moments.add(left)
+    assert True in moments  # some in the middle of a save
+
+
+def test_a_file_is_whole_whenever_its_writer_is_killed(tmp_path):
+    path = tmp_path / "last.pt"
+
+    def check():
+        found = collins.load(path)
+        number = found["number"]
+        assert torch.equal(found["t"], torch.full((ELEMENTS,), float(number)))
+        assert found["u"] == [number] * 100
+        partial = [file for file in tmp_path.iterdir() if file != path]
+        assert len(partial) <= 1
+        for file in partial:
+            try:
+                later = collins.load(file)["number"]
+            except CheckpointError:
+                later = number + 1
+            assert later == number + 1  # written to its end, not yet renamed
+            file.unlink()
+        return number + 1, bool(partial)
+
+    kill_at_random(files, path, check)
+
+
+def test_folders_are_whole_whenever_their_writer_is_killed(tmp_path):
+    def check():
+        numbers = sorted(int(path.name.removeprefix("step-")) for path in tmp_path.glob("step-*"))
+        assert numbers == list(range(1, len(numbers) + 1))
+        for number in numbers[-3:]:
+            for rank in range(4):
+                assert (tmp_path / f"step-{number}" / f"{rank}").read_text() == f"{number}" * 20_000
+        partial = [path.name for path in tmp_path.glob(".*")]
+        assert partial in ([], [f".step-{numbers[-1] + 1}.partial"])
+        return numbers[-1] + 1, bool(partial)
+
+    kill_at_random(folders, tmp_path, check)
