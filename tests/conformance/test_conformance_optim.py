@@ -390,15 +390,16 @@ def test_set_default_dtype_works_with_foreach(config, default):
 @pytest.mark.cuda
 @some("default", "sketch", "ratio 1")
 def test_foreach_large_tensor(config):
-    """Elements are counted in 64 bits: the last of 2**32 is stepped as the first is."""
+    """Elements are counted in 64 bits: the last of 2**32 are stepped as the first are."""
     need = 2**32 * (2 + 2 + (8 if config.options.get("compress_ratio") == 1 else 1)) + 2**30
     if torch.cuda.mem_get_info()[0] < need:
         pytest.skip(f"needs {need / 2**30:.0f} GiB of free GPU memory")
     p = torch.ones(2**32, dtype=torch.float16, device="cuda")
     p.grad = torch.ones_like(p)
     config.build([p], lr=1e-2, stochastic_rounding=False, rehash_period=None).step()
-    assert p[0] < 1
-    assert p[-1] < 1
+    # Under "sketch" an element whose bucket's signs cancel stays where it is; their mean does not.
+    assert p[:4096].float().mean() < 1
+    assert p[-4096:].float().mean() < 1
     del p
     gc.collect()
     torch.cuda.empty_cache()

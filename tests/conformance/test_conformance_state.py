@@ -152,7 +152,10 @@ def test_cpu_load_state_dict(config):
     other.load_state_dict(torch.load(file, map_location="cpu"))
     task.step(opt)
     twin.step(other)
-    assert same(task.params, twin.params)
+    if config.options.get("hash") == "universal":  # its sums are atomic on a GPU, in any order
+        torch.testing.assert_close(twin.params, task.params)
+    else:
+        assert same(task.params, twin.params)
     on = "cuda" if config.options.get("capturable") else "cpu"
     assert all(state["step"].device.type == on for state in other.state.values())
 
