@@ -304,7 +304,8 @@ def test_tables_without_their_fingerprint_are_refused():
     _, opt = stepped(collins())
     given = saved.state_dict()
     del given["state"][0]["layout"]
-    with pytest.raises(ValueError, match="parameter 0 has tables in state_dict without the 'layout' entry that says how"):
+    expected = "parameter 0 has tables in state_dict without the 'layout' entry that says how"
+    with pytest.raises(ValueError, match=expected):
         convert(given, opt)
 
 
