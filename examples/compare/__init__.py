@@ -1,7 +1,8 @@
-"""A comparison of optimizers: tasks, optimizers, rates and seeds, on all devices there are, resumed where it stopped.
+"""A comparison of optimizers over tasks, learning rates and seeds, on all devices, which resumes after interruption.
 
-`examples/compare_optimizers.py` is its command. A *task* (tasks, language, digits, recommender) makes a model and its
-data; an *optimizer* (optimizers) steps it; a *run* (runs) is one of each with a rate and a seed, and has a key.
-`training.train` takes its steps and measures, the *schedule* (schedule, workers) hands runs to devices, *results* are
-lines of JSON, one for each finished run, and the *report* (report, plots) makes tables and figures of them.
+`examples/compare_optimizers.py` is its command. A *task* (tasks, language, digits, recommender) creates a model and its
+data. An *optimizer* (optimizers) updates the model. A *run* (runs) is a combination of a task, an optimizer, a learning
+rate and a seed, and is identified by a key. `training.train` takes the steps of a run and measures losses. The
+*schedule* (schedule, workers) assigns runs to devices. *Results* (results) are lines of JSON, one per finished run. The
+*report* (report, plots) consists of tables and figures of the results.
 """
