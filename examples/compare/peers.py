@@ -1,4 +1,4 @@
-"""Optimizers to compare with that no package has, from their papers' formulas."""
+"""Optimizers that no package provides, implemented from the formulas of their papers."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from torch.optim.optimizer import ParamsT
 
 
 class Scale(Optimizer):
-    r"""SCALE: gradients normalised for each output, momentum in the last layer alone, no second moment.
+    r"""SCALE: gradients normalised per output, momentum only in the last layer, no second moment.
 
     For a matrix W that maps inputs to outputs, with gradient g, each column j of one output:
 
         m <- beta m + (1 - beta) g   in the last layer; m = g elsewhere
         w_j <- (1 - lr wd) w_j - lr m_j / RMS(m_j)
 
-    RMS, not the norm: the rate is then in the unit of Adam's, whatever the width.
+    Columns are divided by their RMS instead of their norm, so that the learning rate has the unit of Adam's for every
+    width.
 
     Args:
-        params: matrices; groups may set `inputs`, the dimension of W along which one output's weights lie (1 for
-            `nn.Linear`, whose weight is (outputs, inputs); 0 for `nn.Embedding`), and `momentum`, beta or 0.
+        params: matrices, or groups of them.
         lr: learning rate.
-        momentum, inputs: defaults of those.
-        weight_decay: decoupled.
-        eps: the least RMS.
+        momentum: beta, or 0 for no momentum.
+        inputs: the dimension of W over which inputs are indexed: 1 for `nn.Linear`, whose weight is (outputs, inputs),
+            0 for `nn.Embedding`.
+        weight_decay: decoupled weight decay.
+        eps: the smallest RMS that columns are divided by.
 
     References:
         Glentis, Li, Han & Hong, "A minimalist optimizer design for LLM pretraining", arXiv 2506.16659.
