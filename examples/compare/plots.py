@@ -1,4 +1,4 @@
-"""Figures of the results: loss against steps, loss against bytes of state, loss against the learning rate."""
+"""Figures of the results: loss over steps, over bytes of state, and over the learning rate."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from compare.runs import Record
 
 
 def missing() -> str | None:
-    """Why there are no figures, where there are none."""
+    """The reason why no figures can be drawn, or None if they can."""
     if importlib.util.find_spec("matplotlib") is None:
         return "no figures: matplotlib is not installed (pip install matplotlib)"
     return None
 
 
 def figures(records: Iterable[Record], stem: Path) -> list[Path]:
-    """A PNG file for each group of results, with all three side by side: `stem` and the name of the task."""
+    """Draws a PNG file for each group of results, named `stem`-TASK.png, with the three figures side by side."""
     plt = _pyplot()
     paths: list[Path] = []
     for group in grouped(records):
@@ -39,7 +39,7 @@ def figures(records: Iterable[Record], stem: Path) -> list[Path]:
 
 
 def curves_alone(records: Iterable[Record], path: Path, title: str) -> None:
-    """One figure of loss against steps, each optimizer at its best rate, for results of one group."""
+    """Draws the loss over steps for the results of one group, each optimizer at its best learning rate."""
     plt = _pyplot()
     (group,) = grouped(records)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -68,7 +68,7 @@ def against_bytes(axes: Any, group: Group) -> None:
             textcoords="offset points",
             fontsize="small",
         )
-    axes.set_xscale("symlog", linthresh=0.01)  # some keep next to nothing
+    axes.set_xscale("symlog", linthresh=0.01)  # some optimizers have almost no state
     axes.set(xlabel="bytes of state per parameter", ylabel="validation loss (nats), best rate")
     axes.grid(alpha=0.3)
 
@@ -96,7 +96,7 @@ def _pyplot() -> Any:
 
 
 def _best(group: Group) -> list[Cell]:
-    """Those that did not diverge."""
+    """The best cell of each optimizer, without those that diverged."""
     cells = [group.best(name) for name in group.optimizers]
     return [cell for cell in cells if cell.mean < float("inf")]
 
