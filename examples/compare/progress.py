@@ -1,4 +1,4 @@
-"""How far a comparison is: a bar on a terminal, nothing but whole lines elsewhere."""
+"""The progress of a comparison: a bar if the output is a terminal, otherwise only complete lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 class Progress:
-    """Counts steps to a total; `tqdm` shows them where it is installed and standard error is a terminal."""
+    """Counts steps. `tqdm` shows them as a bar if it is installed and standard error is a terminal."""
 
     def __init__(self, total: int) -> None:
         try:
@@ -15,7 +15,7 @@ class Progress:
         except ImportError:
             self._bar = None
         else:
-            # disable=None: on a terminal only
+            # disable=None disables the bar unless the stream is a terminal
             self._bar = tqdm(total=total, unit="step", disable=None, file=sys.stderr, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
@@ -30,7 +30,7 @@ class Progress:
             self._bar.update(steps)
 
     def say(self, line: str) -> None:
-        """A line on standard output, above the bar."""
+        """Prints a line on standard output, above the bar."""
         if self._bar is None or self._bar.disable:
             print(line, flush=True)
         else:
