@@ -1,11 +1,11 @@
-"""A recommender whose parameters are embeddings, on interactions drawn from a generator with a structure to be found.
+"""A recommender, whose parameters are mostly embeddings, on interactions sampled from a known distribution.
 
-Users and items have hidden vectors of `rank` numbers. User u takes item i with probability
+Users and items have latent vectors of `rank` numbers. User u takes item i with probability
 
     p(i | u) = softmax over i of (log popularity_i + affinity u . v_i),     popularity_i = 1 / (i + 10)
 
-so that items follow Zipf's law and a few rows get most gradients. A model knows a user and the item that the user took
-before, and is to give the next one; the cross-entropy that the generator itself would reach is known (`floor`).
+so that items follow Zipf's law and a few rows get most gradients. The model predicts the next item from the user and
+the user's previous item. The cross-entropy of the distribution itself is the lowest that a model can reach (`floor`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.nn import functional
 
 from compare.tasks import Place, Settings, Task, Workload
 
-_SEED = 20_261_126  # of the generator: the same interactions in every run
-_CHUNK = 1024  # users drawn for at a time
+_SEED = 20_261_126  # a fixed seed: the same interactions in every run
+_CHUNK = 1024  # the number of users whose interactions are sampled at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecommenderSettings(Settings):
-    """Also the generator's and the model's sizes; `held_out` interactions of each user are validated on."""
+    """The settings of a task, and the sizes of data and model; `held_out` interactions per user are for validation."""
 
     users: int
     items: int
@@ -38,7 +38,7 @@ class RecommenderSettings(Settings):
 
 
 class Recommender(nn.Module):
-    """Embeddings of the user and of the item before, through a small network, against the items' embeddings."""
+    """A network maps the embeddings of the user and the previous item to a query for the embeddings of all items."""
 
     def __init__(self, users: int, items: int, hidden: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Recommender(nn.Module):
 
 
 class RecommenderWorkload(Workload):
-    """A batch is int64 (batch, 3): user, the item before, the item taken."""
+    """The model and the interactions. A batch is int64 (batch, 3): user, previous item, next item."""
 
     def __init__(self, settings: RecommenderSettings, device: torch.device, weights: torch.dtype, seed: int) -> None:
         self.settings = settings
@@ -83,7 +83,7 @@ class RecommenderWorkload(Workload):
 
 @lru_cache(maxsize=1)
 def interactions(settings: RecommenderSettings) -> tuple[Tensor, Tensor, float]:
-    """Rows (user, item before, item taken) to train on and held out, and the least cross-entropy on the latter."""
+    """Rows (user, previous item, next item) for training and for validation, and the `floor` of the latter."""
     generator = torch.Generator().manual_seed(_SEED)
     items = torch.randn(settings.items, settings.rank, generator=generator)
     popularity = -(torch.arange(settings.items, dtype=torch.float32) + 10).log()
@@ -102,7 +102,7 @@ def interactions(settings: RecommenderSettings) -> tuple[Tensor, Tensor, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation(Task):
-    """Predicts the item a user takes next."""
+    """Prediction of the next item of a user."""
 
     settings: RecommenderSettings
 
@@ -112,7 +112,7 @@ class Recommendation(Task):
 
 RECOMMENDER = Recommendation(
     name="recommender",
-    about="embeddings of 2,048 users and 4,096 items on generated interactions; half a minute a run on one core",
+    about="embeddings of 2,048 users and 4,096 items on sampled interactions; half a minute per run on one core",
     unit="nats per interaction",
     rates=(2.5e-3, 5e-3, 1e-2, 2e-2),
     settings=RecommenderSettings(
