@@ -1,4 +1,4 @@
-"""Results: one line of JSON for each finished run, in a file that is only added to."""
+"""Results: one line of JSON for each finished run, in an append-only file."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from compare.runs import IDENTITY, Record, key_of
 
 
 class ResultsError(ValueError):
-    """A results file holds something else."""
+    """A results file contains something other than records of runs."""
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file, in their order; none where there is no file. A last line that was cut off is not one.
+    """The records of a file in order, without an incomplete last line; none if the file does not exist.
 
     Raises:
         ResultsError: for a line that is not the record of a run.
     """
     if not path.exists():
         return []
-    *lines, _ = path.read_bytes().split(b"\n")  # what follows the last line's end is empty, or was cut off
+    *lines, _ = path.read_bytes().split(b"\n")  # the text after the last newline is empty or an incomplete line
     return [_record(path, number, line) for number, line in enumerate(lines, 1)]
 
 
@@ -33,13 +33,13 @@ def _record(path: Path, number: int, line: bytes) -> Record:
     except ValueError as error:
         raise ResultsError(f"{path}, line {number}: not JSON: {error}") from None
     if not isinstance(record, dict) or not {*IDENTITY, "validation_loss"} <= record.keys():
-        raise ResultsError(f"{path}, line {number}: not the record of a run; give another file for results")
+        raise ResultsError(f"{path}, line {number}: not the record of a run; choose another results file")
     record["options"] = identifying(record["optimizer"], record["options"])
     return {**record, "key": key_of(record)}
 
 
 def mend(path: Path) -> int:
-    """Takes a last line that was cut off away, so that lines can be added; returns its bytes."""
+    """Removes an incomplete last line, so that lines can be appended; returns the number of bytes removed."""
     if not path.exists():
         return 0
     with path.open("r+b") as file:
@@ -50,7 +50,7 @@ def mend(path: Path) -> int:
 
 
 def add(path: Path, record: Record) -> None:
-    """Adds a line, in one write, and sees it to the disk: a process that is killed leaves whole lines."""
+    """Appends a line in one write and syncs it to disk, so that a killed process leaves only complete lines."""
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -61,5 +61,5 @@ def add(path: Path, record: Record) -> None:
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """One record for each key, the last one there is."""
+    """The last record of each key."""
     return list({record["key"]: record for record in records}.values())
