@@ -1,4 +1,4 @@
-"""A run: one task, one optimizer, one rate, one seed. What identifies it, and how it is carried out."""
+"""A run of one task, optimizer, learning rate and seed: its identity and its execution."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from compare.optimizers import Choice, Setup
 from compare.tasks import Place, Task
 from compare.training import Follower, held_bytes, train
 
-Record = dict[str, Any]  # what is kept of a finished run: a line of JSON
+Record = dict[str, Any]  # the result of a finished run, a line of JSON
 IDENTITY = ("task", "optimizer", "lr", "beta2", "seed", "settings", "data", "precision", "options")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be run.
+    """A run, before its execution.
 
     Args:
-        task, choice, lr, beta2, seed: the cell of the grid; `beta2` None for optimizers that have none.
-        data: what identifies the task's data.
-        device: its type: "cpu" or "cuda".
+        task, choice, lr, beta2, seed: the point of the grid; `beta2` is None for optimizers without one.
+        data: the digest of the task's data.
+        device: the type of the device, "cpu" or "cuda".
     """
 
     task: Task
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def identity(self) -> Record:
-        """All that the result depends on: two runs of one identity need not both be run."""
+        """Everything that the result depends on: a finished run of the same identity is not repeated."""
         return {
             "task": self.task.name,
             "optimizer": self.choice.name,
@@ -70,7 +70,7 @@ class Run:
         return self.task.settings.steps
 
     def perform(self, place: Place, device: torch.device, follower: Follower) -> Record:
-        """Trains, and returns the record of it."""
+        """Trains, and returns the record of the run."""
         started = time.monotonic()
         task, settings, spec = self.task, self.task.settings, self.choice.spec
         workload = task.workload(place, device, self.choice.weights, self.seed)
@@ -113,23 +113,23 @@ class Run:
 
 
 def key_of(record: Record) -> str:
-    """What is the same for two records of one run, made of what identifies it."""
+    """The digest of the identity in a record, which is the same for all records of one run."""
     identity = {name: record[name] for name in IDENTITY}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:
-    """JSON has no infinities."""
+    """The values with None for infinities and NaN, which JSON does not have."""
     return [value if abs(value) < float("inf") else None for value in values]
 
 
 def placements(optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
-    """Where tables are, for optimizers that follow a memory policy."""
+    """The placement of tables, for optimizers with a memory policy."""
     return [plan.summary() for optimizer in optimizers for plan in getattr(optimizer, "placement", ())]
 
 
 def state_bytes_7b(choice: Choice) -> int | None:
-    """Bytes of state for a LLaMA of 6.74 billion parameters, computed from its shapes; None where that is not known."""
+    """Bytes of state for a LLaMA of 6.74 billion parameters, computed from its shapes; None if they are not known."""
     if choice.spec.computed is None:
         return None
     return choice.spec.computed(Setup(_llama_7b(choice.weights), 1e-3, None, 0.0, 1.0, 0, choice.options))
