@@ -1,4 +1,4 @@
-"""One run: the steps it takes, what they cost, and what the validation loss was on the way."""
+"""Training of one run: its steps, their duration, and the validation loss at some of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compare.tasks import Settings, Workload
 
-_SMOOTHED = 0.05  # the share of a step's own loss in the training loss that is noted
+_SMOOTHED = 0.05  # the weight of a step's loss in the moving average of the training loss
 
 
 class OutOfTimeError(Exception):
@@ -23,15 +23,15 @@ class OutOfTimeError(Exception):
 
 
 class Follower(Protocol):
-    """Who is told of every step; raises OutOfTimeError to stop the run."""
+    """A callback that is called with the number of new steps; it raises OutOfTimeError to stop the run."""
 
     def __call__(self, steps: int) -> None: ...
 
 
 class Drive(Protocol):
-    """What takes a step from its losses: backward, clipping, accumulation and the optimizers' own steps.
+    """Performs a step, given its losses: backward, clipping, accumulation and the steps of the optimizers.
 
-    An optimizer that steps while backward goes on brings a drive of its own.
+    Optimizers that step in backward need another drive than those that step after it.
     """
 
     times: StepTimes
@@ -40,11 +40,11 @@ class Drive(Protocol):
     def optimizers(self) -> Sequence[torch.optim.Optimizer]: ...
 
     def __call__(self, losses: Sequence[Callable[[], Tensor]]) -> Tensor:
-        """Steps on the mean of the losses, each of which is computed when it is called, and returns it."""
+        """Takes a step on the mean of the losses, and returns that mean. Each loss is computed when it is called."""
 
 
 class AfterBackward:
-    """The usual way: all backward passes, clipping by the norm of the whole gradient, then the optimizers' steps."""
+    """Steps after backward: all backward passes, clipping by the global norm, then the steps of the optimizers."""
 
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], clip: float) -> None:
         self.model, self.optimizers, self.clip = model, optimizers, clip
@@ -61,9 +61,10 @@ class AfterBackward:
 
 
 class InBackward:
-    """Parameters are stepped as their gradients arrive, by an optimizer that hooks into backward.
+    """Steps in backward: an optimizer steps each parameter when its gradient arrives.
 
-    Gradients are never there together: clipping is the optimizer's to do, and so is accumulation, by partial steps.
+    The gradients of all parameters never exist together, so the optimizer itself clips, and accumulates by partial
+    steps.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], clip: float) -> None:
@@ -89,7 +90,7 @@ def backward(losses: Sequence[Callable[[], Tensor]]) -> Tensor:
 
 
 class StepTimes:
-    """Times of the optimizers' steps, entered once for each; on a GPU by events, for which nothing waits."""
+    """A context manager that measures each step of the optimizers; on a GPU by events, without synchronization."""
 
     def __init__(self, device: torch.device) -> None:
         self._events: list[tuple[Any, Any]] = []
@@ -114,7 +115,7 @@ class StepTimes:
         return event
 
     def median(self) -> float:
-        """Milliseconds of the median step, the first quarter aside, in which things are made and compiled."""
+        """Milliseconds of the median step, without the first quarter, which includes allocation and compilation."""
         if self._events:
             torch.cuda.synchronize()
             times = [begun.elapsed_time(ended) for begun, ended in self._events]
@@ -125,12 +126,12 @@ class StepTimes:
 
 @dataclass
 class Curve:
-    """What a run showed, at some of its steps; losses in nats."""
+    """The losses of a run at some of its steps, in nats."""
 
     steps: list[int] = field(default_factory=list)
     training: list[float] = field(default_factory=list)  # a moving average
     validation: list[float] = field(default_factory=list)
-    last: dict[str, float] = field(default_factory=dict)  # all that was measured at the end
+    last: dict[str, float] = field(default_factory=dict)  # all metrics of the last validation
     diverged: bool = False
 
 
@@ -143,7 +144,7 @@ def train(
     autocast: torch.dtype | None,
     follower: Follower,
 ) -> Curve:
-    """Steps through a workload: linear warm-up, cosine, validation now and then. Stops where the loss is not finite."""
+    """Trains with a linear warm-up, a cosine schedule and regular validation, until the end or a non-finite loss."""
     curve, smoothed = Curve(), None
     device = next(workload.model.parameters()).device
     groups = [group for optimizer in drive.optimizers for group in optimizer.param_groups]
@@ -189,7 +190,7 @@ def _measured(workload: Workload, autocast: torch.dtype | None) -> dict[str, flo
 
 
 def rate_at(step: int, settings: Settings) -> float:
-    """The share of the peak rate in step number `step`, from 0."""
+    """The learning rate of step number `step`, counted from 0, as a fraction of its peak."""
     warm = max(round(settings.warmup * settings.steps), 1)
     progress = max(step - warm, 0) / max(settings.steps - warm, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
@@ -197,14 +198,14 @@ def rate_at(step: int, settings: Settings) -> float:
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], Tensor):  # some optimizers compile their steps, for which a number would be a constant
+    if isinstance(group["lr"], Tensor):  # optimizers that compile their steps would compile a number as a constant
         group["lr"].fill_(rate)
     else:
         group["lr"] = rate
 
 
 def held_bytes(optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Bytes of all tensors in the optimizers' state, wherever in it they are; what two share counts once."""
+    """Bytes of all tensors in the optimizers' state, however deeply nested; shared storages are counted once."""
     storages: dict[tuple[torch.device, int], int] = {}
     seen: set[int] = set()
 
@@ -213,7 +214,7 @@ def held_bytes(optimizers: Sequence[torch.optim.Optimizer]) -> int:
             return
         seen.add(id(value))
         if isinstance(value, Tensor):
-            inner = getattr(value, "__tensor_flatten__", None)  # a tensor that is made of others, quantized ones say
+            inner = getattr(value, "__tensor_flatten__", None)  # of tensor subclasses with inner tensors, as torchao's
             if inner is not None:
                 for name in inner()[0]:
                     visit(getattr(value, name))
