@@ -1,4 +1,4 @@
-"""Devices and the processes that work for them: each takes one job after the other, and says how far it is."""
+"""Worker processes, one per device, which perform one job after another and report their progress."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from compare.runs import Record, Run
 from compare.tasks import Place, Preparation
 from compare.training import OutOfTimeError
 
-_TOLD_EVERY = 0.5  # seconds
+_TOLD_EVERY = 0.5  # seconds between progress reports
 
 
 @dataclass(frozen=True)
 class Making:
-    """The job of making what runs of a task need."""
+    """The job of pretraining the weights that the runs of a task need."""
 
     task: Finetune
     preparation: Preparation
@@ -45,14 +45,14 @@ Job = Run | Making
 
 @dataclass(frozen=True)
 class Stepped:
-    """Steps that a job has taken since the last word."""
+    """A message: the number of steps since the last message."""
 
     count: int
 
 
 @dataclass(frozen=True)
 class Done:
-    """A job's end: what it gave, or why it gave nothing."""
+    """The last message of a job: its record, if it has one, or the reason why it was not finished."""
 
     record: Record | None = None
     late: bool = False
@@ -63,7 +63,12 @@ Word = Stepped | Done
 
 
 class Telling:
-    """The follower of a job: says how far it is, twice a second, and stops it at the deadline (of `time.time`)."""
+    """The follower of a job: sends its progress twice a second, and stops it at the deadline, a value of `time.time`.
+
+    Args:
+        tell: a function that sends a message.
+        deadline: None for no deadline.
+    """
 
     def __init__(self, tell: Any, deadline: float | None) -> None:
         self._tell, self._deadline = tell, deadline
@@ -83,7 +88,7 @@ class Telling:
 
 
 def perform(job: Job, place: Place, device: torch.device, deadline: float | None, tell: Any) -> Done:
-    """Carries a job out here; what it raises is its result, but for KeyboardInterrupt."""
+    """Performs a job in this process. Its exceptions, except KeyboardInterrupt, are returned as a failure."""
     follower = Telling(tell, deadline)
     try:
         record = job.perform(place, device, follower)
@@ -91,7 +96,7 @@ def perform(job: Job, place: Place, device: torch.device, deadline: float | None
         return Done(record)
     except OutOfTimeError:
         return Done(late=True)
-    except Exception:  # whatever an optimizer raises: the others go on
+    except Exception:  # an error of one optimizer does not end the other runs
         return Done(failure=traceback.format_exc())
     finally:
         if device.type == "cuda":
@@ -99,7 +104,7 @@ def perform(job: Job, place: Place, device: torch.device, deadline: float | None
 
 
 class Worker:
-    """A process for one device."""
+    """A worker process for one device."""
 
     def __init__(self, place: Place, device: torch.device, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -114,7 +119,7 @@ class Worker:
         self.connection.send((job, deadline))
 
     def hear(self) -> Word:
-        """The next word of a process that `heard` has found to have one."""
+        """The next message of the process, which must be one of those that `heard` has returned."""
         try:
             word: Word = self.connection.recv()
         except (EOFError, ConnectionError):
@@ -133,7 +138,7 @@ class Worker:
 
 
 def heard(workers: Sequence[Worker], timeout: float) -> Iterator[Worker]:
-    """Those that have something to say, within so many seconds."""
+    """The workers that have sent a message or ended, after waiting for at most `timeout` seconds."""
     by_connection = {worker.connection: worker for worker in workers}
     for connection in wait(list(by_connection), timeout):
         assert isinstance(connection, Connection)
@@ -147,18 +152,18 @@ def _work(connection: Connection, place: Place, device: torch.device, threads: i
         while True:
             job, deadline = connection.recv()
             if previous not in (None, kind_of(job)):
-                torch.compiler.reset()  # graphs of other shapes and dtypes would count against the limit of recompiling
+                torch.compiler.reset()  # graphs of other shapes and dtypes count towards the recompilation limit
             previous = kind_of(job)
             connection.send(perform(job, place, device, deadline, connection.send))
 
 
 def kind_of(job: Job) -> tuple[str, torch.dtype]:
-    """Jobs of one kind run the same graphs."""
+    """The kind of a job: jobs of the same kind use the same compiled graphs."""
     return job.task.name, job.choice.weights if isinstance(job, Run) else torch.float32
 
 
 def set_up(device: torch.device, threads: int) -> None:
-    """What holds for a whole process."""
+    """Sets the threads, the device and the matrix precision of this process."""
     torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
