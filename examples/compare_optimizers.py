@@ -6,12 +6,13 @@ python examples/compare_optimizers.py --task lm-60m --optimizers adamw collins m
 python examples/compare_optimizers.py --task lm-60m --optimizers adamw collins:compress_ratio=8 collins@bf16 \
     --rates adamw=1e-3 adamw=1.4e-3 2e-3 2.8e-3 --beta2 0.99 0.999 --time-limit 540
 
-Each finished run is a line of JSON in the results file, and is not repeated: the same command resumes an interrupted
-comparison, and one with more rates or seeds adds runs. At the end it prints tables in Markdown, which are also written
-to a file, and draws figures: loss against steps, against bytes of state, against the rate. Every optimizer of a task
-gets the same model, data, schedule, clipping and decay, and one learning rate for the whole model.
+Each finished run is a line of JSON in the results file and is not repeated. So the same command resumes an interrupted
+comparison, and a command with more learning rates or seeds adds runs. At the end, tables in Markdown are printed and
+written to a file, and figures are drawn: loss over steps, over bytes of state, and over the learning rate. All
+optimizers of a task use the same model, data, schedule, clipping and weight decay, and one learning rate for the whole
+model.
 
-The text is that of the installed packages, and so depends on the machine: results contain a digest of their data, and
+The text consists of files of installed packages, and so depends on the machine. Results contain a digest of their data;
 results with different digests are not compared. `--text FOLDER` uses the text in a folder instead.
 """
 
@@ -40,27 +41,61 @@ TASKS: dict[str, Task] = {task.name: task for task in (*LANGUAGE_TASKS, DIGITS, 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=["lm-small"], help="(lm-small)")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=["lm-small"], help="tasks (default: lm-small)")
     parser.add_argument(
-        "--optimizers", nargs="+", metavar="NAME[:OPTION=VALUE,...][@bf16]", help="(those of the task; see --list)"
+        "--optimizers",
+        nargs="+",
+        metavar="NAME[:OPTION=VALUE,...][@bf16]",
+        help="optimizers (default: those of the task; see --list)",
     )
-    parser.add_argument("--rates", nargs="+", default=[], metavar="RATE|NAME=RATE", help="(those of the task)")
-    parser.add_argument("--beta2", nargs="+", type=decay, help="decays of second moments (those of the task)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="(0)")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the tasks, as steps=100"
+        "--rates",
+        nargs="+",
+        default=[],
+        metavar="RATE|NAME=RATE",
+        help="learning rates, for all optimizers or for one (default: those of the task)",
     )
-    parser.add_argument("--gpus", nargs="+", default=["all"], metavar="all|none|NUMBER", help="(all, or the CPU)")
-    parser.add_argument("--processes", type=int, help="on the CPU (one for each core)")
+    parser.add_argument("--beta2", nargs="+", type=decay, help="decays of second moments (default: those of the task)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds (default: 0)")
     parser.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="from the start: begin nothing that would end later"
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the tasks, such as steps=100"
     )
-    parser.add_argument("--results", type=Path, default=Path("compare_optimizers.jsonl"), help="(%(default)s)")
-    parser.add_argument("--cache", type=Path, default=cache_folder(), help="for tokens and such (%(default)s)")
-    parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FOLDER", help="to take text from")
+    parser.add_argument(
+        "--gpus",
+        nargs="+",
+        default=["all"],
+        metavar="all|none|NUMBER",
+        help="GPUs (default: all, or the CPU if there is none)",
+    )
+    parser.add_argument("--processes", type=int, help="processes on the CPU (default: one per core)")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="time limit from the start of the command: runs that would end later are not started",
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path("compare_optimizers.jsonl"), help="results file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=cache_folder(),
+        help="folder for tokens and pretrained weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="folders with text (default: the installed packages)",
+    )
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--list", action="store_true", help="tasks, their settings, and optimizers; and nothing else")
-    only.add_argument("--report", action="store_true", help="tables and figures of the results file, without a run")
+    only.add_argument("--list", action="store_true", help="only list the tasks, their settings, and the optimizers")
+    only.add_argument(
+        "--report", action="store_true", help="only create the tables and figures of the results file, without runs"
+    )
     args, checked = parser.parse_args(arguments), checker(parser)
     if args.processes is not None:
         checked("processes", lambda: at_least(1, args.processes))
@@ -82,10 +117,10 @@ def choices(named: list[str] | None, task: Task) -> list[Choice]:
 
 
 def planned(args: argparse.Namespace, place: Place, device: torch.device) -> list[Run]:
-    """All runs that were asked for and that can be made here; says which cannot, and why.
+    """The requested runs, except those whose optimizers cannot be used on the device, for which it prints the reason.
 
     Raises:
-        ValueError: for a task whose data is not to be had.
+        ValueError: for a task whose data cannot be created.
     """
     runs = []
     for task, chosen in args.compared:
@@ -110,12 +145,12 @@ def listing() -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for spec in OPTIMIZERS.values():
         missing = spec.missing(device)
-        lines.append(f"  {spec.name}: {spec.about}{f' (not here: {missing})' if missing else ''}")
+        lines.append(f"  {spec.name}: {spec.about}{f' (not available: {missing})' if missing else ''}")
     return "\n".join(lines)
 
 
 def show(path: Path) -> None:
-    """Tables and figures of all results in a file."""
+    """Prints and writes the tables of all results in a file, and draws the figures."""
     records = results.read(path)
     text = tables(records)
     print(f"\n{text}")
@@ -145,16 +180,17 @@ def main(arguments: list[str] | None = None) -> Outcome:
         sys.exit(f"{Path(__file__).name}: error: {error}")
     cut = results.mend(args.results)
     if cut:
-        print(f"{args.results}: its last line was cut off and is taken away ({cut} bytes)")
+        print(f"{args.results}: removed the last line, which was incomplete ({cut} bytes)")
     args.results.parent.mkdir(parents=True, exist_ok=True)
     deadline = None if args.time_limit is None else started + args.time_limit
     schedule = Schedule(runs, args.results, place, deadline)
     devices = args.gpus or cpus(args.processes, schedule.jobs)
-    print(f"{len(runs)} runs, {len(schedule.outcome.found)} of them finished before; on {', '.join(map(str, devices))}")
+    finished = len(schedule.outcome.found)
+    print(f"{len(runs)} runs, {finished} already finished; devices: {', '.join(map(str, devices))}")
     outcome = run_all(schedule, devices, threads(devices))
     show(args.results)
     for title in outcome.late:
-        print(f"no time for: {title}")
+        print(f"not finished within the time limit: {title}")
     for title, failure in outcome.failed.items():
         print(f"failed: {title}\n{failure}", file=sys.stderr)
     return outcome

@@ -1,12 +1,13 @@
-"""Trains a small LLaMA on the sources of Python's standard library with AdamW and with Collins, and compares them.
+"""Compares AdamW and Collins in training a small LLaMA on the sources of Python's standard library.
 
 python examples/train_lm.py
 python examples/train_lm.py --optimizers adamw collins collins-published muon --rates 1e-3 2e-3 4e-3 8e-3
 python examples/train_lm.py --optimizers collins --rates 4e-3 --memory examples/policies/one-24gb-card.toml
 
 The model is a decoder of 1.8M parameters with a vocabulary of 8,192 byte-level BPE tokens. Each optimizer is run at
-three rates, of which the best is shown. This is the task `lm-small` of `compare_optimizers.py` with smaller batches, so
-that six runs take two minutes on two cores; `compare_optimizers.py` has larger tasks, more seeds, and kept results.
+three learning rates, and the plot shows its best run. This is the task `lm-small` of `compare_optimizers.py` with
+smaller batches, so that six runs take two minutes on two cores. `compare_optimizers.py` has larger tasks, runs several
+seeds, and stores its results.
 """
 
 from __future__ import annotations
@@ -30,23 +31,42 @@ from compare.tasks import Place
 from collins.offload import MemoryPolicy
 
 SETTINGS = {"batch": "12"}
-RATES = {"adamw": (1e-3, 2e-3, 4e-3), "collins": (2e-3, 4e-3, 8e-3)}  # AdamW is worse again at 8e-3
+RATES = {"adamw": (1e-3, 2e-3, 4e-3), "collins": (2e-3, 4e-3, 8e-3)}  # AdamW's loss at 8e-3 is above its best
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizers", nargs="+", default=list(RATES), help="(adamw collins)")
-    parser.add_argument("--rates", nargs="+", default=[], metavar="RATE|NAME=RATE", help="(three for each)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings, as steps=1000")
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(cpu, with a process for each core)")
-    parser.add_argument("--memory", metavar="FILE|TIER", help="where Collins keeps its tables: a TOML file, or a tier")
-    parser.add_argument("--out", type=Path, default=Path("train_lm.png"), help="the loss plot, a PNG file")
-    parser.add_argument("--cache", type=Path, default=cache_folder(), help="for tokens (%(default)s)")
-    parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FOLDER", help="to take text from")
+    parser.add_argument("--optimizers", nargs="+", default=list(RATES), help="optimizers (default: adamw collins)")
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        default=[],
+        metavar="RATE|NAME=RATE",
+        help="learning rates, for all optimizers or for one (default: three for each optimizer)",
+    )
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings, such as steps=1000")
+    parser.add_argument("--seed", type=int, default=0, help="the seed (default: 0)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="the device (default: cpu, with one process per core)"
+    )
+    parser.add_argument(
+        "--memory", metavar="FILE|TIER", help="the placement of Collins's tables: a TOML file with a policy, or a tier"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("train_lm.png"), help="PNG file of the loss plot (default: %(default)s)"
+    )
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder for tokens (default: %(default)s)")
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="folders with text (default: the standard library)",
+    )
     args, checked = parser.parse_args(arguments), checker(parser)
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: cuda is not here")
+        parser.error("argument --device: must be cpu, since CUDA is not available; got cuda")
     args.text = checked("text", lambda: folders(args.text))
     args.task = checked("set", lambda: LM_SMALL.changed({**SETTINGS, **pairs(args.set)}))
     args.choices = checked("optimizers", lambda: [Choice.of(name) for name in dict.fromkeys(args.optimizers)])
@@ -81,7 +101,7 @@ def main(arguments: list[str] | None = None) -> list[Record]:
     print(f"\n{tables(records)}")
     for record in records:
         for plan in record["placement"]:
-            print(f"{record['optimizer']}, lr {record['lr']:g}: where its tables are\n{plan}")
+            print(f"{record['optimizer']}, lr {record['lr']:g}: placement of its tables\n{plan}")
     reason = plots.missing()
     if reason is None:
         plots.curves_alone(records, args.out, "1.8M-parameter LLaMA on Python's standard library")

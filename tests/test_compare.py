@@ -252,7 +252,7 @@ def test_a_killed_comparison_goes_on_and_ends_in_the_same_table(command, compare
     assert len(outcome.finished) == 4 - len(done)
     found = records(path)
     assert len({record["key"] for record in found}) == len(found) == 4
-    assert "its last line was cut off and is taken away (16 bytes)" in capsys.readouterr().out
+    assert "removed the last line, which was incomplete (16 bytes)" in capsys.readouterr().out
     tables = compare("compare.report").tables
     assert without_times(tables, found) == without_times(tables, uninterrupted)
 
@@ -320,7 +320,7 @@ def test_runs_that_would_not_end_in_time_are_not_begun_and_are_named(command, ar
     assert not outcome.finished
     shown = capsys.readouterr().out
     for title in late:
-        assert f"no time for: {title}" in shown
+        assert f"not finished within the time limit: {title}" in shown
     assert (path.read_bytes() if path.exists() else None) == before
 
 
@@ -338,10 +338,10 @@ def test_a_run_is_stopped_at_its_deadline(compare, command, arguments, tmp_path)
 def test_weights_to_finetune_are_made_once_and_not_at_all_for_finished_runs(command, compare, arguments, cache, capsys):
     more = ("--optimizers", "adamw", "--rates", "1e-3")
     command.main(arguments("finetune-small", *more, settings=["pretraining_rate=3e-3"]))
-    assert "finetune-small: weights trained on code: made" in capsys.readouterr().out
+    assert "finetune-small: pretraining on code: finished" in capsys.readouterr().out
     outcome = command.main(arguments("finetune-small", *more, "--seeds", "0", "1", settings=["pretraining_rate=3e-3"]))
     assert len(outcome.found) == len(outcome.finished) == 1
-    assert ": made" not in capsys.readouterr().out
+    assert "pretraining on code" not in capsys.readouterr().out
 
 
 def test_without_the_weights_to_finetune_their_runs_fail_by_name(command, compare, arguments, monkeypatch):
@@ -352,7 +352,7 @@ def test_without_the_weights_to_finetune_their_runs_fail_by_name(command, compar
     more = ("--optimizers", "adamw", "--rates", "1e-3", "--seeds", "0", "1")
     outcome = command.main(arguments("finetune-small", *more, settings=["pretraining_rate=5e-3"]))
     assert list(outcome.failed) == [
-        "finetune-small: weights trained on code",
+        "finetune-small: pretraining on code",
         "finetune-small: adamw lr 0.001 beta2 0.999 seed 0",
         "finetune-small: adamw lr 0.001 beta2 0.999 seed 1",
     ]
@@ -402,7 +402,7 @@ RECORDS = [
 TABLES = """\
 ## lm-small (steps 300, batch 16; data 0123456789ab)
 
-| optimizer | beta2 | lr | seeds | validation loss | deviation | beyond adamw | state bytes | per parameter | for a 7B LLaMA | weights, bytes per parameter | ms per optimizer step |
+| optimizer | beta2 | lr | seeds | validation loss | standard deviation | minus adamw | state bytes | per parameter | for a 7B LLaMA | weights, bytes per parameter | ms per optimizer step |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 | collins | 0.999 | 0.008 | 1 | 3.690 |  | -0.229 | 250,000 | 0.25 | 1.69 GB | 4.00 | 20.2 |
 | adamw | 0.999 | 0.002 | 2 | 3.919 | 0.016 | +0.000 | 8,000,000 | 8.00 | 53.91 GB | 4.00 | 1.5 |
@@ -415,11 +415,11 @@ TABLES = """\
 | collins | 0.999 |  |  | 3.750 | **3.690** | diverged |
 | scale |  | **diverged** |  |  |  |  |
 
-Left out, since made with other options or in another precision: 1 runs.
+Not shown, since their options or precision differ from those of the last run: 1 runs.
 
 ## digits (steps 600)
 
-| optimizer | beta2 | lr | seeds | validation loss | deviation | beyond adamw | state bytes | per parameter | for a 7B LLaMA | weights, bytes per parameter | ms per optimizer step |
+| optimizer | beta2 | lr | seeds | validation loss | standard deviation | minus adamw | state bytes | per parameter | for a 7B LLaMA | weights, bytes per parameter | ms per optimizer step |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 | adamw | 0.999 | 0.001 | 1 | 2.000 |  | +0.000 | 8,000,000 | 8.00 | 53.91 GB | 4.00 | 1.5 |
 
@@ -489,7 +489,7 @@ def test_a_peer_that_is_not_installed_is_named_and_left_out(command, arguments, 
 @pytest.mark.parametrize(
     ("task", "package", "named"),
     [
-        ("digits", "sklearn", "digits needs scikit-learn, which has the images: pip install scikit-learn"),
+        ("digits", "sklearn", "digits needs scikit-learn, which contains the images: pip install scikit-learn"),
         ("lm-small", "tokenizers", "language tasks need the package `tokenizers`: pip install tokenizers"),
     ],
 )
@@ -500,9 +500,9 @@ def test_a_task_says_what_it_needs(command, arguments, monkeypatch, tmp_path, ta
 
 
 def test_too_little_text_is_refused(command, arguments, tmp_path):
-    with pytest.raises(SystemExit, match=r"too few files of code \(\.py, \.pyi\) to train on and hold out in "):
+    with pytest.raises(SystemExit, match=r"too few files of code \(\.py, \.pyi\) for training and validation in "):
         command.main(arguments("lm-small", "--text", str(tmp_path), "--cache", str(tmp_path / "new")))
-    with pytest.raises(SystemExit, match="are not enough for windows of 100000; give folders with more text"):
+    with pytest.raises(SystemExit, match="are too few for windows of 100000 tokens; pass folders with more text"):
         command.main(arguments("lm-small", settings=["context=100000"]))
 
 
@@ -511,24 +511,24 @@ def test_too_little_text_is_refused(command, arguments, tmp_path):
     [
         (["--task", "imagenet"], "argument --task: invalid choice: 'imagenet'"),
         (["--optimizers", "sgd"], "argument --optimizers: 'sgd' is not an optimizer: choose from adamw, collins"),
-        (["--optimizers", "adamw@fp8"], "argument --optimizers: weights of 'adamw@fp8' must be bf16"),
-        (["--optimizers", "adamw:rank=1"], "'rank=1' is not an option of adamw, OPTION=VALUE: it takes eps"),
-        (["--optimizers", "collins:seed=1"], "'seed=1' is not an option of collins"),
-        (["--rates", "fast"], "argument --rates: must be a number above 0, or NAME=NUMBER, got 'fast'"),
+        (["--optimizers", "adamw@fp8"], "argument --optimizers: the dtype after @ must be bf16"),
+        (["--optimizers", "adamw:rank=1"], "OPTION=VALUE with an option of adamw (accepted: eps), got 'rank=1'"),
+        (["--optimizers", "collins:seed=1"], "must be OPTION=VALUE with an option of collins (accepted: "),
+        (["--rates", "fast"], "argument --rates: must be a positive finite number, or NAME=NUMBER, got 'fast'"),
         (["--rates", "-1"], "argument --rates"),
-        (["--rates", "inf"], "argument --rates: must be a number above 0"),
-        (["--rates", "muon=1e-3"], "'muon=1e-3' is of an optimizer that is not compared; adamw, collins are"),
-        (["--beta2", "1.0"], "argument --beta2: must be 0 or more and less than 1, got 1.0"),
+        (["--rates", "inf"], "argument --rates: must be a positive finite number"),
+        (["--rates", "muon=1e-3"], "NAME must be an optimizer that is compared (adamw, collins), got 'muon=1e-3'"),
+        (["--beta2", "1.0"], "argument --beta2: must be at least 0 and less than 1, got 1.0"),
         (["--seeds", "one"], "argument --seeds: invalid int value: 'one'"),
         (["--set", "steps"], "argument --set: must be NAME=VALUE, got 'steps'"),
-        (["--set", "rank=1"], "argument --set: 'rank' is not a setting of lm-small: it has steps, batch"),
+        (["--set", "rank=1"], "argument --set: lm-small has no setting 'rank', only steps, batch"),
         (["--set", "steps=2.5"], "argument --set: steps of lm-small must be a whole number, got '2.5'"),
         (["--set", "steps=0"], "argument --set: steps must be at least 1, got 0"),
         (["--set", "clip=0.0"], "argument --set: clip must be above 0, got 0.0"),
         (["--set", "weight_decay=inf"], "argument --set: weight_decay must be at least 0, got inf"),
         (["--set", "warmup=2"], "argument --set: warmup must be 0 to 1, got 2.0"),
         (["--set", "heads=5"], "argument --set: hidden must be a multiple of twice heads, got 96 and 5"),
-        (["--set", "vocabulary=100"], "argument --set: vocabulary must be 257 to 65536"),
+        (["--set", "vocabulary=100"], "vocabulary must be 257 (all bytes and the end of a text) to 65536, got 100"),
         (["--set", "accumulate=3"], "argument --set: batch must be a multiple of accumulate, got 16 and 3"),
         (["--gpus", "tpu"], "argument --gpus: must be all, none or numbers of GPUs"),
         (["--gpus", "99"], "argument --gpus: must be all, none or numbers of GPUs"),

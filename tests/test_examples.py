@@ -96,9 +96,9 @@ def test_train_lm_repeats_itself_and_takes_a_subset(train_lm, small, tmp_path):
     ("wrong", "named"),
     [
         (["--set", "hidden=65"], "hidden must be a multiple of twice heads, got 65 and 3"),
-        (["--rates", "sgd=1"], "'sgd=1' is of an optimizer that is not compared"),
+        (["--rates", "sgd=1"], "NAME must be an optimizer that is compared (adamw, collins), got 'sgd=1'"),
         (["--optimizers", "sgd"], "'sgd' is not an optimizer"),
-        (["--rates", "fast"], "must be a number above 0, or NAME=NUMBER, got 'fast'"),
+        (["--rates", "fast"], "must be a positive finite number, or NAME=NUMBER, got 'fast'"),
         (["--memory", "disk"], "argument --memory: memory must be"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--text", "nowhere"], "must be a folder, got nowhere"),
@@ -121,7 +121,7 @@ def test_train_lm_takes_a_policy_file_and_trains_alike(train_lm, small, tmp_path
     assert resident["placement"] == []
     (plan,) = housed["placement"]
     assert "host" in plan
-    assert f"collins, lr 0.01: where its tables are\n{plan}" in capsys.readouterr().out
+    assert f"collins, lr 0.01: placement of its tables\n{plan}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("tier", "code"), [("host", "own"), ("auto", "own"), ("host", "transformers")])

@@ -1,4 +1,4 @@
-"""Arguments of commands: what texts mean, and the errors that say what they may be."""
+"""Command-line arguments: parsing their values, and errors that tell which values are accepted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def checker(parser: argparse.ArgumentParser) -> Callable[[str, Callable[[], Any]], Any]:
-    """What calls a function for the argument of a name, and ends the command by name where it raises."""
+    """Returns `checked(name, make)`, which calls `make` and reports its error as an error of the argument `--name`."""
 
     def checked(name: str, make: Callable[[], Any]) -> Any:
         try:
@@ -28,7 +28,7 @@ def cache_folder() -> Path:
 def decay(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be 0 or more and less than 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, got {text}")
     return value
 
 
@@ -38,7 +38,7 @@ def at_least(least: float, value: float) -> None:
 
 
 def pairs(texts: Iterable[str]) -> dict[str, str]:
-    """NAME=VALUE, each."""
+    """Parses texts of the form NAME=VALUE."""
     found = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -49,18 +49,19 @@ def pairs(texts: Iterable[str]) -> dict[str, str]:
 
 
 def rates(texts: Iterable[str], names: list[str]) -> dict[str | None, list[float]]:
-    """`3e-3` for every optimizer that has none of its own, `collins=8e-3` for that one."""
+    """Parses learning rates by optimizer: `collins=8e-3` is for that optimizer, `3e-3` for all without their own."""
     found: dict[str | None, list[float]] = {}
     for text in texts:
         name, _, value = text.rpartition("=")
         if name and name not in names:
-            raise ValueError(f"{text!r} is of an optimizer that is not compared; {', '.join(dict.fromkeys(names))} are")
+            compared = ", ".join(dict.fromkeys(names))
+            raise ValueError(f"NAME must be an optimizer that is compared ({compared}), got {text!r}")
         try:
             rate = float(value)
         except ValueError:
             rate = float("nan")
         if not 0 < rate < float("inf"):
-            raise ValueError(f"must be a number above 0, or NAME=NUMBER, got {text!r}")
+            raise ValueError(f"must be a positive finite number, or NAME=NUMBER, got {text!r}")
         found.setdefault(name or None, []).append(rate)
     return found
 

@@ -1,4 +1,4 @@
-"""Vision: a small ViT on the 1,797 images of 8 x 8 pixels of handwritten digits that scikit-learn has."""
+"""Vision: a small ViT on the digits of scikit-learn, which are 1,797 images of 8 x 8 pixels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIDE, _PATCH, _CLASSES, _HELD_OUT = 8, 2, 10, 360
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsSettings(Settings):
-    """Also the model's shape; images are moved by up to one pixel each way in training."""
+    """The settings of a task, and the shape of the model."""
 
     hidden: int
     layers: int
@@ -32,18 +32,18 @@ class DigitsSettings(Settings):
 
 
 class VisionTransformer(nn.Module):
-    """Patches of 2 x 2 pixels, pre-norm blocks, the mean of all patches, a linear head; images (batch, 8, 8)."""
+    """A pre-norm transformer over patches of 2 x 2 pixels, mean pooling and a linear head; images are (batch, 8, 8)."""
 
     def __init__(self, hidden: int, layers: int, heads: int) -> None:
         super().__init__()
         self.patches = nn.Linear(_PATCH**2, hidden)
         self.positions = nn.Parameter(torch.empty((_SIDE // _PATCH) ** 2, hidden))
-        nn.init.normal_(self.positions, std=0.5)  # as large as what patches give: from less it takes long to learn them
+        nn.init.normal_(self.positions, std=0.5)  # as large as patch embeddings: smaller ones are learnt slowly
         block = nn.TransformerEncoderLayer(
             hidden, heads, 4 * hidden, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.blocks = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
-        for name, p in self.blocks.named_parameters():  # the encoder's layers are copies of one
+        for name, p in self.blocks.named_parameters():  # nn.TransformerEncoder gives all layers the same weights
             if p.dim() == 2:
                 depth = 2 * layers if name.endswith(("out_proj.weight", "linear2.weight")) else 1
                 nn.init.normal_(p, std=1 / math.sqrt(p.shape[1] * depth))
@@ -58,7 +58,7 @@ class VisionTransformer(nn.Module):
 
 
 class DigitsWorkload(Workload):
-    """A batch is images and classes side by side, int64 (batch, 65): the last column is the class."""
+    """The model and the images. A batch is int64 (batch, 65): 64 pixels in each row, then the class."""
 
     def __init__(self, settings: DigitsSettings, device: torch.device, weights: torch.dtype, seed: int) -> None:
         self.settings, self.weights = settings, weights
@@ -70,7 +70,7 @@ class DigitsWorkload(Workload):
         self.held_out, self.train = data[:_HELD_OUT], data[_HELD_OUT:]
 
     def batches(self, seed: int) -> Iterator[Tensor]:
-        """Each pass takes the images in a new order; every image of a batch is moved by a pixel, or is not."""
+        """Images in a new order in each epoch; each image is shifted by -1, 0 or 1 pixel in both directions."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.empty(0, dtype=torch.long)
         for _ in range(self.settings.steps):
@@ -89,13 +89,13 @@ class DigitsWorkload(Workload):
         return {"loss": functional.cross_entropy(logits, classes).item(), "accuracy": right.item()}
 
     def _logits(self, batch: Tensor) -> Tensor:
-        images = batch[:, :-1].view(-1, _SIDE, _SIDE).to(self.weights) / 8 - 1  # of 16 shades, to [-1, 1]
+        images = batch[:, :-1].view(-1, _SIDE, _SIDE).to(self.weights) / 8 - 1  # from 0 to 16, to [-1, 1]
         logits: Tensor = self.model(images).float()
         return logits
 
 
 def _moved(batch: Tensor, moves: Tensor) -> Tensor:
-    """Images cut out of a frame of one empty pixel at offsets 0 to 2; moves (batch, 2, 1)."""
+    """Images padded with one empty pixel on each side, then cropped at the offsets `moves`, 0 to 2, (batch, 2, 1)."""
     framed = functional.pad(batch[:, :-1].view(-1, _SIDE, _SIDE), (1, 1, 1, 1))
     span = torch.arange(_SIDE, device=batch.device)
     rows, columns = (moves[:, 0] + span)[:, :, None], (moves[:, 1] + span)[:, None, :]
@@ -105,7 +105,7 @@ def _moved(batch: Tensor, moves: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _digits() -> Tensor:
-    """All images and classes, int64 (1797, 65), in an order that is drawn once and for all."""
+    """All images and classes, int64 (1797, 65), shuffled with a fixed seed."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -115,13 +115,13 @@ def _digits() -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Digits(Task):
-    """Classifies digits."""
+    """Classification of digits."""
 
     settings: DigitsSettings
 
     def prepare(self, place: Place) -> str:
         if importlib.util.find_spec("sklearn") is None:
-            raise TaskError(f"{self.name} needs scikit-learn, which has the images: pip install scikit-learn")
+            raise TaskError(f"{self.name} needs scikit-learn, which contains the images: pip install scikit-learn")
         return ""
 
     def workload(self, place: Place, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
@@ -130,7 +130,7 @@ class Digits(Task):
 
 DIGITS = Digits(
     name="digits",
-    about="a ViT of 0.4M parameters on the digits of scikit-learn; half a minute a run on one core",
+    about="a ViT of 0.4M parameters on the digits of scikit-learn; half a minute per run on one core",
     unit="nats",
     rates=(1e-3, 2e-3, 4e-3, 8e-3),
     settings=DigitsSettings(steps=600, batch=64, hidden=128, layers=2, heads=4),

@@ -1,4 +1,4 @@
-"""Language models: LLaMA decoders over byte-level BPE tokens, from random weights or from weights trained on code."""
+"""Language models: LLaMA decoders on byte-level BPE tokens, with random initial weights or pretrained on code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _PIECE = 128  # tokens
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageSettings(Settings):
-    """Also the decoder's shape; a step sees `batch` windows of `context` tokens, validation `held_out` such batches."""
+    """The settings of a task, and the shape of the decoder.
+
+    A step uses `batch` windows of `context` tokens; validation uses `held_out` batches of the same size.
+    """
 
     vocabulary: int
     hidden: int
@@ -41,10 +44,12 @@ class LanguageSettings(Settings):
         if self.hidden % (2 * self.heads):
             raise ValueError(f"hidden must be a multiple of twice heads, got {self.hidden} and {self.heads}")
         if not 257 <= self.vocabulary <= 65_536:
-            raise ValueError(f"vocabulary must be 257 to 65536, all bytes and the end of a text, got {self.vocabulary}")
+            raise ValueError(
+                f"vocabulary must be 257 (all bytes and the end of a text) to 65536, got {self.vocabulary}"
+            )
 
     def decoder(self, weights: torch.dtype, device: torch.device, seed: int) -> Llama:
-        """With random weights, drawn on the CPU: the same ones on every device."""
+        """A decoder with random weights, which are drawn on the CPU to be the same on every device."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             sizes = (self.layers, self.hidden, self.ffn, self.heads, self.heads, self.vocabulary)
@@ -54,7 +59,7 @@ class LanguageSettings(Settings):
 
 
 class LanguageWorkload(Workload):
-    """A decoder and windows of text; on a GPU its blocks and its loss are compiled."""
+    """A decoder and windows of text; its blocks and its loss are compiled on a GPU."""
 
     model: Llama
 
@@ -88,12 +93,12 @@ def head_loss(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _compiled_head_loss() -> Callable[..., Tensor]:
-    """One for all runs of a process."""
+    """The compiled loss, which all runs of a process share."""
     return torch.compile(head_loss, dynamic=False)
 
 
 class HeadLoss(torch.autograd.Function):
-    """`head_loss` in pieces that stay in a CPU's cache, with the gradients made on the way: half its time there."""
+    """`head_loss` on a CPU in half the time: in pieces that fit into its cache, with gradients computed in forward."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -104,7 +109,7 @@ class HeadLoss(torch.autograd.Function):
             logits = functional.linear(x, head).float()
             p = logits.softmax(1)
             rows = torch.arange(len(x))
-            # The normaliser by way of the likeliest token, whose probability does not underflow.
+            # The normaliser is computed from the most probable token, whose probability does not underflow.
             losses.append(logits.amax(1) - p.amax(1).log() - logits[rows, target])
             if grad_head is not None:
                 p[rows, target] -= 1
@@ -123,11 +128,11 @@ class HeadLoss(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel(Task):
-    """Trains a decoder from random weights.
+    """Pretraining of a decoder from random weights.
 
     Args:
-        packages: whether text of all installed packages is taken; else the sources of the standard library alone,
-            which take seconds to be made tokens of.
+        packages: whether to use the text of all installed packages. Otherwise only the sources of the standard library
+            are used, which are tokenized in seconds.
     """
 
     settings: LanguageSettings
@@ -144,7 +149,7 @@ class LanguageModel(Task):
         return self.corpus(place).tokens(place.cache)
 
     def text(self, place: Place, kinds: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Tokens to train on, and those held out."""
+        """The tokens for training and for validation."""
         tokens = self.tokens(place)
         train, valid = (tokens.load(part, kinds, device) for part in ("train", "valid"))
         return train, valid
@@ -155,8 +160,8 @@ class LanguageModel(Task):
             count = min(tokens.count(part, kind) for part in ("train", "valid"))
             if count <= self.settings.context:
                 raise TaskError(
-                    f"{self.name} needs more {kind}: {count} tokens are not enough for windows of"
-                    f" {self.settings.context}; give folders with more text"
+                    f"{self.name} needs more {kind}: {count} tokens are too few for windows of"
+                    f" {self.settings.context} tokens; pass folders with more text"
                 )
         return tokens.digest()
 
@@ -167,7 +172,7 @@ class LanguageModel(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(LanguageSettings):
-    """Also how the weights it begins with were trained: by AdamW, on code."""
+    """The settings of a language task, and those of the pretraining on code by AdamW."""
 
     pretraining_steps: int
     pretraining_rate: float
@@ -175,7 +180,7 @@ class FinetuneSettings(LanguageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(LanguageModel):
-    """Goes on, with all weights, from a decoder that was trained on code; on prose that it has not seen there."""
+    """Full fine-tuning, on prose, of a decoder that was pretrained on code without this prose."""
 
     settings: FinetuneSettings
     optimizers: tuple[str, ...] = ("adamw", "adamw@bf16", "collins@bf16", "collins-in-backward@bf16")
@@ -188,7 +193,7 @@ class Finetune(LanguageModel):
         s = self._pretraining()
         identity = json.dumps([asdict(s), self.settings.pretraining_rate, self.tokens(place).digest()], sort_keys=True)
         name = f"{self.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.pt"
-        return Preparation(f"{self.name}: weights trained on code", place.cache / name, s.steps)
+        return Preparation(f"{self.name}: pretraining on code", place.cache / name, s.steps)
 
     def make(self, place: Place, device: torch.device, follower: Follower) -> None:
         s, path = self._pretraining(), self.preparation(place).path
@@ -231,7 +236,7 @@ _130M = {**_LARGE, "hidden": 768, "layers": 12, "heads": 12, "ffn": 2048}
 
 LM_SMALL = LanguageModel(
     name="lm-small",
-    about="a decoder of 1.8M parameters over the sources of the standard library; a minute a run on one core",
+    about="a decoder of 1.8M parameters on the sources of the standard library; a minute per run on one core",
     packages=False,
     rates=(1e-3, 2e-3, 4e-3, 8e-3),
     settings=LanguageSettings(steps=300, **_SMALL),
@@ -241,7 +246,7 @@ LANGUAGE_TASKS: tuple[Task, ...] = (
     LM_SMALL,
     LanguageModel(
         name="lm-60m",
-        about="LLaMA 60M over the text of installed packages; a minute a run on an H100",
+        about="LLaMA 60M on the text of installed packages; a minute per run on an H100",
         packages=True,
         rates=(1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3),
         beta2s=(0.95, 0.99, 0.999),
@@ -250,7 +255,7 @@ LANGUAGE_TASKS: tuple[Task, ...] = (
     ),
     LanguageModel(
         name="lm-130m",
-        about="LLaMA 130M over the same text",
+        about="LLaMA 130M on the text of installed packages",
         packages=True,
         rates=(1e-3, 1.4e-3, 2e-3, 2.8e-3),
         beta2s=(0.95, 0.99, 0.999),
@@ -259,7 +264,7 @@ LANGUAGE_TASKS: tuple[Task, ...] = (
     ),
     Finetune(
         name="finetune",
-        about="LLaMA 60M trained on code, then on documents and docstrings",
+        about="LLaMA 60M, pretrained on code, fine-tuned on documents and docstrings",
         packages=True,
         rates=(1e-4, 2e-4, 4e-4, 8e-4),
         autocast=True,
@@ -267,7 +272,7 @@ LANGUAGE_TASKS: tuple[Task, ...] = (
     ),
     Finetune(
         name="finetune-small",
-        about="the decoder of lm-small trained on the standard library, then on documents and docstrings of packages",
+        about="the decoder of lm-small, pretrained on the standard library, fine-tuned on documents and docstrings",
         packages=False,
         rates=(1e-3, 2e-3, 4e-3, 8e-3),
         settings=FinetuneSettings(steps=150, **_SMALL, pretraining_steps=300, pretraining_rate=2e-3),

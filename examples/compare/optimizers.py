@@ -1,7 +1,7 @@
-"""The optimizers that are compared: how each is made, what it needs, and over which rates it is swept.
+"""The optimizers that are compared: their construction, their requirements, and the unit of their learning rates.
 
-All of them get one learning rate for the whole model, and weight decay on everything but vectors. Those whose packages
-are not installed are left out, with the reason.
+All of them use one learning rate for the whole model, and weight decay for all parameters except vectors. Optimizers
+whose packages are not installed are left out, and the reason is printed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Split:
-    """The parameters of a model by what they are: embeddings, output head, other matrices, vectors."""
+    """The parameters of a model by kind: embeddings, output head, other matrices, vectors."""
 
     embeddings: list[Tensor]
     head: list[Tensor]
@@ -36,7 +36,7 @@ class Split:
 
     @classmethod
     def of(cls, model: nn.Module) -> Split:
-        """The output head is the layer that a model calls `head`."""
+        """Splits the parameters of a model, whose output head is the linear layer `model.head`, if it has one."""
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         last = getattr(model, "head", None)
         heads = {id(last.weight)} if isinstance(last, nn.Linear) else set()
@@ -53,9 +53,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Setup:
-    """What an optimizer is made of in one run.
+    """The model and the hyperparameters with which an optimizer is constructed for a run.
 
-    `accumulate` is the number of backward passes of a step, for optimizers that step in them.
+    `accumulate` is the number of backward passes per step, for optimizers that step in backward.
     """
 
     model: nn.Module
@@ -76,7 +76,7 @@ class Setup:
         return 0.9, 0.999 if self.beta2 is None else self.beta2
 
     def groups(self) -> Groups:
-        """All parameters in two groups, of which vectors are not decayed: those that Collins gets, without names."""
+        """The parameter groups of `collins.param_groups`, without names: vectors have no weight decay."""
         return [
             {**group, "params": [p for _, p in group["params"]]}
             for group in param_groups(self.model, weight_decay=self.weight_decay)
@@ -87,27 +87,28 @@ _UNDECAYED = {"weight_decay": 0.0}
 
 
 def groups(*parts: tuple[list[Tensor], Mapping[str, Any]]) -> Groups:
-    """Parameter groups; those without parameters are left out."""
+    """Parameter groups of pairs of parameters and options, without empty groups."""
     return [{"params": params, **options} for params, options in parts if len(params) > 0]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """An optimizer by name.
+    """The specification of an optimizer.
 
     Args:
-        name: what it is called on the command line.
-        about: one line on it.
-        make: from the setup of a run, the optimizers that step its parameters: one, or one for each part.
+        name: its name on the command line.
+        about: a description of one line.
+        make: returns the optimizers of a run, given its setup: one, or one for each kind of parameters.
         has_beta2: whether it has a decay of second moments to sweep.
-        unit: its rates over AdamW's: a sweep that names no rates multiplies the task's by it, and divides weight decay.
-        package, pip: what has to be installed for it, if anything, and what pip calls that where it is another name.
-        torch_class: of `torch.optim`, where some versions of torch do not have it.
-        on_gpu: whether it needs one.
-        options: names of options that may be given to it, as `NAME:OPTION=VALUE`.
-        settled: options that it is made with and that are part of what a run was, beyond what its name says.
-        computed: bytes of its state, known from shapes alone; None where that is not known.
-        drive: what takes a step with it; see `compare.training.Drive`.
+        unit: the ratio of its learning rates to AdamW's. The rates of the task, if no others are given, are multiplied
+            by it, and weight decay is divided by it.
+        package, pip: the package that it needs, if any, and that package's name for pip, if it has another one.
+        torch_class: the name of its class in `torch.optim`, if some versions of torch do not have it.
+        on_gpu: whether it needs a GPU.
+        options: names of the options that are accepted as `NAME:OPTION=VALUE`.
+        settled: options that it is constructed with, which identify a run in addition to the optimizer's name.
+        computed: returns the bytes of its state, computed from shapes alone; None if they are not known.
+        drive: the class that takes its steps; see `compare.training.Drive`.
     """
 
     name: str
@@ -125,7 +126,7 @@ class Spec:
     drive: Callable[[nn.Module, Sequence[Optimizer], float], Drive] = AfterBackward
 
     def missing(self, device: torch.device) -> str | None:
-        """Why it cannot be used here, if it cannot."""
+        """The reason why it cannot be used on a device, or None if it can."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed: pip install {self.pip or self.package}"
         if self.torch_class is not None and not hasattr(torch.optim, self.torch_class):
@@ -142,7 +143,7 @@ def _adamw_bytes(setup: Setup) -> int:
 
 
 def _adam_bytes(p: Tensor) -> int:
-    """Two moments and a step."""
+    """The bytes of two moments and a step counter."""
     return 2 * p.nbytes + _STEP
 
 
@@ -150,7 +151,7 @@ _STEP = torch.float32.itemsize
 
 
 def _muon(setup: Setup) -> Sequence[Optimizer]:
-    """Matrices by Muon, scaled to the RMS of AdamW's updates so that one rate serves both; the rest by AdamW."""
+    """Muon for matrices, scaled to the RMS of AdamW's updates so that one learning rate fits both; else AdamW."""
     split, decay = setup.split, {"weight_decay": setup.weight_decay}
     rest = groups(([*split.embeddings, *split.head], decay), (split.vectors, _UNDECAYED))
     optimizers: list[Optimizer] = [AdamW(rest, lr=setup.lr, betas=setup.betas, fused=True)] if rest else []
@@ -166,7 +167,7 @@ def _muon(setup: Setup) -> Sequence[Optimizer]:
 
 
 def _muon_bytes(setup: Setup) -> int:
-    """Momentum of matrices."""
+    """The bytes of one momentum for matrices, and of AdamW's state for the rest."""
     split = setup.split
     rest = (*split.embeddings, *split.head, *split.vectors)
     return sum(p.nbytes for p in split.matrices) + sum(map(_adam_bytes, rest))
@@ -177,7 +178,7 @@ def _adafactor(setup: Setup) -> Sequence[Optimizer]:
 
 
 def _adafactor_bytes(setup: Setup) -> int:
-    """Means over rows and over columns; of vectors, the second moment itself."""
+    """The bytes of the row and column means of matrices, of the second moments of vectors, and of step counters."""
     total = 0
     for p in setup.model.parameters():
         *before, rows, columns = (1, 1, *p.shape)
@@ -221,7 +222,7 @@ def _torchao(bits: int) -> Callable[[Setup], Sequence[Optimizer]]:
 
 
 def _apollo(setup: Setup) -> Sequence[Optimizer]:
-    """As its authors run it: a scale from a projection of rank 1 for matrices, AdamW for the rest."""
+    """The authors' setting of APOLLO-Mini: one scale per matrix, from a projection of rank 1; AdamW for the rest."""
     from apollo_torch import APOLLOAdamW
 
     split, decay = setup.split, {"weight_decay": setup.weight_decay}
@@ -241,7 +242,7 @@ def _stable_spam(setup: Setup) -> Sequence[Optimizer]:
 
 
 _PLACES = frozenset({"memory"})  # options that change no result
-# Options whose defaults are part of what a run was: the rule and the formats. Others are as they are named.
+# Options whose defaults identify a run: the update rule and the formats. All others identify it only if they are given.
 _RULE = (
     "role",
     "compress_ratio",
@@ -254,13 +255,15 @@ _RULE = (
     "rehash_period",
     "table_dtype",
 )
-_GIVEN = frozenset(  # by the run or the spec
+_GIVEN = frozenset(  # options that are set by the run or the spec
     {"params", "lr", "betas", "weight_decay", "seed", "in_backward", "accumulation_steps", "max_grad_norm"}
 )
 
 
 def _collins(name: str, about: str, *, beta1: float = 0.9, in_backward: bool = False, **settled: Any) -> Spec:
-    """Collins; defaults of its rule are among what identifies a run: those made under others are not taken for it."""
+    """Collins with some options. The defaults of its update rule identify a run, so that runs under other defaults
+    are not mistaken for it.
+    """
     known = {option: p.default for option, p in inspect.signature(Collins).parameters.items() if option not in _GIVEN}
 
     def built(setup: Setup, *, in_backward: bool) -> Collins:
@@ -291,7 +294,7 @@ OPTIMIZERS: dict[str, Spec] = {
         _collins("collins-128", "Collins at ratio 128", compress_ratio=128),
         _collins("collins-orthogonal", "Collins, orthogonalised momentum of matrices", beta1=0.95, decode="orthogonal"),
         _collins("collins-published", "the published Collins v0.1 update", hash="universal", decode="sketch"),
-        _collins("collins-in-backward", "Collins, stepping and clipping in backward", in_backward=True),
+        _collins("collins-in-backward", "Collins, with steps and clipping in backward", in_backward=True),
         Spec(
             "muon",
             "torch.optim.Muon for matrices, AdamW for the rest",
@@ -304,12 +307,12 @@ OPTIMIZERS: dict[str, Spec] = {
             "torch.optim.Adafactor",
             _adafactor,
             has_beta2=False,
-            unit=20.0,  # its rates are shares of a tensor's RMS
+            unit=20.0,  # its learning rates are relative to the RMS of a tensor
             computed=_adafactor_bytes,
         ),
         Spec(
             "scale",
-            "SCALE: normalised gradients, momentum in the head",
+            "SCALE: normalised gradients, momentum only for the output head",
             _scale,
             has_beta2=False,
             computed=_scale_bytes,
@@ -325,10 +328,10 @@ OPTIMIZERS: dict[str, Spec] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """An optimizer as it was asked for: `NAME[:OPTION=VALUE,...][@bf16]`.
+    """An optimizer as given on the command line: `NAME[:OPTION=VALUE,...][@bf16]`.
 
-    `@bf16` stores the weights in bfloat16, without a copy in float32; else they are float32. The optimizer is kept by
-    name, so that processes can tell each other of it.
+    With `@bf16` the weights are bfloat16, without a copy in float32; otherwise they are float32. The optimizer is
+    stored by name, so that a choice can be pickled and sent to another process.
     """
 
     optimizer: str
@@ -337,10 +340,14 @@ class Choice:
 
     @classmethod
     def of(cls, text: str) -> Choice:
-        """Raises ValueError for what there is not, saying what there is."""
+        """Parses a text.
+
+        Raises:
+            ValueError: for an unknown optimizer, option or dtype.
+        """
         head, at, weights = text.partition("@")
         if at and weights != "bf16":
-            raise ValueError(f"weights of {text!r} must be bf16, or float32 where nothing is said")
+            raise ValueError(f"the dtype after @ must be bf16 (float32 if it is omitted), got {text!r}")
         name, _, rest = head.partition(":")
         if name not in OPTIMIZERS:
             raise ValueError(f"{name!r} is not an optimizer: choose from {', '.join(OPTIMIZERS)}")
@@ -349,7 +356,7 @@ class Choice:
             option, equals, value = item.partition("=")
             if option not in spec.options or not equals:
                 known = ", ".join(sorted(spec.options)) or "none"
-                raise ValueError(f"{item!r} is not an option of {name}, OPTION=VALUE: it takes {known}")
+                raise ValueError(f"must be OPTION=VALUE with an option of {name} (accepted: {known}), got {item!r}")
             options[option] = _value(value)
         return cls(name, options, torch.bfloat16 if at else torch.float32)
 
@@ -363,15 +370,15 @@ class Choice:
         return self.optimizer + (f":{options}" if options else "") + ("" if self.weights == torch.float32 else "@bf16")
 
     def described(self) -> dict[str, str]:
-        """What its options are that identify a run and that its name does not say."""
+        """The options that identify a run and are not part of the name of the choice."""
         return {name: str(value) for name, value in self.spec.settled.items() if name not in self.options}
 
 
 def identifying(optimizer: str, options: Mapping[str, str]) -> dict[str, str]:
-    """Of the options of a finished run those that identify it today: a new option does not make it another run."""
+    """The options of a finished run that identify a run in this version; options that it does not have are dropped."""
     try:
         known = Choice.of(optimizer).described()
-    except ValueError:  # an optimizer or an option that there was
+    except ValueError:  # an optimizer or an option of an earlier version
         return dict(options)
     return {name: value for name, value in options.items() if name in known}
 

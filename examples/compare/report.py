@@ -1,4 +1,4 @@
-"""What the results say, as tables in Markdown: each optimizer at its best, and the loss at every rate."""
+"""Tables of the results in Markdown: each optimizer at its best learning rate, and the loss at every learning rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _REFERENCE = "adamw"
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs that differ in their seeds alone."""
+    """Runs that differ only in their seeds."""
 
     optimizer: str
     beta2: float | None
@@ -23,7 +23,7 @@ class Cell:
 
     @property
     def losses(self) -> list[float]:
-        """Of each seed; infinite where it diverged."""
+        """The validation loss of each seed; infinite if it diverged."""
         found = [record["validation_loss"] for record in self.records]
         return [float("inf") if loss is None else loss for loss in found]
 
@@ -37,31 +37,31 @@ class Cell:
 
     @property
     def spread(self) -> str:
-        """The standard deviation of its seeds, where there are several."""
+        """The standard deviation over seeds, if there are several."""
         several = len(self.losses) > 1 and self.mean < float("inf")
         return f"{statistics.stdev(self.losses):.3f}" if several else ""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Results that can be compared: one task, with the same settings, over the same data."""
+    """Results that can be compared: of one task, with the same settings and the same data."""
 
     task: str
     settings: Record
     data: str
     cells: tuple[Cell, ...]
-    left_out: int = 0  # runs of these optimizers under other options, or in another precision, than their last ones
+    left_out: int = 0  # the number of runs with other options, or another precision, than the optimizer's last run
 
     @property
     def optimizers(self) -> list[str]:
-        """In the order in which they were first run."""
+        """The names of the optimizers, in the order of their first runs."""
         return list(dict.fromkeys(cell.optimizer for cell in self.cells))
 
     def of(self, optimizer: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.optimizer == optimizer]
 
     def best(self, optimizer: str) -> Cell:
-        """Of those with the most seeds the one with the least mean: a lucky seed does not beat an average."""
+        """The cell with the lowest mean among those with the most seeds: fewer seeds may be lower by chance."""
         cells = self.of(optimizer)
         most = max(len(cell.records) for cell in cells)
         return min((cell for cell in cells if len(cell.records) == most), key=lambda cell: cell.mean)
@@ -73,10 +73,10 @@ class Group:
 
 
 def grouped(records: Iterable[Record]) -> list[Group]:
-    """Groups in the order of their first records; of two records of one run the later counts."""
+    """Groups in the order of their first records; the last record of each run is used."""
     runs: dict[str, Record] = {}
     for record in records:
-        runs.pop(record["key"], None)  # so that its place is that of the later one too
+        runs.pop(record["key"], None)  # the run moves to the position of its last record
         runs[record["key"]] = record
     groups: dict[str, list[Record]] = {}
     for record in runs.values():
@@ -86,7 +86,7 @@ def grouped(records: Iterable[Record]) -> list[Group]:
 
 
 def _group(records: Sequence[Record]) -> Group:
-    made = {record["optimizer"]: _made(record) for record in records}  # the last ones stay
+    made = {record["optimizer"]: _made(record) for record in records}  # those of the last run of each optimizer
     cells: dict[tuple[str, float | None, float], list[Record]] = {}
     for record in sorted(records, key=lambda record: record["seed"]):
         if _made(record) == made[record["optimizer"]]:
@@ -100,30 +100,30 @@ def _group(records: Sequence[Record]) -> Group:
 
 
 def _made(record: Record) -> tuple[Record, str]:
-    """What an optimizer of one name was made with: its defaults may have changed between runs."""
+    """The options and the precision of a run, which may differ between versions for the same name of an optimizer."""
     return record["options"], record["precision"]
 
 
 def tables(records: Iterable[Record]) -> str:
-    """For each group a heading, each optimizer at its best, and all that was tried."""
+    """A heading and two tables for each group: each optimizer at its best, and all learning rates."""
     return "\n".join(_tables(group) for group in grouped(records))
 
 
 def _tables(group: Group) -> str:
-    note = f"\nLeft out, since made with other options or in another precision: {group.left_out} runs.\n"
+    note = f"\nNot shown, since their options or precision differ from those of the last run: {group.left_out} runs.\n"
     return f"## {group.title}\n\n{best_of(group)}\n{rates_of(group)}{note if group.left_out else ''}"
 
 
 def best_of(group: Group) -> str:
-    """Each optimizer at its best rate and beta2, the best ones first."""
+    """The table of each optimizer at its best learning rate and beta2, by ascending loss."""
     heads = (
         "optimizer",
         "beta2",
         "lr",
         "seeds",
         "validation loss",
-        "deviation",
-        f"beyond {_REFERENCE}",
+        "standard deviation",
+        f"minus {_REFERENCE}",
         "state bytes",
         "per parameter",
         "for a 7B LLaMA",
@@ -156,7 +156,7 @@ def best_of(group: Group) -> str:
 
 
 def rates_of(group: Group) -> str:
-    """The mean loss of each optimizer and beta2 at each rate, the best of the optimizer in bold."""
+    """The table of the mean loss of each optimizer and beta2 at each learning rate, the optimizer's best in bold."""
     rates = sorted({cell.lr for cell in group.cells})
     lines = []
     for name in group.optimizers:

@@ -1,4 +1,4 @@
-"""Runs on devices: what is finished is not repeated, no device waits while there is work, and time may be limited."""
+"""Scheduling of runs on devices: finished runs are not repeated, idle devices get the next run, and time is limited."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ def grid(
     rates: Mapping[str | None, Sequence[float]],
     beta2s: Sequence[float] | None = None,
 ) -> list[Run]:
-    """All runs of a task: seeds, then optimizers, then decays of the second moment, then rates.
+    """All runs of a task, in loops over seeds, optimizers, decays of the second moment, and learning rates.
 
     Args:
-        rates: of optimizers by name, and under None those of all others; what is in neither is swept over the task's.
-        beta2s: None for the task's; ignored for optimizers that have none.
+        rates: learning rates by the name of the optimizer; those under None are for all other optimizers. If there are
+            none for an optimizer, those of the task are used.
+        beta2s: decays of the second moment, for optimizers that have one; None for those of the task.
     """
     runs = []
     for seed in seeds:
@@ -47,16 +48,16 @@ def grid(
 
 @dataclass
 class Outcome:
-    """What came of the runs that were asked for."""
+    """The outcome of the requested runs."""
 
-    found: list[Record] = field(default_factory=list)  # finished before
+    found: list[Record] = field(default_factory=list)  # finished by an earlier command
     finished: list[Record] = field(default_factory=list)
-    late: list[str] = field(default_factory=list)  # titles of those that had no time
-    failed: dict[str, str] = field(default_factory=dict)  # why, by title
+    late: list[str] = field(default_factory=list)  # titles of jobs that the deadline prevented or stopped
+    failed: dict[str, str] = field(default_factory=dict)  # error messages, by title
 
 
 class Estimates:
-    """How long a job will take, from how long its like have taken on such a device."""
+    """Estimates of the duration of a job, from runs of the same task, settings, data and precision."""
 
     def __init__(self, records: Iterable[Record]) -> None:
         self._records = list(records)
@@ -65,7 +66,7 @@ class Estimates:
         self._records.append(record)
 
     def seconds(self, job: Job) -> float | None:
-        """The median of the same task and optimizer, else the most of the same task; None where nothing is known."""
+        """The median of runs of the same task and optimizer, or else the maximum of the same task; None if unknown."""
         if isinstance(job, Making):
             return None
         identity = job.identity
@@ -77,13 +78,14 @@ class Estimates:
 
 
 class Schedule:
-    """The jobs of a comparison, handed out one by one.
+    """The queue of the jobs of a comparison.
 
     Args:
-        runs: all that were asked for.
-        path: the results file, which finished runs are found in and added to.
-        place: of data.
-        deadline: of `time.time`; a job that would not end by then is not begun, and one that has not is stopped.
+        runs: all requested runs.
+        path: the results file, which contains finished runs and to which results are appended.
+        place: the folders of data.
+        deadline: a value of `time.time`. A job that is expected to end later is not started, and a job that has not
+            ended by then is stopped.
     """
 
     def __init__(self, runs: Sequence[Run], path: Path, place: Place, deadline: float | None = None) -> None:
@@ -112,17 +114,17 @@ class Schedule:
 
     @property
     def jobs(self) -> int:
-        """How many wait."""
+        """The number of jobs that have not been started."""
         return len(self._waiting)
 
     def next(self) -> Job | None:
-        """A job that can begin now, if there is one; those that would end too late are put aside."""
+        """The next job that can be started, or None. Jobs that would end after the deadline are removed as late."""
         for job in list(self._waiting):
             if isinstance(job, Run) and job.task.name in self._unmade:
                 continue
             self._waiting.remove(job)
             if isinstance(job, Run) and job.task.name in self._unmakeable:
-                self.outcome.failed[job.title] = "what it begins with could not be made"
+                self.outcome.failed[job.title] = "not started: its pretraining failed"
             elif self._too_late(job):
                 self._set_late(job)
             else:
@@ -136,14 +138,14 @@ class Schedule:
 
     def _set_late(self, job: Job) -> None:
         self.outcome.late.append(job.title)
-        if isinstance(job, Making):  # then none of its runs can begin
+        if isinstance(job, Making):  # the runs that need its weights cannot be started
             self._unmade.discard(job.task.name)
             for run in [run for run in self._waiting if run.task.name == job.task.name]:
                 self._waiting.remove(run)
                 self.outcome.late.append(run.title)
 
     def end(self, job: Job, done: Done, progress: Progress) -> None:
-        """Notes what came of a job, in the results file first."""
+        """Records the outcome of a job, first in the results file."""
         if done.late:
             self._set_late(job)
         elif done.failure is not None:
@@ -161,17 +163,17 @@ class Schedule:
 
 def _ending(done: Done) -> str:
     if done.late:
-        return "not finished in time"
+        return "not finished within the time limit"
     if done.failure is not None:
         return f"failed: {done.failure.strip().splitlines()[-1]}"
     if done.record is None:
-        return "made"
+        return "finished"
     loss = done.record["validation_loss"]
     return f"{'diverged' if loss is None else f'{loss:.4f}'} in {done.record['seconds']:.0f} s"
 
 
 def run_all(schedule: Schedule, devices: Sequence[torch.device], threads: int) -> Outcome:
-    """Works through a schedule, with a process for each device; on one CPU, in this process."""
+    """Runs all jobs of a schedule, in one process per device, or in this process if the only device is one CPU."""
     with Progress(schedule.total) as progress:
         if [device.type for device in devices] == ["cpu"]:
             _run_here(schedule, devices[0], threads, progress)
@@ -225,7 +227,7 @@ def _run_there(schedule: Schedule, devices: Sequence[torch.device], threads: int
 
 
 class _Shown:
-    """The steps of one job on the bar, which has room for all of them however it ends."""
+    """The progress of one job. `finish` counts its remaining steps, which a diverged or failed job does not take."""
 
     def __init__(self, progress: Progress, steps: int) -> None:
         self._progress, self._left = progress, steps

@@ -1,4 +1,4 @@
-"""What a task is: settings that all optimizers share, data, and a model on a device."""
+"""The interface of a task: settings that all optimizers share, data, and a model on a device."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is the same for every optimizer of a task.
+    """The settings of a task, which are the same for every optimizer.
 
     Args:
-        steps: optimizer steps of a run.
-        batch: examples of a step.
-        accumulate: backward passes that a step's batch is divided into.
-        warmup: share of the steps in which the rate rises linearly.
-        final: what the rate falls to, along a cosine, as a share of its peak.
-        clip: the gradient's largest norm.
-        weight_decay: decoupled, of everything but vectors.
-        points: how often validation loss is measured in a run.
+        steps: optimizer steps per run.
+        batch: examples per step.
+        accumulate: the number of backward passes into which the batch of a step is divided.
+        warmup: the fraction of the steps in which the learning rate rises linearly.
+        final: the learning rate at the end of the cosine schedule, as a fraction of its peak.
+        clip: the maximum norm of the gradient.
+        weight_decay: decoupled weight decay of all parameters except vectors.
+        points: the number of measurements of the validation loss per run.
     """
 
     steps: int
@@ -54,11 +54,11 @@ _SHARES = ("warmup", "final")
 
 @dataclass(frozen=True)
 class Place:
-    """Where things are.
+    """The folders that a task reads and writes.
 
     Args:
-        cache: folder of tokens and pretrained weights, made where it is not there.
-        text: folders to take text from instead of what is installed; empty for that.
+        cache: the folder of tokens and pretrained weights, which is created if it does not exist.
+        text: folders with text; empty for the text of installed packages.
     """
 
     cache: Path
@@ -66,13 +66,13 @@ class Place:
 
 
 class Workload(ABC):
-    """A task's model with new weights and its data, on one device."""
+    """The model of a task with new weights, and the task's data, on one device."""
 
     model: nn.Module
 
     @abstractmethod
     def batches(self, seed: int) -> Iterator[Tensor]:
-        """What each step trains on; dimension 0 is the batch."""
+        """The batch of each step; dimension 0 is the batch dimension."""
 
     @abstractmethod
     def loss(self, batch: Tensor) -> Tensor:
@@ -80,12 +80,12 @@ class Workload(ABC):
 
     @abstractmethod
     def measure(self) -> dict[str, float]:
-        """What is validated: "loss" in nats, and whatever else the task knows."""
+        """The validation metrics: "loss" in nats, and others that depend on the task."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Something that runs of a task need and that takes training to make: a file in the cache."""
+    """The pretraining that all runs of a task need: its title, the file of its weights in the cache, and its steps."""
 
     title: str
     path: Path
@@ -97,14 +97,14 @@ class Task(ABC):
     """A kind of workload, with its settings.
 
     Args:
-        name: what it is called on the command line.
-        about: one line on it.
-        unit: of its loss.
-        settings: shared by all optimizers.
-        rates: learning rates that each optimizer is tried at.
-        beta2s: second-moment decays that those optimizers are tried at which have one.
-        optimizers: those that are compared where none are named.
-        autocast: whether products are computed in bfloat16 on a GPU.
+        name: its name on the command line.
+        about: a description of one line.
+        unit: the unit of its loss.
+        settings: the settings that all optimizers share.
+        rates: the learning rates of the sweep of each optimizer.
+        beta2s: the second-moment decays of the sweep of each optimizer that has one.
+        optimizers: the optimizers that are compared by default.
+        autocast: whether float32 weights are trained under bfloat16 autocast on a GPU.
     """
 
     name: str
@@ -117,32 +117,32 @@ class Task(ABC):
     autocast: bool = False
 
     def prepare(self, place: Place) -> str:
-        """Makes the data where it has to be made once, and returns what identifies it.
+        """Creates the data if it is not in the cache, and returns its digest; "" if the data never changes.
 
         Raises:
-            TaskError: where that cannot be done on this machine.
+            TaskError: if this machine does not have what the task needs.
         """
         return ""
 
     def preparation(self, place: Place) -> Preparation | None:
-        """What has to be trained once before any run of this task, if anything."""
+        """The pretraining that is done once before all runs of this task, or None."""
         return None
 
     @abstractmethod
     def workload(self, place: Place, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
-        """A model with weights that depend on the seed alone, and its data."""
+        """A model whose initial weights depend only on the seed, and its data."""
 
     def changed(self, values: Mapping[str, str]) -> Task:
-        """The task with some settings changed; texts, as they come from a command line.
+        """The task with some settings changed, by name, to values in the texts of a command line.
 
         Raises:
-            ValueError: for a name or a value that cannot be, saying what can.
+            ValueError: for an unknown name or an invalid value.
         """
         known = dataclasses.asdict(self.settings)
         found: dict[str, Any] = {}
         for name, text in values.items():
             if name not in known:
-                raise ValueError(f"{name!r} is not a setting of {self.name}: it has {', '.join(known)}")
+                raise ValueError(f"{self.name} has no setting {name!r}, only {', '.join(known)}")
             kind = type(known[name])
             try:
                 found[name] = kind(text)
@@ -151,7 +151,7 @@ class Task(ABC):
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **found))
 
     def precision(self, device: torch.device, weights: torch.dtype) -> str:
-        """What weights are stored in and products are computed in."""
+        """The dtype of the weights, and of matrix products if it is another one."""
         stored = str(weights).removeprefix("torch.")
         return f"{stored}, products in bfloat16" if self.casts(device, weights) else stored
 
@@ -160,7 +160,7 @@ class Task(ABC):
 
 
 class TaskError(ValueError):
-    """A task cannot be run on this machine: what is missing, and what to do."""
+    """A task cannot be run on this machine; the message names what is missing and the remedy."""
 
 
 _KINDS = {int: "a whole number", float: "a number"}

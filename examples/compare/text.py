@@ -1,9 +1,9 @@
-"""Text that is there wherever Python is, as tokens: sources and documents of the standard library and of packages.
+"""Tokens of text that every installation of Python has: sources and documents of the standard library and of packages.
 
-Nothing is downloaded. Files are taken by content: each content once, in the order of its SHA-256, so that neither where
-a package lies nor when it was installed matters; contents whose digest begins with a byte under 13, 5 % of them, are
-held out. Tokens come from a byte-level BPE learnt from the rest. They are kept in a folder of the cache: delete that to
-look at the installed packages anew.
+Nothing is downloaded. Duplicate files are used once, and files are sorted by the SHA-256 of their contents, so the
+tokens do not depend on where or when a package was installed. Files whose digest begins with a byte below 13, which are
+5 % of them, are held out. A byte-level BPE is trained on the rest. The tokens are stored in a folder of the cache;
+delete that folder to read the installed packages again.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ import torch
 from torch import Tensor
 
 CODE, PROSE = (".py", ".pyi"), (".md", ".rst", ".txt")
-READMES = "METADATA"  # of installed packages: what they say of themselves, after a head
-_RULES = 1  # to be raised when the rules below change: tokens that were cached under others are then not found
-_SIZES = range(400, 600_000)  # bytes of a file: shorter ones are stubs, longer ones are data
-_SPACES = 1 / 60  # the least share of spaces: less is data
-_LETTERS = 3 / 4  # the least share of letters and spaces in documents of `Corpus.apart`
-_APART = 64  # of 256
+READMES = "METADATA"  # files of installed packages with a header and, after a blank line, their description
+_RULES = 1  # a version number; raise it when the rules below change, so that cached tokens of other rules are not used
+_SIZES = range(400, 600_000)  # accepted bytes of a file: shorter files are stubs, longer ones are data
+_SPACES = 1 / 60  # the minimum fraction of spaces: files with fewer are data
+_LETTERS = 3 / 4  # the minimum fraction of letters and whitespace in documents of `Corpus.apart`
+_APART = 64  # of 256 sources, the number whose docstrings are prose
 _DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
-_LONG = 200  # characters of a docstring that says something
-_HELD_OUT = 13  # of 256
-_SAMPLE = 25_000_000  # characters that the vocabulary is learnt from
-_BATCH = 2_000  # texts that are encoded at a time
+_LONG = 200  # the minimum number of characters of a docstring that is used as prose
+_HELD_OUT = 13  # of 256 files, the number that is held out
+_SAMPLE = 25_000_000  # the number of characters that the vocabulary is trained on
+_BATCH = 2_000  # the number of texts that are encoded at once
 _SKIPPED = frozenset({"__pycache__", ".git"})
 _NOT_STANDARD = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib"})
 
 
 class TextError(ValueError):
-    """There is no text, or too little, or nothing that makes tokens of it."""
+    """There is no text, too little text, or no tokenizer."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where text comes from, and how many tokens its vocabulary has.
+    """The folders of a text, and the size of its vocabulary.
 
     Args:
-        vocabulary: tokens, 257 or more: all bytes and the end of a text.
-        code, prose: folders that are searched for sources and for documents.
-        apart: whether no text is of both kinds. Documents are few and are data at times: then they are those with
-            enough letters, the descriptions of installed packages, and the docstrings of a quarter of the sources,
-            which are not among the code.
+        vocabulary: the number of tokens, at least 257 (all bytes and the end of a text).
+        code, prose: the folders that are searched for sources and for documents.
+        apart: whether to keep prose out of the code, and to use more sources of prose. Prose then consists of documents
+            with enough letters (some are data), the descriptions of installed packages, and the docstrings of a quarter
+            of the sources, which are not used as code.
     """
 
     vocabulary: int
@@ -70,7 +70,7 @@ class Corpus:
         return cache / f"tokens-{self.vocabulary}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
 
     def tokens(self, cache: Path) -> Tokens:
-        """Its tokens, from the cache or made now."""
+        """The tokens, from the cache; they are created if they are not there."""
         folder = self.folder(cache)
         if not (folder / "about.json").exists():
             self._make(folder)
@@ -85,7 +85,8 @@ class Corpus:
             if not all(parts):
                 roots, suffixes, _ = kinds[kind]
                 where = ", ".join(map(str, roots))
-                raise TextError(f"too few files of {kind} ({', '.join(suffixes)}) to train on and hold out in {where}")
+                names = ", ".join(suffixes)
+                raise TextError(f"too few files of {kind} ({names}) for training and validation in {where}")
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
             made = Path(scratch) / "tokens"
             made.mkdir()
@@ -100,7 +101,7 @@ class Corpus:
             (made / "about.json").write_text(json.dumps(about, indent=1))
             try:
                 made.rename(folder)
-            except OSError:  # another process was faster
+            except OSError:  # another process has created the folder
                 if not (folder / "about.json").exists():
                     raise
 
@@ -118,7 +119,7 @@ class Corpus:
 
 
 class File(NamedTuple):
-    """A content, the first path that it was found at, and its digest."""
+    """A file: the first path with its contents, their digest, and the text."""
 
     path: Path
     digest: bytes
@@ -130,20 +131,20 @@ class File(NamedTuple):
 
     @property
     def docstrings(self) -> str:
-        """Its long ones, without indentation."""
+        """The long docstrings of the file, without indentation."""
         found = map(inspect.cleandoc, _DOCSTRING.findall(self.text))
         return "\n\n".join(text for text in found if len(text) >= _LONG)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens in the cache: arrays of "code" and maybe "prose", each in "train" and "valid"."""
+    """Tokens in the cache: arrays of the kinds "code" and possibly "prose", each in the parts "train" and "valid"."""
 
     folder: Path
     digests: dict[str, str]
 
     def digest(self) -> str:
-        """What identifies all of them: results over others are not comparable."""
+        """The digest of all tokens; results with different digests are not comparable."""
         return hashlib.sha256(json.dumps(self.digests, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -151,17 +152,17 @@ class Tokens:
         return tuple(sorted({name.split("-")[0] for name in self.digests}))
 
     def count(self, part: str, kind: str) -> int:
-        """How many there are, known without reading them."""
+        """The number of tokens, without reading them."""
         return len(np.load(self.folder / f"{kind}-{part}.npy", mmap_mode="r"))
 
     def load(self, part: str, kinds: tuple[str, ...], device: torch.device) -> Tensor:
-        """All tokens of a part, "train" or "valid", one kind after the other: int32, 1-d."""
+        """All tokens of a part, "train" or "valid", one kind after the other: a 1-d int32 tensor."""
         return _loaded(tuple(self.folder / f"{kind}-{part}.npy" for kind in kinds), device)
 
 
 @lru_cache(maxsize=2)
 def _loaded(paths: tuple[Path, ...], device: torch.device) -> Tensor:
-    """Runs of one process follow each other on the same text."""
+    """The concatenated arrays, cached because the runs of a process use the same text."""
     arrays = [np.load(path) for path in paths]
     return torch.from_numpy(np.concatenate(arrays).astype(np.int32)).to(device)
 
@@ -171,7 +172,7 @@ def standard_library() -> Path:
 
 
 def installed() -> tuple[Path, ...]:
-    """The standard library, and wherever this interpreter finds packages."""
+    """The folders of the standard library and of all packages that this interpreter can import."""
     packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     packages |= {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
     return (standard_library(), *sorted(Path(path) for path in packages if Path(path).is_dir()))
@@ -180,7 +181,7 @@ def installed() -> tuple[Path, ...]:
 def _texts(
     roots: tuple[Path, ...], suffixes: tuple[str, ...], take: Callable[[File], str]
 ) -> tuple[list[str], list[str]]:
-    """What `take` makes of files, "" for none: (to train on, held out)."""
+    """The texts that `take` returns for files, without empty ones, for training and for validation."""
     contents: dict[bytes, tuple[Path, bytes]] = {}
     for path in _files(roots, suffixes):
         try:
@@ -223,7 +224,7 @@ class _Encoder:
 
 
 def _sample(kinds: list[list[str]]) -> Iterator[str]:
-    """The same share of each kind of text, of 25 million characters in all."""
+    """The same fraction of each kind of text, 25 million characters in total."""
     share = _SAMPLE / max(sum(len(text) for texts in kinds for text in texts), 1)
     for texts in kinds:
         left = share * sum(map(len, texts))
@@ -235,7 +236,7 @@ def _sample(kinds: list[list[str]]) -> Iterator[str]:
 
 
 def _tokenizer(kinds: list[list[str]], vocabulary: int, folder: Path) -> _Encoder:
-    """A byte-level BPE learnt from the texts, saved in the folder."""
+    """Trains a byte-level BPE on the texts, and saves it in the folder."""
     if importlib.util.find_spec("tokenizers") is None:
         raise TextError("language tasks need the package `tokenizers`: pip install tokenizers")
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -250,4 +251,4 @@ def _tokenizer(kinds: list[list[str]], vocabulary: int, folder: Path) -> _Encode
     )
     tokenizer.train_from_iterator(_sample(kinds), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    return _Encoder(tokenizer, end=0)  # the first special token's number
+    return _Encoder(tokenizer, end=0)  # the number of the first special token
