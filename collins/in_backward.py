@@ -1,4 +1,4 @@
-"""Steps in backward: the gradients that have arrived, partial steps, and the uses that are refused."""
+"""Steps in backward: the gradients that have arrived, partial steps, and checks for unsupported uses."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from collins.stepper import Groups, Part, States, Stepper
 
 
 class BackwardSteps:
-    """A step in backward of one optimizer: begins with the first gradient that arrives, and ends with `step`.
+    """The steps in backward of one optimizer. A step begins when the first gradient arrives, and ends with `step`.
 
     Args:
-        parts: the largest number of gradients of each parameter in one step.
+        parts: the maximum number of gradients per parameter in one step, `accumulation_steps`.
     """
 
     def __init__(self, parts: int) -> None:
@@ -29,16 +29,16 @@ class BackwardSteps:
         self._pending: dict[int, ParamEntry] | None = None
         self._stepped: dict[int, ParamEntry] = {}
         self._arrived: dict[int, int] = {}  # the number of gradients in this step, by the parameter's identity
-        self._number = 0  # of the latest partial step that a parameter has taken
+        self._number = 0  # the number of the current partial step, from 0
         self._scalars: dict[tuple[int, int, int], StepScalars] = {}
         self._alone = False  # whether parameters have been checked for replicas
-        self._begun = False  # whether a step has been ended
+        self._begun = False  # whether `step` has been called before
 
     def receive(self, p: Tensor, stepper: Stepper, groups: Groups, states: States) -> None:
         """Steps a parameter whose gradient is complete, and frees the gradient."""
         with self._lock:
             g = p.grad
-            if g is None:  # an earlier hook has taken it
+            if g is None:  # an earlier hook has freed it
                 return
             if self._pending is None:
                 self._scalars.clear()
@@ -49,13 +49,13 @@ class BackwardSteps:
                     refuse_accumulation(group, self._parts)
                 self._pending = stepper.begin(groups, states)
             entry = self._pending.get(id(p))
-            if entry is None:  # removed from its group since
+            if entry is None:  # the parameter is no longer in a group
                 return
             number = self._arrived.get(id(p), 0)
             if number == self._parts:
                 p.grad = None
                 raise RuntimeError(_once_too_often(entry.name, self._parts))
-            if number > self._number:  # another backward pass: all tables are used again, in the same order
+            if number > self._number:  # the next backward pass has begun, which uses all tables again in the same order
                 self._number = number
                 stepper.store.finish()
             stepper.update_one(entry, g, states, self._scalars, self._mark_stepped, Part(number, self._parts))
@@ -67,7 +67,7 @@ class BackwardSteps:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, owner: object, closure: object) -> None:
-        """Called by `step`: raises a RuntimeError for uses that steps in backward do not support."""
+        """Raises a RuntimeError for uses that steps in backward do not support; called by `step`."""
         if closure is not None:
             raise RuntimeError(
                 "closure must be None with in_backward=True, where parameters are stepped during backward: evaluate the"
@@ -88,11 +88,12 @@ class BackwardSteps:
                 raise RuntimeError(_once_too_often(entry.name, self._parts))
 
     def refuse_within_step(self, what: str) -> None:
-        """Raises a RuntimeError where some of several backward passes of a step have been used, but no `step` yet."""
+        """Raises a RuntimeError for `what` between the first of several backward passes of a step and `step`."""
         if self._parts > 1 and self._arrived:
             raise RuntimeError(
-                f"{what} in the middle of a step, after {max(self._arrived.values())} of accumulation_steps="
-                f"{self._parts} backward passes: how far a step has come is no part of the state. Call step() first"
+                f"{what} is not possible in the middle of a step, after {max(self._arrived.values())} of"
+                f" accumulation_steps={self._parts} backward passes: the state does not contain the progress of a step."
+                " Call step() first"
             )
 
     def end(self) -> None:
@@ -103,30 +104,26 @@ class BackwardSteps:
         self._pending = None
 
     def invalidate(self) -> None:
-        """Called when groups or state have been replaced: the next gradient checks them again."""
+        """Marks groups and state as replaced, so that they are checked again when the next gradient arrives."""
         self._pending = None
 
 
 def refuse_accumulation(group: Mapping[str, Any], parts: int) -> None:
-    """Raises a ValueError for a group whose update cannot be divided into partial ones."""
+    """Raises a ValueError for a group whose step cannot be divided into partial steps."""
     if parts > 1 and group["decode"] == ORTHOGONAL:
         raise ValueError(
-            f"accumulation_steps must be 1 for decode='{ORTHOGONAL}', got {parts}: what is orthogonalised is the whole"
-            " gradient, not its parts. Call backward on the whole batch, or build Collins with in_backward=False"
+            f"accumulation_steps must be 1 for decode='{ORTHOGONAL}', got {parts}: this update needs the whole gradient"
+            " at once. Call backward once on the whole batch, or build Collins with in_backward=False"
         )
 
 
 def _once_too_often(name: str, parts: int) -> str:
     often = "twice" if parts == 1 else f"{parts + 1} times"
-    accepted = (
-        "with in_backward=True gradients are accumulated over as many backward passes as accumulation_steps says, and"
-        " it is 1"
-        if parts == 1
-        else f"accumulation_steps is {parts}"
-    )
+    passes = "every backward pass" if parts == 1 else f"every {parts} backward passes"
     return (
-        f"the gradient of {name} arrived {often} before step(), and the last one is not used: {accepted}. A reentrant"
-        f" checkpoint is a backward pass of its own. Call step() after each{'' if parts == 1 else f' {parts}'}, also"
-        " after one that failed; checkpoint with use_reentrant=False, set accumulation_steps, or build Collins with"
+        f"the gradient of {name} arrived {often} before step(), and the last one is not used: with in_backward=True a"
+        " step uses at most accumulation_steps gradients of each parameter, and accumulation_steps is"
+        f" {parts}. A reentrant checkpoint runs a separate backward pass. Call step() after {passes}, including failed"
+        " ones; use checkpoints with use_reentrant=False, set accumulation_steps, or build Collins with"
         " in_backward=False"
     )

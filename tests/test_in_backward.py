@@ -242,7 +242,7 @@ def test_accumulation_that_was_not_asked_for_is_refused(memory):
     before = snapshot(model, opt)
     with pytest.raises(
         RuntimeError,
-        match=r"parameter \d+ arrived twice before step\(\).*accumulation_steps says, and it is 1.*in_backward=False",
+        match=r"parameter \d+ arrived twice before step\(\).*accumulation_steps is 1.*in_backward=False",
     ):
         backward(model, 9)
     unchanged(model, opt, before)
