@@ -44,7 +44,7 @@ class StepCounters:
         return place, view
 
     def retain(self, entries: Iterable[ParamEntry]) -> None:
-        """Lets go of the counters of all entries but these. What was handed out of them keeps its value."""
+        """Releases the counters of all other entries; their tensors keep their values, in memory of their own."""
         kept = set(entries)
         for entry in self._kept - kept:
             place, entry.counter = entry.counter, None
