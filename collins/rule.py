@@ -104,10 +104,10 @@ def step_scalars(
 
 
 def partial_scalars(hp: StepScalars, part: int, parts: int) -> StepScalars:
-    """The scalars of partial step j = `part` + 1 of k = `parts` that make up one step, of which `hp` are.
+    """The scalars of partial step j = `part` + 1 of k = `parts`, given the scalars `hp` of the whole step.
 
-    With g_j the gradient of micro-batch j, the step uses sum_j g_j without ever having it. Tables and weights decay in
-    the first partial step alone, and each adds its share:
+    With g_j the gradient of micro-batch j, the partial steps together approximate one step with sum_j g_j, which is
+    never stored. Tables and weights decay only in the first partial step, and every partial step adds its own terms:
 
         M <- beta1 M + (1 - beta1) mu_1               and then M + (1 - beta1) mu_j
         V <- beta2 V + (1 - beta2) q_1                and then V + (1 - beta2) q_j
@@ -116,10 +116,10 @@ def partial_scalars(hp: StepScalars, part: int, parts: int) -> StepScalars:
         p <- (1 - lr wd) p - lr (m_hat + rho r_j) / (sqrt(v_hat + kappa k r_j^2) + eps)
         p <- p - lr (the same)
 
-    M and the sum of all numerators are those of the whole gradient, exactly. V is not: sum_j g_j^2 stands for
-    (sum_j g_j)^2, which is right on average where noise is most of a gradient and independent between micro-batches,
-    and up to k times too small where they agree. So does k r_j^2 for r^2, at one partial step in place of all of them;
-    v_hat is corrected for the share of V that has not come yet.
+    M and the sum of all numerators equal those of one step with sum_j g_j exactly. V does not: it contains sum_j g_j^2
+    instead of (sum_j g_j)^2. The two are equal on average if gradients consist mostly of noise that is independent
+    between micro-batches; sum_j g_j^2 is k times too small if all g_j are equal. In the same way k r_j^2, of one
+    partial step, replaces r^2. The bias correction of v_hat accounts for the terms of V that later partial steps add.
     """
     if parts == 1:
         return hp
