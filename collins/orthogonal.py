@@ -15,7 +15,7 @@ The iteration, its coefficients and its precision, bfloat16, are those of Jordan
 layers in neural networks" (2024). The scale of the update is that of Liu et al., "Muon is scalable for LLM training"
 (2025): with it the update has the RMS of AdamW's update, and AdamW's learning rate and weight decay apply. This differs
 from both in three ways: (1) the first moment is sketched; (2) the residual, the part of the gradient that this step's
-sketch cannot represent, is added with the weight rho, with which it has as much noise as the moment; (3) there is no
+sketch cannot represent, is added with the weight rho, at which its noise equals that of the moment; (3) there is no
 Nesterov term. At c = 1 it is Muon without that term. float64 parameters are orthogonalised in float64.
 
 A parameter of two dimensions is one matrix; one of three dimensions is a stack of matrices (experts), one for each
@@ -123,7 +123,7 @@ def newton_schulz(X: Tensor) -> tuple[Tensor, Tensor]:
         X: (n, rows, cols), in the dtype of the computation; it is overwritten.
 
     Returns:
-        Q, (n, rows, cols), and the norms, (n,), in float32 at least.
+        Q, (n, rows, cols), and the norms, (n,), in at least float32.
     """
     a, b, c = COEFFICIENTS
     wide = X.shape[1] <= X.shape[2]
@@ -171,10 +171,10 @@ def encoded(
     Args:
         g: the gradient of elements from `task.start` on.
         m: the flat tensors that store the entries of their buckets.
-        task: the task of the parameter, of which only `spec`, `keys`, `numel` and `start` are used.
+        task: the task of the parameter; only its `spec`, `keys`, `numel` and `start` are used.
         hp: the step's scalars.
-        stacked: of how many parameters `g` and `m` are, one after the other, each of whole buckets: then keys and
-            start are columns, (stacked, 1). None for a part of one.
+        stacked: the number of parameters whose `g` and `m` are concatenated, each of them in whole buckets; the keys
+            and `start` of the task are then columns, (stacked, 1). None for one parameter, or a part of it.
     """
     spec, (m_format, _) = task.spec, task.spec.formats
     shape = (-1,) if stacked is None else (stacked, -1)
@@ -226,13 +226,13 @@ def moved(
 
 
 def kept(finite: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """`new`, flat, with the values of `old` in those of len(finite) equal stretches whose flag is not set."""
+    """`new`, flat, or `old` in those of the len(finite) stretches of equal length whose flag is not set."""
     stretches = len(finite), -1
     return torch.where(finite[:, None], new.view(stretches), old.view(stretches)).view(-1)
 
 
 def step_flops(shapes: Iterable[Sequence[int]]) -> int:
-    """Floating-point operations of Newton-Schulz in one step of matrices, or stacks of them, of these shapes."""
+    """The floating-point operations of Newton-Schulz per step, for matrices or stacks of matrices of these shapes."""
     total = 0
     for shape in shapes:
         stacked, rows, cols, _ = matrices_of(shape)
@@ -242,11 +242,11 @@ def step_flops(shapes: Iterable[Sequence[int]]) -> int:
 
 
 def tokens_for_share(shapes: Sequence[Sequence[int]], numel: int, share: float = 0.03) -> float:
-    """The tokens per step from which on `step_flops` is at most `share` of forward and backward, 6 numel per token.
+    """The minimum tokens per step at which `step_flops` is at most `share` of forward and backward, 6 numel per token.
 
     Args:
         shapes: the shapes of the matrices that are orthogonalised.
         numel: the number of parameters that each token is multiplied by, in these matrices and all others.
-        share: a fraction of the operations of forward and backward.
+        share: the fraction of the operations of forward and backward.
     """
     return step_flops(shapes) / (6 * numel * share)
