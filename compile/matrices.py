@@ -48,10 +48,10 @@ class Member(NamedTuple):
 
 
 class MatrixSteps:
-    """Steps tasks of decode="orthogonal".
+    """Performs tasks of decode="orthogonal".
 
     Args:
-        graphs: the engine's.
+        graphs: the graphs of the engine.
         attempt: runs a graph and returns whether that worked; see `collins.compile.engine.Engine`.
         compiles: returns whether graphs are compiled for a device.
         piece: returns the number of elements in a piece of eager code, given a parameter and its load.
@@ -126,7 +126,7 @@ class MatrixSteps:
         return Values(writes, left_out=torch.stack(left_out).sum() if skips else None)
 
     def _runs(self, batch: Sequence[Member]) -> Iterator[list[Member]]:
-        """The members of a batch in order: those that one graph steps together, and the others one by one."""
+        """Splits a batch, in order, into runs of members that one graph steps together, and single members."""
 
         def alike(member: Member) -> tuple[Any, ...]:
             return member.task.spec, id(member.hp), member.g.dtype, member.g.numel(), self._suits(member)
@@ -213,7 +213,7 @@ class MatrixSteps:
         return new
 
     def _constants(self, signature: tuple[Any, ...], run: Sequence[Member]) -> tuple[Any, Tensor]:
-        """The keys and the starts of members that are alike, as a graph takes them."""
+        """The keys and the starts of members that are alike, as arguments of a graph."""
         tasks = [member.task for member in run]
         if len(run) == 1:
             return self._graphs.constants(tasks[0])
