@@ -1,7 +1,8 @@
-"""Steps by torch.compile: one graph per signature, which every parameter of that signature shares.
+"""Steps by torch.compile: one graph per signature, which all parameters of that signature share.
 
-Optimizers share graphs, too. PyTorch keeps what it has compiled for a code object, some megabytes, for as long as the
-process runs (`orig_code_map` in torch/_dynamo/convert_frame.py); graphs of each optimizer's own would never be freed.
+All optimizers of a process also share these graphs. PyTorch keeps the compiled code of a code object, some megabytes,
+until the process ends (`orig_code_map` in torch/_dynamo/convert_frame.py), so separate graphs of each optimizer would
+never be freed.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ ScalarTensors = dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor
 
 
 class _Stacked(NamedTuple):
-    """The constants of the tensors that were last stacked by one signature."""
+    """The constants of the tasks that were last stacked for one signature."""
 
-    whose: list[tuple[HashKeys, int | Tensor]]  # each tensor's keys and start
+    whose: list[tuple[HashKeys, int | Tensor]]  # the keys and the start of each task
     keys: Tensor  # (n, keys), int64
     starts: Tensor  # (n, 1), int64
 
 
-_SHARED: dict[Any, Graph] = {}  # by signature, and what the names in it stand for
+_SHARED: dict[Any, Graph] = {}  # by signature, and the registered decode and formats that the signature names
 
 
 class Graphs:
@@ -105,7 +106,7 @@ class Graphs:
         return self._constants[task.keys], self._constants[task.start]
 
     def stacked_constants(self, signature: tuple[Any, ...], tasks: Sequence[UpdateTask]) -> tuple[Tensor, Tensor]:
-        """The keys (n, keys) and the starts (n, 1) of tasks, int64 on their device; kept for one set a signature."""
+        """The keys (n, keys) and starts (n, 1) of tasks, int64 on their device, cached for a signature's last tasks."""
         device, whose = tasks[0].p.device, [(task.keys, task.start) for task in tasks]
         if signature not in self._stacked or self._stacked[signature].whose != whose:
             keys, starts = zip(*((tree_flatten(key)[0], [start]) for key, start in whose), strict=True)
@@ -125,7 +126,7 @@ class Graphs:
         scalars: ScalarTensors,
     ) -> list[tuple[list[Tensor], list[Tensor]]]:
         """As `run`, for small dense tensors of one signature, stacked along a first dimension whose size may change
-        between steps. Nothing is written yet.
+        between steps. It writes nothing to the tensors of the tasks.
 
         Returns:
             Pairs of targets and new values, which the caller copies to perform the step.
@@ -174,7 +175,7 @@ def stack_key(task: UpdateTask) -> tuple[Any, ...]:
 
 
 def whole_of(task: UpdateTask, g: Tensor) -> int:
-    """How many leading elements a graph may step: all that form whole buckets and words, or none.
+    """The number of leading elements that a graph may step, which form whole buckets and words; 0 for none.
 
     Inductor's CPU backend splits a loop over x where the loop uses x // 32, and drops the remainder when 32 does not
     divide the range (observed in torch 2.13). So graphs step whole buckets, and whole words of 32 elements where values
@@ -266,7 +267,7 @@ def compiled(function: Callable[..., Any], number: int) -> Graph:
 
 
 def columns_of(keys: Tensor) -> HashKeys:
-    """What `Graphs.stacked_constants` returns, for `UpdateTask.keys`: columns, (n, 1)."""
+    """Converts the keys of `Graphs.stacked_constants`, (n, keys), to columns, (n, 1), for `UpdateTask.keys`."""
     structure = tree_flatten(HashKeys(HashKey(0, 0), HashKey(0, 0), (0, 0, 0, 0), 0))[1]
     found: HashKeys = tree_unflatten(keys.split(1, 1), structure)
     return found
