@@ -3,7 +3,7 @@
 python examples/compare_optimizers.py
 python examples/compare_optimizers.py --list
 python examples/compare_optimizers.py --task lm-60m --optimizers adamw collins muon --seeds 0 1 2 --gpus all
-python examples/compare_optimizers.py --task lm-60m --optimizers adamw collins:compress_ratio=8 collins@bf16 \
+python examples/compare_optimizers.py --task lm-60m --optimizers adamw collins:compress_ratio=8 collins@bf16 \\
     --rates adamw=1e-3 adamw=1.4e-3 2e-3 2.8e-3 --beta2 0.99 0.999 --time-limit 540
 
 Each finished run is a line of JSON in the results file and is not repeated. So the same command resumes an interrupted
@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--time-limit",
         type=float,
         metavar="SECONDS",
-        help="time limit from the start of the command: runs that would end later are not started",
+        help="time limit from the start of the command: runs that would end later are not started, or are stopped",
     )
     parser.add_argument(
         "--results", type=Path, default=Path("compare_optimizers.jsonl"), help="results file (default: %(default)s)"
