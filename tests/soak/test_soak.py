@@ -239,8 +239,11 @@ def test_steps_over_streams_of_a_fake_device(way, figures):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there it is what steps by default")
-def test_steps_of_the_kernel_under_the_interpreter(figures):
+def test_steps_of_the_kernel_under_the_interpreter(figures, monkeypatch):
+    """In few steps, as the interpreter is slow, with so few sets of tensors kept that all are made in the warm-up."""
     pytest.importorskip("triton")
+    multi_tensor = pytest.importorskip("collins.compile.multi_tensor")
+    monkeypatch.setattr(multi_tensor, "_KEPT_SETS", 2)
     steps, began = STEPS // 25, time.monotonic()
     growth = soaked(Run({}, kernel=True), steps)
     figures(f"{steps:,} steps, kernel", growth, time.monotonic() - began)
