@@ -7,10 +7,11 @@ MODEL_FOLDER has config.json, a tokenizer and safetensors. FILE.jsonl has an obj
 (the assistant's tokens are trained on), {"prompt": "...", "completion": "..."} (those of the completion are) or
 {"text": "..."}. FOLDER is created at the end of the run, for `from_pretrained`. Nothing is downloaded.
 
-Weights are in bfloat16, without a copy in float32, and Collins steps them as their gradients arrive in backward. Layers
-are checkpointed and, on a GPU, compiled one by one; logits exist for one chunk of tokens at a time. Documents share
-rows of --seq-len tokens if the model's code restricts attention to a document, which is tested on the loaded model;
-otherwise each document has a row of its own. The output says which is the case.
+Weights are in bfloat16, without a copy in float32, and Collins steps them as their gradients arrive in backward. With
+--accumulation-steps K, a step takes K batches, each in a backward pass of its own. Layers are checkpointed and, on a
+GPU, compiled one by one; logits exist for one chunk of tokens at a time. Documents share rows of --seq-len tokens if
+the model's code restricts attention to a document, which is tested on the loaded model; otherwise each document has a
+row of its own. The output says which is the case.
 
 All errors in the folder, the data or the arguments are raised before anything is loaded onto the device. Checkpoints
 are written to FOLDER.checkpoints; --resume continues from the newest one, bitwise identical to an uninterrupted run if
@@ -24,7 +25,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -122,7 +123,7 @@ def prepared(args: argparse.Namespace) -> Job:
 # Arguments that a run goes on with as it was begun.
 _SAME = (
     *("seq_len", "batch_size", "steps", "epochs", "lr", "warmup", "min_lr", "weight_decay", "compress_ratio", "seed"),
-    *("dtype", "eval_fraction", "max_grad_norm"),
+    *("dtype", "eval_fraction", "max_grad_norm", "accumulation_steps"),
 )
 
 
@@ -188,8 +189,10 @@ def fine_tune(job: Job, language_model: CausalLM) -> Run:
     shape = {"seq_len": args.seq_len, "batch_size": args.batch_size, "packed": language_model.separates_documents}
     rows = Rows(job.documents, **shape, seed=args.seed)
     held_out = None if job.held_out is None else Rows(job.held_out, **shape, seed=args.seed)
-    run = Run(job.first, args.steps or rows.steps(args.epochs), rows.packed)
-    for line in _described(job, rows, run.steps):
+    parts = args.accumulation_steps
+    batches = args.steps * parts if args.steps else rows.batches(args.epochs)
+    run = Run(job.first, -(-batches // parts), rows.packed)
+    for line in _described(job, rows, batches):
         tqdm.write(line)
     optimizer = Collins(
         model,
@@ -200,6 +203,7 @@ def fine_tune(job: Job, language_model: CausalLM) -> Run:
         max_grad_norm=args.max_grad_norm,
         memory=args.policy,
         in_backward=True,
+        accumulation_steps=parts,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, Rate(run.steps, args.warmup, args.min_lr))
     torch.manual_seed(args.seed)
@@ -220,13 +224,13 @@ def fine_tune(job: Job, language_model: CausalLM) -> Run:
 
     if not job.first:
         evaluate(0)
-    progress = Progress(run, optimizer, args.log_every, args.batch_size * rows.length)
+    progress = Progress(run, optimizer, args.log_every)
     for step in range(job.first + 1, run.steps + 1):
-        loss = language_model.loss(rows.batch(step).to(args.device))
-        loss.backward()
+        numbers = range((step - 1) * parts + 1, min(step * parts, batches) + 1)
+        loss = accumulated(language_model, [rows.batch(number) for number in numbers], args.device)
         optimizer.step()
         schedule.step()
-        progress.step(step, loss.detach())
+        progress.step(step, loss, len(numbers) * args.batch_size * rows.length)
         last = step == run.steps
         if last or step % args.eval_every == 0:
             with progress.pausing():
@@ -243,6 +247,23 @@ def fine_tune(job: Job, language_model: CausalLM) -> Run:
     return run
 
 
+def accumulated(language_model: CausalLM, batches: Sequence[Batch], device: torch.device) -> torch.Tensor:
+    """Runs backward for each batch of a step, one on the device at a time.
+
+    The weight of a batch is its share of the step's targets, so that gradients add up to that of the mean over all of
+    them.
+
+    Returns:
+        Mean cross-entropy in nats of all targets of the step.
+    """
+    total, count = torch.zeros((), device=device), sum(len(batch.targets) for batch in batches)
+    for batch in batches:
+        loss = language_model.loss(batch.to(device)) * (len(batch.targets) / count)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
 @torch.no_grad()
 def evaluated(language_model: CausalLM, batches: Iterable[Batch], device: torch.device) -> float:
     """Mean cross-entropy in nats of all targets of some batches."""
@@ -255,8 +276,12 @@ def evaluated(language_model: CausalLM, batches: Iterable[Batch], device: torch.
     return total.item() / count
 
 
-def _described(job: Job, rows: Rows, steps: int) -> Iterator[str]:
-    """A summary of the training data, in lines."""
+def _described(job: Job, rows: Rows, batches: int) -> Iterator[str]:
+    """A summary of the training data, in lines.
+
+    Args:
+        batches: of the whole run.
+    """
     documents, folder = job.documents, job.folder
     count = len(documents.lines)
     yield f"{count:,} documents of {len(documents.tokens):,} tokens, {documents.trained:,} of them trained on"
@@ -276,7 +301,10 @@ def _described(job: Job, rows: Rows, steps: int) -> Iterator[str]:
         yield f"not part of {folder.build.__name__}, and not saved: {folder.unread[0]}{more}"
     if job.begun is not None:
         yield f"going on after step {job.first}, from {job.weights}"
-    yield f"{steps:,} steps of {job.args.batch_size} x {rows.length:,} tokens"
+    parts = job.args.accumulation_steps
+    several = f"{parts} batches of " if parts > 1 else ""
+    fewer = f", the last step of {batches % parts}" if batches % parts else ""
+    yield f"{-(-batches // parts):,} steps of {several}{job.args.batch_size} x {rows.length:,} tokens{fewer}"
 
 
 def _end(status: int, *lines: str) -> NoReturn:

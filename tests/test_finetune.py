@@ -287,7 +287,13 @@ def test_older_checkpoints_are_removed_and_others_kept(load, tmp_path):
     assert checkpoints.newest() == (11, checkpoints.root / "step-11")
 
 
-@pytest.mark.parametrize("changed", [["--lr", "1e-3"], ["--batch-size", "3"], ["--steps", "13"], ["--data", "other"]])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *(["--lr", "1e-3"], ["--batch-size", "3"], ["--steps", "13"], ["--data", "other"]),
+        ["--accumulation-steps", "2"],
+    ],
+)
 def test_a_run_goes_on_with_the_settings_it_began_with(finetune, place, source, tmp_path, changed, capsys, monkeypatch):
     other = lines(tmp_path / "other.jsonl", *[TEXT, COMPLETION] * 8)
     given = arguments(place, source("llama"), tmp_path / "out", "--save-every", "1", "--resume")
@@ -310,6 +316,14 @@ def test_a_run_goes_on_with_documents_in_rows_as_it_began(finetune, load, place,
     refused(finetune, given, capsys, "whether documents share rows must be True, as in the run that")
 
 
+def test_a_run_from_before_there_was_accumulation_goes_on_without_it(load, tmp_path):
+    refuse_others = load("finetuning.running").refuse_others
+    (tmp_path / "run.json").write_text('{"--lr": 1.0, "step": 4}')
+    refuse_others(tmp_path, {"--lr": 1.0, "--accumulation-steps": 1})
+    with pytest.raises(ValueError, match=r"--accumulation-steps must be 1, as in the run that .*got 2"):
+        refuse_others(tmp_path, {"--lr": 1.0, "--accumulation-steps": 2})
+
+
 def once(batch):
     def first_alone(self, step):
         if step > 1:
@@ -326,6 +340,109 @@ def refused(finetune, given, capsys, *named):
     said = capsys.readouterr().err
     for text in named:
         assert text in said
+
+
+# Steps of several batches
+
+
+def test_the_batches_of_a_step_make_up_the_gradient_of_the_mean_over_their_targets(finetune, load, tmp_path):
+    """Also where they have unequal numbers of targets: gradients and loss are those of all rows in one batch."""
+    found, _ = documents_of(load, tmp_path, TEXT, COMPLETION, CHAT)
+    model = tiny_model("llama", torch.float32)
+    language_model = load("finetuning.causal_lm").CausalLM(model, chunks=2)
+    shape = {"seq_len": 64, "packed": False, "seed": 0}
+    rows, together = (load("finetuning.packing").Rows(found, **shape, batch_size=size) for size in (1, 3))
+    batches = [rows.batch(number) for number in (1, 2, 3)]
+    assert len({len(batch.targets) for batch in batches}) == 3
+    whole = language_model.loss(together.batch(1))
+    expected = gradients(model, whole)
+    model.zero_grad()
+    torch.testing.assert_close(finetune.accumulated(language_model, batches, torch.device("cpu")), whole.detach())
+    found = {name: p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_that_is_stopped_between_the_batches_of_a_step_goes_on_to_the_same_bits(
+    finetune, load, place, source, tmp_path, monkeypatch, capsys
+):
+    """Steps, not batches, are counted, and none of the batches is left out or taken twice, also of an odd number."""
+    language_model, rows = load("finetuning.causal_lm").CausalLM, finetune.Rows
+    loss, batch, taken, rates = language_model.loss, rows.batch, [], []
+    monkeypatch.setattr(rows, "batch", lambda self, number: taken.append(number) or batch(self, number))
+
+    class Rated(finetune.Collins):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(finetune, "Collins", Rated)
+
+    def given(out):
+        more = ["--accumulation-steps", "2", "--resume", "--save-every", "2", "--eval-every", "3", "--warmup", "0.3"]
+        kept = arguments(place, source("llama"), out, *more)
+        place_of_steps = kept.index("--steps")
+        kept[place_of_steps : place_of_steps + 2] = ["--epochs", "1.4"]
+        return kept
+
+    whole = finetune.main(given(tmp_path / "whole"))
+    count, steps = len(taken), whole.steps
+    assert taken == list(range(1, count + 1))
+    assert steps == (count + 1) / 2 >= 5
+    assert f"{steps} steps of 2 batches of 2 x 64 tokens, the last step of 1\n" in capsys.readouterr().out
+    assert list(whole.losses) == list(range(1, steps + 1))
+    assert list(whole.held_out) == sorted({0, *range(3, steps, 3), steps})
+    rate = load("finetuning.running").Rate(steps, warmup=0.3, least=0.1)
+    assert rates == [pytest.approx(1e-2 * rate(step)) for step in range(steps)]
+
+    calls = []
+
+    def stopping(self, batch):
+        calls.extend([None] * torch.is_grad_enabled())  # those of evaluation are not counted
+        if len(calls) == 8:
+            raise StopError  # at the second batch of step 4
+        return loss(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(language_model, "loss", stopping)
+        with pytest.raises(StopError):
+            finetune.main(given(tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out.checkpoints").iterdir()] == ["step-2"]
+    taken.clear()
+    run = finetune.main(given(tmp_path / "out"))
+    assert taken == list(range(5, count + 1))
+    assert run.losses == {step: loss for step, loss in whole.losses.items() if step > 2}
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_step_of_one_batch_is_a_backward_and_a_step(finetune, trained, place, source, tmp_path, monkeypatch):
+    """To the bit: neither weights of batches nor partial steps are involved."""
+    whole, expected, _ = trained("llama")
+
+    def plain(language_model, batches, device):
+        (batch,) = batches
+        loss = language_model.loss(batch.to(device))
+        loss.backward()
+        return loss.detach()
+
+    def built(*args, accumulation_steps, **options):
+        assert accumulation_steps == 1
+        return collins.Collins(*args, **options)
+
+    monkeypatch.setattr(finetune, "accumulated", plain)
+    monkeypatch.setattr(finetune, "Collins", built)
+    assert finetune.main(arguments(place, source("llama"), tmp_path / "out")).losses == whole.losses
+    assert files(tmp_path / "out") == files(expected)
+
+
+def test_the_plan_of_memory_is_that_of_one_batch(finetune, place, source, tmp_path, monkeypatch):
+    machine = Machine(GIB, GIB, GIB, GIB)
+    monkeypatch.setattr(finetune, "machine_of", lambda device: machine)
+    plans = []
+    for parts in ("1", "8"):
+        args = finetune.parse(None, arguments(place, source("llama"), tmp_path / "out", "--accumulation-steps", parts))
+        trial = finetune.prepared(args).trial
+        plans.append((trial.training, finetune.figures("model", trial)))
+    assert plans[0] == plans[1]
 
 
 # What a model computes
@@ -540,7 +657,7 @@ def test_each_pass_takes_every_row_once_in_an_order_of_its_own(load, tmp_path):
     found, _ = documents_of(load, tmp_path, *[TEXT, COMPLETION, CHAT] * 4)
     rows = load("finetuning.packing").Rows(found, seq_len=64, batch_size=3, packed=True, seed=5)
     count = len(rows)
-    assert rows.steps(3.0) == count  # three passes of `count` rows, three rows a step
+    assert rows.batches(3.0) == count  # three passes of `count` rows, three rows a batch
     taken = [tuple(row.tolist()) for step in range(1, count + 1) for row in rows.batch(step).tokens]
     passes = [taken[i : i + count] for i in range(0, 3 * count, count)]
     assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
@@ -764,6 +881,9 @@ def test_a_tokenizer_of_another_model_is_refused(finetune, place, tmp_path, caps
         (["--max-grad-norm", "-1"], "--max-grad-norm must be above 0 and below 2**63, got -1.0"),
         (["--warmup", "2"], "--warmup must be in [0, 1], got 2.0"),
         (["--policy", "disk"], "memory must be"),
+        (["--accumulation-steps", "0"], "accumulation_steps must be an int of at least 1, got 0"),
+        (["--accumulation-steps", "1.5"], "accumulation_steps must be an int of at least 1, got '1.5'"),
+        (["--accumulation-steps", "257"], "accumulation_steps must be at most 256, got 257"),
         (["--epochs", "1"], "not allowed with argument --steps"),
         (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl: must be a file of JSON lines"),
     ],

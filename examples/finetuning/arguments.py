@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from collins.offload import MemoryPolicy
+from collins.options import accumulation_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -26,7 +27,15 @@ def parse(description: str | None, arguments: list[str] | None) -> argparse.Name
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="in place of --epochs")
     length.add_argument("--epochs", type=float, default=1.0, help="(%(default)s)")
-    add("--batch-size", type=int, default=1, metavar="ROWS", help="of a step (%(default)s)")
+    add("--batch-size", type=int, default=1, metavar="ROWS", help="of a backward pass (%(default)s)")
+    add(
+        "--accumulation-steps",
+        type=_accumulation,
+        default=1,
+        metavar="K",
+        help="batches of a step, each in a partial step; the loss is the mean over all their targets; the last step of"
+        " --epochs may have fewer (%(default)s)",
+    )
     add("--seq-len", type=int, metavar="TOKENS", help="of a row (2048, or the model's positions if those are fewer)")
     add("--lr", type=float, default=2e-5, help="1.4 to 2 times what AdamW would be given (%(default)s)")
     add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises (%(default)s)")
@@ -67,6 +76,13 @@ def parse(description: str | None, arguments: list[str] | None) -> argparse.Name
     args.compile = on_gpu if args.compile is None else args.compile
     args.policy = MemoryPolicy() if args.policy is None and on_gpu else args.policy
     return args
+
+
+def _accumulation(text: str) -> int:
+    try:
+        return accumulation_of(text, in_backward=True)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _policy(text: str) -> MemoryPolicy:

@@ -15,7 +15,7 @@ from finetuning.data import UNTRAINED, Documents
 
 @dataclass(frozen=True)
 class Batch:
-    """The input of one step.
+    """The input of one forward and backward.
 
     Attributes:
         tokens: (rows, length), int64.
@@ -83,8 +83,8 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def steps(self, epochs: float) -> int:
-        """The number of steps for a number of passes."""
+    def batches(self, epochs: float) -> int:
+        """The number of batches for a number of passes over the rows."""
         return max(1, -(-round(epochs * len(self.rows)) // self._batch_size))
 
     @property
@@ -92,9 +92,9 @@ class Rows:
         """The share of places that are not padding."""
         return len(self._documents.tokens) / (len(self.rows) * self.length)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of step number `step`, from 1. One that begins in a pass over the rows may end in the next."""
-        first = (step - 1) * self._batch_size
+    def batch(self, number: int) -> Batch:
+        """Batch number `number` of a run, from 1. One that begins in a pass over the rows may end in the next."""
+        first = (number - 1) * self._batch_size
         chosen = []
         for place in range(first, first + self._batch_size):
             epoch, index = divmod(place, len(self.rows))

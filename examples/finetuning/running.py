@@ -27,6 +27,7 @@ from collins.offload import PlacementPlan
 
 TRAINING, SETTINGS = "training.pt", "run.json"
 _OLD = ".old-"
+_OF_EARLIER_RUNS = {"--accumulation-steps": 1}  # settings that they did not write, with their values
 
 
 @dataclass
@@ -80,7 +81,7 @@ def saved_settings(checkpoint: Path) -> dict[str, Any]:
             raise ValueError(f"got {type(settings).__name__}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: must be what this script wrote: {error}") from error
-    return settings
+    return {**_OF_EARLIER_RUNS, **settings}
 
 
 def refuse_others(checkpoint: Path, settings: Mapping[str, Any]) -> None:
@@ -132,14 +133,16 @@ class Rate:
 class Progress:
     """Shows a bar on a terminal, and lines elsewhere. Losses are read in groups, to synchronize less often."""
 
-    def __init__(self, run: Run, optimizer: Collins, every: int, tokens: int) -> None:
-        self._run, self._optimizer, self._every, self._tokens = run, optimizer, every, tokens
+    def __init__(self, run: Run, optimizer: Collins, every: int) -> None:
+        self._run, self._optimizer, self._every = run, optimizer, every
         self._bar = tqdm(total=run.steps, initial=run.first, disable=None, unit="step")
         self._waiting: dict[int, torch.Tensor] = {}
+        self._tokens = 0  # of the steps whose losses are waiting
         self._since = time.perf_counter()
 
-    def step(self, step: int, loss: torch.Tensor) -> None:
+    def step(self, step: int, loss: torch.Tensor, tokens: int) -> None:
         self._waiting[step] = loss
+        self._tokens += tokens
         self._bar.update()
         if step % self._every == 0 or step == self._run.steps:
             self.flush()
@@ -158,7 +161,7 @@ class Progress:
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss of step {step} is {value}: lower --lr, or look at the data")
         now = time.perf_counter()
-        speed = self._tokens * len(values) / (now - self._since)
+        speed = self._tokens / (now - self._since)
         norm = self._optimizer.grad_norm
         shown = {
             "loss": f"{sum(values) / len(values):.4f}",
@@ -171,7 +174,7 @@ class Progress:
             tqdm.write(f"step {max(self._waiting)}/{self._run.steps}: {figures}")
         else:
             self._bar.set_postfix(shown)
-        self._waiting, self._since = {}, now
+        self._waiting, self._tokens, self._since = {}, 0, now
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
