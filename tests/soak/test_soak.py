@@ -244,7 +244,7 @@ def test_steps_of_the_kernel_under_the_interpreter(figures, monkeypatch):
     pytest.importorskip("triton")
     multi_tensor = pytest.importorskip("collins.compile.multi_tensor")
     monkeypatch.setattr(multi_tensor, "_KEPT_SETS", 2)
-    steps, began = STEPS // 25, time.monotonic()
+    steps, began = STEPS // 10, time.monotonic()
     growth = soaked(Run({}, kernel=True), steps)
     figures(f"{steps:,} steps, kernel", growth, time.monotonic() - began)
     has_not_grown(growth)
