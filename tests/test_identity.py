@@ -526,7 +526,7 @@ def test_a_backward_that_failed_is_named_as_what_it_is():
     with pytest.raises(torch.OutOfMemoryError):
         last(Fails.apply(first(x))).sum().backward()
     opt.zero_grad()
-    with pytest.raises(RuntimeError, match=r"Call step\(\) after each, also after one that failed"):
+    with pytest.raises(RuntimeError, match=r"Call step\(\) after every backward pass, including failed ones"):
         last(first(x)).sum().backward()
     opt.step()
     last(first(x)).sum().backward()
