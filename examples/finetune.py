@@ -120,7 +120,7 @@ def prepared(args: argparse.Namespace) -> Job:
     return Job(args, folder, documents, held_out, checkpoints, begun, settings, trial)
 
 
-# Arguments that a run goes on with as it was begun.
+# Arguments that must be the same when a run is resumed.
 _SAME = (
     *("seq_len", "batch_size", "steps", "epochs", "lr", "warmup", "min_lr", "weight_decay", "compress_ratio", "seed"),
     *("dtype", "eval_fraction", "max_grad_norm", "accumulation_steps"),
@@ -131,15 +131,15 @@ def _places(args: argparse.Namespace) -> tuple[Checkpoints, tuple[int, Path] | N
     """The folder to which the run writes, and the checkpoint from which it resumes."""
     out: Path = args.out
     if out.exists() or out.is_symlink():
-        raise ValueError(f"--out must be a folder that is not there yet, got {out}")
+        raise ValueError(f"--out must not exist yet, got {out}")
     if not out.name or not out.parent.is_dir():
         raise ValueError(f"--out must be in an existing folder, got {out}")
     checkpoints = Checkpoints(out)
     begun = checkpoints.newest()
     if begun is not None and not args.resume:
         raise ValueError(
-            f"--out must be a new folder, got {out}, of which {checkpoints.root} has a run that has not ended: --resume"
-            " goes on with it, or remove it"
+            f"--out must be a new folder, got {out}: {checkpoints.root} has the checkpoints of an"
+            " unfinished run. Use --resume, or remove the folder"
         )
     return checkpoints, begun
 
@@ -161,7 +161,7 @@ def loaded(job: Job) -> CausalLM:
     """The model on the device, prepared for training; it has been tested whether documents may share a row.
 
     Raises:
-        ValueError: for a model that cannot be trained in this way, or not in that of the run that it goes on with.
+        ValueError: for a model that cannot be trained in this way, or not as the run that is resumed.
     """
     args = job.args
     model = load_model(job.folder, job.weights, DTYPES[args.dtype], args.device, args.attention)

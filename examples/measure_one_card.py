@@ -248,18 +248,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="70b", help=f"{', '.join(SHAPES)}, or a config.json (%(default)s)")
     for field_ in fields(Shape):
-        parser.add_argument(f"--{field_.name.replace('_', '-')}", type=int, help="in place of the named shape's")
+        parser.add_argument(
+            f"--{field_.name.replace('_', '-')}", type=int, help="replaces the value of the named shape"
+        )
     for name, value in {"seq-len": 2048, "batch-size": 1, "steps": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="(%(default)s)")
     parser.add_argument("--lr", type=float, default=2e-6, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--device", type=torch.device, default="cuda", help="(%(default)s)")
-    parser.add_argument("--code", choices=("transformers", "own"), help="(transformers, where it is installed)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="layers (yes)")
+    parser.add_argument("--code", choices=("transformers", "own"), help="(default: transformers, if installed)")
     parser.add_argument(
-        "--memory-limit", type=_size, metavar="SIZE", help="of the device, that PyTorch may take: 24GiB"
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the layers (default: yes)"
     )
-    parser.add_argument("--policy", type=_policy, metavar="FILE|TIER", help="where tables are (auto; 70b has a file)")
+    parser.add_argument("--memory-limit", type=_size, metavar="SIZE", help="limit of PyTorch's device memory, as 24GiB")
+    parser.add_argument(
+        "--policy", type=_policy, metavar="FILE|TIER", help="memory policy (default: auto; a file for 70b)"
+    )
     args = parser.parse_args(arguments)
     given = {field_.name: value for field_ in fields(Shape) if (value := getattr(args, field_.name)) is not None}
     for name, value in {**given, **{name: getattr(args, name) for name in ("seq_len", "batch_size", "steps")}}.items():

@@ -896,7 +896,7 @@ def test_arguments_that_cannot_be_used_are_refused(finetune, place, source, tmp_
 @pytest.mark.usefixtures("untouched")
 def test_a_folder_that_exists_is_not_written_to(finetune, place, source, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    named = f"--out must be a folder that is not there yet, got {tmp_path / 'out'}"
+    named = f"--out must not exist yet, got {tmp_path / 'out'}"
     refused(finetune, arguments(place, source("llama"), tmp_path / "out"), capsys, named)
     assert not list((tmp_path / "out").iterdir())
 

@@ -19,15 +19,20 @@ def parse(description: str | None, arguments: list[str] | None) -> argparse.Name
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL_FOLDER")
-    add("--data", type=Path, required=True, metavar="FILE", help="JSON lines")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="must not exist yet")
-    add("--resume", action="store_true", help="from the newest checkpoint, if there is one")
-    add("--eval-data", type=Path, metavar="FILE", help="JSON lines to be held out, in place of a fraction of --data")
-    add("--eval-fraction", type=float, default=0.02, help="of the lines of --data, held out (%(default)s)")
+    add("--data", type=Path, required=True, metavar="FILE", help="training data, JSON lines")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the trained model; must not exist yet")
+    add("--resume", action="store_true", help="resume from the newest checkpoint, if there is one")
+    add("--eval-data", type=Path, metavar="FILE", help="evaluation data, JSON lines; replaces --eval-fraction")
+    add(
+        "--eval-fraction",
+        type=float,
+        default=0.02,
+        help="fraction of the lines of --data to hold out (default: %(default)s)",
+    )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="in place of --epochs")
-    length.add_argument("--epochs", type=float, default=1.0, help="(%(default)s)")
-    add("--batch-size", type=int, default=1, metavar="ROWS", help="of a backward pass (%(default)s)")
+    length.add_argument("--steps", type=int, help="number of steps; replaces --epochs")
+    length.add_argument("--epochs", type=float, default=1.0, help="passes over the data (default: %(default)s)")
+    add("--batch-size", type=int, default=1, metavar="ROWS", help="rows of a backward pass (default: %(default)s)")
     add(
         "--accumulation-steps",
         type=_accumulation,
@@ -36,26 +41,38 @@ def parse(description: str | None, arguments: list[str] | None) -> argparse.Name
         help="batches of a step, each in a partial step; the loss is the mean over all their targets; the last step of"
         " --epochs may have fewer (%(default)s)",
     )
-    add("--seq-len", type=int, metavar="TOKENS", help="of a row (2048, or the model's positions if those are fewer)")
-    add("--lr", type=float, default=2e-5, help="1.4 to 2 times what AdamW would be given (%(default)s)")
-    add("--warmup", type=float, default=0.03, help="share of the steps in which the rate rises (%(default)s)")
-    add("--min-lr", type=float, default=0.1, help="share of --lr that the cosine ends at (%(default)s)")
-    add("--weight-decay", type=float, default=0.01, help="(%(default)s)")
-    add("--max-grad-norm", type=float, metavar="NORM", help="of a step's gradients, which are clipped to it (no limit)")
-    add("--compress-ratio", type=float, default=32, help="of the optimizer's tables (%(default)s)")
-    add("--policy", type=_policy, metavar="FILE|TIER", help="where tables are: auto, device, host (auto on a GPU)")
-    add("--save-every", type=int, default=500, metavar="STEPS", help="(%(default)s)")
-    add("--eval-every", type=int, default=500, metavar="STEPS", help="(%(default)s)")
-    add("--log-every", type=int, default=10, metavar="STEPS", help="(%(default)s)")
-    add("--keep", type=int, default=1, metavar="N", help="newest checkpoints that are kept (%(default)s)")
-    add("--seed", type=int, default=0, help="(%(default)s)")
-    add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of weights (%(default)s)")
-    add("--loss-chunks", type=int, default=8, metavar="N", help="pieces that logits are cut into (%(default)s)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="layers (on a GPU)")
-    add("--recompute", action=argparse.BooleanOptionalAction, default=True, help="layers, in backward (yes)")
-    add("--attention", metavar="NAME", help="transformers' attn_implementation: sdpa, eager, flash_attention_2 ...")
-    add("--deterministic", action="store_true", help="kernels that repeat themselves to the bit, where they are slower")
+    add("--seq-len", type=int, metavar="TOKENS", help="length of a row (default: 2048, or the model's maximum)")
+    add("--lr", type=float, default=2e-5, help="learning rate, 1.4 to 2 times that of AdamW (default: %(default)s)")
+    add("--warmup", type=float, default=0.03, help="fraction of the steps for warm-up (default: %(default)s)")
+    add("--min-lr", type=float, default=0.1, help="final learning rate as a fraction of --lr (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.01, help="(default: %(default)s)")
+    add("--max-grad-norm", type=float, metavar="NORM", help="clip gradients to this norm (default: no clipping)")
+    add("--compress-ratio", type=float, default=32, help="compress_ratio of Collins (default: %(default)s)")
+    add(
+        "--policy",
+        type=_policy,
+        metavar="FILE|TIER",
+        help="memory policy: a file, auto, device or host (default: auto on a GPU)",
+    )
+    add("--save-every", type=int, default=500, metavar="STEPS", help="between checkpoints (default: %(default)s)")
+    add("--eval-every", type=int, default=500, metavar="STEPS", help="between evaluations (default: %(default)s)")
+    add("--log-every", type=int, default=10, metavar="STEPS", help="between log lines (default: %(default)s)")
+    add("--keep", type=int, default=1, metavar="N", help="number of checkpoints to keep (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add(
+        "--device",
+        type=torch.device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: %(default)s)",
+    )
+    add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights (default: %(default)s)")
+    add("--loss-chunks", type=int, default=8, metavar="N", help="number of chunks of the logits (default: %(default)s)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the layers (default: on a GPU)")
+    add(
+        "--recompute", action=argparse.BooleanOptionalAction, default=True, help="checkpoint activations (default: yes)"
+    )
+    add("--attention", metavar="NAME", help="attn_implementation of transformers: sdpa, eager, flash_attention_2 ...")
+    add("--deterministic", action="store_true", help="use deterministic kernels, even if they are slower")
     args = parser.parse_args(arguments)
     for name in ("steps", "batch_size", "seq_len", "save_every", "eval_every", "log_every", "keep", "loss_chunks"):
         value = getattr(args, name)
