@@ -54,7 +54,10 @@ class GradHooks:
                 )
             if p.requires_grad:
                 new.append(p)
-        self._handles += [p.register_post_accumulate_grad_hook(self._hook) for p in new]
+        if new:
+            # A handle refers to the hooks of its parameter weakly.
+            live = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
+            self._handles[:] = [*live, *(p.register_post_accumulate_grad_hook(self._hook) for p in new)]
 
 
 def refuse_replicas(params: Iterable[Tensor]) -> None:

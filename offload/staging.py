@@ -72,6 +72,7 @@ class Placed(NamedTuple):
     host: HostTier | None  # None for the device tier
     region: int  # the number of the parameter on its host tier
     device: torch.device  # where they are stepped
+    plan: PlacementPlan
 
 
 class HostTier:
@@ -215,7 +216,7 @@ class TieredExecutor:
         self._engine, self._tasks = engine, tasks
         self._resident: list[int] = []
         self._hosts: dict[HostTier, list[tuple[int, int]]] = {}
-        for number, (_, host, region, _) in enumerate(placed):
+        for number, (_, host, region, *_) in enumerate(placed):
             if host is None:
                 self._resident.append(number)
             else:

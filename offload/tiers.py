@@ -47,7 +47,7 @@ class Store(Protocol):
     """The storage of an optimizer's moments.
 
     Attributes:
-        plans: the plans so far: one for each device, and one for each later addition of parameters.
+        plans: one for each device, and one for each later addition of parameters, as long as one of them is placed.
     """
 
     @property
@@ -158,13 +158,14 @@ class TieredStore:
         self._policy = policy
         self._backend = backend
         self._placed: dict[Tensor, Placed] = {}
-        self._hosts: weakref.WeakSet[HostTier] = weakref.WeakSet()
+        self._hosts: weakref.WeakKeyDictionary[HostTier, PlacementPlan] = weakref.WeakKeyDictionary()
         self._traffic: list[Traffic] = []  # of all host tiers, including those that no longer exist
         self._plans: list[PlacementPlan] = []
 
     @property
     def plans(self) -> Sequence[PlacementPlan]:
-        return self._plans
+        used = {*map(id, self._hosts.values()), *(id(placed.plan) for placed in self._placed.values())}
+        return [plan for plan in self._plans if id(plan) in used]
 
     @property
     def link_bytes(self) -> int:
@@ -188,15 +189,15 @@ class TieredStore:
             host_free -= plan.host_bytes + (plan.device_bytes if device.type == "cpu" else 0)
             plans.append((device, group, plan, leave))
         for plan, on_device, host, placing in [_built(*each, self._backend) for each in plans]:
-            self._plans.append(plan)
+            self._plans = [*self.plans, plan]
             _log.info("Where the tables are, and why:\n%s", plan.summary())
             for request, tensors in zip(placing, on_device, strict=False):
-                self._placed[request.p] = Placed(tensors, None, 0, request.p.device)
+                self._placed[request.p] = Placed(tensors, None, 0, request.p.device, plan)
             if host is not None:
-                self._hosts.add(host)
+                self._hosts[host] = plan
                 self._traffic.append(host.pipeline.traffic)
                 for region, request in enumerate(placing[len(on_device) :]):
-                    self._placed[request.p] = Placed(host.tensors(region), host, region, request.p.device)
+                    self._placed[request.p] = Placed(host.tensors(region), host, region, request.p.device, plan)
 
     def serves(self, p: Tensor, moment: Tensor) -> bool:
         placed = self._placed.get(p)
@@ -260,10 +261,10 @@ class TieredStore:
 
     def _reuse(self, request: StateRequest) -> bool:
         """Whether the region of a removed parameter could be reused."""
-        for host in self._hosts:
+        for host, plan in self._hosts.items():
             region = host.free_region(request) if host.device == request.p.device else None
             if region is not None:
-                self._placed[request.p] = Placed(host.tensors(region), host, region, request.p.device)
+                self._placed[request.p] = Placed(host.tensors(region), host, region, request.p.device, plan)
                 return True
         return False
 

@@ -565,3 +565,17 @@ def test_a_checkpoint_of_version_0_2_goes_on_to_the_bit_under_names(options, dty
     train(net, old, range(4, 8))
     train(other, new, range(4, 8))
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("memory", [None, "device", "host"])
+def test_replaced_parameters_leave_no_hooks_and_no_plans(memory):
+    p, kept = (torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2))
+    opt = Collins([p, kept], memory=memory, in_backward=True)
+    for _ in range(5):
+        (p.square().sum() + kept.square().sum()).backward()
+        opt.step()
+        opt.state.pop(p)
+        p = torch.nn.Parameter(torch.ones(64, 64))
+        opt.param_groups[0]["params"][:] = [p, kept]
+    assert len(opt._grad_hooks._handles) <= 3
+    assert len(opt.placement) <= (0 if memory is None else 2)
