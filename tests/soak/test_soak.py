@@ -3,7 +3,7 @@
 Run by name, as it takes minutes; what it found is printed at the end:
 
     pytest -n 0 tests/soak
-    pytest -n 0 -m cuda tests/soak    # on a GPU, in about two minutes: fewer steps, of the kernel
+    pytest -n 0 -m cuda tests/soak  # on a GPU, with fewer steps
 
 `SOAK_STEPS`, a multiple of 1,000, and `SOAK_CYCLES` set how many steps there are, and how many optimizers.
 
