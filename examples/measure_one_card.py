@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 from collins import Collins
 from collins.offload import MemoryPolicy, PlacementPlan, pinned_bytes
+from collins.offload.alternatives import alternatives
 from collins.offload.architectures import transformers_or_none
 from collins.offload.budget import Training
 from collins.offload.models import from_config
@@ -238,8 +239,7 @@ def as_json(args: argparse.Namespace, run: Run, code: str) -> dict[str, Any]:
             "gradients_in_backward": budget.gradients_in_backward,
             "activations": budget.activations,
             "tables": sum(request.bytes for request in run.trial.requests),
-            "device_with_adamw": budget.held(in_backward=False) + 2 * count * torch.bfloat16.itemsize,
-            "device_with_adamw_8bit": budget.held(in_backward=False) + 2 * count,
+            "alternatives": [alternative._asdict() for alternative in alternatives(run.trial)],
         },
     }
 

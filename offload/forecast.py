@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from collins.offload.alternatives import alternatives
 from collins.offload.budget import Training
 from collins.offload.plan import PlacementPlan
 from collins.offload.shapes import Transformer
@@ -27,8 +28,9 @@ def as_text(name: str, trial: Trial, outcomes: Sequence[Outcome], found: Largest
         f"device {size_text(machine.device_free)}, host {size_text(machine.host_free)} free",
         _table(trial, outcomes),
         "\n".join((*_formulas(model), *(f"note: {note}" for note in model.notes))),
-        f"Tables take {size_text(_tables(trial))}; AdamW's moments, in {_dtype(training)}, would take"
-        f" {size_text(_adamw(trial))}.",
+        f"Tables take {size_text(_tables(trial))}. The same training with other optimizers, with moments in"
+        f" {_dtype(training)} or 8 bits:",
+        _alternatives(trial),
         *_placements(outcomes),
     ]
     if found is not None:
@@ -40,10 +42,11 @@ def as_json(name: str, trial: Trial, outcomes: Sequence[Outcome], found: Largest
     """The plan of `trial` as a mapping of what JSON can hold. Sizes are ints of bytes.
 
     Keys: `model` (name, parameters, layers, hidden, vocabulary, positions, notes), `training` (dtype, batch, seq_len,
-    loss_chunks), `machine` (device_free, host_free), `tables` and `adamw` (bytes of moments), `fits`, `in_backward`
-    (the way to step that was chosen), `modes` (one for each way tried: in_backward, fits, weights, gradients,
-    checkpoints, recomputed_block, logits, left, tables_on_device, staging, tables_on_host, reason), and `largest`
-    (seq_len, batch, model, parameters). What is not known, or was not asked for, is null.
+    loss_chunks), `machine` (device_free, host_free), `tables` and `adamw` (bytes of moments), `alternatives` (other
+    optimizers: name, device, host, fits), `fits`, `in_backward` (the way to step that was chosen), `modes` (one for
+    each way tried: in_backward, fits, weights, gradients, checkpoints, recomputed_block, logits, left,
+    tables_on_device, staging, tables_on_host, reason), and `largest` (seq_len, batch, model, parameters). What is not
+    known, or was not asked for, is null.
     """
     model, training, machine = trial.model, trial.training, trial.machine
     chosen = next((outcome.in_backward for outcome in outcomes if outcome.plan is not None), None)
@@ -66,6 +69,7 @@ def as_json(name: str, trial: Trial, outcomes: Sequence[Outcome], found: Largest
         "machine": {"device_free": machine.device_free, "host_free": machine.host_free},
         "tables": _tables(trial),
         "adamw": _adamw(trial),
+        "alternatives": [alternative._asdict() for alternative in alternatives(trial)],
         "fits": chosen is not None,
         "in_backward": chosen,
         "modes": [_mode_json(trial, outcome) for outcome in outcomes],
@@ -148,6 +152,14 @@ def _table(trial: Trial, outcomes: Sequence[Outcome]) -> str:
         ["fits", *("no" if outcome.plan is None else "yes" for outcome in outcomes)],
     ]
     return as_table(["", *(_mode(outcome.in_backward) for outcome in outcomes)], lines)
+
+
+def _alternatives(trial: Trial) -> str:
+    lines = [
+        [found.name, size_text(found.device), size_text(found.host), "yes" if found.fits else "no"]
+        for found in alternatives(trial)
+    ]
+    return as_table(["optimizer", "device", "host", "fits"], lines)
 
 
 def _formulas(model: Transformer) -> tuple[str, ...]:

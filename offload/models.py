@@ -14,7 +14,8 @@ from collins.offload.architectures import from_transformers, levels, transformer
 from collins.offload.shapes import LARGE_VOCABULARY, Transformer, gpt2, llama, of_count
 
 # The LLaMA shapes have the 32,000 tokens of LLaMA 1 and 2 unless another vocabulary is given; llama-1b has the layers
-# of LLaMA 3.2 1B, and an untied head. The name of a family ends at the first hyphen; members are in ascending order.
+# of LLaMA 3.2 1B, and an untied head. qwen-14b has the matrices of Qwen 3 14B, qwen-32b those of Qwen 2.5 32B, with its
+# biases. The name of a family ends at the first hyphen; members are in ascending order.
 NAMED: dict[str, Callable[[int | None], Transformer]] = {
     "gpt2": lambda vocabulary: gpt2(vocabulary=vocabulary or 50257),
     "gpt2-medium": lambda vocabulary: gpt2(24, 1024, vocabulary or 50257),
@@ -24,6 +25,8 @@ NAMED: dict[str, Callable[[int | None], Transformer]] = {
     "llama-7b": lambda vocabulary: llama(32, 4096, 11008, 4096, vocabulary or 32000),
     "llama-13b": lambda vocabulary: llama(40, 5120, 13824, 5120, vocabulary or 32000),
     "llama-70b": lambda vocabulary: llama(80, 8192, 28672, 1024, vocabulary or 32000),
+    "qwen-14b": lambda vocabulary: llama(40, 5120, 17408, 1024, vocabulary or 151936),
+    "qwen-32b": lambda vocabulary: llama(64, 5120, 27648, 1024, vocabulary or 152064, biased=("q", "k", "v")),
 }
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMBT]?)", re.IGNORECASE)
 _POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
