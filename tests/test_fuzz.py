@@ -25,7 +25,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import bits, give_gradients, parameters, same
-from mutations import Cases, damaged, mutated, near, odd
+from mutations import Cases, almost_valid, damaged_bytes, mutated, random_value
 
 import collins
 from collins import CheckpointError, Collins, checkpoint, convert, files, whole_folder
@@ -155,9 +155,9 @@ def saved():
 def try_state_dicts(way, saved, count):
     cases = Cases("state dict", way, count=count)
     for seed in cases:
-        with cases.case(seed) as chance:
-            given = mutated(saved[way if chance.random() < 0.8 else chance.choice(list(WAYS))], chance)
-            steps = chance.choice([0, 2])
+        with cases.case(seed) as rng:
+            given = mutated(saved[way if rng.random() < 0.8 else rng.choice(list(WAYS))], rng)
+            steps = rng.choice([0, 2])
             side = Side(way, steps)
             before = side.values()
             try:
@@ -166,7 +166,7 @@ def try_state_dicts(way, saved, count):
             except CLEAN:
                 cases.ended["refused"] += 1
                 assert alike(side.values(), before)
-                if chance.random() < 0.2:
+                if rng.random() < 0.2:
                     twin = Side(way, steps)
                     for each in (side, twin):
                         each.step(9)
@@ -201,9 +201,9 @@ def test_state_dicts_that_are_converted(way, saved):
     before = side.values()
     cases = Cases("convert", way, count=share(0.15, len(WAYS)))
     for seed in cases:
-        with cases.case(seed) as chance:
-            source = adamw.state_dict() if chance.random() < 0.5 else saved[chance.choice(list(WAYS))]
-            given = mutated(source, chance)
+        with cases.case(seed) as rng:
+            source = adamw.state_dict() if rng.random() < 0.5 else saved[rng.choice(list(WAYS))]
+            given = mutated(source, rng)
             try:
                 with draws_nothing():
                     found = convert(given, side.opt)
@@ -228,16 +228,16 @@ def test_policies(kind, tmp_path):
     path = tmp_path / "policy.toml"
     cases = Cases("policy", kind, count=share(0.2, 3))
     for seed in cases:
-        with cases.case(seed) as chance:
+        with cases.case(seed) as rng:
             if kind == "toml":
-                path.write_bytes(damaged(TOML, chance))
+                path.write_bytes(damaged_bytes(TOML, rng))
                 given = path
             elif kind == "string":
-                given = chance.choice(["auto", "device", "host", "HOST", ".tom", "2GiB"])
-                given = near(given, chance) if chance.random() < 0.9 else given
+                given = rng.choice(["auto", "device", "host", "HOST", ".tom", "2GiB"])
+                given = almost_valid(given, rng) if rng.random() < 0.9 else given
             else:
-                given = {chance.choice(NAMES): odd(chance) for _ in range(chance.randrange(4))}
-                given = mutated(chance.choice([POLICY, given]), chance)
+                given = {rng.choice(NAMES): random_value(rng) for _ in range(rng.randrange(4))}
+                given = mutated(rng.choice([POLICY, given]), rng)
             p = torch.nn.Parameter(torch.zeros(3))
             kept = None if kind == "toml" else copy.deepcopy(given)
             try:
@@ -325,17 +325,17 @@ def test_checkpoint_files(kind, tmp_path):
     seal, parts = len(whole) - files._TRAILER, parts_of(whole)
     cases = Cases("file", kind, count=share(0.2, 3))
     for seed in cases:
-        with cases.case(seed) as chance:
+        with cases.case(seed) as rng:
             if kind == "file":
-                found = damaged(whole, chance, parts)
+                found = damaged_bytes(whole, rng, parts)
             elif kind == "sealed":
-                found = sealed(damaged(whole[:seal], chance, [part for part in parts if part[1] <= seal]))
+                found = sealed(damaged_bytes(whole[:seal], rng, [part for part in parts if part[1] <= seal]))
             else:
                 file = io.BytesIO()
-                name, given = chance.choice(list(content)), dict(content)
-                given[name] = mutated(content[name], chance)
+                name, given = rng.choice(list(content)), dict(content)
+                given[name] = mutated(content[name], rng)
                 try:
-                    torch.save(mutated(content, chance) if chance.random() < 0.1 else given, file)
+                    torch.save(mutated(content, rng) if rng.random() < 0.1 else given, file)
                 except Exception:  # nothing that could be in a file
                     continue
                 found = sealed(file.getvalue())
@@ -370,18 +370,18 @@ def test_sharded_folders(tmp_path):
     folder = tmp_path / "damaged"
     cases = Cases("folder", count=share(0.05))
     for seed in cases:
-        with cases.case(seed) as chance:
+        with cases.case(seed) as rng:
             shutil.copytree(folders[0], folder)
-            file = chance.choice(sorted(folder.iterdir()))
-            kind = chance.choice(["flip", "cut", "missing", "swap"])
+            file = rng.choice(sorted(folder.iterdir()))
+            kind = rng.choice(["flip", "cut", "missing", "swap"])
             if kind == "flip" and file.name != ".metadata":  # a pickle, which might run anything
-                file.write_bytes(damaged(file.read_bytes(), chance))
+                file.write_bytes(damaged_bytes(file.read_bytes(), rng))
             elif kind == "missing":
                 file.unlink()
             elif kind == "swap":
                 file.write_bytes((folders[1] / file.name).read_bytes())
             else:
-                file.write_bytes(file.read_bytes()[: chance.randrange(file.stat().st_size)])
+                file.write_bytes(file.read_bytes()[: rng.randrange(file.stat().st_size)])
             side = Side("default", 2)
             before, given = side.values(), {"optimizer": copy.deepcopy(side.opt.state_dict())}
             try:

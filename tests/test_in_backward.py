@@ -41,7 +41,7 @@ def test_groups_and_schedules(memory, schedule, device):
     housed = trained(**options, in_backward=True)
     assert same_bits(trained(**options), housed)
     tiers = {row.tier for plan in housed[1].placement for row in plan.rows}
-    assert len(tiers) == {"unhoused": 0, "device": 1, "host": 1, "mixed": 2}[_name(memory)]
+    assert len(tiers) == {"resident": 0, "device": 1, "host": 1, "mixed": 2}[_name(memory)]
 
 
 def _name(memory):

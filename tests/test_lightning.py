@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from clients import Asked, Twin, network, steps_taken
+from clients import Repeater, StatisticsCalls, network, steps_taken
 from helpers import OPTIONS, same
 
 from collins import Collins
@@ -36,7 +36,7 @@ class Module(lightning.LightningModule):
 
     def configure_optimizers(self):
         optimizer = Collins(self.net.named_parameters(), **{**OPTIONS, **self.options})
-        self.twin = None if self.options.get("in_backward") else Twin(optimizer)
+        self.repeater = None if self.options.get("in_backward") else Repeater(optimizer)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BATCHES * EPOCHS)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -72,12 +72,12 @@ def test_clipped_steps_through_closures_are_those_taken_by_hand(tmp_path, precis
     limit = 0.05 if clip == "norm" else 1e-3
     module = Module()
     fit(module, tmp_path, precision, gradient_clip_val=limit, gradient_clip_algorithm=clip)
-    assert module.twin.agrees
-    assert len(module.twin.norms) == steps_taken(module.twin.first) == BATCHES * EPOCHS
-    largest = module.twin.norms[0] if clip == "norm" else max(g.abs().max() for g in module.twin.gradients)
+    assert module.repeater.is_equal
+    assert len(module.repeater.norms) == steps_taken(module.repeater.first) == BATCHES * EPOCHS
+    largest = module.repeater.norms[0] if clip == "norm" else max(g.abs().max() for g in module.repeater.gradients)
     assert float(largest) == pytest.approx(limit, rel=2e-2)
     assert len(set(module.losses)) > BATCHES
-    assert module.twin.first.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+    assert module.repeater.first.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("memory", [None, "host"], ids=str)
@@ -89,17 +89,17 @@ def test_a_resumed_run_ends_in_the_bits_of_one_that_was_never_stopped(tmp_path, 
     assert len(whole.losses) == BATCHES * EPOCHS
     assert resumed.losses == whole.losses[BATCHES:]
     assert same(resumed.state_dict(), whole.state_dict())
-    assert same(resumed.twin.first.state_dict(), whole.twin.first.state_dict())
-    assert steps_taken(resumed.twin.first) == BATCHES * EPOCHS
+    assert same(resumed.repeater.first.state_dict(), whole.repeater.first.state_dict())
+    assert steps_taken(resumed.repeater.first) == BATCHES * EPOCHS
 
 
 def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
     small, large = Module(), Module()
     fit(small, tmp_path, accumulate_grad_batches=2, size=2)
     fit(large, tmp_path)
-    assert small.twin.agrees
-    assert steps_taken(small.twin.first) == steps_taken(large.twin.first) == BATCHES * EPOCHS
-    torch.testing.assert_close(small.twin.gradients, large.twin.gradients)
+    assert small.repeater.is_equal
+    assert steps_taken(small.repeater.first) == steps_taken(large.repeater.first) == BATCHES * EPOCHS
+    torch.testing.assert_close(small.repeater.gradients, large.repeater.gradients)
 
 
 class Rivals(lightning.LightningModule):
@@ -110,7 +110,7 @@ class Rivals(lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.nets = torch.nn.ModuleList([network(), network()])
-        self.twins = []
+        self.repeaters = []
         self.frozen = []
 
     def training_step(self, batch, index):
@@ -125,7 +125,7 @@ class Rivals(lightning.LightningModule):
 
     def configure_optimizers(self):
         optimizers = [Collins(net.parameters(), **OPTIONS) for net in self.nets]
-        self.twins = [Twin(optimizer) for optimizer in optimizers]
+        self.repeaters = [Repeater(optimizer) for optimizer in optimizers]
         return optimizers
 
 
@@ -133,9 +133,9 @@ def test_two_optimizers_take_turns(tmp_path):
     module = Rivals()
     fit(module, tmp_path)
     assert not any(map(any, module.frozen))
-    for twin in module.twins:
-        assert twin.agrees
-        assert steps_taken(twin.first) == BATCHES * EPOCHS // 2
+    for repeater in module.repeaters:
+        assert repeater.is_equal
+        assert steps_taken(repeater.first) == BATCHES * EPOCHS // 2
 
 
 def test_in_backward_refuses_the_closures_of_lightning_before_anything_changes(tmp_path):
@@ -199,7 +199,7 @@ class Recorder(lightning.pytorch.loggers.logger.Logger):
 def test_statistics_are_logged_where_lightning_logs_and_asked_for_nowhere_else(tmp_path, monkeypatch, rounds):
     from collins.integrations.lightning import StatisticsCallback
 
-    asked = Asked(monkeypatch)
+    calls = StatisticsCalls(monkeypatch)
     module, recorder = Module(max_grad_norm=1.0), Recorder()
     lightning.Trainer(
         accelerator="cpu",
@@ -214,8 +214,8 @@ def test_statistics_are_logged_where_lightning_logs_and_asked_for_nowhere_else(t
         enable_checkpointing=False,
         default_root_dir=tmp_path,
     ).fit(module, batches())
-    assert asked.read == [3, 6]
-    assert sorted(set(asked.measured)) == [2, 5]
+    assert calls.read == [3, 6]
+    assert sorted(set(calls.measured)) == [2, 5]
     told = [(step, metrics) for step, metrics in recorder.told if "collins/grad_norm" in metrics]
     assert [step for step, _ in told] == [2, 5]  # Lightning counts steps from 0
     for _, metrics in told:

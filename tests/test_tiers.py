@@ -211,8 +211,8 @@ def test_nothing_is_decided_before_the_first_step(in_backward):
     assert opt.placement == (plan,)
 
 
-@pytest.mark.parametrize("loaded", ["unhoused", "host", "mixed", "auto"])
-@pytest.mark.parametrize("saved", ["unhoused", "host", "mixed"])
+@pytest.mark.parametrize("loaded", ["resident", "host", "mixed", "auto"])
+@pytest.mark.parametrize("saved", ["resident", "host", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_checkpoints_move_between_tiers(saved, loaded, dtype):
     model, opt = trained(model={"dtype": dtype}, memory=TIERS[saved])
@@ -228,7 +228,7 @@ def test_checkpoints_move_between_tiers(saved, loaded, dtype):
     for side in ((model, opt), (other, other_opt)):
         stepped(*side, range(7, 10))
     assert same_bits((model, opt), (other, other_opt))
-    assert bool(other_opt.placement) == (loaded != "unhoused")
+    assert bool(other_opt.placement) == (loaded != "resident")
 
 
 def test_a_tables_home_stays_while_its_values_change():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from clients import Twin, inputs, network, steps_taken
+from clients import Repeater, inputs, network, steps_taken
 from helpers import OPTIONS, same
 
 from collins import Collins
@@ -56,9 +56,9 @@ class Run:
 def test_a_container_steps_as_by_hand_with_groups_by_pattern(implementation):
     run = Run(implementation)
     (optimizer,) = run.container
-    twin = Twin(optimizer)
+    repeater = Repeater(optimizer)
     run.train()
-    assert twin.agrees
+    assert repeater.is_equal
     assert steps_taken(optimizer) == STEPS
     assert [group["param_names"] for group in optimizer.param_groups] == [
         ["0.bias", "2.bias"],
@@ -137,11 +137,11 @@ def stages(*split):
 
 def test_every_part_of_a_pipeline_has_an_optimizer_of_its_own():
     run, resumed = (Run(parts=stages("a", "b")) for _ in range(2))
-    twins = [Twin(optimizer) for optimizer in run.container]
+    repeaters = [Repeater(optimizer) for optimizer in run.container]
     run.train(0, STEPS // 2)
-    assert len(twins) == 2
-    for twin in twins:
-        assert twin.agrees
+    assert len(repeaters) == 2
+    for repeater in repeaters:
+        assert repeater.is_equal
     for part, saved in zip(resumed.parts, run.weights(), strict=True):
         part.load_state_dict(saved)
     resumed.container.load_state_dict(run.container.state_dict())

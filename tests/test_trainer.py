@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from clients import Asked, Twin, component, steps_taken
+from clients import Repeater, StatisticsCalls, component, steps_taken
 from helpers import OPTIONS, same
 
 from collins import Collins, register
@@ -84,18 +84,18 @@ def logged(run, key):
 @pytest.mark.parametrize("way", [*WAYS, "name"])
 def test_the_trainer_steps_as_by_hand_with_clipping_and_its_schedule(tmp_path, way, precision):
     run = trainer(tmp_path, way, precision, save_strategy="no")
-    twin = Twin(run.create_optimizer())
+    repeater = Repeater(run.create_optimizer())
     run.train()
-    assert collins_of(run) is twin.first
-    assert twin.agrees
-    assert len(twin.norms) == steps_taken(twin.first) == STEPS
+    assert collins_of(run) is repeater.first
+    assert repeater.is_equal
+    assert len(repeater.norms) == steps_taken(repeater.first) == STEPS
     compressed = {"m_table", "exp_avg_scale"}  # of matrices, and of token tables
-    assert all(compressed & state.keys() for p, state in twin.first.state.items() if p.numel() >= 512)
-    for before, after in zip(logged(run, "grad_norm"), twin.norms, strict=True):
+    assert all(compressed & state.keys() for p, state in repeater.first.state.items() if p.numel() >= 512)
+    for before, after in zip(logged(run, "grad_norm"), repeater.norms, strict=True):
         assert before > CLIP
         assert after == pytest.approx(CLIP, rel=2e-2 if precision == "bfloat16" else 1e-4)
     decays = [0.01] if way == "optimizers" else [0.1, 0.0]
-    assert [group["weight_decay"] for group in twin.first.param_groups] == decays
+    assert [group["weight_decay"] for group in repeater.first.param_groups] == decays
     rates = [OPTIONS["lr"] * factor for factor in (0, 0.5, *((1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)))]
     assert logged(run, "learning_rate") == pytest.approx(rates)
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_other_tables_is_refused(tmp_path):
 
 
 def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
-    twins = []
+    repeaters = []
     for size, rounds in ((2, 2), (4, 1)):
         run = trainer(
             tmp_path,
@@ -138,12 +138,12 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
             per_device_train_batch_size=size,
             gradient_accumulation_steps=rounds,
         )
-        twins.append(Twin(run.create_optimizer()))
+        repeaters.append(Repeater(run.create_optimizer()))
         run.train()
-        assert twins[-1].agrees
-        assert steps_taken(twins[-1].first) == STEPS
-    assert twins[0].norms[0] > 0
-    for ours, theirs in zip(*(twin.gradients for twin in twins), strict=True):
+        assert repeaters[-1].is_equal
+        assert steps_taken(repeaters[-1].first) == STEPS
+    assert repeaters[0].norms[0] > 0
+    for ours, theirs in zip(*(repeater.gradients for repeater in repeaters), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -267,7 +267,7 @@ class Reporter(transformers.TrainerCallback):
 def test_statistics_are_logged_where_the_trainer_logs_and_taken_nowhere_else(tmp_path, monkeypatch, strategy):
     from collins.integrations.transformers import log_statistics
 
-    asked, reporter = Asked(monkeypatch), Reporter()
+    calls, reporter = StatisticsCalls(monkeypatch), Reporter()
     options = {**BY_NAME, "optim_args": BY_NAME["optim_args"] + ",max_grad_norm=0.5"}
     run = trainer(
         tmp_path,
@@ -285,8 +285,8 @@ def test_statistics_are_logged_where_the_trainer_logs_and_taken_nowhere_else(tmp
     log_statistics(run)
     run.train()
     steps = [1, 3, 6, 9, 12] if strategy == "steps" else [1, 12]
-    assert asked.read == steps
-    assert asked.measured == ([step - 1 for step in steps] if strategy == "steps" else [0, 1])
+    assert calls.read == steps
+    assert calls.measured == ([step - 1 for step in steps] if strategy == "steps" else [0, 1])
     told = [(step, logs) for step, logs in reporter.told if "loss" in logs]
     kept = [entry for entry in run.state.log_history if "loss" in entry]
     assert [step for step, _ in told] == [entry["step"] for entry in kept] == steps

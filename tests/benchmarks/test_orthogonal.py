@@ -13,7 +13,7 @@ for the code alone.
 import pytest
 import torch
 from helpers import DEVICE
-from test_step import HELD, ON_CPU, measure, settle  # noqa: F401
+from test_step import HELD, ON_CPU, measure, synchronize  # noqa: F401
 from turns import Turns
 
 from collins import Collins
@@ -58,7 +58,7 @@ def product_rate():
     """Floating-point operations a second of a product of two matrices in bfloat16."""
     size, times = (256, 2) if ON_CPU else (4096, 20)
     a = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16)
-    turns = Turns(lambda: [a @ a for _ in range(times)], settle)
+    turns = Turns(lambda: [a @ a for _ in range(times)], synchronize)
     for _ in range(5):
         turns()
     return 2 * size**3 * times / turns.median(3)
@@ -87,11 +87,11 @@ def test_step_of_matrices(measure, model, name, dtype):  # noqa: F811
     state = sum(t.nbytes for kept in opt.state.values() for t in kept.values() if isinstance(t, torch.Tensor))
     peak = None
     if not ON_CPU:
-        settle()
+        synchronize()
         resident = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
-        settle()
+        synchronize()
         peak = torch.cuda.max_memory_allocated() - resident
     extra = {"bytes": 3 * sum(p.nbytes for p in ps) + 2 * state, "rounds": 5, "peak": peak}
     group = f"matrices of {model} {str(dtype).removeprefix('torch.')} {DEVICE}, {layers} layers"

@@ -44,7 +44,7 @@ if importlib.util.find_spec("torchao"):
     OPTIMIZERS["torchao 8-bit"] = lambda ps: importlib.import_module("torchao.optim").AdamW8bit(ps)
 
 
-def settle():
+def synchronize():
     """Waits until the device has done what it was given."""
     if not ON_CPU:
         torch.cuda.synchronize()
@@ -58,11 +58,11 @@ def rounds(parameters):
 @pytest.fixture
 def measure(benchmark):
     def timed(function, group, name, beside=None, **extra):
-        turns = Turns(beside, settle) if beside else None
+        turns = Turns(beside, synchronize) if beside else None
 
         def once():
             function()
-            settle()
+            synchronize()
 
         benchmark.group = group
         benchmark.pedantic(once, setup=turns, rounds=extra["rounds"], warmup_rounds=3)
@@ -114,11 +114,11 @@ def test_step(measure, model, name, dtype):
     held = sum(p.nbytes for p in ps)
     peak = None
     if not ON_CPU:
-        settle()
+        synchronize()
         resident = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         opt.step()
-        settle()
+        synchronize()
         peak = torch.cuda.max_memory_allocated() - resident
     # Each gradient is read; each parameter and each moment is read and written.
     extra = {"bytes": 3 * held + 2 * state, "rounds": rounds(sum(p.numel() for p in ps)), "peak": peak}
@@ -147,7 +147,7 @@ def test_host(benchmark, name, monkeypatch):
         with_kernel(opt)
     benchmark.group = f"host, {len(ps)} tensors, {DEVICE}"
     benchmark.extra_info.update(name=name, bytes=0, peak=None)
-    benchmark.pedantic(opt.step, setup=settle, rounds=200, warmup_rounds=10)
+    benchmark.pedantic(opt.step, setup=synchronize, rounds=200, warmup_rounds=10)
 
 
 FIRST_STEP = """
