@@ -41,10 +41,10 @@ class Cases:
 
     @contextlib.contextmanager
     def case(self, seed):
-        """Runs a case, whose body uses a mutated value and must end within `PATIENCE`; yields a random generator."""
+        """Runs a case, whose body uses a mutated value and must end within `TIME_LIMIT`; yields a random generator."""
 
         def timed_out(*_):
-            raise AssertionError(f"no end after {PATIENCE} s")
+            raise AssertionError(f"no end after {TIME_LIMIT} s")
 
         before = signal.signal(signal.SIGALRM, timed_out)
         signal.alarm(TIME_LIMIT)

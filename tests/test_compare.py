@@ -102,7 +102,7 @@ def test_each_task_runs(command, arguments, task, tmp_path, capsys):
         pytest.importorskip("sklearn")
     outcome = command.main(arguments(task, "--rates", "1e-3"))
     assert not outcome.failed
-    assert not outcome.late
+    assert not outcome.out_of_time
     found = records(tmp_path / "runs.jsonl")
     assert {record["optimizer"] for record in found} == set(command.TASKS[task].optimizers)
     for record in found:
@@ -315,23 +315,23 @@ def test_runs_that_would_not_end_in_time_are_not_begun_and_are_named(command, ar
     outcome = command.main(
         arguments("lm-small", "--optimizers", "adamw", "--rates", "1e-3", "2e-3", "--time-limit", limit)
     )
-    late = [f"lm-small: adamw lr {lr} beta2 0.999 seed 0" for lr in ("0.001", "0.002")][known:]
-    assert outcome.late == late
+    out_of_time = [f"lm-small: adamw lr {lr} beta2 0.999 seed 0" for lr in ("0.001", "0.002")][known:]
+    assert outcome.out_of_time == out_of_time
     assert not outcome.finished
     shown = capsys.readouterr().out
-    for title in late:
+    for title in out_of_time:
         assert f"not finished within the time limit: {title}" in shown
     assert (path.read_bytes() if path.exists() else None) == before
 
 
 def test_a_run_is_stopped_at_its_deadline(compare, command, arguments, tmp_path):
-    workers, heard = compare("compare.workers"), []
-    follower = workers.Telling(heard.append, time.time() - 1)
+    workers, messages = compare("compare.workers"), []
+    follower = workers.ProgressReporter(messages.append, time.time() - 1)
     with pytest.raises(compare("compare.training").OutOfTimeError):
         follower(1)
     more = ("--optimizers", "adamw", "--rates", "1e-3", "--time-limit", "3")
     outcome = command.main(arguments("lm-small", *more, steps=1_000_000))
-    assert outcome.late == ["lm-small: adamw lr 0.001 beta2 0.999 seed 0"]
+    assert outcome.out_of_time == ["lm-small: adamw lr 0.001 beta2 0.999 seed 0"]
     assert not (tmp_path / "runs.jsonl").exists()
 
 
