@@ -174,7 +174,7 @@ class FakeStreams:
             self.current = before
 
     def launch(self, kernel, *tensors):
-        """Enqueues `kernel(*tensors)` on the current stream. Like a real kernel, it keeps no device memory allocated."""
+        """Enqueues `kernel(*tensors)` on the current stream. Like a kernel, it keeps no device memory allocated."""
         uses = [(tensor, None) if self._region(tensor) is None else self._region_view(tensor) for tensor in tensors]
         stream = self.current
 

@@ -45,7 +45,7 @@ def with_kernel(opt):
 
 
 def on_machine(opt, **machine):
-    """Replaces properties of the machine that an optimizer's memory policy uses; see `collins.offload.staging.Backend`."""
+    """Replaces properties of the machine for an optimizer's policy; see `collins.offload.staging.Backend`."""
     opt._stepper.store = TieredStore(opt.memory, dataclasses.replace(MACHINE, **machine))
     return opt
 

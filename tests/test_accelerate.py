@@ -48,7 +48,7 @@ class Run:
 
 @pytest.mark.parametrize("memory", MEMORY, ids=str)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accumulated_and_clipped_steps_are_those_taken_by_hand(precision, memory):
+def test_accumulated_and_clipped_steps_equal_manual_steps(precision, memory):
     run = Run(precision, memory=memory)
     assert run.optimizer.optimizer is run.collins
     repeater = Repeater(run.collins)
@@ -71,7 +71,7 @@ def test_accumulated_gradients_are_the_mean_of_their_batches():
 
 @pytest.mark.parametrize("memory", MEMORY, ids=str)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_loaded_state_goes_on_to_the_bit(tmp_path, precision, memory):
+def test_training_resumes_bitwise_from_a_loaded_state(tmp_path, precision, memory):
     whole = Run(precision, memory=memory).train(0, STEPS // 2)
     whole.accelerator.save_state(str(tmp_path))
     halfway = pickle.loads(pickle.dumps(whole.end()))
@@ -96,7 +96,7 @@ def test_loading_into_an_optimizer_that_has_stepped_keeps_its_tensors(tmp_path):
 
 
 def test_a_prepared_optimizer_can_be_pickled():
-    run = Run(rounds=1).train(0, 2)  # Accelerate's copy would not know when gradients are accumulated
+    run = Run(rounds=1).train(0, 2)  # Accelerate's copy would not account for accumulated gradients
     run.model, run.optimizer = pickle.loads(pickle.dumps((run.model, run.optimizer)))
     run.collins = run.optimizer.optimizer
     run.schedule.step = lambda: None  # it still belongs to the optimizer that was copied
@@ -107,12 +107,12 @@ def test_a_prepared_optimizer_can_be_pickled():
     assert steps_taken(run.collins) == 4
 
 
-def test_steps_in_backward_are_those_after_it():
+def test_steps_in_backward_equal_steps_after_backward():
     after, within = (Run(rounds=1, clip=None, in_backward=in_backward) for in_backward in (False, True))
     assert same(within.train().end()[:1], after.train().end()[:1])
     assert steps_taken(within.collins) == STEPS
 
 
-def test_in_backward_refuses_to_accumulate():
+def test_in_backward_rejects_accumulation():
     with pytest.raises(RuntimeError, match="arrived twice before step"):
         Run(rounds=2, clip=None, in_backward=True).train(0, 1)

@@ -120,7 +120,7 @@ class Schedule:
         return len(self._waiting)
 
     def next(self) -> Job | None:
-        """The next job that can be started, or None. Jobs that would end after the deadline are added to `out_of_time`."""
+        """The next job to start, or None. Jobs that would end after the deadline are counted in `out_of_time`."""
         for job in list(self._waiting):
             if isinstance(job, Run) and job.task.name in self._unprepared:
                 continue
