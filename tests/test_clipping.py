@@ -295,7 +295,7 @@ def test_a_malformed_norm_is_rejected_and_nothing_changes(value):
 @pytest.mark.parametrize("in_backward", [False, True])
 @pytest.mark.parametrize("wrong", [math.inf, math.nan, 1e30])
 def test_a_nonfinite_norm_has_no_effect_with_skip(wrong, in_backward):
-    """The step - in backward only that of the parameter with the gradient - is skipped, and the next one is unaffected."""
+    """The step - in backward that of one parameter - is skipped; the next one is unaffected."""
     ps = parameters(torch.float32, SHAPES)
     opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, nonfinite="skip", in_backward=in_backward)
     for step in range(2):
