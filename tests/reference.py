@@ -44,7 +44,7 @@ class Block:
             return None
         return ((b + self.low & MASK) * 0x61C88647 % 2**32 * self.T >> 32) + t
 
-    def redraws(self, b, t):
+    def fresh(self, b, t):
         age = self.age(b, t)
         return age is not None and age % self.T == 0
 
@@ -69,7 +69,7 @@ class Universal:
     def __init__(self, N, K, a, b, c, d):
         self.N, self.K, self.coefficients = N, K, (a, b, c, d)
 
-    def redraws(self, b, t):
+    def fresh(self, b, t):
         return False
 
     def h(self, i):
@@ -148,7 +148,7 @@ class Reference:
             np.add.at(mu, h, s * g / c[h])
             np.add.at(q, h_v, g**2 / c_v[h_v])
             for b in range(hash.K):
-                if part == 0 and hash.redraws(b, t):
+                if part == 0 and hash.fresh(b, t):
                     self.M[b] = 0
             self.M = beta1 * self.M + new1 * mu
             self.V = beta2 * self.V + new2 * q
@@ -199,7 +199,7 @@ class OrthogonalReference(Reference):
             mu = np.zeros(self.M.size)
             np.add.at(mu, h, s * g / c[h])
             for b in range(hash.K):
-                if hash.redraws(b, self.t):
+                if hash.fresh(b, self.t):
                     self.M[b] = 0
             self.M = beta1 * self.M + (1 - beta1) * mu
             X = s * (np.sqrt(c) * self.M)[h] + self.rho * (g - s * mu[h])

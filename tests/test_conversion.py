@@ -75,7 +75,7 @@ def test_converted_signs_are_those_of_the_next_step(options):
     for i, value in enumerate(m):
         expected[hash.h(i)] += hash.s(i, STEPS) * value / loads[hash.h(i)]
     np.testing.assert_allclose(M, expected, rtol=1e-9, atol=1e-12)
-    steady = [i for i in range(m.size) if not hash.redraws(hash.h(i), STEPS + 1)]
+    steady = [i for i in range(m.size) if not hash.fresh(hash.h(i), STEPS + 1)]
     assert steady
     assert all(hash.s(i, STEPS) == hash.s(i, STEPS + 1) for i in steady)
     # The next steps equal those of the other optimizer.

@@ -13,9 +13,9 @@ lightning = pytest.importorskip("lightning")
 pytestmark = [
     # Lightning's own use of torch.
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-    # The tests give few batches, from memory: no workers are worth their start.
+    # The tests use few batches, from memory, so workers would not pay off.
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-    # A resumed run goes on in the folder of its checkpoint.
+    # A resumed run uses the folder of its checkpoint.
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 
@@ -68,7 +68,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("clip", ["norm", "value"])
-def test_clipped_steps_through_closures_are_those_taken_by_hand(tmp_path, precision, clip):
+def test_clipped_steps_with_closures_equal_manual_steps(tmp_path, precision, clip):
     limit = 0.05 if clip == "norm" else 1e-3
     module = Module()
     fit(module, tmp_path, precision, gradient_clip_val=limit, gradient_clip_algorithm=clip)
@@ -82,7 +82,7 @@ def test_clipped_steps_through_closures_are_those_taken_by_hand(tmp_path, precis
 
 @pytest.mark.parametrize("memory", [None, "host"], ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_resumed_run_ends_in_the_bits_of_one_that_was_never_stopped(tmp_path, precision, memory):
+def test_a_resumed_run_bitwise_equals_an_uninterrupted_one(tmp_path, precision, memory):
     whole, resumed = (Module(memory=memory) for _ in range(2))
     fit(whole, tmp_path, precision, gradient_clip_val=0.05)
     fit(resumed, tmp_path, precision, gradient_clip_val=0.05, resume=tmp_path / "epoch=0.ckpt")
@@ -93,7 +93,7 @@ def test_a_resumed_run_ends_in_the_bits_of_one_that_was_never_stopped(tmp_path, 
     assert steps_taken(resumed.repeater.first) == BATCHES * EPOCHS
 
 
-def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
+def test_accumulated_gradients_equal_those_of_the_large_batch(tmp_path):
     small, large = Module(), Module()
     fit(small, tmp_path, accumulate_grad_batches=2, size=2)
     fit(large, tmp_path)
@@ -103,7 +103,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
 
 
 class Rivals(lightning.LightningModule):
-    """Two networks with an optimizer each, which train in turns while the other one is toggled off."""
+    """Two networks with one optimizer each, trained alternately, with the other one toggled off."""
 
     automatic_optimization = False
 
@@ -129,7 +129,7 @@ class Rivals(lightning.LightningModule):
         return optimizers
 
 
-def test_two_optimizers_take_turns(tmp_path):
+def test_two_optimizers_step_alternately(tmp_path):
     module = Rivals()
     fit(module, tmp_path)
     assert not any(map(any, module.frozen))
@@ -138,7 +138,7 @@ def test_two_optimizers_take_turns(tmp_path):
         assert steps_taken(repeater.first) == BATCHES * EPOCHS // 2
 
 
-def test_in_backward_refuses_the_closures_of_lightning_before_anything_changes(tmp_path):
+def test_in_backward_rejects_the_closures_of_lightning_and_nothing_changes(tmp_path):
     module = Module(in_backward=True)
     with pytest.raises(RuntimeError, match="closure must be None with in_backward=True"):
         fit(module, tmp_path)
@@ -146,7 +146,7 @@ def test_in_backward_refuses_the_closures_of_lightning_before_anything_changes(t
     assert same(module.net.state_dict(), network().state_dict())
 
 
-def test_the_command_line_names_it_and_reads_its_options(monkeypatch):
+def test_the_command_line_accepts_the_optimizer_and_its_options(monkeypatch):
     cli = pytest.importorskip("lightning.pytorch.cli")
     pytest.importorskip("jsonargparse")
 
@@ -196,7 +196,7 @@ class Recorder(lightning.pytorch.loggers.logger.Logger):
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_statistics_are_logged_where_lightning_logs_and_asked_for_nowhere_else(tmp_path, monkeypatch, rounds):
+def test_statistics_are_read_only_at_the_steps_that_lightning_logs(tmp_path, monkeypatch, rounds):
     from collins.integrations.lightning import StatisticsCallback
 
     calls = StatisticsCalls(monkeypatch)
