@@ -1,4 +1,4 @@
-"""Time of a step of decode="orthogonal" beside torch.optim.Muon's, on the matrices of real models.
+"""Time of a step with decode="orthogonal" compared with torch.optim.Muon, on the matrices of real models.
 
     pytest tests/benchmarks/test_orthogonal.py --benchmark-json=orthogonal.json
 
@@ -38,7 +38,7 @@ OPTIMIZERS = {
 
 
 def matrices(model):
-    """The shapes of what is orthogonalised, of as many layers as every optimizer has room for; one on the CPU."""
+    """Shapes of the matrices of as many layers as fit with every optimizer; one layer on the CPU."""
     build, layers = MODELS[model]
     count = build(layers).count
     if ON_CPU:
@@ -55,7 +55,7 @@ def matrices(model):
 
 
 def product_rate():
-    """Floating-point operations a second of a product of two matrices in bfloat16."""
+    """Floating-point operations per second of a product of two matrices in bfloat16."""
     size, times = (256, 2) if ON_CPU else (4096, 20)
     a = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16)
     turns = Turns(lambda: [a @ a for _ in range(times)], synchronize)
@@ -100,7 +100,7 @@ def test_step_of_matrices(measure, model, name, dtype):  # noqa: F811
 
 @pytest.fixture(autouse=True)
 def costs(benchmark):
-    """What a step costs, from its time."""
+    """The cost of a step, from its time."""
     yield
     if benchmark.stats is None:
         return

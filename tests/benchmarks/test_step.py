@@ -1,4 +1,4 @@
-"""Time of one optimizer step, side by side on the shapes of real models.
+"""Time of one step of several optimizers on the shapes of real models.
 
     pytest tests/benchmarks --benchmark-json=step.json
 
@@ -28,7 +28,7 @@ MODELS = {  # and how many layers there are
     "llama-1b": (lambda layers: llama(layers, 2048, 8192, 512, 32000), 16),
     "llama-7b": (lambda layers: llama(layers, 4096, 11008, 4096, 32000), 32),
 }
-HELD = 6  # what foreach AdamW holds at its peak, in numbers of the parameter's dtype for each parameter
+HELD = 6  # peak memory of foreach AdamW, in values of the parameter's dtype per element
 OPTIMIZERS = {
     "AdamW fused": lambda ps: torch.optim.AdamW(ps, fused=True),
     "AdamW foreach": lambda ps: torch.optim.AdamW(ps, foreach=True),
@@ -45,7 +45,7 @@ if importlib.util.find_spec("torchao"):
 
 
 def synchronize():
-    """Waits until the device has done what it was given."""
+    """Waits until the device has completed all work."""
     if not ON_CPU:
         torch.cuda.synchronize()
 
@@ -78,7 +78,7 @@ def dtype(request):
 
 
 def model_of(name, dtype):
-    """With as many layers as every optimizer has room for; a few on the CPU."""
+    """A model with as many layers as fit with every optimizer; a few on the CPU."""
     build, layers = MODELS[name]
     if ON_CPU:
         return build(1)
@@ -92,7 +92,7 @@ def group_of(model, dtype, built):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_copy(measure, model, dtype):
-    """The device's own speed: a copy of all the model's parameters in one piece, at most 4 GiB."""
+    """The copy rate of the device: all parameters of the model in one piece of at most 4 GiB."""
     built = model_of(model, dtype)
     count = built.count
     source = torch.randn(min(count, 2**32 // dtype.itemsize), device=DEVICE, dtype=dtype)
