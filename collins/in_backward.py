@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ class BackwardSteps:
         self._parts = parts
         self._lock = threading.Lock()  # gradients on several devices arrive in as many threads
         self._pending: dict[int, ParamEntry] | None = None
-        self._stepped: dict[int, ParamEntry] = {}
-        self._arrived: dict[int, int] = {}  # the number of gradients in this step, by the parameter's identity
+        # By the parameter's identity: its entry, and how many of its gradients have been used in this step.
+        self._stepped: dict[int, tuple[ParamEntry, int]] = {}
         self._number = 0  # the number of the current partial step, from 0
         self._scalars: dict[tuple[int, int, int], StepScalars] = {}
         self._alone = False  # whether parameters have been checked for replicas
@@ -51,18 +52,18 @@ class BackwardSteps:
             entry = self._pending.get(id(p))
             if entry is None:  # the parameter is no longer in a group
                 return
-            number = self._arrived.get(id(p), 0)
+            _, number = self._stepped.get(id(p), (entry, 0))
             if number == self._parts:
                 p.grad = None
                 raise RuntimeError(_once_too_often(entry.name, self._parts))
             if number > self._number:  # the next backward pass has begun, which uses all tables again in the same order
                 self._number = number
                 stepper.store.finish()
-            stepper.update_one(entry, g, states, self._scalars, self._mark_stepped, Part(number, self._parts))
+            mark = partial(self._mark_stepped, number + 1)
+            stepper.update_one(entry, g, states, self._scalars, mark, Part(number, self._parts))
 
-    def _mark_stepped(self, entry: ParamEntry) -> None:
-        self._stepped[id(entry.p)] = entry
-        self._arrived[id(entry.p)] = self._arrived.get(id(entry.p), 0) + 1
+    def _mark_stepped(self, used: int, entry: ParamEntry) -> None:
+        self._stepped[id(entry.p)] = entry, used
         entry.p.grad = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -83,15 +84,16 @@ class BackwardSteps:
                 "a GradScaler cannot be used with in_backward=True: parameters have been stepped with gradients that"
                 " were still scaled. Train in bfloat16 without one, or build Collins with in_backward=False"
             )
-        for entry in self._stepped.values():
+        for entry, _ in self._stepped.values():
             if entry.p.grad is not None:
                 raise RuntimeError(_once_too_often(entry.name, self._parts))
 
     def refuse_within_step(self, what: str) -> None:
         """Raises a RuntimeError for `what` between the first of several backward passes of a step and `step`."""
-        if self._parts > 1 and self._arrived:
+        if self._parts > 1 and self._stepped:
+            most = max(number for _, number in self._stepped.values())
             raise RuntimeError(
-                f"{what} is not possible in the middle of a step, after {max(self._arrived.values())} of"
+                f"{what} is not possible in the middle of a step, after {most} of"
                 f" accumulation_steps={self._parts} backward passes: the state does not contain the progress of a step."
                 " Call step() first"
             )
@@ -99,7 +101,6 @@ class BackwardSteps:
     def end(self) -> None:
         """Ends the step."""
         self._stepped.clear()
-        self._arrived.clear()
         self._number = 0
         self._pending = None
 

@@ -72,7 +72,7 @@ class Collins(Measured, FusedBackward, Optimizer):
             parameters of role "matrix" with "residual" for all others; use lr and weight_decay as for AdamW and
             betas=(0.95, ...). Parameters of three dimensions are stacks of matrices; those of more dimensions are
             reshaped to (out, rest). It is meant for pretraining with large batches: its matrix products take 3 % of the
-            operations of training a 7B model at 564,000 tokens per step, and 30 % at a tenth of that. DTensors that are
+            operations of training a 7B model at 513,000 tokens per step, and 30 % at a tenth of that. DTensors that are
             sharded over several ranks are refused.
         row_parts: under decode="orthogonal", the number of matrices into which each one is cut by rows, or the rows of
             each: 3 for a weight that consists of Q, K and V, (4096, 1024, 1024) if K and V have fewer rows.

@@ -23,10 +23,15 @@ index of the first dimension. A parameter of more dimensions is a convolution an
 Muon's reference. The rows of each matrix may be cut into several matrices (`row_parts`), such as Q, K and V in one
 weight.
 
-The cost of a step is 5 (4 m^2 n + 2 m^3) floating-point operations (`step_flops`), with m the shorter and n the longer
-side of a matrix. Forward and backward take 6 m n for each token, so the step costs less than a fraction f of them if a
-step has at least 5 (4 m + 2 m^2 / n) / (6 f) tokens (`tokens_for_share`). For f = 3 % that is 683,000 tokens for a
-matrix of 4096 x 4096, and 564,000 tokens for a LLaMA of 7B parameters.
+With m the shorter and n the longer side of a matrix, the five iterations cost 20 m^2 n + 10 m^3 floating-point
+operations. Matrices with n > 1.5 m need fewer, 12 m^2 n + 22 m^3: X <- P X with P = a I + b A + c A^2 means A <- P A P
+for the next iteration, which is a product of small matrices. Rounding errors of such an A grow by a^2 per iteration, and
+may make it indefinite, so A is computed from X again after two iterations (`STRETCHES`), the remedy of Zhang, Amsel, Chen
+& Dao, "Gram Newton-Schulz" (2026).
+
+Forward and backward take 6 m n operations for each token, so a step costs less than a fraction f of them if it has at
+least `tokens_for_share` tokens. For f = 3 % these are 683,000 tokens for a matrix of 4096 x 4096, and 513,000 tokens for
+a LLaMA of 7B parameters.
 """
 
 from __future__ import annotations
@@ -48,6 +53,8 @@ from collins.task import UpdateTask, Write, bucket_signs, flat, used_gradient, w
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
+SINGLE = (1,) * STEPS
+STRETCHES = (2, 2, 1)  # the iterations from each product X X^T on
 SMALLEST_NORM = 1e-7  # matrices are divided by at least this norm, so that zeros stay zeros
 RMS = 0.2  # the approximate RMS of an update; AdamW's is 0.2 to 0.4 (Liu et al.)
 
@@ -125,18 +132,45 @@ def newton_schulz(X: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Q, (n, rows, cols), and the norms, (n,), in at least float32.
     """
-    a, b, c = COEFFICIENTS
     wide = X.shape[1] <= X.shape[2]
     exact = torch.promote_types(X.dtype, torch.float32)
     norms = torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True, dtype=exact)
     # Autocast would compute the products in another dtype than that of X.
     with nullcontext() if X.is_meta else torch.autocast(X.device.type, enabled=False):
         X = X.mul_((1 / norms.clamp(min=SMALLEST_NORM)).to(X.dtype))
-        for _ in range(STEPS):
-            A = torch.bmm(X, X.mT) if wide else torch.bmm(X.mT, X)
-            B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-            X = torch.baddbmm(X, B, X, beta=a) if wide else torch.baddbmm(X, X, B, beta=a)
+        for steps in _stretches(*X.shape[1:]):
+            X = _iterated(X, steps, wide)
     return X, norms.view(-1)
+
+
+def _stretches(rows: int, cols: int) -> tuple[int, ...]:
+    """The iterations of each stretch: of one for nearly square matrices, otherwise `STRETCHES`, which cost less."""
+    m, n = sorted((rows, cols))
+    return STRETCHES if _stretches_flops(m, n, STRETCHES) < _stretches_flops(m, n, SINGLE) else SINGLE
+
+
+def _stretches_flops(m: int, n: int, stretches: Sequence[int]) -> int:
+    """The floating-point operations of `_iterated`, for a matrix of sides m <= n."""
+    return sum(4 * m * m * n + (4 * steps - 3) * 2 * m**3 for steps in stretches)
+
+
+def _iterated(X: Tensor, steps: int, wide: bool) -> Tensor:
+    """X after some iterations, X = P_steps ... P_1 X with P = a I + b A + c A^2.
+
+    The P are polynomials of the first A, so that A <- P A P needs no product with X.
+    """
+    a, b, c = COEFFICIENTS
+    A = torch.bmm(X, X.mT) if wide else torch.bmm(X.mT, X)
+    B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+    if steps == 1:
+        return torch.baddbmm(X, B, X, beta=a) if wide else torch.baddbmm(X, X, B, beta=a)
+    Q = B + a * torch.eye(B.shape[-1], dtype=B.dtype, device=B.device)
+    for _ in range(steps - 1):
+        half = torch.baddbmm(A, B, A, beta=a)
+        A = torch.baddbmm(half, half, B, beta=a)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        Q = torch.baddbmm(Q, B, Q, beta=a)
+    return torch.bmm(Q, X) if wide else torch.bmm(X, Q)
 
 
 def orthogonalised(X: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor]:
@@ -237,7 +271,7 @@ def step_flops(shapes: Iterable[Sequence[int]]) -> int:
     for shape in shapes:
         stacked, rows, cols, _ = matrices_of(shape)
         m, n = sorted((rows, cols))
-        total += STEPS * stacked * (4 * m * m * n + 2 * m**3)
+        total += stacked * _stretches_flops(m, n, _stretches(m, n))
     return total
 
 

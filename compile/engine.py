@@ -18,7 +18,7 @@ from collins.rule import ORTHOGONAL, StepScalars
 from collins.update import EagerUpdate, UpdateSpec, UpdateTask
 
 if TYPE_CHECKING:
-    from collins.compile.multi_tensor import KernelLaunch, KernelLaunches
+    from collins.compile.multi_tensor import KernelLaunches, ParamLaunch
 
 # The largest number of elements in a piece of an eager step: enough to outweigh the cost of the calls, few enough to
 # stay in the cache.
@@ -56,8 +56,8 @@ class Engine:
         """How many graphs have been made: one for each signature seen."""
         return len(self._graphs)
 
-    def launch_of(self, spec: UpdateSpec, p: Tensor, start: int = 0) -> KernelLaunch | None:
-        """The `UpdateTask.launch` of such a parameter."""
+    def launch_of(self, spec: UpdateSpec, p: Tensor, start: int = 0) -> ParamLaunch | None:
+        """The `UpdateTask.launch` of a new parameter."""
         return None if self.launches is None else self.launches.of(spec, p, start)
 
     def executor(self, tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> Executor:

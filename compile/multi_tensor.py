@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +19,10 @@ from collins.hashing import WORD
 from collins.rule import StepScalars
 from collins.update import HashKeys, UpdateSpec, UpdateTask
 
-# The number of tables that a launch keeps: tables of single tensors, which steps in backward use in turn; and tables of
-# sets of tensors. Each set has a row per tensor and a word per program, and every choice of experts is another set.
-_KEPT, _KEPT_SETS = 4096, 16
+# The number of tables that are kept: for a parameter that is stepped alone, one for each place of its staged moments in
+# turn; and for a launch, tables of sets of parameters. Each set has a row per tensor and a word per program, and every
+# choice of experts is another set.
+_KEPT, _KEPT_SETS = 32, 16
 
 Fallback = Callable[[Callable[[], bool | None]], bool]
 
@@ -38,8 +41,8 @@ class KernelLaunches:
         self._launches: dict[tuple[Any, ...], KernelLaunch] = {}
         self._uploaders: dict[torch.device, ArgUploader] = {}
 
-    def of(self, spec: UpdateSpec, p: Tensor, start: int) -> KernelLaunch | None:
-        """The launch that steps such a parameter, or None if the kernel does not support it."""
+    def of(self, spec: UpdateSpec, p: Tensor, start: int) -> ParamLaunch | None:
+        """The launch of a new parameter, or None if the kernel does not support it."""
         load, count = max(map(int, spec.loads)), p.numel()
         unit = max(WORD, load, int(spec.load) * spec.formats[0].unit)
         if (
@@ -58,7 +61,7 @@ class KernelLaunches:
             if p.device not in self._uploaders:
                 self._uploaders[p.device] = ArgUploader(p.device, busy_link=self._busy_link)
             self._launches[key] = KernelLaunch(spec, even=even, uploader=self._uploaders[p.device])
-        return self._launches[key]
+        return ParamLaunch(self._launches[key])
 
     def upload(self, batches: Sequence[Batch], scalars: Sequence[StepScalars]) -> list[LaunchArgs]:
         """Uploads the arguments of each batch's launch, in one copy to each device."""
@@ -187,7 +190,7 @@ def batched(tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> tuple[list[
     """
     by_launch: dict[KernelLaunch | None, list[int]] = {}
     for number, task in enumerate(tasks):
-        by_launch.setdefault(task.launch, []).append(number)
+        by_launch.setdefault(task.launch and task.launch.shared, []).append(number)
     rest = by_launch.pop(None, [])
     batches = []
     for launch, numbers in by_launch.items():
@@ -206,11 +209,18 @@ def _aligned(at: Sequence[int] | np.ndarray) -> bool:
     return bool(np.bitwise_or.reduce(at) % WIDE == 0)
 
 
+class _Table(NamedTuple):
+    """What the kernel reads besides the arguments of a step, on the device."""
+
+    owners: Tensor  # the index of the tensor that each program steps
+    rows: Tensor  # for each tensor its size, its hash constants, and the addresses of the parameter and the moments
+
+
 class KernelLaunch:
     """Steps many tensors of one `UpdateSpec` and one dtype on one device.
 
-    A table on the device holds sizes, hash constants and the addresses of parameters and moments; it is rebuilt only
-    when one of them has changed. Addresses of gradients and scalars are uploaded in every step.
+    Tables are rebuilt only when a size, a hash constant or the address of a parameter or a moment has changed. The
+    addresses of gradients, and the scalars, are uploaded in every step.
     """
 
     def __init__(self, spec: UpdateSpec, *, even: bool, uploader: ArgUploader) -> None:
@@ -221,21 +231,24 @@ class KernelLaunch:
             spec.rehash, spec.rounding, spec.maximize, spec.skip, even,
         )  # fmt: skip
         self.uploader = uploader
-        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._tables_of_sets: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._last: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
-        self._captured: list[Any] = []
+        # Tables of sets of parameters, each with references that remove it as soon as one of its parameters is gone.
+        self._tables_of_sets: dict[Any, tuple[_Table, list[weakref.ref[ParamLaunch]]]] = {}
+        self._last: tuple[tuple[Any, ...], _Table] | None = None
+        self._captured: list[_Table] = []
 
     def run(self, batch: Batch, args: LaunchArgs) -> None:
         """Performs all of a batch's tasks; they must be of different parameters."""
-        known = batch.keys, batch.sizes, *batch.addresses, batch.rows
-        if self._last is None or self._last[0] != known:
-            *addresses, scales = batch.addresses
-            fixed = (*addresses, scales or [0] * len(batch.tasks), batch.rows)
-            key = batch.keys, batch.sizes, *map(tuple, fixed)
-            self._last = known, *self._description(batch.tasks, fixed, key)
-        _, owners, table = self._last
-        self._step(batch.p, batch.m, batch.v, owners, table, args.gradients, args.scalars, batch.skipped)
+        if len(batch.tasks) == 1:
+            (task,), ((at_p,), (at_m,), (at_v,), scales) = batch.tasks, batch.addresses
+            table = task.launch.table(task, (at_p, at_m, at_v, scales[0] if scales else 0))
+        else:
+            known = batch.keys, batch.sizes, *batch.addresses, batch.rows
+            if self._last is None or self._last[0] != known:
+                *addresses, scales = batch.addresses
+                columns = *addresses, scales or [0] * len(batch.tasks), batch.rows
+                self._last = known, self._table_of_set(batch, columns)
+            table = self._last[1]
+        self.step(batch.p, batch.m, batch.v, table, args.gradients, args.scalars, batch.skipped)
 
     def reads(self, task: UpdateTask, g: Tensor) -> bool:
         """Whether the kernel can read these tensors, which must be contiguous and aligned."""
@@ -245,6 +258,88 @@ class KernelLaunch:
         tables = (m.data_ptr() | v.data_ptr()) % WIDE == 0 and m.is_contiguous() and v.is_contiguous()
         return tables or not self.dense
 
+    def step(
+        self,
+        p: Sequence[Tensor],
+        m: Sequence[Tensor],
+        v: Sequence[Tensor],
+        table: _Table,
+        gradients: Tensor,
+        scalars: Tensor,
+        skipped: Tensor | None,
+    ) -> None:
+        """Launches the kernel."""
+        owners, rows = table
+        if skipped is None:  # no counter is wanted; without `skip` the kernel does not access the argument
+            skipped = torch.zeros_like(rows[:1]) if self._skips else rows
+        kernels.step_(p, m, v, owners, rows, gradients, scalars, skipped, *self._constants)
+        torch.autograd.graph.increment_version(p)
+        if self.uploader.capturing():
+            self._captured.append(table)
+
+    def table(self, tasks: Sequence[UpdateTask], columns: Sequence[Sequence[int]]) -> _Table:
+        """A new table of these tasks: given the addresses of p, m, v and the scales of m, and a row of scalars each."""
+        if self.uploader.capturing():
+            raise RuntimeError(
+                "Collins.step() is being captured in a CUDA graph before any step with the same parameters has run:"
+                " run a few steps before the capture"
+            )
+        owners: list[int] = []
+        rows: list[Any] = []
+        span = SPAN // tasks[0].p.element_size()
+        for i, (task, at_p, at_m, at_v, at_scale, row) in enumerate(zip(tasks, *columns, strict=True)):
+            local = task.p.numel()
+            sign, rounding, _, period = task.keys
+            rows += (
+                at_p,
+                at_m,
+                at_v,
+                local,
+                len(owners),
+                task.start,
+                task.numel,
+                *sign,
+                *rounding,
+                period,
+                row,
+                at_scale,
+            )
+            owners += [i] * -(-local // span)
+        upload = self.uploader.to_device
+        owners_of_programs = torch.tensor(owners, dtype=torch.int32, device="cpu")
+        return _Table(upload(owners_of_programs), upload(torch.tensor(rows, device="cpu")))
+
+    def _table_of_set(self, batch: Batch, columns: Sequence[Sequence[int]]) -> _Table:
+        key = batch.keys, batch.sizes, *map(tuple, columns)
+        kept = self._tables_of_sets
+        if key not in kept:
+            table = self.table(batch.tasks, columns)
+            if len(kept) == _KEPT_SETS:
+                kept.pop(next(iter(kept)), None)  # the oldest
+            forget = partial(_forget_set, weakref.ref(self), key)
+            kept[key] = table, [weakref.ref(task.launch, forget) for task in batch.tasks]
+        return kept[key][0]
+
+
+def _forget_set(launch: weakref.ref[KernelLaunch], key: Any, _: object) -> None:
+    """Removes the table of a set, since one of its parameters is gone."""
+    alive = launch()
+    if alive is not None:
+        alive._tables_of_sets.pop(key, None)
+        alive._last = None
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class ParamLaunch:
+    """The launch of one parameter, with the tables of its steps alone: they are freed with the parameter.
+
+    Attributes:
+        shared: the launch that steps this parameter and all others of its kind.
+    """
+
+    shared: KernelLaunch
+    _tables: dict[tuple[int, ...], _Table] = field(default_factory=dict)
+
     def run_one(self, task: UpdateTask, g: Tensor, hp: StepScalars) -> bool:
         """Performs a single task, of a step in backward. The kernel gets the gradient itself instead of a table of
         addresses, and the scalars are uploaded once for all tasks that share them.
@@ -252,70 +347,21 @@ class KernelLaunch:
         Returns:
             Whether the kernel can read all tensors of the task; if not, nothing is done.
         """
-        if not self.reads(task, g):
+        shared = self.shared
+        if not shared.reads(task, g):
             return False
         p, m, v = task.p, task.m[0], task.v[0]
-        at = p.data_ptr(), m.data_ptr(), v.data_ptr(), scale_address(task)
-        key = task.keys, p.numel(), at
-        described = self._tables.get(key)
-        if described is None:
-            described = self._description([task], [[address] for address in (*at, 0)], key)
-        self._step((p,), (m,), (v,), *described, g, self.uploader.scalars(hp), task.skipped)
+        table = self.table(task, (p.data_ptr(), m.data_ptr(), v.data_ptr(), scale_address(task)))
+        shared.step((p,), (m,), (v,), table, g, shared.uploader.scalars(hp), task.skipped)
         return True
 
-    def _step(
-        self,
-        p: Sequence[Tensor],
-        m: Sequence[Tensor],
-        v: Sequence[Tensor],
-        owners: Tensor,
-        table: Tensor,
-        gradients: Tensor,
-        scalars: Tensor,
-        skipped: Tensor | None,
-    ) -> None:
-        if skipped is None:  # no counter is wanted; without `skip` the kernel does not access the argument
-            skipped = torch.zeros_like(table[:1]) if self._skips else table
-        kernels.step_(p, m, v, owners, table, gradients, scalars, skipped, *self._constants)
-        torch.autograd.graph.increment_version(p)
-        if self.uploader.capturing():
-            self._captured.append((owners, table))
-
-    def _description(
-        self, tasks: Sequence[UpdateTask], fixed: Sequence[Sequence[int]], key: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The index of the tensor that each program steps, and the table of tensors; both are kept under `key`."""
-        tables, most = (self._tables, _KEPT) if len(tasks) == 1 else (self._tables_of_sets, _KEPT_SETS)
-        if key not in tables:
-            if self.uploader.capturing():
-                raise RuntimeError(
-                    "Collins.step() is being captured in a CUDA graph before any step with the same parameters has run:"
-                    " run a few steps before the capture"
-                )
-            if len(tables) == most:
-                del tables[next(iter(tables))]  # the oldest
-            owners: list[int] = []
-            table: list[Any] = []
-            span = SPAN // tasks[0].p.element_size()
-            for i, (task, at_p, at_m, at_v, at_scale, row) in enumerate(zip(tasks, *fixed, strict=True)):
-                local = task.p.numel()
-                sign, rounding, _, period = task.keys
-                table += (
-                    at_p,
-                    at_m,
-                    at_v,
-                    local,
-                    len(owners),
-                    task.start,
-                    task.numel,
-                    *sign,
-                    *rounding,
-                    period,
-                    row,
-                    at_scale,
-                )
-                owners += [i] * -(-local // span)
-            upload = self.uploader.to_device
-            owners_of_programs = torch.tensor(owners, dtype=torch.int32, device="cpu")
-            tables[key] = upload(owners_of_programs), upload(torch.tensor(table, device="cpu"))
-        return tables[key]
+    def table(self, task: UpdateTask, addresses: tuple[int, ...]) -> _Table:
+        """The table of a task of this parameter, given the addresses of p, m, v and the scales of m."""
+        key = task.p.numel(), *addresses
+        table = self._tables.get(key)
+        if table is None:
+            table = self.shared.table([task], [[at] for at in (*addresses, 0)])
+            if len(self._tables) == _KEPT:
+                del self._tables[next(iter(self._tables))]  # the oldest
+            self._tables[key] = table
+        return table

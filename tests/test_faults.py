@@ -107,6 +107,30 @@ class Fault:
         return done
 
 
+def failed_steps(fault, owner, name, error, monkeypatch):
+    """Steps in which the first call of a function fails, then the second one, and so on until no call is left."""
+    original = getattr(owner, name)
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == failing:
+            raise error
+        return original(*args)
+
+    for failing in range(1, 30):  # noqa: B007
+        (ps, opt), calls = fault.new(), []
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, fails)
+            try:
+                step(ps, opt, fault.number)
+            except type(error) as raised:
+                assert raised is error  # noqa: PT017
+            else:
+                return
+        yield ps, opt
+    raise AssertionError
+
+
 # Memory.
 
 
@@ -211,29 +235,11 @@ class Joined(Fault):
     ],
 )
 def test_host_memory_that_runs_out_at_any_slab(kind, way, monkeypatch):
-    fault = kind(WAYS[way], first=kind is Fault)
-    mapped, calls = slabs._mapped, []
-
-    def fails(nbytes):
-        calls.append(nbytes)
-        if len(calls) == failing:
-            raise OSError(errno.ENOMEM, "Cannot allocate memory")
-        return mapped(nbytes)
-
-    for failing in range(1, 20):
-        ps, opt = fault.new()
-        calls.clear()
-        with monkeypatch.context() as patched:
-            patched.setattr(slabs, "_mapped", fails)
-            try:
-                step(ps, opt, fault.number)
-            except OSError as error:
-                assert error.errno == errno.ENOMEM  # noqa: PT017
-            else:
-                assert failing > 1
-                return
+    fault, failed = kind(WAYS[way], first=kind is Fault), 0
+    error = OSError(errno.ENOMEM, "Cannot allocate memory")
+    for failed, (ps, opt) in enumerate(failed_steps(fault, slabs, "_mapped", error, monkeypatch), 1):  # noqa: B007
         assert not fault.leaves_all_whole(ps, opt) or kind is Joined
-    raise AssertionError
+    assert failed > 0
 
 
 @pytest.mark.parametrize("way", ["host", "mixed", "host in_backward"])
@@ -370,29 +376,11 @@ def test_an_interruption_at_any_line_of_a_step(options, first):
 @at_either_step
 def test_a_copy_that_fails(in_backward, first, monkeypatch):
     """Between host and device, on the way there or on the way back."""
-    fault, original = Fault({**WAYS["host"], "in_backward": in_backward}, first), HostStreams.copy
-    calls = []
-
-    def copied(self, kind, target, source):
-        calls.append(kind)
-        if len(calls) == failing:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        original(self, kind, target, source)
-
-    for failing in range(1, 30):
-        ps, opt = fault.new()
-        calls.clear()
-        with monkeypatch.context() as patched:
-            patched.setattr(HostStreams, "copy", copied)
-            try:
-                step(ps, opt, fault.number)
-            except RuntimeError as error:
-                assert "illegal memory access" in str(error)  # noqa: PT017
-            else:
-                assert failing > 2
-                return
+    fault, failed = Fault({**WAYS["host"], "in_backward": in_backward}, first), 0
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    for failed, (ps, opt) in enumerate(failed_steps(fault, HostStreams, "copy", error, monkeypatch), 1):  # noqa: B007
         fault.leaves_all_whole(ps, opt)
-    raise AssertionError
+    assert failed > 1
 
 
 @pytest.mark.parametrize("memory", [None, WAYS["host"]["memory"]], ids=["resident", "host"])

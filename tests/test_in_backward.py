@@ -14,6 +14,7 @@ from training import TIERS, backward, made, same_bits, stepped, trained
 
 from collins import Collins
 from collins.compile import Engine
+from collins.statistics import UpdateSamples
 from collins.stepper import Stepper
 
 tiers = pytest.mark.parametrize("memory", TIERS.values(), ids=TIERS)
@@ -252,6 +253,26 @@ def test_accumulation_without_accumulation_steps_is_rejected(memory):
     stepped(other, other_opt, [8, 10])
     stepped(model, opt, [10])
     assert same_bits((model, opt), (other, other_opt))
+
+
+def test_a_gradient_is_counted_once_if_statistics_fail_after_its_step(monkeypatch):
+    p = nn.Parameter(torch.ones(64, 64))
+    opt = Collins([p], **OPTIONS, in_backward=True)
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(UpdateSamples, "after", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            p.square().sum().backward()
+    before = p.detach().clone()
+    assert not torch.equal(before, torch.ones(64, 64))
+    with pytest.raises(RuntimeError, match="arrived twice"):
+        p.square().sum().backward()
+    assert torch.equal(p, before)
+    opt.step()
+    assert opt.state[p]["step"] == 1
 
 
 def test_a_parameter_in_two_reentrant_checkpoints_is_rejected():

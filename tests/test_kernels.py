@@ -3,8 +3,10 @@
 Without a GPU it runs under Triton's interpreter, on CPU tensors, and is compiled for one all the same.
 """
 
+import gc
 import re
 import sys
+import weakref
 
 import pytest
 import torch
@@ -167,6 +169,34 @@ def test_tables_of_addresses_of_changing_sets_are_freed(monkeypatch):
         torch.testing.assert_close(p.detach(), q.detach())
 
 
+@pytest.mark.parametrize("memory", [None, "host"])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_tables_of_replaced_parameters_are_freed(in_backward, memory, monkeypatch):
+    """In a set, in a launch of its own, and alone: as an embedding is resized, or an expert exchanged."""
+    uploaded, to_device = [], ArgUploader.to_device
+
+    def noted(self, host):
+        tensor = to_device(self, host)
+        uploaded.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(ArgUploader, "to_device", noted)
+    kept = [torch.nn.Parameter(torch.ones(64, 64, device=DEVICE)) for _ in range(2)]
+    opt = with_kernel(Collins(kept, min_K=16, memory=memory, in_backward=in_backward))
+    alive = []
+    for dtype in [torch.float32, torch.bfloat16] * 3:
+        p = torch.nn.Parameter(torch.ones(64, 64, device=DEVICE, dtype=dtype))
+        opt.param_groups[0]["params"][:] = [*kept, p]
+        for _ in range(2):
+            sum(q.float().square().sum() for q in (*kept, p)).backward()
+            opt.step()
+            opt.zero_grad()
+        opt.state.pop(p)
+        gc.collect()
+        alive.append(sum(tensor() is not None for tensor in uploaded))
+    assert alive[-2:] == alive[2:4]  # of either dtype
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_smaller_parameter_in_the_same_memory_has_a_table_of_its_own(alone):
     spec = UpdateSpec("block", 32, "residual", True, False, False)
@@ -308,6 +338,7 @@ def test_a_kernel_that_does_not_compile_is_warned_of_once_and_replaced(monkeypat
 
 
 COMPILED = """
+import gc
 import re
 import triton.language as tl
 from triton import compile

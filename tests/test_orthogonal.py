@@ -109,7 +109,7 @@ def test_at_load_1_it_equals_torchs_muon_without_nesterov(shape):
         muon.step()
         qs[0].grad = None
     moved, difference = (ps[0] - start).float().norm(), (ps[0] - qs[0]).float().norm()
-    assert difference < 0.01 * moved  # products in bfloat16 round differently from the other side
+    assert difference < 0.02 * moved  # products in bfloat16, in another order, round differently
 
 
 @pytest.mark.parametrize("power", [-20, 10, 40])
@@ -117,6 +117,20 @@ def test_the_scale_of_gradients_does_not_matter(power):
     plain, _ = stepped(shapes=SHAPES[:5])
     scaled, _ = stepped(shapes=SHAPES[:5], scale=2.0**power)
     assert same(plain[::3], scaled[::3])  # weights; of moments, integers and scales follow each
+
+
+@pytest.mark.parametrize("power", [0.5, 1, 2])
+@pytest.mark.parametrize("shape", [(1, 200), (8, 24), (128, 512), (512, 128), (96, 192)])
+def test_products_in_bfloat16_stay_bounded_for_ill_conditioned_matrices(shape, power):
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        U, _, V = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
+        values = torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -power
+        X = ((U * values) @ V)[None]
+        rounded, _ = newton_schulz(X.bfloat16())
+        exact, _ = newton_schulz(X.clone())
+        assert torch.linalg.matrix_norm(rounded.double(), 2).item() < 1.25
+        assert torch.nn.functional.cosine_similarity(rounded.double().flatten(), exact.flatten(), dim=0) > 0.95
 
 
 @given(
@@ -202,9 +216,9 @@ def test_every_way_to_step_gives_the_same_result(way, dtype, monkeypatch):
     if way == "batches of one":
         monkeypatch.setattr(matrix_steps, "BATCH_CPU" if DEVICE == "cpu" else "BATCH", 1)
     other, opt = stepped(dtype=dtype, compile=False, **WAYS[way])
-    if DEVICE == "cpu":
+    if DEVICE == "cpu" and way != "batches of one":
         assert same(eager, other)
-    else:
+    else:  # batched products round differently from single ones
         close(eager, other, 2e-4 if dtype == torch.float32 else 0.05)
     if "memory" in WAYS[way]:
         assert sum(plan.host_bytes for plan in opt.placement) == opt.memory_report().state_bytes - 4 * len(SHAPES)
@@ -471,7 +485,7 @@ def test_the_report_equals_the_state():
 
 def test_the_cost_of_a_step_in_floating_point_operations():
     assert step_flops([(4096, 4096)]) == 5 * 6 * 4096**3
-    assert step_flops([(11008, 4096)]) == step_flops([(4096, 11008)]) == 5 * (4 * 4096**2 * 11008 + 2 * 4096**3)
+    assert step_flops([(11008, 4096)]) == step_flops([(4096, 11008)]) == 12 * 4096**2 * 11008 + 22 * 4096**3
     assert step_flops([(8, 64, 32)]) == 8 * step_flops([(64, 32)])
     assert tokens_for_share([(4096, 4096)], 4096**2) == pytest.approx(4096 * 5 / 0.03)
     assert matrices_of((8, 4, 3, 3))[:3] == (1, 8, 36)

@@ -183,7 +183,13 @@ class Finetune(LanguageModel):
     """Full fine-tuning, on prose, of a decoder that was pretrained on code without this prose."""
 
     settings: FinetuneSettings
-    optimizers: tuple[str, ...] = ("adamw", "adamw@bf16", "collins@bf16", "collins-in-backward@bf16")
+    optimizers: tuple[str, ...] = (
+        "adamw",
+        "adamw-masters@bf16",
+        "adamw@bf16",
+        "collins@bf16",
+        "collins-in-backward@bf16",
+    )
 
     def corpus(self, place: Place) -> Corpus:
         corpus = super().corpus(place)
@@ -266,7 +272,7 @@ LANGUAGE_TASKS: tuple[Task, ...] = (
         name="finetune",
         about="LLaMA 60M, pretrained on code, fine-tuned on documents and docstrings",
         packages=True,
-        rates=(1e-4, 2e-4, 4e-4, 8e-4),
+        rates=(2e-4, 4e-4, 8e-4, 1.6e-3),
         autocast=True,
         settings=FinetuneSettings(steps=400, **_60M, pretraining_steps=3000, pretraining_rate=1e-3),
     ),

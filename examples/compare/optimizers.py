@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from collins import Collins, param_groups
-from compare.peers import Scale
+from compare.peers import MasterWeights, Scale
 from compare.training import AfterBackward, Drive, InBackward
 
 Groups = list[dict[str, Any]]
@@ -148,6 +148,15 @@ def _adam_bytes(p: Tensor) -> int:
 
 
 _STEP = torch.float32.itemsize
+
+
+def _master_weights(setup: Setup) -> Sequence[Optimizer]:
+    return [MasterWeights(setup.groups(), lr=setup.lr, betas=setup.betas)]
+
+
+def _master_weights_bytes(setup: Setup) -> int:
+    """The bytes of an fp32 copy, two fp32 moments and a step counter."""
+    return sum(3 * torch.float32.itemsize * p.numel() + _STEP for p in setup.model.parameters())
 
 
 def _muon(setup: Setup) -> Sequence[Optimizer]:
@@ -295,6 +304,12 @@ OPTIMIZERS: dict[str, Spec] = {
         _collins("collins-orthogonal", "Collins, orthogonalised momentum of matrices", beta1=0.95, decode="orthogonal"),
         _collins("collins-published", "the published Collins v0.1 update", hash="universal", decode="sketch"),
         _collins("collins-in-backward", "Collins, with steps and clipping in backward", in_backward=True),
+        Spec(
+            "adamw-masters",
+            "AdamW on fp32 copies of the weights: for @bf16",
+            _master_weights,
+            computed=_master_weights_bytes,
+        ),
         Spec(
             "muon",
             "torch.optim.Muon for matrices, AdamW for the rest",

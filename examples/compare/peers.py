@@ -8,6 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 
@@ -72,3 +73,72 @@ class Scale(Optimizer):
         scale = g.square().mean(group["inputs"], keepdim=True).sqrt_().clamp_min_(group["eps"])
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.addcdiv_(g, scale, value=-group["lr"])
+
+
+class MasterWeights(Optimizer):
+    """AdamW on fp32 copies of the weights, which are rounded to nearest after each step: mixed-precision training.
+
+    `state[p]` has the copy, `master`, and the moments, all in fp32 and of the shape of p.
+
+    Args:
+        params: parameters of any floating-point dtype, or groups of them.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+
+    References:
+        Micikevicius et al., "Mixed precision training", arXiv 1710.03740. Loshchilov & Hutter, "Decoupled weight decay
+        regularization", arXiv 1711.05101.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] or self._fill(p) for p in params]
+            beta1, beta2 = group["betas"]
+            adamw(
+                [state["master"] for state in states],
+                [p.grad.float() for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for p, state in zip(params, states, strict=True):
+                p.copy_(state["master"])
+        return loss
+
+    def _fill(self, p: Tensor) -> dict[str, Tensor]:
+        master = p.detach().to(torch.float32, copy=True)
+        state: dict[str, Tensor] = self.state[p]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        state["master"] = master
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+        return state

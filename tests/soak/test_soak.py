@@ -3,19 +3,24 @@
 Run by name, as it takes minutes; what it found is printed at the end:
 
     pytest -n 0 tests/soak
+    pytest -n 0 -m cuda tests/soak    # on a GPU, in about two minutes: fewer steps, of the kernel
+
+`SOAK_STEPS` and `SOAK_CYCLES` set how many steps there are, and how many optimizers.
 
 After a warm-up the same must be there as at the end: tensors and their bytes, other Python objects, threads, file
-handles, streams, graphs, page-locked memory, and what the process, or the device, has taken. What leaks on purpose is
-found.
+handles, streams, events, graphs, page-locked memory, and what the process and the device have taken. What leaks on
+purpose is found.
 """
 
 import copy
 import gc
 import os
 import random
+import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 import psutil
@@ -31,6 +36,8 @@ from collins.offload import pinned_bytes
 
 STEPS = int(os.environ.get("SOAK_STEPS", 10_000))
 CYCLES = int(os.environ.get("SOAK_CYCLES", 1_000))
+CUDA_STEPS = int(os.environ.get("SOAK_STEPS", 2_000))
+CUDA_CYCLES = int(os.environ.get("SOAK_CYCLES", 100))
 SHAPES = [(64, 64), (40,), (33, 37), (48, 64), (64, 40)]
 HOST = {"tier": "host", "transfer_size": 600, "staging_slots": 2}
 MIXED = {"device_budget": 2700, "transfer_size": 600, "staging_slots": 2}  # bytes: of one parameter, and the ring
@@ -50,6 +57,7 @@ WAYS = {
     "host, in backward": {"memory": HOST, "in_backward": True},
     "mixed, in backward": {"memory": MIXED, "in_backward": True},
 }
+IN_GRAPHS = ("graphs", "universal", "orthogonal")  # on a GPU, where all others go through the kernel
 FAKE = ("host", "mixed", "host, in backward", "mixed, in backward")  # over streams that do all as oddly as they may
 
 
@@ -59,61 +67,85 @@ class Held:
 
     Attributes:
         resident: bytes of memory, of the host.
-        device, allocated: bytes that PyTorch has reserved on the device, and that tensors have of them.
-        pinned: bytes of page-locked memory.
+        used, device, allocated: bytes of the device that are in use, by graphs and kernels as well; that PyTorch has
+            reserved of them; that tensors have of those.
+        blocks: what PyTorch has allocated on the device.
+        pinned, host_cache: bytes of page-locked memory: in slabs, and in PyTorch's own cache.
         tensors, tensor_bytes: alive, as the garbage collector sees them.
         objects: of Python that it sees.
         threads, files: of the process.
         optimizers: that compiled code may find.
-        streams, graphs: of the optimizer that is looked at.
+        events, cuda_graphs: objects of CUDA.
+        streams: objects of CUDA, or of the fake device.
+        graphs: of the optimizer that is looked at.
     """
 
     resident: int
+    used: int
     device: int
     allocated: int
+    blocks: int
     pinned: int
+    host_cache: int
     tensors: int
     tensor_bytes: int
     objects: int
     threads: int
     files: int
     optimizers: int
+    events: int
+    cuda_graphs: int
     streams: int = 0
     graphs: int = 0
 
     @classmethod
-    def now(cls, **known):
+    def now(cls, streams=0, graphs=0):
         gc.collect()
+        used, on_device, on_host = 0, {}, {}
         if DEVICE == "cuda":
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # of pools of graphs that are gone
+            free, total = torch.cuda.mem_get_info()
+            used, on_device, on_host = total - free, torch.cuda.memory_stats(), torch.cuda.host_memory_stats()
         everything = gc.get_objects()
+        kinds = Counter(map(type, everything))
         # Not those that torch.compile keeps to trace with, which have no memory.
         tensors = [one for one in everything if type(one) in (torch.Tensor, torch.nn.Parameter)]
         process = psutil.Process()
         return cls(
             process.memory_info().rss,
-            torch.cuda.memory_reserved() if DEVICE == "cuda" else 0,
-            torch.cuda.memory_allocated() if DEVICE == "cuda" else 0,
+            used,
+            on_device.get("reserved_bytes.all.current", 0),
+            on_device.get("allocated_bytes.all.current", 0),
+            on_device.get("allocation.all.current", 0),
             pinned_bytes(),
+            on_host.get("allocated_bytes.current", 0),
             len(tensors),
             sum(t.untyped_storage().nbytes() for t in tensors),
             len(everything),
             process.num_threads(),
             process.num_fds(),
             len(tracing._optimizers),
-            **known,
+            _alive(kinds, torch.cuda.Event),
+            _alive(kinds, torch.cuda.CUDAGraph),
+            streams + _alive(kinds, torch.cuda.Stream),
+            graphs,
         )
 
     def growth(self, since):
         return {name: value - getattr(since, name) for name, value in asdict(self).items()}
 
 
+def _alive(kinds, kind):
+    return sum(count for one, count in kinds.items() if issubclass(one, kind))
+
+
+# What allocators round up, what the interpreter keeps for later, a program of a step or none. Nothing else may grow.
+ROOM = {"resident": 8 << 20, "used": 8 << 20, "device": 4 << 20, "host_cache": 1 << 16, "objects": 100, "events": 8}
+
+
 def has_not_grown(growth):
-    """Memory by no more than what allocators round up and the interpreter keeps for later; nothing else at all."""
-    counted = {name: by for name, by in growth.items() if name not in ("resident", "objects")}
-    assert not any(by > 0 for by in counted.values()), growth
-    assert growth["objects"] <= 100, growth  # a program of a step, or none
-    assert growth["resident"] <= 8 << 20, growth
+    assert all(by <= ROOM.get(name, 0) for name, by in growth.items()), growth
 
 
 class Run:
@@ -142,6 +174,8 @@ class Run:
         opt.step()
         if self.fake is not None:
             self.fake.current.run_to(self.fake.current.given)
+        if DEVICE == "cuda":  # so that as many buffers are in flight in each step
+            torch.cuda.synchronize()
         if number % 250 == 1:
             ps[3].requires_grad_(not ps[3].requires_grad)
         if number % 500 == 2:
@@ -158,6 +192,36 @@ class Run:
         self.opt._stepper.store.drain()
         streams = len(self.fake.streams) if self.fake is not None else 0
         return Held.now(streams=streams, graphs=self.opt._stepper.engine.graphs)
+
+
+class Captured(Run):
+    """Steps that a CUDA graph replays from the fourth one on; without a GPU, what would be captured is called."""
+
+    def __init__(self, options):
+        super().__init__({**options, "capturable": True})
+        self.grads, self.replay, self.count = [torch.empty_like(p) for p in self.ps], self.opt.step, 0
+        self.stream = torch.cuda.Stream() if DEVICE == "cuda" else None
+
+    def step(self, number):
+        with torch.cuda.stream(self.stream):
+            for p, g in zip(self.ps, self.grads, strict=True):
+                g.copy_(p.detach() * (0.1 + number % 5))
+                p.grad = g
+            self.count += 1
+            if self.count == 4:
+                self.replay = self.captured()
+            self.replay()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    def captured(self):
+        if DEVICE != "cuda":
+            return self.opt.step
+        self.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self.opt.step()
+        return graph.replay
 
 
 def soaked(run, steps):
@@ -210,23 +274,62 @@ def wait_in_a_thread():
     return event
 
 
-@pytest.mark.parametrize("what", ["streams", "graphs", "pinned"])
+@pytest.mark.parametrize("what", Held.__dataclass_fields__)
 def test_one_more_of_what_is_counted_is_too_many(what):
-    counts = dict.fromkeys(asdict(Held.now()), 0)
+    counts = {**dict.fromkeys(asdict(Held.now()), 0), **ROOM}
     has_not_grown(counts)
     with pytest.raises(AssertionError):
-        has_not_grown({**counts, what: 1})
+        has_not_grown({**counts, what: counts[what] + 1})
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_steps(way, figures):
-    run = Run(WAYS[way])
+ON_GPU = {
+    "used": ("mem_get_info", lambda grown: (100 - grown, 100)),
+    "device": ("memory_stats", lambda grown: {"reserved_bytes.all.current": grown}),
+    "allocated": ("memory_stats", lambda grown: {"allocated_bytes.all.current": grown}),
+    "blocks": ("memory_stats", lambda grown: {"allocation.all.current": grown}),
+    "host_cache": ("host_memory_stats", lambda grown: {"allocated_bytes.current": grown}),
+}
+
+
+@pytest.mark.parametrize("what", [*ON_GPU, "events", "cuda_graphs", "streams"])
+def test_what_a_gpu_holds_is_counted(what, monkeypatch):
+    """Without one: its runtime is replaced."""
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cuda")
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name, answer in ON_GPU.values():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer(0))
+    for name in ("Event", "CUDAGraph", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, type(name, (), {}))
+    before, kept = Held.now(), []
+    if what in ON_GPU:
+        name, answer = ON_GPU[what]
+        monkeypatch.setattr(torch.cuda, name, lambda: answer(3))
+    else:
+        kind = {"events": "Event", "cuda_graphs": "CUDAGraph", "streams": "Stream"}[what]
+        kept += [getattr(torch.cuda, kind)() for _ in range(3)]
+    assert Held.now().growth(before)[what] == 3
+
+
+def soak(way, steps, figures):
+    run = Run(WAYS[way]) if way in WAYS else Captured({})
     began = time.monotonic()
-    growth = soaked(run, STEPS)
-    figures(f"{STEPS:,} steps, {way}", growth, time.monotonic() - began)
+    growth = soaked(run, steps)
+    figures(f"{steps:,} steps, {way}, on {DEVICE}", growth, time.monotonic() - began)
     has_not_grown(growth)
     if "mixed" in way:
         assert {row.tier for plan in run.opt.placement for row in plan.rows} == {"device", "host"}
+
+
+@pytest.mark.parametrize("way", [*WAYS, "captured"])
+def test_steps(way, figures):
+    soak(way, STEPS, figures)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("way", [*(way for way in WAYS if way not in IN_GRAPHS), "captured"])
+def test_steps_on_a_gpu(way, figures):
+    soak(way, CUDA_STEPS, figures)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a real one")
@@ -252,8 +355,8 @@ def test_steps_of_the_kernel_under_the_interpreter(figures, monkeypatch):
 
 def cycle(options, fake):
     """A life: built, stepped, copied, saved and let go of, with its hooks, slabs and streams."""
-    run = Run(options, FakeStreams(1) if fake else None)
-    for number in (4, 5):  # neither frozen, nor loaded, nor replaced
+    run = Captured({}) if options is None else Run(options, FakeStreams(1) if fake else None)
+    for number in range(4, 9 if options is None else 6):  # neither frozen, nor loaded, nor replaced
         run.step(number)
     other = copy.deepcopy((run.ps, run.opt)) if not fake else None
     run.opt.state_dict()
@@ -262,22 +365,34 @@ def cycle(options, fake):
     return there
 
 
-@pytest.mark.parametrize("fake", [False, pytest.param(True, marks=pytest.mark.skipif(DEVICE == "cuda", reason="real"))])
-@pytest.mark.parametrize("way", WAYS)
-def test_lives(way, fake, figures):
-    if fake and way not in FAKE:
-        pytest.skip("it copies nothing")
-    cycles = CYCLES // 20 if way == "graphs" else CYCLES  # each is traced anew
+@pytest.mark.parametrize("way", [*WAYS, "captured"])
+def test_lives(way, figures):
+    live(way, CYCLES // 20 if way == "graphs" else CYCLES, figures)  # each is traced anew
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a real one")
+@pytest.mark.parametrize("way", FAKE)
+def test_lives_over_streams_of_a_fake_device(way, figures):
+    live(way, CYCLES, figures, fake=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("way", [*(way for way in WAYS if way not in IN_GRAPHS), "captured"])
+def test_lives_on_a_gpu(way, figures):
+    live(way, CUDA_CYCLES, figures)
+
+
+def live(way, cycles, figures, *, fake=False):
     before, began = None, time.monotonic()
     for number in range(cycles):
         if number == cycles // 5:
             before = Held.now()
-        there = cycle(WAYS[way], fake)
+        there = cycle(WAYS.get(way), fake)
         if number % 10 == 0:
             gc.collect()
             assert there() is None
     growth = Held.now().growth(before)
-    figures(f"{cycles:,} lives, {way}{', fake streams' if fake else ''}", growth, time.monotonic() - began)
+    figures(f"{cycles:,} lives, {way}, on {'fake streams' if fake else DEVICE}", growth, time.monotonic() - began)
     has_not_grown(growth)
 
 
