@@ -25,13 +25,13 @@ weight.
 
 With m the shorter and n the longer side of a matrix, the five iterations cost 20 m^2 n + 10 m^3 floating-point
 operations. Matrices with n > 1.5 m need fewer, 12 m^2 n + 22 m^3: X <- P X with P = a I + b A + c A^2 means A <- P A P
-for the next iteration, which is a product of small matrices. Rounding errors of such an A grow by a^2 per iteration, and
-may make it indefinite, so A is computed from X again after two iterations (`STRETCHES`), the remedy of Zhang, Amsel, Chen
-& Dao, "Gram Newton-Schulz" (2026).
+for the next iteration, a product of small matrices. Rounding errors of such an A grow by a^2 per iteration and may make
+it indefinite, so A is computed from X again after two iterations (`STRETCHES`), which is the remedy of Zhang, Amsel,
+Chen & Dao, "Gram Newton-Schulz" (2026).
 
 Forward and backward take 6 m n operations for each token, so a step costs less than a fraction f of them if it has at
-least `tokens_for_share` tokens. For f = 3 % these are 683,000 tokens for a matrix of 4096 x 4096, and 513,000 tokens for
-a LLaMA of 7B parameters.
+least `tokens_for_share` tokens. For f = 3 % these are 683,000 tokens for a matrix of 4096 x 4096, and 513,000 for a
+LLaMA of 7B parameters.
 """
 
 from __future__ import annotations

@@ -103,6 +103,7 @@ class Stepper:
             # Frees the moments of removed parameters.
             self.store.retain(entry.p for entry in self._entries.kept())
             self._counters.retain(self._entries.kept())
+            self.engine.retain(entry.task for entry in self._entries.kept() if entry.task is not None)
             self._program, self._last = None, []
         return roster
 

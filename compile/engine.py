@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +59,10 @@ class Engine:
     def launch_of(self, spec: UpdateSpec, p: Tensor, start: int = 0) -> ParamLaunch | None:
         """The `UpdateTask.launch` of a new parameter."""
         return None if self.launches is None else self.launches.of(spec, p, start)
+
+    def retain(self, tasks: Iterable[UpdateTask]) -> None:
+        """Frees the constants of graphs that belong to none of these tasks; a later step makes them anew."""
+        self._graphs.retain(tasks)
 
     def executor(self, tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> Executor:
         """An executor for these tasks, of different parameters, with gradients of the memory layout of `grads`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,6 +104,11 @@ class Graphs:
             if constant not in self._constants:
                 self._constants[constant] = tree_map(_constant, constant)
         return self._constants[task.keys], self._constants[task.start]
+
+    def retain(self, tasks: Iterable[UpdateTask]) -> None:
+        """Frees the constants of all other tasks."""
+        kept = {constant for task in tasks for constant in (task.keys, task.start)}
+        self._constants = {constant: made for constant, made in self._constants.items() if constant in kept}
 
     def stacked_constants(self, signature: tuple[Any, ...], tasks: Sequence[UpdateTask]) -> tuple[Tensor, Tensor]:
         """The keys (n, keys) and starts (n, 1) of tasks, int64 on their device, cached for a signature's last tasks."""

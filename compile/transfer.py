@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from collins.rule import StepScalars
 _SCALARS = len(StepScalars._fields)
 _GRAD_SCALE = StepScalars._fields.index("grad_scale")
 _SETS = 16  # sets of scalars that are kept on the device for launches of single tasks
+_SIZES = 256  # sizes of buffers that are kept: every choice of experts, and of numbers of steps, may have another one
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -40,6 +41,7 @@ class LaunchArgs(NamedTuple):
     scalars: Tensor  # float64, rows of `StepScalars`
 
 
+_Kept = TypeVar("_Kept")
 _HostArgs = tuple[Sequence[int] | np.ndarray, Sequence[StepScalars]]  # addresses of gradients, and scalars
 _ArgBuffer = tuple[Tensor, list[LaunchArgs]]  # device memory, int64, and the views of it that each launch reads
 
@@ -70,7 +72,7 @@ class ArgUploader:
         if buffer is None:
             buffer = self._buffer(sizes)
             if not capturing:
-                self._buffers[sizes, self._stream()] = buffer
+                _bounded(self._buffers)[sizes, self._stream()] = buffer
         self._upload(buffer[0], launches, capturing)
         return buffer[1]
 
@@ -102,7 +104,7 @@ class ArgUploader:
             host = self._spare(count)
         else:
             if count not in self._spares:
-                self._spares[count] = self._host(count)
+                _bounded(self._spares)[count] = self._host(count)
             host, fetched = (self._host(count), None) if self._pool is None else self._pool.take(count)
         rows = [hp for _, scalars in launches for hp in scalars]
         values = list(chain.from_iterable(rows))
@@ -150,6 +152,13 @@ class ArgUploader:
         return host
 
 
+def _bounded(kept: dict[Any, _Kept]) -> dict[Any, _Kept]:
+    """Makes room for one more size: without the oldest one, if there are as many as are kept."""
+    if len(kept) >= _SIZES:
+        del kept[next(iter(kept))]
+    return kept
+
+
 def _fill(values: Tensor, rows: Sequence[tuple[Any, ...]]) -> None:
     """Overwrites the entries of `values`, of shape (rows, columns), whose scalars are tensors on the device already."""
     on_device = [(row, i) for row, column in enumerate(rows) for i, x in enumerate(column) if isinstance(x, Tensor)]
@@ -175,9 +184,18 @@ class PinnedBufferPool:
 
     def take(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
         """An int64 buffer of shape (size,), and the event that the caller records after the kernel."""
+        if size not in self._pieces and len(self._pieces) >= _SIZES:
+            self._forget_one()
         pieces = self._pieces.setdefault(size, deque())
         if pieces and pieces[0][1].query():
             pieces.rotate(-1)
         else:
             pieces.append((torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True), torch.cuda.Event()))
         return pieces[-1]
+
+    def _forget_one(self) -> None:
+        """Frees the buffers of the oldest size that no kernel reads any more; there may be none."""
+        for size, pieces in self._pieces.items():
+            if all(event.query() for _, event in pieces):
+                del self._pieces[size]
+                return

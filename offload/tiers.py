@@ -159,7 +159,7 @@ class TieredStore:
         self._backend = backend
         self._placed: dict[Tensor, Placed] = {}
         self._hosts: weakref.WeakKeyDictionary[HostTier, PlacementPlan] = weakref.WeakKeyDictionary()
-        self._traffic: list[Traffic] = []  # of all host tiers, including those that no longer exist
+        self._traffic = Traffic()  # of all host tiers, including those that no longer exist
         self._plans: list[PlacementPlan] = []
 
     @property
@@ -169,7 +169,7 @@ class TieredStore:
 
     @property
     def link_bytes(self) -> int:
-        return sum(traffic.nbytes for traffic in self._traffic)
+        return self._traffic.nbytes
 
     def place(self, requests: Sequence[StateRequest], *, early: bool = False, loading: bool = False) -> None:
         if loading and self._policy.tier == "auto":
@@ -195,7 +195,7 @@ class TieredStore:
                 self._placed[request.p] = Placed(tensors, None, 0, request.p.device, plan)
             if host is not None:
                 self._hosts[host] = plan
-                self._traffic.append(host.pipeline.traffic)
+                host.pipeline.traffic = self._traffic
                 for region, request in enumerate(placing[len(on_device) :]):
                     self._placed[request.p] = Placed(host.tensors(region), host, region, request.p.device, plan)
 

@@ -13,6 +13,7 @@ from helpers import bits, same_snapshots, snapshot
 
 from collins import Collins
 from collins.fingerprint import dense_fingerprint, unpacked
+from collins.offload.pipeline import Traffic
 
 TIERS = {
     "none": None,
@@ -565,6 +566,31 @@ def test_a_checkpoint_of_version_0_2_resumes_bitwise_with_names(options, dtype):
     train(net, old, range(4, 8))
     train(other, new, range(4, 8))
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("memory", [None, "host"])
+def test_what_is_kept_for_a_name_or_a_shape_goes_with_its_parameter(memory):
+    """Constants of graphs, by hash key, and the counters of host tiers, whose bytes are counted all the same."""
+
+    def alive():
+        gc.collect()
+        return sum(type(one) is Traffic for one in gc.get_objects())
+
+    kept, before, copied, found = torch.nn.Parameter(torch.ones(64, 64)), alive(), 0, []
+    opt = Collins([("kept", kept)], memory=memory, compile=True)
+    opt.add_param_group({"params": [("0", torch.nn.Parameter(torch.ones(64, 64)))]})
+    with torch.compiler.set_stance("force_eager"):
+        for number in range(6):
+            p = torch.nn.Parameter(torch.ones(64 + 32 * (number % 2), 64))
+            opt.param_groups[1].update(params=[p], param_names=[str(number)])
+            (p.square().sum() + kept.square().sum()).backward()
+            opt.step()
+            opt.zero_grad()
+            opt.state.pop(p)
+            found.append((len(opt._stepper.engine._graphs._constants), alive() - before))
+            copied, previously = opt.statistics()["link_bytes"], copied
+            assert (copied > previously) is (memory == "host")
+    assert found[-1] == found[1]
 
 
 @pytest.mark.parametrize("memory", [None, "device", "host"])

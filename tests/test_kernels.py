@@ -560,3 +560,37 @@ def test_reduce_overhead_around_the_step():
         sides.append(ps)
     for p, q in zip(*sides, strict=True):
         torch.testing.assert_close(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("busy_link", [False, True])
+def test_buffers_of_sizes_that_change_from_step_to_step_are_let_go_of(busy_link, monkeypatch):
+    """But for those that a kernel still reads."""
+
+    class Event:
+        def __init__(self):
+            self.done = len(events) != 1
+            events.append(self)
+
+        def query(self):
+            return self.done
+
+        def record(self, stream):
+            pass
+
+    events, empty = [], torch.empty
+    monkeypatch.setattr("torch.empty", lambda *args, pin_memory=False, **options: empty(*args, **options))
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
+    monkeypatch.setattr("collins.compile.transfer.fetch", lambda source, target: target.copy_(source))
+    monkeypatch.setattr("collins.compile.transfer._SIZES", 4)
+    uploader = ArgUploader(torch.device("cpu"), busy_link=busy_link)
+    hp = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=0, weight_decay=0, residual_weight=None, residual_square=1.0)
+    for count in (*range(1, 20), 3, 2, 19):
+        ((addresses, scalars),) = uploader.upload([(range(count), [hp])])
+        assert addresses.tolist() == list(range(count))
+        assert scalars.tolist() == [[float(x) for x in hp]]
+    assert len(uploader._buffers) == len(uploader._spares) == 4
+    if busy_link:
+        sizes = [size - len(hp) for size in uploader._pool._pieces]
+        assert len(sizes) == 4
+        assert 2 in sizes  # that one is read for ever
