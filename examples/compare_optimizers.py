@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> Outcome:
     print(f"{len(runs)} runs, {finished} already finished; devices: {', '.join(map(str, devices))}")
     outcome = run_all(schedule, devices, threads(devices))
     show(args.results)
-    for title in outcome.late:
+    for title in outcome.out_of_time:
         print(f"not finished within the time limit: {title}")
     for title, failure in outcome.failed.items():
         print(f"failed: {title}\n{failure}", file=sys.stderr)

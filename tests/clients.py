@@ -1,4 +1,4 @@
-"""What the tests of training frameworks share: a tiny network, and a twin that shows what a framework did."""
+"""Shared by the tests of training frameworks: a small network, and an optimizer that repeats the steps of another."""
 
 import importlib
 
@@ -18,17 +18,16 @@ def inputs(step, dtype=torch.float32):
 
 
 def component(path):
-    """What a configuration names, as all frameworks that import it find it."""
+    """The object that an import path in a configuration names, imported as the frameworks import it."""
     module, name = path.rsplit(".", 1)
     return getattr(importlib.import_module(module), name)
 
 
-class Twin:
-    """A second optimizer, on copies of the first one's parameters, that repeats its steps by hand.
+class Repeater:
+    """A second optimizer, on copies of the first one's parameters, that repeats its steps.
 
-    Each time the first one has stepped, the twin steps with the gradients and the learning rates that were there. The
-    two stay alike to the bit only while whoever drives the first one does no more and no less than to step it.
-    """
+    After each step of the first optimizer, the second one steps with the same gradients and learning rates. The two
+    stay bitwise equal only if the framework does nothing but step the first one."""
 
     def __init__(self, optimizer):
         self.first = optimizer
@@ -38,9 +37,9 @@ class Twin:
             groups.append({**group, "params": list(zip(names, copies, strict=True)) if names else copies})
             groups[-1].pop("param_names", None)
         self.second = Collins(groups)
-        self.norms = []  # of all gradients together, in each step
-        self.gradients = None  # those of the first step
-        optimizer.register_step_post_hook(self._repeat)  # after a closure, which makes the gradients, has run
+        self.norms = []  # total norm of all gradients, of each step
+        self.gradients = None  # the gradients of the first step
+        optimizer.register_step_post_hook(self._repeat)  # runs after a closure, which computes the gradients
 
     def _repeat(self, *_):
         for group, own in zip(self.first.param_groups, self.second.param_groups, strict=True):
@@ -53,25 +52,26 @@ class Twin:
         self.second.step()
 
     @property
-    def agrees(self):
-        """Whether parameters and state are the same to the bit, after at least one step."""
+    def is_equal(self):
+        """Whether parameters and state of both are bitwise equal, after at least one step."""
         pairs = [
             (p, q)
             for group, own in zip(self.first.param_groups, self.second.param_groups, strict=True)
             for p, q in zip(group["params"], own["params"], strict=True)
         ]
-        alike = all(torch.equal(p, q) and same(self.first.state[p], self.second.state[q]) for p, q in pairs)
-        return alike and len(self.norms) > 0
+        are_equal = all(torch.equal(p, q) and same(self.first.state[p], self.second.state[q]) for p, q in pairs)
+        return are_equal and len(self.norms) > 0
 
 
 def steps_taken(optimizer):
-    """The number of steps that all parameters have seen."""
+    """The number of steps, which must be the same for all parameters."""
     (steps,) = {int(state["step"]) for state in optimizer.state.values()}
     return steps
 
 
-class Asked:
-    """`Collins.statistics` as it is called: which steps it was asked of, and after which ones to measure the next."""
+class StatisticsCalls:
+    """Records the calls of `Collins.statistics`: `read` holds the steps after which statistics were read, `measured`
+    those after which measuring the next update was requested."""
 
     def __init__(self, monkeypatch):
         self.read, self.measured = [], []

@@ -1,4 +1,4 @@
-"""What every test shares: the processes and the devices to run on."""
+"""Configuration of all tests: processes, devices and fixtures."""
 
 import gc
 import importlib.util
@@ -10,33 +10,32 @@ import pytest
 import torch
 from hypothesis import settings
 
-os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before CUDA starts: products are then the same in every run
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anyone imports the Hugging Face libraries: no test may need the network
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # set before CUDA starts: makes matrix products deterministic
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before the Hugging Face libraries are imported: no test may need the network
 
-settings.register_profile("thorough")  # which `tests/test_stateful.py` looks for
+settings.register_profile("thorough")  # checked by `tests/test_stateful.py`
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
-if IS_WORKER:  # workers share the cores, and so do the processes that tests start
+if IS_WORKER:  # workers share the cores, also with the processes that tests start
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anyone imports Triton: kernels then run on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"  # set before Triton is imported: kernels then run on CPU tensors
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist's own, which starts the workers
+@pytest.hookimpl(tryfirst=True)  # before the hook of xdist, which starts the workers
 def pytest_cmdline_main(config):
-    """The whole suite is spread over the cores of a machine without a GPU; `-n 0` keeps it in one process.
+    """Distributes the whole suite over the cores of a machine without a GPU; `-n 0` runs it in one process.
 
-    Files stay whole: what a file compiles or starts for several of its tests is made once.
-    """
-    whole = config.args == config.getini("testpaths")
-    asked = getattr(config.option, "numprocesses", 0)  # None where xdist is there and `-n` is not given
-    if whole and asked is None and not (IS_WORKER or config.option.usepdb or torch.cuda.is_available()):
+    Each file runs in one worker: what several of its tests share is compiled or started only once."""
+    runs_all = config.args == config.getini("testpaths")
+    processes = getattr(config.option, "numprocesses", 0)  # None if xdist is installed and `-n` is not given
+    if runs_all and processes is None and not (IS_WORKER or config.option.usepdb or torch.cuda.is_available()):
         config.option.numprocesses = min(os.cpu_count() or 1, 8)
         config.option.dist = "loadfile"
-        config.option.loadscopereorder = False  # files of few tests take longest: they are not to be left for last
+        config.option.loadscopereorder = False  # a file with few tests can take longest, so keep the order
 
 
 def pytest_collection_modifyitems(items):
@@ -49,18 +48,20 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What has been imported stays: to look through it for garbage is a quarter of the time that graphs take."""
+    """Excludes imported modules from garbage collection, which otherwise takes a quarter of the time of tests of
+    graphs."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure():
-    gc.unfreeze()  # before the interpreter takes modules apart
+    gc.unfreeze()  # before the interpreter clears modules
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _short_programs():
-    """Triton's interpreter goes through all of a program's span, also past the end of a tensor: two tiles here."""
+    """Shortens the span of a Triton program to two tiles: the interpreter executes the whole span, also beyond the end
+    of a tensor."""
     if "TRITON_INTERPRET" not in os.environ or importlib.util.find_spec("triton") is None:
         yield
         return
@@ -72,7 +73,7 @@ def _short_programs():
 
 @pytest.fixture
 def fresh_accelerate():
-    """Accelerate keeps its settings in singletons and environment variables: each test begins and ends without them."""
+    """Resets the singletons and environment variables of Accelerate before and after a test."""
     if importlib.util.find_spec("accelerate") is None:
         yield
         return
@@ -90,7 +91,7 @@ def fresh_accelerate():
 
 @pytest.fixture
 def reproducible():
-    """On a GPU hash="universal" adds atomically, in any order, unless PyTorch is told to be deterministic."""
+    """Requires deterministic algorithms on a GPU, where hash="universal" otherwise adds atomically in any order."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(torch.cuda.is_available())
     yield
@@ -104,9 +105,9 @@ def device(request):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Puts modules with some contents in the place of a framework's, for the module of Collins that imports it."""
+    """Replaces a framework's module by one with the given contents, and reimports the integration that uses it."""
 
-    def put(name, **contents):
+    def install(name, **contents):
         parts = name.split(".")
         for end in range(1, len(parts) + 1):
             module = types.ModuleType(".".join(parts[:end]))
@@ -114,8 +115,8 @@ def stand_in(monkeypatch):
             monkeypatch.setitem(sys.modules, module.__name__, module)
         vars(module).update(contents)
         ours = f"collins.integrations.{parts[0]}"
-        monkeypatch.setitem(sys.modules, ours, None)  # which puts back what was there, if anything
+        monkeypatch.setitem(sys.modules, ours, None)  # so that monkeypatch restores the original entry
         del sys.modules[ours]
         return module
 
-    return put
+    return install

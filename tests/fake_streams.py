@@ -1,17 +1,15 @@
-"""Streams of a device that is not there, which does everything as late, as early or as oddly as it is allowed to.
+"""Simulated streams of a device, which run work as late, as early or in as unusual an order as its waits allow.
 
-What would run on a device, copies and kernels, is queued and runs only when something that waits for it demands it, or
-when the `mode` picks it:
+Copies and kernels are queued. They run when something that waits for them needs them, or when the `mode` selects them:
 
-    "late"      nothing runs before it is demanded
-    "eager"     everything runs as soon as it may
-    "h2d", "d2h", "current"     that kind runs as soon as it may, the others when demanded
-    an int      the seed of a random legal order
+    "late"      nothing runs before it is needed
+    "eager"     everything runs as soon as its waits allow
+    "h2d", "d2h", "current"     work of that kind runs as soon as its waits allow, other work when it is needed
+    an int      the seed of a random order that the waits allow
 
-Device memory is poisoned with 0xFF (NaN in every floating dtype): at first, by a kernel of its earlier user that is
-still in flight, and after each copy out of it. Once it is freed, work that still touches it raises `FreedMemoryError`,
-unless that work is on a stream that the allocator knows of: the one that it was made for, or one that `hold` named.
-"""
+Device memory is filled with 0xFF (NaN in every floating dtype) when it is allocated, by a pending kernel of its
+previous user, and after each copy out of it. Work that uses freed memory raises `FreedMemoryError`, unless it is on a
+stream that the allocator accounts for: the stream of the allocation, or one passed to `hold`."""
 
 import ctypes
 import random
@@ -28,13 +26,12 @@ MODES = ("late", "eager", "h2d", "d2h", "current", 1, 2, 3)
 
 
 class FreedMemoryError(Exception):
-    """A copy or a kernel came to run after memory that it uses was freed."""
+    """A copy or a kernel ran after memory that it uses had been freed."""
 
 
 class Stream:
-    """Operations in order: of those that were `given`, the first `done` have run, and are forgotten. Each is (what it
-    waits for or None, what it does).
-    """
+    """A queue of operations, each a pair (position to wait for or None, function). `given` counts all operations,
+    `done` those that have run."""
 
     def __init__(self, name):
         self.name, self.given, self.done = name, 0, 0
@@ -68,11 +65,11 @@ class Stream:
 
 
 class Event:
-    mark = None  # (stream, how many of its operations)
+    mark = None  # (stream, number of its operations to wait for)
 
 
 class Region:
-    """One allocation. Its bytes outlive it, so that a use after it was freed is an error and not a crash."""
+    """One allocation. Its bytes are kept after it is freed, so that using them raises an error instead of crashing."""
 
     def __init__(self, nbytes, stream):
         self.data, self.stream = bytearray(nbytes), stream
@@ -89,28 +86,27 @@ class Region:
 
 
 class FakeStreams:
-    """See `collins.offload.streams.Streams`.
+    """Implements `collins.offload.streams.Streams`.
 
     Args:
-        mode: the order, see above.
-        drop: rules whose waits are left out.
-        inherits: False gives memory that had no earlier user.
-        holds: False leaves `hold` out.
-        caches_current: True looks the current stream up once, at construction.
-        remakes_streams: True makes new copy streams whenever `next_step` is called.
-    """
+        mode: the order of execution, see above.
+        drop: rules whose waits are omitted.
+        inherits: whether allocated memory has a previous user with a pending kernel.
+        holds: whether `hold` has an effect.
+        caches_current: whether the current stream is looked up only once, at construction.
+        remakes_streams: whether `next_step` creates new copy streams."""
 
     def __init__(self, mode="late", drop=(), *, inherits=True, holds=True, caches_current=False, remakes_streams=False):
         self.device = torch.device("cpu")
         self.mode, self.drop, self.inherits, self.holds = mode, set(drop), inherits, holds
         self.remakes_streams = remakes_streams
-        self.chance = random.Random(mode if isinstance(mode, int) else 0)
+        self.rng = random.Random(mode if isinstance(mode, int) else 0)
         self.streams, self.regions = [], []
         self.current = self.new_stream("default")
         self.cached = self.current if caches_current else None
         self.make_copy_streams()
 
-    # What a Streams is.
+    # The interface of `Streams`.
 
     def empty(self, nbytes):
         region = Region(nbytes, self._stream(StreamKind.CURRENT))
@@ -162,7 +158,7 @@ class FakeStreams:
         if self.holds:
             self._region(tensor).held_by.add(self._stream(kind))
 
-    # What a test does with the device.
+    # What tests use.
 
     def new_stream(self, name):
         self.streams.append(Stream(name))
@@ -178,8 +174,8 @@ class FakeStreams:
             self.current = before
 
     def launch(self, kernel, *tensors):
-        """Enqueues `kernel(*tensors)` on the current stream. Like a real kernel, it keeps no device memory alive."""
-        uses = [(tensor, None) if self._region(tensor) is None else self._raw(tensor) for tensor in tensors]
+        """Enqueues `kernel(*tensors)` on the current stream. Like a kernel, it keeps no device memory allocated."""
+        uses = [(tensor, None) if self._region(tensor) is None else self._region_view(tensor) for tensor in tensors]
         stream = self.current
 
         def run():
@@ -207,10 +203,10 @@ class FakeStreams:
         return self.kinds[kind] if isinstance(kind, StreamKind) else kind
 
     def _region(self, tensor):
-        at = tensor.data_ptr()
-        return next((r for r in self.regions if not r.freed and r.start <= at < r.start + len(r.data)), None)
+        address = tensor.data_ptr()
+        return next((r for r in self.regions if not r.freed and r.start <= address < r.start + len(r.data)), None)
 
-    def _raw(self, tensor):
+    def _region_view(self, tensor):
         region = self._region(tensor)
         first = tensor.data_ptr() - region.start
         flat = torch.frombuffer(region.data, dtype=torch.uint8)[first : first + tensor.nbytes]
@@ -221,10 +217,10 @@ class FakeStreams:
         if self.mode == "late":
             return
         if isinstance(self.mode, int):
-            for _ in range(self.chance.randrange(4)):
+            for _ in range(self.rng.randrange(4)):
                 ready = [one for one in self.streams if one.ready()]
                 if ready:
-                    self.chance.choice(ready).run_one()
+                    self.rng.choice(ready).run_one()
             return
         kind = {"h2d": StreamKind.H2D, "d2h": StreamKind.D2H}.get(self.mode)
         while True:

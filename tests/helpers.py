@@ -1,4 +1,4 @@
-"""What several files of tests use: models, gradients, comparisons, processes, and the kernel without a GPU."""
+"""Helpers for several files of tests: models, gradients, comparisons, processes, and the kernel without a GPU."""
 
 import contextlib
 import copy
@@ -21,10 +21,10 @@ from collins.offload.tiers import TieredStore
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPTIONS = {"lr": 1e-2, "min_K": 16, "rehash_period": 3}  # small weights have tables; signs change within a short run
-# How a step may be performed, over what differs from one way to another.
+OPTIONS = {"lr": 1e-2, "min_K": 16, "rehash_period": 3}  # small weights get tables; signs change within a short run
+# The ways to perform a step. Tests that are parametrised over `STEP_WAYS` run for each of them.
 STEP_SHAPES = [(64, 64), (33, 37), (40,), (), (130, 32)]
-FEW_STEP_SHAPES = [(64, 64), (40,)]  # for what compiles, or is interpreted
+FEW_STEP_SHAPES = [(64, 64), (40,)]  # for ways that compile or interpret
 STEP_WAYS = {
     "eager": {"compile": False},
     "compiled": {"compile": True},
@@ -36,7 +36,7 @@ STEP_WAYS = {
 
 
 def with_kernel(opt):
-    """The optimizer, stepping through the Triton kernel: under its interpreter where there is no GPU."""
+    """Makes an optimizer step with the Triton kernel, which is interpreted if there is no GPU."""
     if DEVICE == "cpu":
         from collins.compile.multi_tensor import KernelLaunches
 
@@ -45,34 +45,34 @@ def with_kernel(opt):
 
 
 def on_machine(opt, **machine):
-    """The optimizer, whose memory policy takes the machine to be so; see `collins.offload.staging.Backend`."""
+    """Replaces properties of the machine for an optimizer's policy; see `collins.offload.staging.Backend`."""
     opt._stepper.store = TieredStore(opt.memory, dataclasses.replace(MACHINE, **machine))
     return opt
 
 
 def parameters(dtype, shapes, device=DEVICE):
-    """The same values in every call, and for every dtype and device."""
+    """Parameters whose values are the same in every call, and for every dtype and device."""
     generator = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
 
 
 def give_gradients(step, *lists):
-    """Gradients of step number `step`: what a parameter gets depends on its place in its list, not on the list."""
+    """Sets the gradients of step `step`. They depend on the index of a parameter in its list only."""
     for ps in lists:
         for i, p in enumerate(ps):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(p)
 
 
 def moments(opt, p):
-    """The first and the second moment of `p`, in tables or dense."""
+    """The first and the second moment of `p`, as tables or dense."""
     return [value for name, value in opt.state[p].items() if name not in ("step", "layout")]
 
 
 def same(ours, theirs):
-    """Whether two nested values are equal in all their tensors, dtypes and numbers, and of the same structure."""
+    """Whether two nested values have the same structure and equal tensors, dtypes and numbers."""
     if isinstance(ours, torch.Tensor):
-        alike = isinstance(theirs, torch.Tensor) and ours.dtype == theirs.dtype
-        return alike and torch.equal(ours, theirs.to(ours.device))
+        are_equal = isinstance(theirs, torch.Tensor) and ours.dtype == theirs.dtype
+        return are_equal and torch.equal(ours, theirs.to(ours.device))
     if isinstance(ours, dict):
         return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
     if isinstance(ours, (list, tuple)):
@@ -87,13 +87,13 @@ def bits(t):
 
 
 def snapshot(ps, opt):
-    """Of each parameter: its weights and its state, copied."""
+    """A copy of the weights and the state of each parameter."""
     states = opt.state_dict()["state"]
     return [[p.detach().clone(), copy.deepcopy(states.get(place, {}))] for place, p in enumerate(ps)]
 
 
 def same_snapshots(some, others):
-    """Whether one parameter's weights and state are the same to the bit in two snapshots."""
+    """Whether weights and state of one parameter are bitwise equal in two snapshots."""
     (p, state), (q, other) = some, others
     return (
         torch.equal(bits(p), bits(q))
@@ -109,7 +109,7 @@ def small_model(seed=0, dtype=torch.float32, device="cpu"):
 
 
 def train(model, opt, steps, first=0):
-    """Trains a small model on data that depends on the number of the step alone; returns copies of its parameters."""
+    """Trains a small model on data that depend on the step number only; returns copies of its parameters."""
     for step in range(first, first + steps):
         x = torch.randn(16, 64, generator=torch.Generator().manual_seed(step)).to(model[0].weight)
         opt.zero_grad()
@@ -120,7 +120,7 @@ def train(model, opt, steps, first=0):
 
 @contextlib.contextmanager
 def examples():
-    """Imports an example by its name as `python examples/NAME.py` does: with its folder on the path."""
+    """Imports an example by name as `python examples/NAME.py` does: with its folder in `sys.path`."""
     before = set(sys.modules)
     sys.path.insert(0, str(EXAMPLES))
     try:
@@ -133,14 +133,13 @@ def examples():
 
 
 class Allocations(TorchDispatchMode):
-    """Watches what operations return: `shapes` of the tensors that are no views of their arguments, the most bytes of
-    such tensors that were alive at once (`peak`), and the elements of the largest int64 tensor (`widest_index`).
-    """
+    """Records tensors that operations return: `shapes` of those that are not views of arguments, `peak`, the maximum of
+    their total bytes, and `widest_index`, the number of elements of the largest int64 tensor."""
 
     def __init__(self):
         super().__init__()
         self.shapes, self.peak, self.widest_index = [], 0, 0
-        self._alive = {}
+        self._allocated = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
@@ -149,11 +148,11 @@ class Allocations(TorchDispatchMode):
             storage = t.untyped_storage()
             if storage._cdata not in given:
                 self.shapes.append(tuple(t.shape))
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self._allocated[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
             if t.dtype == torch.int64:
                 self.widest_index = max(self.widest_index, t.numel())
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        self._allocated = {key: entry for key, entry in self._allocated.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._allocated.values()))
         return result
 
 
@@ -163,7 +162,7 @@ def _tensors(tree):
 
 @contextlib.contextmanager
 def threads(count):
-    """PyTorch computes in as many threads meanwhile."""
+    """Sets the number of threads of PyTorch temporarily."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -173,13 +172,13 @@ def threads(count):
 
 
 def environment(**changes):
-    """That of a process which imports the same Collins as this one; a variable that is to be None is absent."""
+    """The environment of a process that imports the same Collins as this process; a variable set to None is removed."""
     changed = {**os.environ, "PYTHONPATH": str(Path(collins.__file__).parent.parent), **changes}
     return {name: value for name, value in changed.items() if value is not None}
 
 
 def output_of(*command, cwd=None, env=None):
-    """What a command prints; if it fails, so does the test, with all it said."""
+    """The standard output of a command. If the command fails, so does the test, with the output of the command."""
     ran = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout

@@ -1,4 +1,4 @@
-"""Runs a function on several ranks, each a process of a gloo group, and hands back what each returned."""
+"""Runs a function on several ranks, each a process of a gloo group, and returns their results."""
 
 import multiprocessing
 import os
@@ -16,15 +16,15 @@ _CONTEXT.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch
 
 
 def run(world, function, *args, folder, timeout=120, backend="gloo", device="cpu", kill_at=None):
-    """`[function(rank, *args) for each rank]`, on `world` ranks at once; fails with their tracebacks if one fails.
+    """Returns `[function(rank, *args) for each rank]`, run on `world` ranks at once; fails with their tracebacks if one
+    fails.
 
     Args:
-        function: of a module that can be imported; what it returns is saved by `torch.save`.
-        folder: for what the ranks leave behind, empty and this call's own.
+        function: defined in a module that can be imported; its result is passed through `torch.save`.
+        folder: an empty folder for this call, which receives the files of the ranks.
         timeout: in seconds, after which all ranks are killed.
-        backend: of the process group; None where the function makes its own, from the environment.
-        kill_at: a path; as soon as it is there, all ranks are killed by SIGKILL, and there is no result.
-    """
+        backend: of the process group; None if the function creates its group from the environment.
+        kill_at: a path; when it exists, all ranks are killed by SIGKILL, and None is returned."""
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     ranks = [
@@ -50,7 +50,7 @@ def run(world, function, *args, folder, timeout=120, backend="gloo", device="cpu
     failed = sorted(folder.glob("*.failed"))
     if failed:
         pytest.fail("\n".join(f"{path.stem}: {path.read_text()}" for path in failed))
-    assert kill_at is None, f"no rank has come to {kill_at}"
+    assert kill_at is None, f"no rank has created {kill_at}"
     assert [process.exitcode for process in ranks] == [0] * world
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
@@ -65,7 +65,7 @@ def _rank(rank, world, port, folder, backend, device, function, args):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     warnings.simplefilter("error")
-    # Of torch itself: what it deprecates in its own imports, a barrier that guesses its device, and in 2.9 storages.
+    # From torch: deprecations in its own imports, a barrier without a device, and storages in version 2.9.
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", message=".*barrier", category=UserWarning)
@@ -84,4 +84,4 @@ def _rank(rank, world, port, folder, backend, device, function, args):
     except BaseException:
         with open(f"{folder}/rank {rank}.failed", "w") as file:
             file.write(traceback.format_exc())
-        os._exit(1)  # the others may wait for this rank
+        os._exit(1)  # other ranks may wait for this one

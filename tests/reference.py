@@ -1,7 +1,6 @@
-"""The oracle: Collins for one parameter in float64, written from the formulas, slow and obvious.
+"""The oracle: Collins for one parameter in float64, written from the formulas, without regard to speed.
 
-It shares no code with the library: Python integers for the hashes, NumPy for the means.
-"""
+It uses no code of the library: Python integers for the hashes, NumPy for the means."""
 
 from __future__ import annotations
 
@@ -86,7 +85,7 @@ class Universal:
 
 
 def quantised(bits, block=64):
-    """What a table in integers of so many bits, with a scale for each block, keeps of M."""
+    """A function that rounds M as a table of `bits`-bit integers with one scale per block of `block` entries does."""
     limit = 2 ** (bits - 1) - 1
 
     def kept(M):
@@ -106,10 +105,9 @@ DECODES = {"residual": (0.5, 0, True), "sketch": (1, 1, False)}
 
 
 class Reference:
-    """One parameter. `hash=None` is AdamW. `v_hash` divides elements into the second moment's buckets, if not `hash`.
+    """One parameter. With `hash=None` it is AdamW. `v_hash` hashes the second moment if it differs from `hash`.
 
-    `decode` is a key of `DECODES`, or a value of its kind. `kept` is what a table stores of M.
-    """
+    `decode` is a key of `DECODES`, or a tuple like its values. `kept` maps M to the values that its table stores."""
 
     def __init__(self, p, hash=None, decode="residual", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
                  residual_weight=None, residual_square=2.0, v_hash=None, kept=None):  # fmt: skip
@@ -127,7 +125,7 @@ class Reference:
         self.c, self.c_v = (np.array([f.load(b) for b in range(f.K)]) for f in (hash, v_hash))
 
     def accumulate(self, gs, parts=None):
-        """One step of as many partial steps as there are gradients, of `parts` that were expected."""
+        """One step of `len(gs)` partial steps, where `parts` were expected."""
         for part, g in enumerate(gs):
             self.step(g, part=part, parts=len(gs) if parts is None else parts)
 
@@ -166,7 +164,7 @@ class Reference:
 
 
 def newton_schulz(X):
-    """Five steps for one matrix, from whichever side is wider."""
+    """Newton-Schulz iteration of five steps for one matrix, transposed if it has more rows than columns."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = X / max(np.sqrt((X**2).sum()), 1e-7)
     if X.shape[0] > X.shape[1]:
@@ -182,7 +180,7 @@ def newton_schulz_wide(X, a, b, c):
 
 
 class OrthogonalReference(Reference):
-    """A parameter of decode="orthogonal", which consists of the matrices that `cut` makes of it."""
+    """A parameter with decode="orthogonal", which consists of the matrices that `cut` returns."""
 
     def __init__(self, p, hash=None, cut=lambda x: [x], **options):
         super().__init__(p, hash, **options)

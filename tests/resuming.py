@@ -1,4 +1,4 @@
-"""Runs that are stopped, and go on in the process that runs this file with the folder of their checkpoints."""
+"""Training runs that are interrupted. Run as a script with a folder of checkpoints, this file resumes them."""
 
 import sys
 from itertools import product
@@ -15,7 +15,7 @@ CASES = [
     dict(zip(("dtype", "hash", "memory", "in_backward", "compile"), values, strict=True))
     for values in [
         *product((torch.float32, torch.bfloat16), ("block", "universal"), (None, "host"), (False, True), (False,)),
-        # Not "universal", whose compiled scattering adds atomically, in any order of the threads.
+        # Not "universal": its compiled scatter adds atomically, in an order that depends on the threads.
         *product((torch.float32, torch.bfloat16), ("block",), (None,), (False,), (True,)),
         (torch.bfloat16, "block", "host", True, True),
     ]
@@ -33,7 +33,7 @@ class Run:
             self.model.parameters(),
             lr=0.02,
             min_K=16,
-            rehash_period=4,  # signs change before and after the stop
+            rehash_period=4,  # signs change before and after the interruption
             table_dtype=dtype,
             hash=hash,
             memory=memory,
@@ -56,7 +56,7 @@ class Run:
             self.schedule.step()
         return self
 
-    def end(self):
+    def state(self):
         return {name: part.state_dict() for name, part in self.parts.items()}
 
 
@@ -73,4 +73,4 @@ if __name__ == "__main__":
         if checkpoint(sys.argv[1], number).exists():
             run = Run(**case)
             collins.load(checkpoint(sys.argv[1], number), **run.parts)
-            collins.save(result(sys.argv[1], number), **run.train(HALF, STEPS).end())
+            collins.save(result(sys.argv[1], number), **run.train(HALF, STEPS).state())

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from clients import Twin, inputs, network, steps_taken
+from clients import Repeater, inputs, network, steps_taken
 from helpers import OPTIONS, same
 
 from collins import Collins
@@ -48,30 +48,30 @@ class Run:
 
 @pytest.mark.parametrize("memory", MEMORY, ids=str)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accumulated_and_clipped_steps_are_those_taken_by_hand(precision, memory):
+def test_accumulated_and_clipped_steps_equal_manual_steps(precision, memory):
     run = Run(precision, memory=memory)
     assert run.optimizer.optimizer is run.collins
-    twin = Twin(run.collins)
+    repeater = Repeater(run.collins)
     run.train()
-    assert twin.agrees
-    assert len(twin.norms) == steps_taken(run.collins) == STEPS
-    assert twin.norms[0] == pytest.approx(CLIP, rel=1e-3)
-    assert max(twin.norms) < CLIP * 1.001
+    assert repeater.is_equal
+    assert len(repeater.norms) == steps_taken(run.collins) == STEPS
+    assert repeater.norms[0] == pytest.approx(CLIP, rel=1e-3)
+    assert max(repeater.norms) < CLIP * 1.001
     assert run.collins.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
 
 def test_accumulated_gradients_are_the_mean_of_their_batches():
     run = Run(clip=None)
-    twin = Twin(run.collins)
+    repeater = Repeater(run.collins)
     run.train(0, 1)
     model = network()
     (sum(model(inputs(batch)).square().mean() for batch in range(ROUNDS)) / ROUNDS).backward()
-    torch.testing.assert_close(twin.gradients, [p.grad for p in model.parameters()])
+    torch.testing.assert_close(repeater.gradients, [p.grad for p in model.parameters()])
 
 
 @pytest.mark.parametrize("memory", MEMORY, ids=str)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_loaded_state_goes_on_to_the_bit(tmp_path, precision, memory):
+def test_training_resumes_bitwise_from_a_loaded_state(tmp_path, precision, memory):
     whole = Run(precision, memory=memory).train(0, STEPS // 2)
     whole.accelerator.save_state(str(tmp_path))
     halfway = pickle.loads(pickle.dumps(whole.end()))
@@ -96,23 +96,23 @@ def test_loading_into_an_optimizer_that_has_stepped_keeps_its_tensors(tmp_path):
 
 
 def test_a_prepared_optimizer_can_be_pickled():
-    run = Run(rounds=1).train(0, 2)  # Accelerate's copy would not know when gradients are accumulated
+    run = Run(rounds=1).train(0, 2)  # Accelerate's copy would not account for accumulated gradients
     run.model, run.optimizer = pickle.loads(pickle.dumps((run.model, run.optimizer)))
     run.collins = run.optimizer.optimizer
     run.schedule.step = lambda: None  # it still belongs to the optimizer that was copied
-    twin = Twin(run.collins)
-    twin.second.load_state_dict(run.collins.state_dict())
+    repeater = Repeater(run.collins)
+    repeater.second.load_state_dict(run.collins.state_dict())
     run.train(2, 4)
-    assert twin.agrees
+    assert repeater.is_equal
     assert steps_taken(run.collins) == 4
 
 
-def test_steps_in_backward_are_those_after_it():
+def test_steps_in_backward_equal_steps_after_backward():
     after, within = (Run(rounds=1, clip=None, in_backward=in_backward) for in_backward in (False, True))
     assert same(within.train().end()[:1], after.train().end()[:1])
     assert steps_taken(within.collins) == STEPS
 
 
-def test_in_backward_refuses_to_accumulate():
+def test_in_backward_rejects_accumulation():
     with pytest.raises(RuntimeError, match="arrived twice before step"):
         Run(rounds=2, clip=None, in_backward=True).train(0, 1)

@@ -1,4 +1,4 @@
-"""Several backward passes as partial steps of one step: as defined, on every way and tier, and what is refused."""
+"""Partial steps: several backward passes in one step, compared with their definition for every executor and tier."""
 
 import copy
 import io
@@ -20,13 +20,13 @@ OWN = {**OPTIONS, "in_backward": True, "accumulation_steps": PARTS}
 
 
 def gradients(step, ps, parts=PARTS):
-    """Of each micro-batch, one for each parameter."""
+    """For each micro-batch, the gradients of all parameters."""
     seeds = range(1000 * step, 1000 * step + parts)
     return [[torch.randn(p.shape, generator=torch.Generator().manual_seed(s)).to(p) for p in ps] for s in seeds]
 
 
-def give(ps, grads):
-    """A backward pass that brings these gradients; None for none."""
+def backward_with(ps, grads):
+    """A backward pass with the given gradients; None for no gradient."""
     sum((p * g).sum() for p, g in zip(ps, grads, strict=True) if g is not None).backward()
 
 
@@ -36,7 +36,7 @@ def stepped(steps=4, dtype=torch.float32, kernel=False, shapes=SHAPES, **options
     opt = with_kernel(opt) if kernel else opt
     for step in range(steps):
         for grads in gradients(step, ps):
-            give(ps, grads)
+            backward_with(ps, grads)
         assert all(p.grad is None for p in ps)
         opt.step()
     return ps, opt
@@ -49,7 +49,7 @@ def kept(ps, opt):
 
 @pytest.mark.parametrize("decode", ["residual", "sketch"])
 @pytest.mark.parametrize("hash", ["block", "universal"])
-def test_partial_steps_are_those_of_the_float64_reference(hash, decode):
+def test_partial_steps_equal_the_float64_reference(hash, decode):
     ps = parameters(torch.float64, SHAPES)
     options = {"hash": hash, "decode": decode, "compress_ratio": 8, "table_dtype": torch.float64, "weight_decay": 0.1}
     opt = Collins(ps, **{**OWN, **options})
@@ -67,7 +67,7 @@ def test_partial_steps_are_those_of_the_float64_reference(hash, decode):
         if step == 3:
             found = found[:-1]  # a step of fewer backward passes than were expected
         for grads in found:
-            give(ps, grads)
+            backward_with(ps, grads)
         opt.step()
         for number, twin in enumerate(twins):
             twin.accumulate([grads[number].numpy() for grads in found], PARTS)
@@ -76,8 +76,8 @@ def test_partial_steps_are_those_of_the_float64_reference(hash, decode):
         np.testing.assert_allclose(p.detach().numpy().reshape(-1), twin.p, rtol=1e-9, atol=1e-12)
 
 
-def test_first_moments_are_those_of_the_whole_gradient_and_so_are_numerators():
-    """With one denominator for all of it, which a large eps makes, weights are those of true accumulation too."""
+def test_first_moments_and_numerators_equal_those_of_the_whole_gradient():
+    """A large eps gives all passes the same denominator; the weights then equal those of true accumulation, too."""
     options = {"eps": 1e9, "lr": 1e8, "weight_decay": 1e-10, "compress_ratio": 8, "table_dtype": torch.float64}
     ps, opt = stepped(dtype=torch.float64, **options)
     others = parameters(torch.float64, SHAPES)
@@ -92,7 +92,7 @@ def test_first_moments_are_those_of_the_whole_gradient_and_so_are_numerators():
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
-def test_where_micro_batches_have_independent_noise_second_moments_are_those_of_their_sum_on_average():
+def test_with_independent_noise_second_moments_equal_those_of_the_sum_on_average():
     p, q = (torch.nn.Parameter(torch.zeros(256, 256)) for _ in range(2))
     opt, other = Collins([p], **OWN), Collins([q], **OPTIONS)
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ def test_where_micro_batches_have_independent_noise_second_moments_are_those_of_
         q.grad = torch.zeros_like(q)
         for _ in range(PARTS):
             g = torch.randn(q.shape, generator=generator)
-            give([p], [g])
+            backward_with([p], [g])
             q.grad += g
         opt.step()
         other.step()
@@ -114,7 +114,7 @@ def test_where_micro_batches_have_independent_noise_second_moments_are_those_of_
     [(torch.bfloat16, {}), (torch.float32, {"table_dtype": torch.float32, "compress_ratio": 8})],
     ids=["bfloat16", "float32"],
 )
-def test_the_kernels_and_the_graphs_partial_steps_are_eager_ones(dtype, options, way):
+def test_partial_steps_of_kernel_and_graphs_equal_eager_ones(dtype, options, way):
     if "kernel" in way:
         pytest.importorskip("triton")
     same_runs = {"shapes": [(64, 64), (40,)], "dtype": dtype, "steps": 3, **options}
@@ -130,13 +130,13 @@ def test_the_kernels_and_the_graphs_partial_steps_are_eager_ones(dtype, options,
 
 @pytest.mark.parametrize("memory", TIERS.values(), ids=TIERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_tier_steps_to_the_same_bits(memory, dtype):
+def test_every_tier_gives_bitwise_the_same_result(memory, dtype):
     sides = []
     for own in (None, memory):
         model = made(dtype)
         opt = Collins(model.parameters(), **OWN, memory=own)
         for step in range(5):
-            for part in range(PARTS):  # of which every second one leaves some parameters without a gradient
+            for part in range(PARTS):  # every second one leaves some parameters without a gradient
                 backward(model, PARTS * step + part)
             opt.step()
         sides.append((model, opt))
@@ -145,18 +145,18 @@ def test_every_tier_steps_to_the_same_bits(memory, dtype):
     assert counts == {5}
 
 
-def test_a_counter_on_the_device_steps_to_the_same_bits():
+def test_a_counter_on_the_device_gives_bitwise_the_same_result():
     assert same(kept(*stepped(capturable=True)), kept(*stepped()))
 
 
-def test_one_backward_pass_a_step_is_the_usual_step():
+def test_a_step_of_one_backward_pass_equals_an_ordinary_step():
     assert same(kept(*stepped(accumulation_steps=1, steps=0)), kept(*stepped(steps=0)))
     ends = []
     for options in ({}, {"accumulation_steps": 1}, {"accumulation_steps": "1"}):
         ps = parameters(torch.float32, SHAPES)
         opt = Collins(ps, **OPTIONS, in_backward=True, **options)
         for step in range(3):
-            give(ps, gradients(step, ps)[0])
+            backward_with(ps, gradients(step, ps)[0])
             opt.step()
         ends.append(kept(ps, opt))
     assert same(ends[0], ends[1])
@@ -164,17 +164,17 @@ def test_one_backward_pass_a_step_is_the_usual_step():
 
 
 def test_rounding_is_independent_between_partial_steps():
-    """Equal bits would round each of k equal updates alike, and leave k times the error of one."""
+    """With the same random bits, k equal updates would be rounded in the same direction, with k times the error."""
     p = torch.nn.Parameter(torch.full((1 << 14,), 1.0, dtype=torch.bfloat16))
     opt = Collins([p], lr=2.0**-10, betas=(0.0, 0.0), weight_decay=0, role="exact", in_backward=True,
                   accumulation_steps=4)  # fmt: skip
     for _ in range(4):
-        give([p], [torch.ones_like(p)])
+        backward_with([p], [torch.ones_like(p)])
     opt.step()
     assert len(p.detach().unique()) > 2
 
 
-def test_training_goes_on_from_a_state_dict_to_the_same_bits():
+def test_training_resumes_bitwise_from_a_state_dict():
     whole, parted = stepped(steps=4), stepped(steps=2)
     saved = io.BytesIO()
     torch.save(parted[1].state_dict(), saved)
@@ -186,15 +186,15 @@ def test_training_goes_on_from_a_state_dict_to_the_same_bits():
     ps, opt = opt["ps"], opt["opt"]
     for step in (2, 3):
         for grads in gradients(step, ps):
-            give(ps, grads)
+            backward_with(ps, grads)
         opt.step()
     assert same(kept(ps, opt), kept(*whole))
 
 
-def test_a_step_that_has_been_begun_is_neither_saved_copied_nor_loaded_over():
+def test_saving_copying_and_loading_are_rejected_in_the_middle_of_a_step():
     ps, opt = stepped(steps=1)
     saved = opt.state_dict()
-    give(ps, gradients(1, ps)[0])
+    backward_with(ps, gradients(1, ps)[0])
     before = [bits(p).clone() for p in ps]
     for what in (opt.state_dict, lambda: copy.deepcopy(opt), lambda: opt.load_state_dict(saved)):
         with pytest.raises(RuntimeError, match=r"in the middle of a step, after 1 of accumulation_steps=3.*step\(\)"):
@@ -205,21 +205,21 @@ def test_a_step_that_has_been_begun_is_neither_saved_copied_nor_loaded_over():
     assert all(state["step"] == 2 for state in opt.state.values())
 
 
-def test_more_backward_passes_than_were_announced_are_refused():
+def test_more_backward_passes_than_accumulation_steps_are_rejected():
     ps, opt = stepped(steps=1)
     first = gradients(1, ps)
     for grads in first:
-        give(ps, grads)
+        backward_with(ps, grads)
     before = [bits(p).clone() for p in ps]
     with pytest.raises(RuntimeError, match=r"arrived 4 times before step\(\).*accumulation_steps is 3.*in_backward=F"):
-        give(ps, first[0])
+        backward_with(ps, first[0])
     assert all(map(torch.equal, map(bits, ps), before))
     opt.step()
     ps_after, opt_after = stepped(steps=2)
     assert same(kept(ps, opt), kept(ps_after, opt_after))
 
 
-def test_gradients_that_are_not_finite_are_left_out_of_the_backward_pass_that_brings_them():
+def test_nonfinite_gradients_are_skipped_in_their_backward_pass_only():
     ends = []
     for wrong in (False, True):
         ps = parameters(torch.float32, SHAPES)
@@ -231,17 +231,17 @@ def test_gradients_that_are_not_finite_are_left_out_of_the_backward_pass_that_br
                     for g in grads:
                         g.view(-1)[:8] = math.nan if wrong else 0
             for grads in found:
-                give(ps, grads)
+                backward_with(ps, grads)
             opt.step()
         ends.append((kept(ps, opt), opt.statistics()["skipped_buckets"]))
     assert int(ends[0][1]) == 0
     assert int(ends[1][1]) == 2 * (1 + 1 + 8)  # two backward passes; a bucket of each table, 8 exact elements
-    for ours, theirs in zip(ends[1][0], ends[0][0], strict=True):  # where nothing is left out, and where it is
+    for ours, theirs in zip(ends[1][0], ends[0][0], strict=True):  # without and with skipped gradients
         assert ours.isfinite().all()
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_the_norm_is_that_of_orthogonal_gradients_and_clips_each_as_it_arrives():
+def test_norms_of_passes_add_as_if_orthogonal_and_clip_each_gradient_on_arrival():
     ps = parameters(torch.float64, [(12,)])
     opt = Collins(ps, **OWN, max_grad_norm=0.5)
     twin = Reference(ps[0].detach().numpy(), lr=1e-2)
@@ -249,7 +249,7 @@ def test_the_norm_is_that_of_orthogonal_gradients_and_clips_each_as_it_arrives()
     for step in range(3):
         arrived = 0.0
         for part, (g,) in enumerate(gradients(step, ps)):
-            give(ps, [g])
+            backward_with(ps, [g])
             arrived = math.hypot(arrived, g.norm().item())
             twin.step(g.numpy(), min(1, 0.5 / (max(last, arrived) + 1e-6)), part, PARTS)
         opt.step()
@@ -259,25 +259,25 @@ def test_the_norm_is_that_of_orthogonal_gradients_and_clips_each_as_it_arrives()
     np.testing.assert_allclose(ps[0].detach().numpy(), twin.p, rtol=1e-9)
 
 
-def test_a_state_that_is_cleared_within_a_step_begins_anew():
+def test_a_cleared_state_starts_from_zero():
     ps, opt = stepped(steps=1)
-    give(ps, gradients(1, ps)[0])
+    backward_with(ps, gradients(1, ps)[0])
     opt.step()
     opt.state.clear()
     for grads in gradients(2, ps):
-        give(ps, grads)
+        backward_with(ps, grads)
     opt.step()
     assert all(state["step"] == 1 for state in opt.state.values())
     assert all(p.isfinite().all() for p in ps)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, None, "two", 257], ids=str)
-def test_what_is_no_number_of_backward_passes_is_refused(value):
+def test_an_invalid_accumulation_steps_is_rejected(value):
     with pytest.raises(ValueError, match="accumulation_steps must be"):
         Collins(parameters(torch.float32, SHAPES), in_backward=True, accumulation_steps=value)
 
 
-def test_it_is_refused_where_it_means_nothing():
+def test_accumulation_steps_is_rejected_where_it_has_no_meaning():
     ps = parameters(torch.float32, SHAPES)
     with pytest.raises(ValueError, match=r"accumulation_steps must be 1 without in_backward=True.*add up.*got 3"):
         Collins(ps, accumulation_steps=3)
@@ -292,13 +292,13 @@ def test_it_is_refused_where_it_means_nothing():
     opt.param_groups[0]["decode"] = "orthogonal"
     before = [bits(p).clone() for p in ps]
     with pytest.raises(ValueError, match="accumulation_steps must be 1 for decode='orthogonal'"):
-        give(ps, gradients(0, ps)[0])
+        backward_with(ps, gradients(0, ps)[0])
     assert all(map(torch.equal, map(bits, ps), before))
     assert not opt.state
 
 
 def test_tables_on_the_host_are_copied_once_for_each_backward_pass():
-    """In each of which all are used again, in the order of the first: they are staged ahead and written back once."""
+    """Every pass uses all tables in the order of the first: they are prefetched, and written back once per pass."""
     copied = []
     for parts in (1, PARTS):
         model = made()

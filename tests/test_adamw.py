@@ -1,4 +1,4 @@
-"""With exact moments Collins is torch.optim.AdamW, under everything people do to an optimizer."""
+"""With exact moments Collins equals torch.optim.AdamW, also with schedules, groups, closures and averaging."""
 
 import copy
 
@@ -67,7 +67,7 @@ SCHEDULERS = {
 }
 
 
-def test_every_scheduler_is_tried():
+def test_every_scheduler_is_tested():
     public = {name for name in lr_scheduler.__all__ if name not in ("LRScheduler", "SWALR")}
     assert public == SCHEDULERS.keys()
 
@@ -118,7 +118,7 @@ def test_swa_utils_and_swalr():
     close(ours, theirs, torch.float64)
 
 
-def test_groups_names_and_late_groups():
+def test_groups_names_and_groups_added_later():
     def build(make, **exact):
         ps = parameters(torch.float64, SHAPES, "cpu")
         opt = make([{"params": [("a", ps[0])], "lr": 1e-2}, {"params": [("b", ps[1])], "weight_decay": 0.5}], **exact)
@@ -137,7 +137,7 @@ def test_groups_names_and_late_groups():
     assert [group["param_names"] for group in opt.param_groups] == [["a"], ["b"], ["c", "d"]]
 
 
-def test_gradients_that_come_and_go():
+def test_gradients_that_are_absent_in_some_steps():
     ours, theirs = both(torch.float64)
     opts = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
     for step in range(12):

@@ -1,4 +1,4 @@
-"""What cannot be used is refused by name, with its value and what is accepted, before anything changes."""
+"""Errors for invalid input name the argument, its value and what is accepted, and leave everything unchanged."""
 
 import re
 from collections import UserList
@@ -82,7 +82,7 @@ def test_an_option_out_of_range(name, value, accepted):
 
 
 @pytest.mark.parametrize(("name", "value", "accepted"), BAD_OPTIONS, ids=ids)
-def test_an_option_set_out_of_range_later_stops_the_step_before_it_begins(name, value, accepted):
+def test_an_option_changed_to_an_invalid_value_raises_before_the_step(name, value, accepted):
     p, q = param(10), param(10)
     opt = Collins([{"params": [p]}, {"params": [q]}])
     p.grad, q.grad = torch.ones(10), torch.ones(10)
@@ -151,7 +151,7 @@ def test_numbers_of_numpy_are_kept_as_pythons(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["seed", "eps", "rehash_period", "lr", "weight_decay", "compress_ratio"])
-def test_a_number_that_python_does_not_print_is_refused_at_once(name):
+def test_a_number_too_large_to_print_is_rejected(name):
     with pytest.raises(ValueError, match=f"{name} must be .*, got an int of more than 4096 bits"):
         Collins([param(10)], **{name: 10**5000})
 
@@ -159,7 +159,7 @@ def test_a_number_that_python_does_not_print_is_refused_at_once(name):
 @pytest.mark.parametrize(
     "option", [{"compile": True}, {"in_backward": True}, {"seed": 5}, {"memory": "host"}, {"memory": None}], ids=str
 )
-def test_an_option_of_the_whole_optimizer_does_not_belong_in_a_group(option):
+def test_an_option_of_the_whole_optimizer_is_rejected_in_a_group(option):
     (name,) = option
     text = f"{name} is an option of the whole optimizer, got {name}=.* in a parameter group: pass it to Collins"
     with pytest.raises(ValueError, match=text):
@@ -170,14 +170,14 @@ def test_an_option_of_the_whole_optimizer_does_not_belong_in_a_group(option):
     assert len(opt.param_groups) == 1
 
 
-def test_a_group_may_hold_what_no_option_is_called():
+def test_a_group_may_have_keys_that_are_not_options():
     opt = Collins([{"params": [param(10)], "initial_lr": 0.5, "tag": "head"}])
     assert opt.param_groups[0]["tag"] == "head"
     opt.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tables_of_float64_are_for_parameters_of_float64(dtype):
+def test_float64_tables_require_float64_parameters(dtype):
     p, q = (torch.nn.Parameter(torch.randn(64, 64, dtype=wide)) for wide in (dtype, torch.float64))
     text = f"table_dtype must be torch.float32 or torch.bfloat16 for parameter 1 of {dtype}, got torch.float64"
     with pytest.raises(ValueError, match=text):
@@ -232,7 +232,7 @@ def test_a_parameter_given_twice():
 
 
 @pytest.mark.parametrize("params", [[], torch.zeros(3), [{"params": {param(3)}}]])
-def test_what_torch_refuses_stays_refused(params):
+def test_parameters_that_torch_rejects_are_rejected(params):
     with pytest.raises((TypeError, ValueError)):
         Collins(params)
 
@@ -242,7 +242,7 @@ def test_a_group_without_parameters():
         Collins([param(3)]).add_param_group({})
 
 
-def foreign_gradient(p, kind):
+def mismatched_gradient(p, kind):
     if kind == "sparse":
         return torch.eye(*p.shape).to_sparse(), TypeError, "has layout torch.sparse_coo"
     if kind == "shape":
@@ -252,8 +252,8 @@ def foreign_gradient(p, kind):
     return torch.zeros(40, 50, device="meta"), ValueError, "must have its device cpu, got meta"
 
 
-class Foreign(torch.nn.Parameter):
-    """A parameter whose gradient is whatever it was given; torch itself refuses to attach most of these."""
+class AnyGradient(torch.nn.Parameter):
+    """A parameter whose gradient can be set to any value; torch rejects most of these."""
 
     @property
     def grad(self):
@@ -266,9 +266,9 @@ class Foreign(torch.nn.Parameter):
 
 @pytest.mark.parametrize("kind", ["sparse", "shape", "dtype", "device"])
 def test_a_gradient_that_does_not_fit_its_parameter(kind):
-    p, q = param(64, 64), Foreign(torch.randn(40, 50))
+    p, q = param(64, 64), AnyGradient(torch.randn(40, 50))
     p.grad = torch.ones_like(p)
-    q.grad, error, text = foreign_gradient(q, kind)
+    q.grad, error, text = mismatched_gradient(q, kind)
     opt = Collins([("p", p), ("q", q)])
     before = p.detach().clone()
     with pytest.raises(error, match=f"the gradient of parameter 'q' {text}"):
@@ -277,7 +277,7 @@ def test_a_gradient_that_does_not_fit_its_parameter(kind):
     assert not opt.state
 
 
-def test_a_layout_that_no_longer_fits_its_tables():
+def test_a_layout_that_does_not_match_its_tables():
     p = param(64, 64)
     opt = Collins([p], min_K=16, table_dtype=torch.float32)
     p.grad = torch.ones_like(p)
@@ -292,7 +292,7 @@ def test_a_layout_that_no_longer_fits_its_tables():
 
 
 @pytest.mark.parametrize("options", [{}, {"hash": "universal"}, {"compress_ratio": 1}], ids=str)
-def test_a_parameter_that_grew_is_told_by_its_shape(options):
+def test_a_resized_parameter_is_reported_with_its_shape(options):
     p = param(64, 64)
     opt = Collins([("table", p)], min_K=16, **options)
     p.grad = torch.ones_like(p)
@@ -328,7 +328,7 @@ MOVED = [(what, {}) for what in MOVES] + [(what, POLICY) for what in ("size", "d
 
 
 @pytest.mark.parametrize(("what", "options"), MOVED, ids=str)
-def test_moments_that_are_no_longer_what_they_were(what, options):
+def test_modified_moments_are_rejected(what, options):
     move, message = MOVES[what]
     p, other = param(64, 64), param(40)
     opt = Collins([p, other], min_K=16, table_dtype=torch.float32, **options)
@@ -342,7 +342,7 @@ def test_moments_that_are_no_longer_what_they_were(what, options):
 
 
 @pytest.mark.parametrize("what", ["size", "dtype"])
-def test_moments_that_are_no_longer_what_they_were_when_a_gradient_arrives(what):
+def test_modified_moments_are_rejected_in_backward(what):
     move, message = MOVES[what]
     p, other = param(64, 64), param(40)
     opt = Collins([p, other], min_K=16, in_backward=True)
@@ -355,7 +355,7 @@ def test_moments_that_are_no_longer_what_they_were_when_a_gradient_arrives(what)
     assert torch.equal(other.detach(), before)
 
 
-def test_moments_follow_their_parameter_with_a_state_dict():
+def test_moments_are_moved_with_their_parameter_by_a_state_dict():
     p = param(64, 64)
     opt = Collins([p], min_K=16, table_dtype=torch.float32)
     p.grad = torch.ones_like(p)
@@ -369,7 +369,7 @@ def test_moments_follow_their_parameter_with_a_state_dict():
     opt.step()
 
 
-def test_other_dtypes_of_tables_come_with_new_tables_only():
+def test_a_changed_table_dtype_applies_to_new_tables_only():
     p = param(64, 64)
     opt = Collins([p], min_K=16, table_dtype=torch.float32)
     p.grad = torch.ones_like(p)
@@ -382,6 +382,6 @@ def test_other_dtypes_of_tables_come_with_new_tables_only():
     assert opt.state[p]["step"].item() == 1
 
 
-def test_hash_of_a_stranger():
+def test_hash_of_a_parameter_that_is_not_in_the_optimizer():
     with pytest.raises(ValueError, match=r"param must be a parameter of this optimizer, got a \(3,\) tensor"):
         Collins([param(10)]).hash_of(param(3))

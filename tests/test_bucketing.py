@@ -13,7 +13,7 @@ from collins.bucketing import bucketing_of
     hash=st.sampled_from(["block", "universal"]),
 )
 @settings(deadline=None, derandomize=True, max_examples=500)
-def test_layout_keeps_its_promises(numel, ratio, min_K, hash):
+def test_layout_follows_its_rules(numel, ratio, min_K, hash):
     layout = bucketing_of(numel, compress_ratio=ratio, min_K=min_K, hash=hash)
     if numel <= min_K or ratio == 1:
         assert layout.hash is None

@@ -1,4 +1,4 @@
-"""Clipping by the global norm inside the step: after backward it is `clip_grad_norm_`, in backward it is as defined."""
+"""Clipping by the global norm inside the step: equal to `clip_grad_norm_` after backward, as defined in backward."""
 
 import copy
 import io
@@ -51,7 +51,7 @@ def norm_of(grads):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_step_is_that_after_clip_grad_norm(way):
+def test_a_step_equals_one_after_clip_grad_norm(way):
     ps, copies = parameters(torch.float32, shapes(way)), parameters(torch.float32, shapes(way))
     opt, other = built(way, ps, max_grad_norm=CLIP), built("eager", copies, hash=WAYS[way].get("hash", "block"))
     assert opt.grad_norm is None
@@ -91,7 +91,7 @@ LIMITS = [(way, 1e6) for way in WAYS] + [("eager", math.inf)]
 def test_a_factor_of_one_changes_no_bit(way, limit, in_backward):
     sides = []
     for max_norm in (None, limit):
-        # The interpreter takes its time for bfloat16.
+        # The interpreter is slow for bfloat16.
         ps = parameters(torch.float32 if way == "kernel" else torch.bfloat16, shapes(way))
         opt = built(way, ps, max_grad_norm=max_norm, in_backward=in_backward)
         for step in range(2):
@@ -107,7 +107,7 @@ def gradient(p, step, place, scale=1.0):
 
 
 def arrive(ps, step, in_backward=True, scale=1.0):
-    """Gradients of step number `step`, as backward brings them: the last parameter's first."""
+    """Sets or computes the gradients of step `step` in the order of backward: the last parameter first."""
     if not in_backward:
         for i, p in enumerate(ps):
             p.grad = gradient(p, step, i, scale)
@@ -118,8 +118,8 @@ def arrive(ps, step, in_backward=True, scale=1.0):
 
 @pytest.mark.parametrize("max_norm", [CLIP, 1e3])
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_steps_are_those_of_the_float64_reference(in_backward, max_norm):
-    """The factors are written out here: those of `clip_grad_norm_`, and of the definition for backward."""
+def test_steps_equal_the_float64_reference(in_backward, max_norm):
+    """The factors are computed here: those of `clip_grad_norm_`, and those defined for backward."""
     ps = parameters(torch.float64, SHAPES, "cpu")
     opt = Collins(ps, **OPTIONS, table_dtype=torch.float64, max_grad_norm=max_norm, in_backward=in_backward)
     twins = []
@@ -146,8 +146,8 @@ def test_steps_are_those_of_the_float64_reference(in_backward, max_norm):
     assert (1.0 in factors) == (max_norm > 1 or not in_backward)
 
 
-def test_one_step_that_explodes_is_bounded_in_backward():
-    """What is used of it is at most C sqrt(1 + 2 ln(n / |g_1|)), where the step before said nothing."""
+def test_an_exploding_gradient_is_bounded_in_backward():
+    """The norm that is applied is at most C sqrt(1 + 2 ln(n / |g_1|)), without a norm of the previous step."""
     ps = parameters(torch.float64, [(64,)] * 40, "cpu")
     opt = Collins(ps, lr=1.0, weight_decay=0, betas=(0, 0), min_K=1, compress_ratio=1, eps=1.0, max_grad_norm=CLIP,
                   in_backward=True, table_dtype=torch.float64)  # fmt: skip
@@ -162,7 +162,7 @@ def test_one_step_that_explodes_is_bounded_in_backward():
 
 
 @pytest.mark.parametrize("way", ["compiled", "kernel", "host"])
-def test_in_backward_all_ways_are_the_eager_one(way):
+def test_in_backward_every_executor_equals_the_eager_one(way):
     sides = []
     for each in ("eager", way):
         ps = parameters(torch.float32, shapes(way))
@@ -208,7 +208,7 @@ def _params(opt):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process needs none
 @pytest.mark.parametrize("way", ["file", "load into a used one", "deepcopy", "pickle", "dcp", "flat dcp"])
-def test_a_resumed_run_goes_on_to_the_bit(way, tmp_path):
+def test_training_resumes_bitwise(way, tmp_path):
     """In backward the next factor depends on the last norm."""
 
     def made():
@@ -245,8 +245,8 @@ def test_a_resumed_run_goes_on_to_the_bit(way, tmp_path):
     assert same(run(resumed_ps, resumed, 3, 5), expected)
 
 
-def test_a_state_dict_without_a_norm_starts_as_the_first_step_does():
-    """As one of version 0.2, or of a run that did not clip."""
+def test_after_a_state_dict_without_a_norm_a_step_clips_like_the_first_step():
+    """Such as a state dict of version 0.2, or of a run without clipping."""
     sides = []
     for used in (False, True):
         ps = parameters(torch.float32, SHAPES)
@@ -277,7 +277,7 @@ def test_a_state_dict_without_a_norm_starts_as_the_first_step_does():
 @pytest.mark.parametrize(
     "value", ["1.0", None, -1.0, math.inf, math.nan, True, torch.ones(2), torch.ones((), device="meta")]
 )
-def test_a_malformed_norm_is_refused_before_anything_changes(value):
+def test_a_malformed_norm_is_rejected_and_nothing_changes(value):
     ps = parameters(torch.float32, SHAPES)
     opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, in_backward=True)
     arrive(ps, 0)
@@ -294,8 +294,8 @@ def test_a_malformed_norm_is_refused_before_anything_changes(value):
 
 @pytest.mark.parametrize("in_backward", [False, True])
 @pytest.mark.parametrize("wrong", [math.inf, math.nan, 1e30])
-def test_a_norm_that_is_not_finite_poisons_nothing_where_it_is_skipped(wrong, in_backward):
-    """The step is left out - in backward the parameter whose gradient it was - and the next one is as if without it."""
+def test_a_nonfinite_norm_has_no_effect_with_skip(wrong, in_backward):
+    """The step - in backward that of one parameter - is skipped; the next one is unaffected."""
     ps = parameters(torch.float32, SHAPES)
     opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, nonfinite="skip", in_backward=in_backward)
     for step in range(2):
@@ -325,7 +325,7 @@ def test_a_norm_that_is_not_finite_poisons_nothing_where_it_is_skipped(wrong, in
 
 
 @pytest.mark.parametrize("wrong", [math.inf, math.nan])
-def test_elsewhere_it_does_what_clip_grad_norm_does(wrong):
+def test_without_skip_a_nonfinite_norm_has_the_effect_of_clip_grad_norm(wrong):
     sides = []
     for clips in (False, True):
         ps = parameters(torch.float32, SHAPES)
@@ -340,7 +340,7 @@ def test_elsewhere_it_does_what_clip_grad_norm_does(wrong):
     assert sides[0][0].all() == (wrong == math.inf)
 
 
-def test_in_backward_a_norm_that_is_not_finite_is_not_carried_into_the_next_step():
+def test_in_backward_a_nonfinite_norm_does_not_affect_the_next_step():
     ps = parameters(torch.float32, [(40,), (40,)])
     opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, in_backward=True)
     (ps[0] * math.inf).sum().backward()
@@ -417,7 +417,7 @@ def test_gradients_are_clipped_after_a_grad_scaler_has_unscaled_them():
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -1, math.nan, "one", True, (1.0,), torch.ones(1)], ids=repr)
-def test_values_that_are_no_norm_are_refused(value):
+def test_invalid_limits_are_rejected(value):
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"max_grad_norm must be None or a number above 0.*got"):
         Collins([p], max_grad_norm=value)
@@ -453,7 +453,7 @@ class _Settings:
 
 
 def _trainer(package, **settings):
-    """What stands for a trainer of that package: a method in one of its modules, and its settings."""
+    """Imitates a trainer of the package: a method that is defined in one of its modules, and its settings."""
     module = {"__name__": f"{package}.trainer"}
     exec("class Trainer:\n    def train(self, opt):\n        opt.step()", module)
     trainer = module["Trainer"]()
@@ -468,7 +468,7 @@ TRAINERS = {
 
 
 @pytest.mark.parametrize("package", TRAINERS)
-def test_a_trainer_that_clips_in_vain_is_told_once(package):
+def test_ineffective_clipping_by_a_trainer_is_warned_of_once(package):
     def stepped(norm, **options):
         p = nn.Parameter(torch.ones(4))
         opt = Collins([p], in_backward=True, **options)
@@ -477,9 +477,9 @@ def test_a_trainer_that_clips_in_vain_is_told_once(package):
             p.sum().backward()
             trainer.train(opt)
 
-    with pytest.warns(UserWarning, match="Trainer clips gradients to the norm 1.5, which does nothing") as told:
+    with pytest.warns(UserWarning, match="Trainer clips gradients to the norm 1.5, which does nothing") as warned:
         stepped(1.5)
-    assert len(told) == 1
+    assert len(warned) == 1
     for norm in (0, 0.0, None, math.inf):  # where any warning is an error
         stepped(norm)
     stepped(1.5, max_grad_norm=0.5)
@@ -489,7 +489,7 @@ def test_a_trainer_that_clips_in_vain_is_told_once(package):
 
 
 def test_the_norm_of_whole_matrices_is_clipped_as_well():
-    """decode="orthogonal": a gradient's size matters beside the momentum that it enters."""
+    """With decode="orthogonal", the norm of a gradient matters relative to the momentum."""
     sides = []
     for inside in (True, False):
         ps = parameters(torch.float32, [(64, 64), (32, 64)])

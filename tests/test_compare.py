@@ -1,4 +1,4 @@
-"""The comparison of optimizers: every task and optimizer at a size for tests, resuming, tables, and what it says."""
+"""The comparison of optimizers: every task and optimizer at a small size, resuming, tables, and messages."""
 
 import dataclasses
 import importlib
@@ -35,7 +35,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def compare():
-    """Imports what the command imports, as it does: with its folder on the path."""
+    """Imports modules as the command does: with its folder in `sys.path`."""
     before = list(sys.path)
     sys.path.insert(0, str(EXAMPLES))
     yield importlib.import_module
@@ -59,7 +59,7 @@ def words():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory, words):
-    """A folder of sources and documents, enough of each that some are held out."""
+    """A folder with enough source files and documents for training and validation."""
     generator, folder = random.Random(1), tmp_path_factory.mktemp("text")
     for number in range(120):
         for suffix in (".py", ".md"):
@@ -74,7 +74,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_figures(compare, monkeypatch):
-    """They take seconds. Tests of figures undo this."""
+    """Drawing figures takes seconds. Tests of figures undo this."""
     monkeypatch.setattr(compare("compare.plots"), "missing", lambda: "no figures in this test")
 
 
@@ -102,7 +102,7 @@ def test_each_task_runs(command, arguments, task, tmp_path, capsys):
         pytest.importorskip("sklearn")
     outcome = command.main(arguments(task, "--rates", "1e-3"))
     assert not outcome.failed
-    assert not outcome.late
+    assert not outcome.out_of_time
     found = records(tmp_path / "runs.jsonl")
     assert {record["optimizer"] for record in found} == set(command.TASKS[task].optimizers)
     for record in found:
@@ -119,7 +119,7 @@ def test_each_task_runs(command, arguments, task, tmp_path, capsys):
         assert f"{record['state_bytes']:,}" in table
 
 
-def test_what_is_trained_with_two_steps_is_all_there(command):
+def test_every_task_and_optimizer_is_trained_in_a_test(command):
     assert command.TASKS.keys() == TINY.keys()
 
 
@@ -134,7 +134,7 @@ def optimizer_names():
 @pytest.mark.filterwarnings("ignore:OptimState4bit does not implement _stable_hash_for_caching")  # torchao's
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", optimizer_names())
-def test_each_optimizer_learns_and_holds_the_bytes_that_were_computed(compare, name, weights):
+def test_each_optimizer_learns_and_uses_the_computed_number_of_bytes(compare, name, weights):
     optimizers, training = compare("compare.optimizers"), compare("compare.training")
     spec = optimizers.OPTIMIZERS[name]
     missing = spec.missing(CPU)
@@ -176,7 +176,7 @@ def test_master_weights_step_as_fp32_weights_that_get_the_gradients_of_bf16(comp
         assert torch.equal(masters.state[p]["master"], reference)
 
 
-def test_peers_get_the_sweep_that_collins_gets(compare, command):
+def test_all_optimizers_are_swept_over_the_same_rates(compare, command):
     schedule, choice = compare("compare.schedule"), compare("compare.optimizers").Choice.of
     task = command.TASKS["lm-60m"]
     names = ("adamw", "collins", "muon", "scale", "collins@bf16")
@@ -191,7 +191,7 @@ def test_peers_get_the_sweep_that_collins_gets(compare, command):
     assert {run.lr for run in own} == {3.0}
 
 
-def test_a_changed_setting_data_or_option_makes_another_run(compare, command):
+def test_a_changed_setting_digest_or_option_is_a_different_run(compare, command):
     run_of, choice = compare("compare.runs").Run, compare("compare.optimizers").Choice.of
     task = command.TASKS["lm-small"]
     base = run_of(task, choice("collins"), 1e-3, 0.999, 0, "data", "cpu")
@@ -208,7 +208,7 @@ def test_a_changed_setting_data_or_option_makes_another_run(compare, command):
     assert dataclasses.replace(base).key == base.key
 
 
-def test_a_default_of_collins_that_changes_makes_another_run(compare, command, monkeypatch):
+def test_a_changed_default_of_collins_is_a_different_run(compare, command, monkeypatch):
     optimizers = compare("compare.optimizers")
     run = compare("compare.runs").Run(
         command.TASKS["lm-small"], optimizers.Choice.of("collins"), 1e-3, 0.999, 0, "data", "cpu"
@@ -219,7 +219,7 @@ def test_a_default_of_collins_that_changes_makes_another_run(compare, command, m
     assert run.key != before
 
 
-def test_a_new_option_of_collins_does_not_make_another_run(command, arguments, tmp_path):
+def test_a_new_option_of_collins_is_not_a_different_run(command, arguments, tmp_path):
     path, more = tmp_path / "runs.jsonl", ("--optimizers", "collins", "--rates", "1e-3")
     command.main(arguments("lm-small", *more))
     (record,) = records(path)
@@ -234,11 +234,11 @@ def test_a_new_option_of_collins_does_not_make_another_run(command, arguments, t
 
 
 def without_times(tables, found):
-    """The tables of records as if all had taken no time."""
+    """The tables of records whose times are set to zero."""
     return tables([{**record, "optimizer_ms": 0.0} for record in found])
 
 
-def test_a_killed_comparison_goes_on_and_ends_in_the_same_table(command, compare, arguments, tmp_path, capsys):
+def test_a_killed_comparison_is_resumed_with_the_same_table(command, compare, arguments, tmp_path, capsys):
     rates = ("--rates", "1e-3", "2e-3", "--optimizers", "adamw", "collins")
     path = tmp_path / "runs.jsonl"
     command.main(arguments("lm-small", *rates, steps=30))
@@ -272,7 +272,7 @@ def test_a_killed_comparison_goes_on_and_ends_in_the_same_table(command, compare
     assert without_times(tables, found) == without_times(tables, uninterrupted)
 
 
-def test_processes_share_the_work_and_one_that_dies_is_replaced(command, compare, arguments, tmp_path, monkeypatch):
+def test_workers_share_the_runs_and_a_killed_worker_is_replaced(command, compare, arguments, tmp_path, monkeypatch):
     worker, begin, killed = compare("compare.workers").Worker, compare("compare.workers").Worker.begin, []
 
     def begin_and_kill_the_first(self, job, deadline):
@@ -297,7 +297,7 @@ def test_processes_share_the_work_and_one_that_dies_is_replaced(command, compare
     assert losses[0] == losses[1]
 
 
-def test_what_fails_is_named_and_the_rest_goes_on(command, arguments, tmp_path, capsys):
+def test_a_failed_run_is_reported_and_the_others_are_run(command, arguments, tmp_path, capsys):
     outcome = command.main(
         arguments("lm-small", "--optimizers", "collins:compress_ratio=0.5", "adamw", "--rates", "1e-3")
     )
@@ -309,7 +309,7 @@ def test_what_fails_is_named_and_the_rest_goes_on(command, arguments, tmp_path, 
     assert [record["optimizer"] for record in records(tmp_path / "runs.jsonl")] == ["adamw"]
 
 
-def test_what_diverges_is_shown_as_that(command, arguments, tmp_path):
+def test_divergence_is_shown_in_the_table(command, arguments, tmp_path):
     command.main(arguments("lm-small", "--optimizers", "adamw", "--rates", "1e-3", "1e30", steps=4))
     tried = {record["lr"]: record for record in records(tmp_path / "runs.jsonl")}
     assert tried[1e30]["diverged"]
@@ -319,7 +319,7 @@ def test_what_diverges_is_shown_as_that(command, arguments, tmp_path):
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
-def test_runs_that_would_not_end_in_time_are_not_begun_and_are_named(command, arguments, tmp_path, capsys, known):
+def test_runs_that_would_exceed_the_time_limit_are_skipped_and_listed(command, arguments, tmp_path, capsys, known):
     path, limit = tmp_path / "runs.jsonl", "0"
     if known:  # that such a run takes a thousand seconds
         command.main(arguments("lm-small", "--optimizers", "adamw", "--rates", "1e-3"))
@@ -330,27 +330,27 @@ def test_runs_that_would_not_end_in_time_are_not_begun_and_are_named(command, ar
     outcome = command.main(
         arguments("lm-small", "--optimizers", "adamw", "--rates", "1e-3", "2e-3", "--time-limit", limit)
     )
-    late = [f"lm-small: adamw lr {lr} beta2 0.999 seed 0" for lr in ("0.001", "0.002")][known:]
-    assert outcome.late == late
+    out_of_time = [f"lm-small: adamw lr {lr} beta2 0.999 seed 0" for lr in ("0.001", "0.002")][known:]
+    assert outcome.out_of_time == out_of_time
     assert not outcome.finished
     shown = capsys.readouterr().out
-    for title in late:
+    for title in out_of_time:
         assert f"not finished within the time limit: {title}" in shown
     assert (path.read_bytes() if path.exists() else None) == before
 
 
 def test_a_run_is_stopped_at_its_deadline(compare, command, arguments, tmp_path):
-    workers, heard = compare("compare.workers"), []
-    follower = workers.Telling(heard.append, time.time() - 1)
+    workers, messages = compare("compare.workers"), []
+    follower = workers.ProgressReporter(messages.append, time.time() - 1)
     with pytest.raises(compare("compare.training").OutOfTimeError):
         follower(1)
     more = ("--optimizers", "adamw", "--rates", "1e-3", "--time-limit", "3")
     outcome = command.main(arguments("lm-small", *more, steps=1_000_000))
-    assert outcome.late == ["lm-small: adamw lr 0.001 beta2 0.999 seed 0"]
+    assert outcome.out_of_time == ["lm-small: adamw lr 0.001 beta2 0.999 seed 0"]
     assert not (tmp_path / "runs.jsonl").exists()
 
 
-def test_weights_to_finetune_are_made_once_and_not_at_all_for_finished_runs(command, compare, arguments, cache, capsys):
+def test_pretraining_is_run_once_and_not_for_finished_runs(command, compare, arguments, cache, capsys):
     more = ("--optimizers", "adamw", "--rates", "1e-3")
     command.main(arguments("finetune-small", *more, settings=["pretraining_rate=3e-3"]))
     assert "finetune-small: pretraining on code: finished" in capsys.readouterr().out
@@ -359,7 +359,7 @@ def test_weights_to_finetune_are_made_once_and_not_at_all_for_finished_runs(comm
     assert "pretraining on code" not in capsys.readouterr().out
 
 
-def test_without_the_weights_to_finetune_their_runs_fail_by_name(command, compare, arguments, monkeypatch):
+def test_runs_whose_pretraining_failed_are_reported(command, compare, arguments, monkeypatch):
     def make(*_):
         raise MemoryError("no room")
 
@@ -469,12 +469,12 @@ def test_without_matplotlib_there_are_tables_and_a_note(command, compare, tmp_pa
 
 
 def hide(monkeypatch, *names):
-    """As if these packages were not installed."""
+    """Makes importing these packages fail as if they were not installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name in names else find(name, *rest))
 
 
-def test_a_peer_that_is_not_installed_is_named_and_left_out(command, arguments, capsys, monkeypatch):
+def test_an_optimizer_that_is_not_installed_is_reported_and_skipped(command, arguments, capsys, monkeypatch):
     hide(monkeypatch, "torchao", "apollo_torch", "bitsandbytes")
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     outcome = command.main(
@@ -508,13 +508,13 @@ def test_a_peer_that_is_not_installed_is_named_and_left_out(command, arguments, 
         ("lm-small", "tokenizers", "language tasks need the package `tokenizers`: pip install tokenizers"),
     ],
 )
-def test_a_task_says_what_it_needs(command, arguments, monkeypatch, tmp_path, task, package, named):
+def test_a_task_names_a_missing_package(command, arguments, monkeypatch, tmp_path, task, package, named):
     hide(monkeypatch, package)
     with pytest.raises(SystemExit, match=named):
         command.main(arguments(task, "--cache", str(tmp_path / "new")))
 
 
-def test_too_little_text_is_refused(command, arguments, tmp_path):
+def test_too_little_text_is_rejected(command, arguments, tmp_path):
     with pytest.raises(SystemExit, match=r"too few files of code \(\.py, \.pyi\) for training and validation in "):
         command.main(arguments("lm-small", "--text", str(tmp_path), "--cache", str(tmp_path / "new")))
     with pytest.raises(SystemExit, match="are too few for windows of 100000 tokens; pass folders with more text"):
@@ -554,13 +554,13 @@ def test_too_little_text_is_refused(command, arguments, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_refused_by_name(command, capsys, wrong, named):
+def test_invalid_arguments_are_rejected_by_name(command, capsys, wrong, named):
     with pytest.raises(SystemExit):
         command.main(wrong)
     assert named in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_file_of_something_else_is_not_added_to(command, arguments, tmp_path, capsys):
+def test_a_file_of_another_kind_is_not_appended_to(command, arguments, tmp_path, capsys):
     path = tmp_path / "other.jsonl"
     path.write_text('{"a": 1}\n')
     with pytest.raises(SystemExit):
@@ -581,7 +581,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_progress_bar_is_quiet_but_on_a_terminal(command, arguments, monkeypatch, tmp_path):
+def test_the_progress_bar_is_shown_on_a_terminal_only(command, arguments, monkeypatch, tmp_path):
     pytest.importorskip("tqdm")
     shown = []
     for number, stream in enumerate((io.StringIO(), Terminal())):
@@ -597,7 +597,7 @@ def test_the_progress_bar_is_quiet_but_on_a_terminal(command, arguments, monkeyp
     assert "step" in shown[1]
 
 
-def test_without_tqdm_it_runs_as_well(command, arguments, monkeypatch, capsys):
+def test_it_runs_without_tqdm(command, arguments, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     outcome = command.main(arguments("lm-small", "--optimizers", "adamw", "--rates", "1e-3"))
     assert len(outcome.finished) == 1
@@ -606,7 +606,7 @@ def test_without_tqdm_it_runs_as_well(command, arguments, monkeypatch, capsys):
     assert shown.err == ""
 
 
-def test_text_is_taken_by_content_wherever_it_is(compare, text, tmp_path, cache):
+def test_text_is_identified_by_content_and_not_by_path(compare, text, tmp_path, cache):
     corpus = compare("compare.text").Corpus
     moved = tmp_path / "moved"
     (moved / "deep").mkdir(parents=True)
@@ -627,7 +627,7 @@ def test_text_is_taken_by_content_wherever_it_is(compare, text, tmp_path, cache)
     assert (train == 0).sum() + (held_out == 0).sum() == 120  # the end of each text
 
 
-def test_text_to_finetune_on_is_prose_that_is_not_in_the_code(compare, tmp_path, cache, words):
+def test_text_for_finetuning_is_prose_that_is_not_in_the_code(compare, tmp_path, cache, words):
     module, generator = compare("compare.text"), random.Random(2)
 
     def sentence(count):
@@ -655,7 +655,7 @@ def test_text_to_finetune_on_is_prose_that_is_not_in_the_code(compare, tmp_path,
     assert min(tokens.count(part, kind) for part in ("train", "valid") for kind in tokens.kinds) > 0
 
 
-def test_tokens_are_made_once(compare, text, cache, monkeypatch):
+def test_tokens_are_cached(compare, text, cache, monkeypatch):
     module = compare("compare.text")
     corpus = module.Corpus(310, (text,))
     made = corpus.tokens(cache)
@@ -664,7 +664,7 @@ def test_tokens_are_made_once(compare, text, cache, monkeypatch):
     assert corpus.tokens(cache) == made
 
 
-def test_a_broken_off_tokenization_leaves_nothing(compare, text, tmp_path, monkeypatch):
+def test_an_interrupted_tokenization_leaves_no_files(compare, text, tmp_path, monkeypatch):
     module = compare("compare.text")
 
     def interrupted(*_):
@@ -682,7 +682,7 @@ def test_installed_text_includes_the_standard_library_and_the_packages_of_this_i
     assert any((root / "dataclasses.py").is_file() for root in roots)
 
 
-def test_the_loss_in_pieces_is_cross_entropy(compare):
+def test_the_loss_in_chunks_equals_cross_entropy(compare):
     language = compare("compare.language")
     generator = torch.Generator().manual_seed(0)
     features, head = (torch.randn(n, 16, generator=generator) for n in (300, 50))
@@ -697,7 +697,7 @@ def test_the_loss_in_pieces_is_cross_entropy(compare):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_scale_is_its_formulas(compare):
+def test_scale_follows_its_formulas(compare):
     scale = compare("compare.peers").Scale
     w, g = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     rms = {1: torch.tensor([[12.5**0.5], [2**0.5]]), 0: torch.tensor([[4.5**0.5, 10**0.5]])}
@@ -717,7 +717,7 @@ def test_scale_is_its_formulas(compare):
     torch.testing.assert_close(p.detach(), w - 0.2 * g / rms[1])  # the scale of a momentum cancels
 
 
-def test_the_rate_rises_in_a_line_and_falls_along_a_cosine(compare):
+def test_the_rate_has_a_linear_warmup_and_a_cosine_decay(compare):
     settings = compare("compare.tasks").Settings(steps=110, batch=1, warmup=10 / 110, final=0.1)
     rates = [compare("compare.training").rate_at(step, settings) for step in range(110)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
@@ -726,7 +726,7 @@ def test_the_rate_rises_in_a_line_and_falls_along_a_cosine(compare):
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_an_optimizer_may_take_the_loop_over_and_step_in_backward(compare):
+def test_an_optimizer_may_step_in_backward(compare):
     training = compare("compare.training")
     ends, x = [], torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     for in_backward in (False, True):
@@ -753,7 +753,7 @@ def test_a_run_in_backward_takes_partial_steps(command, compare, arguments, tmp_
     assert records(path)[0]["validation_loss"] is not None
 
 
-def test_accumulated_steps_are_those_of_the_whole_batch(command, arguments, tmp_path):
+def test_accumulated_steps_equal_those_of_the_whole_batch(command, arguments, tmp_path):
     ends = []
     for parts in (1, 2):
         path = tmp_path / f"{parts}.jsonl"
@@ -763,7 +763,7 @@ def test_accumulated_steps_are_those_of_the_whole_batch(command, arguments, tmp_
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
 
 
-def test_held_bytes_finds_tensors_wherever_they_are_and_counts_storages_once(compare):
+def test_held_bytes_finds_nested_tensors_and_counts_storages_once(compare):
     class Projector:
         def __init__(self):
             self.matrix, self.state = torch.zeros(10), self  # which refers to itself
@@ -775,7 +775,7 @@ def test_held_bytes_finds_tensors_wherever_they_are_and_counts_storages_once(com
     assert compare("compare.training").held_bytes([opt]) == 4 * (100 + 3 + 2 + 10)
 
 
-def test_interactions_follow_zipf_and_have_something_to_learn(compare, command):
+def test_interactions_follow_zipf_and_can_be_learned(compare, command):
     module = compare("compare.recommender")
     settings = command.TASKS["recommender"].changed({"users": "500", "items": "500"}).settings
     train, held_out, floor = module.interactions(settings)
@@ -789,7 +789,7 @@ def test_interactions_follow_zipf_and_have_something_to_learn(compare, command):
     assert torch.equal(again[0], train)
 
 
-def test_digits_move_by_a_pixel_at_most(compare):
+def test_digits_are_shifted_by_at_most_one_pixel(compare):
     pytest.importorskip("sklearn")
     digits = compare("compare.digits")
     batch = torch.zeros(2, 65, dtype=torch.long)

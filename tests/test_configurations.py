@@ -1,4 +1,4 @@
-"""Frameworks that build their optimizer from a configuration, and that are too large to be installed here.
+"""Frameworks that build their optimizer from a configuration, and that are too large to install for the tests.
 
 Each test does what the framework does with the optimizer, as read in the source that it names.
 """
@@ -56,20 +56,20 @@ def test_torchtune_builds_an_optimizer_for_each_parameter_and_hashes_differ():
     assert {int(opt.state[p]["step"]) for opt, p in zip(optimizers.values(), model.parameters(), strict=True)} == {3}
 
 
-def test_torchtune_steps_in_backward_as_one_optimizer_does_and_resumes_to_the_bit(monkeypatch):
-    def begun():
-        """The model and its optimizers, in what might be another process."""
+def test_torchtune_in_backward_equals_one_optimizer_and_resumes_bitwise(monkeypatch):
+    def created():
+        """A new model and its optimizers, as another process would create them."""
         monkeypatch.setattr("collins.integrations.torchtune._numbers", itertools.count())
         model = network()
         return model, in_backward(model, TUNE, **OPTIONS)
 
     sides = []
     for resumed in (False, True):
-        model, optimizers = begun()
+        model, optimizers = created()
         for step in range(6):
             if resumed and step == 3:
                 saved, weights = {name: opt.state_dict() for name, opt in optimizers.items()}, model.state_dict()
-                model, optimizers = begun()
+                model, optimizers = created()
                 model.load_state_dict(weights)
                 for name, opt in optimizers.items():
                     opt.load_state_dict(saved[name])
@@ -121,7 +121,7 @@ def test_llm_foundry_calls_the_class_with_views_of_parameters():
 
 
 # timm 1.0.31: optim/_optim_factory.py, `OptimInfo`, `OptimizerRegistry` and its `create_optimizer`. timm imports
-# torchvision, whose releases need the very build of torch that they were made for.
+# torchvision, whose releases each require one release of torch.
 
 OptimInfo = namedtuple(
     "OptimInfo",
@@ -153,7 +153,7 @@ class Registry:
         return info.opt_class(params, **options)
 
 
-def test_timm_has_it_in_its_registry(stand_in):
+def test_timm_registers_collins(stand_in):
     registry = Registry()
     stand_in("timm.optim._optim_factory", default_registry=registry)
     sys.modules["timm.optim"].OptimInfo = OptimInfo
@@ -174,7 +174,7 @@ def test_timm_has_it_in_its_registry(stand_in):
     assert found == [1e-2, (0.9, 0.95), 1e-6, 16, 0.0]
 
 
-def test_timm_without_a_registry_is_told_of_the_other_way(stand_in):
+def test_timm_without_a_registry_raises_an_error_that_names_an_alternative(stand_in):
     stand_in("timm.optim._optim_factory")
     sys.modules["timm"].__version__ = "1.0.9"
     sys.modules["timm.optim"].OptimInfo = OptimInfo

@@ -1,4 +1,4 @@
-"""Converted state is what the formulas make of the same gradients; what cannot be converted is refused."""
+"""Converted state equals the state of the same gradients by the formulas; other state is rejected."""
 
 import copy
 import re
@@ -54,7 +54,7 @@ HASHES = [{"compress_ratio": c} for c in (2, 32, 128)] + [{"hash": "universal"}]
 
 
 @pytest.mark.parametrize("options", HASHES, ids=str)
-def test_adamws_moments_become_the_tables_that_the_same_gradients_would_have_made(options):
+def test_moments_of_adamw_become_the_tables_of_the_same_gradients(options):
     _, adamw = stepped(torch.optim.AdamW)
     p, opt = stepped(collins(rehash_period=None, **options))
     M, V = tables(convert(adamw.state_dict(), opt))
@@ -64,7 +64,7 @@ def test_adamws_moments_become_the_tables_that_the_same_gradients_would_have_mad
 
 
 @pytest.mark.parametrize("options", HASHES, ids=str)
-def test_the_signs_are_those_that_the_next_step_goes_on_with(options):
+def test_converted_signs_are_those_of_the_next_step(options):
     q, adamw = stepped(torch.optim.AdamW)
     p, opt = stepped(collins(rehash_period=5, **options))
     converted = convert(adamw.state_dict(), opt)
@@ -78,7 +78,7 @@ def test_the_signs_are_those_that_the_next_step_goes_on_with(options):
     steady = [i for i in range(m.size) if not hash.fresh(hash.h(i), STEPS + 1)]
     assert steady
     assert all(hash.s(i, STEPS) == hash.s(i, STEPS + 1) for i in steady)
-    # And the optimizer goes on from there as its twin does.
+    # The next steps equal those of the other optimizer.
     twin = Reference(p.detach().numpy(), hash)
     twin.M, twin.V, twin.t = *tables(converted), STEPS
     opt.load_state_dict(converted)
@@ -129,8 +129,8 @@ def test_coarser_second_moments_are_exact_and_first_moments_restart(fine, coarse
     np.testing.assert_allclose(p.detach().numpy().reshape(-1), twin.p, rtol=1e-9)
 
 
-def test_encoding_a_decoded_sketch_anew_would_be_sqrt_c_too_loud():
-    """Why first moments restart: right on average, but with noise of sqrt(c) times the moment itself."""
+def test_encoding_a_decoded_sketch_again_has_noise_of_sqrt_c():
+    """Why first moments restart: the result is unbiased, but its noise is sqrt(c) times the moment."""
     c, N = 32, 32 * 4096
     m = np.random.default_rng(0).normal(size=(N // c, c))
     draw = np.random.default_rng(1)
@@ -140,7 +140,7 @@ def test_encoding_a_decoded_sketch_anew_would_be_sqrt_c_too_loud():
     assert np.sqrt((again**2).mean() / (true**2).mean()) == pytest.approx(np.sqrt(c), rel=0.05)
 
 
-def test_tables_that_mean_the_same_keep_every_bit_and_may_change_their_dtype():
+def test_tables_of_the_same_hash_are_kept_bitwise_and_may_change_their_dtype():
     _, source = stepped(collins(table_dtype=torch.float32), torch.bfloat16)
     q = torch.nn.Parameter(torch.ones(SHAPE, dtype=torch.float64))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -160,7 +160,7 @@ def test_dense_moments_may_change_their_dtype():
     assert torch.equal(opt.state[p]["exp_avg"].bfloat16(), adamw.state_dict()["state"][0]["exp_avg"])
 
 
-def test_groups_and_schedules_come_along():
+def test_groups_and_schedules_are_converted():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 5))
     frozen = net[2].bias.requires_grad_(False)
@@ -208,19 +208,19 @@ WRONG_FORMS = [
 
 
 @pytest.mark.parametrize(("change", "text"), WRONG_FORMS, ids=[text[:30] for _, text in WRONG_FORMS])
-def test_a_value_of_the_wrong_form_is_refused_by_name(change, text):
+def test_a_value_of_the_wrong_type_is_rejected_by_name(change, text):
     _, opt = stepped(collins())
     with pytest.raises(ValueError, match=text):
         convert(changed(change), opt)
 
 
-def test_only_collins_is_converted_to():
+def test_the_target_of_a_conversion_must_be_collins():
     _, adamw = stepped(torch.optim.AdamW)
     with pytest.raises(TypeError, match="optimizer must be a Collins, got AdamW"):
         convert(adamw.state_dict(), adamw)
 
 
-def test_what_a_wrapper_keeps_beside_the_moments_comes_along():
+def test_additional_state_of_a_wrapper_is_converted():
     _, opt = stepped(collins())
     converted = convert(changed(lambda s: s["state"][0].update(slow=torch.arange(3), turn=7)), opt)
     opt.load_state_dict(converted)
@@ -229,7 +229,7 @@ def test_what_a_wrapper_keeps_beside_the_moments_comes_along():
     assert state["turn"] == 7
 
 
-def test_a_fingerprint_of_no_hash_is_refused():
+def test_an_invalid_fingerprint_is_rejected():
     _, fine = stepped(collins(compress_ratio=2))
     _, opt = stepped(collins(compress_ratio=32))
     wrong = copy.deepcopy(fine.state_dict())
@@ -278,7 +278,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("source", "target", "text"), REFUSED, ids=[text[:40] for _, _, text in REFUSED])
-def test_what_cannot_be_converted_is_refused_with_the_reason(source, target, text):
+def test_impossible_conversions_are_rejected_with_the_reason(source, target, text):
     _, saved = stepped(source)
     _, opt = stepped(target)
     before = copy.deepcopy(opt.state_dict())
@@ -288,8 +288,8 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(source, target, tex
 
 
 @pytest.mark.parametrize("source", [torch.optim.AdamW, collins()], ids=["dense", "tables"])
-def test_a_second_moment_without_elements_is_refused(source):
-    """However coarse one may be, it has some."""
+def test_an_empty_second_moment_is_rejected(source):
+    """A second moment of any load has at least one element."""
     _, saved = stepped(source)
     _, opt = stepped(collins())
     given = saved.state_dict()
@@ -299,7 +299,7 @@ def test_a_second_moment_without_elements_is_refused(source):
         convert(given, opt)
 
 
-def test_tables_without_their_fingerprint_are_refused():
+def test_tables_without_a_fingerprint_are_rejected():
     _, saved = stepped(collins())
     _, opt = stepped(collins())
     given = saved.state_dict()
@@ -309,8 +309,8 @@ def test_tables_without_their_fingerprint_are_refused():
         convert(given, opt)
 
 
-def test_a_second_moment_that_is_coarser_than_the_optimizers_is_refused():
-    """Of dense moments whose second is one for each four elements, where each has its own here."""
+def test_a_second_moment_with_a_larger_load_is_rejected():
+    """Dense moments with one second moment for four elements, for an optimizer with one for each element."""
     _, adamw = stepped(torch.optim.AdamW)
     given = adamw.state_dict()
     given["state"][0]["exp_avg_sq"] = torch.ones(-(-SHAPE[0] * SHAPE[1] // 4))
@@ -320,7 +320,7 @@ def test_a_second_moment_that_is_coarser_than_the_optimizers_is_refused():
             convert(given, opt)
 
 
-def test_tables_of_another_parameter_are_refused():
+def test_tables_of_another_parameter_are_rejected():
     _, saved = stepped(collins())
     p = torch.nn.Parameter(torch.ones(SHAPE[0] + 1, SHAPE[1], dtype=torch.float64))
     opt = collins()([p])
@@ -330,7 +330,7 @@ def test_tables_of_another_parameter_are_refused():
         convert(saved.state_dict(), opt)
 
 
-def test_universal_tables_that_mean_the_same_are_kept():
+def test_universal_tables_of_the_same_hash_are_kept():
     _, saved = stepped(collins(hash="universal"))
     _, opt = stepped(collins(hash="universal"))
     opt.load_state_dict(convert(saved.state_dict(), opt))
@@ -338,7 +338,7 @@ def test_universal_tables_that_mean_the_same_are_kept():
         assert np.array_equal(ours, theirs)
 
 
-def test_another_shape_is_refused():
+def test_another_shape_is_rejected():
     _, adamw = stepped(torch.optim.AdamW)
     opt = collins(table_dtype=torch.float32)([torch.nn.Parameter(torch.ones(37, 33))])
     with pytest.raises(
@@ -350,7 +350,7 @@ def test_another_shape_is_refused():
         convert(adamw.state_dict(), opt)
 
 
-def test_adam_without_decay_converts_as_adamw_does():
+def test_adam_without_decay_is_converted_like_adamw():
     _, adam = stepped(torch.optim.Adam)
     _, opt = stepped(collins())
     opt.load_state_dict(convert(adam.state_dict(), opt))

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint: what is saved on some ranks is loaded on others, bit for bit."""
+"""torch.distributed.checkpoint: state is bitwise the same when it is loaded on a different number of ranks."""
 
 import warnings
 
@@ -27,7 +27,7 @@ DECAYING = {**OPTIONS, "weight_decay": 0.1}
 
 
 def plain(dtype):
-    """Parts of four ranks are even, uneven and, of the last layer, empty."""
+    """A model whose shards on four ranks are even, uneven and, for the last layer, empty."""
     return network().append(nn.Linear(64, 3)).to(dtype)
 
 
@@ -43,7 +43,7 @@ def build(dtype=torch.float32, *, sizes=None, **options):
 
 
 def steps(model, opt, first, last):
-    """Steps with gradients that depend on the step and the parameter alone, and not on the number of ranks."""
+    """Steps with gradients that depend on the step and the parameter only, not on the number of ranks."""
     for step in range(first, last):
         for i, p in enumerate(model.parameters()):
             g = values(p.shape, 50 * step + i).to(p.dtype)
@@ -75,7 +75,7 @@ def restore(model, opt, folder, **options):
     set_optimizer_state_dict(model, opt, state["optimizer"], options=StateDictOptions(**options))
 
 
-CASES = [  # dtype, form of the state dict, whether training goes on while it is written, options
+CASES = [  # dtype, form of the state dict, whether training continues during the save, options
     (torch.float32, {}, False, {}),
     (torch.bfloat16, FLAT, False, {}),
     (torch.bfloat16, {}, True, {"table_dtype": torch.bfloat16}),
@@ -84,7 +84,7 @@ CASES = [  # dtype, form of the state dict, whether training goes on while it is
 
 
 def save(rank, folder):
-    """Five steps, a checkpoint, and five more; returns what was saved and what came of it."""
+    """Five steps, a checkpoint, and five more steps; returns the state when it was saved and at the end."""
     return [save_one(f"{folder}/{i}", *case) for i, case in enumerate(CASES)]
 
 
@@ -105,7 +105,7 @@ def save_one(folder, dtype, form, asynchronous, options):
 
 
 def load(rank, folder, sizes):
-    """What was loaded, and what comes of it after five more steps."""
+    """The state after loading, and after five more steps."""
     return [load_one(f"{folder}/{i}", sizes, *case) for i, case in enumerate(CASES)]
 
 
@@ -121,7 +121,7 @@ def load_one(folder, sizes, dtype, form, _, options):
     return loaded, everything(model, opt)
 
 
-def test_what_two_ranks_saved_is_loaded_on_others_bit_for_bit(tmp_path):
+def test_a_checkpoint_of_two_ranks_is_loaded_bitwise_on_other_numbers_of_ranks(tmp_path):
     saved, again = run(2, save, str(tmp_path), folder=tmp_path / "2")
     for ours, theirs, (dtype, _, _, options) in zip(saved, again, CASES, strict=True):
         for a, b in zip(ours, theirs, strict=True):
@@ -154,14 +154,14 @@ def keep_each_rows(rank, folder):
         t.to_local().fill_(-1)
     restore(model, opt, f"{folder}/sharded")
     assert all(torch.equal(t.to_local(), own[name]) for name, t in tables.items())
-    # The trap: as ordinary tensors they are taken for copies, and all ranks get what one of them had.
+    # As ordinary tensors they would be treated as replicas, and all ranks would get those of one rank.
     trapped = {"0.m_table": own["0.m_table"].clone()}
     dcp.save(trapped, checkpoint_id=f"{folder}/trapped")
     dcp.load(trapped, checkpoint_id=f"{folder}/trapped")
     return own["0.m_table"], trapped["0.m_table"]
 
 
-def test_no_rows_of_a_table_are_taken_for_a_copy_of_others(tmp_path):
+def test_rows_of_a_table_are_not_treated_as_replicas(tmp_path):
     own, trapped = zip(*run(4, keep_each_rows, str(tmp_path), folder=tmp_path / "ranks"), strict=True)
     assert not any(torch.equal(own[0], others) for others in own[1:])
     assert all(torch.equal(t, trapped[0]) for t in trapped)
@@ -201,7 +201,7 @@ def test_replicas_are_saved_once_and_loaded_in_one_process(tmp_path):
 
 
 def initialise(rank):
-    """The step with which torch.distributed.checkpoint makes an optimizer's state before it loads."""
+    """The step by which torch.distributed.checkpoint creates an optimizer's state before it loads."""
     for dtype, options in ((torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, {"in_backward": True})):
         model, opt = build(dtype, **options)
         with torch.no_grad():
@@ -218,7 +218,7 @@ def initialise(rank):
             assert p.grad is None
 
 
-def test_the_step_that_makes_all_state_moves_no_bit(tmp_path):
+def test_the_step_that_creates_all_state_changes_no_bit(tmp_path):
     run(2, initialise, folder=tmp_path)
 
 
@@ -236,15 +236,15 @@ def gather_and_scatter(rank):
         set_model_state_dict(other, dict(weights) if given else {}, options=options)
         set_optimizer_state_dict(other, fresh, state if given else {}, options=options)
         assert same(everything(other, fresh), saved)
-    # Whole tensors are also taken as they are: each rank takes its rows.
+    # Whole tensors are accepted, too: each rank takes its rows.
     other, fresh = build(torch.bfloat16)
     set_model_state_dict(other, dict(weights), options=full)
     fresh.load_state_dict(state_by_place(opt))
     assert same(everything(other, fresh), saved)
-    # On the host, as they are gathered to be saved in one file: there they are only on the first rank.
+    # On the host, when gathered for a single file: they are on the first rank only.
     gathered = get_optimizer_state_dict(model, opt, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     assert bool(gathered) == (rank == 0)
-    # AdamW's moments, converted where they are whole.
+    # Moments of AdamW, converted from whole tensors.
     adamw = torch.optim.AdamW(model.parameters())
     steps(model, adamw, 0, 3)
     converted = convert(get_optimizer_state_dict(model, adamw, options=full), opt)
@@ -265,7 +265,7 @@ def state_by_place(opt):
     return state
 
 
-def test_whole_tensors_are_gathered_and_taken(tmp_path):
+def test_whole_tensors_are_gathered_and_loaded(tmp_path):
     run(2, gather_and_scatter, folder=tmp_path)
 
 
@@ -280,23 +280,23 @@ def refuse(rank, folder):
     model, opt = build()
     steps(model, opt, 0, 2)
     dcp.save(content(model, opt), checkpoint_id=folder)
-    # The rows of one rank, given as if they were a table.
+    # The rows of one rank, passed as a whole table.
     parts = opt.state_dict()
     parts["state"] = {
         i: {name: t.to_local() if isinstance(t, DTensor) else t for name, t in entry.items()}
         for i, entry in parts["state"].items()
     }
     refused(opt, parts, r"parameter '0.weight' has moments .* state_dict holds")
-    # Sharded tables for parameters that are whole, and the other way round after a change of mind.
+    # Sharded tables for unsharded parameters, and vice versa.
     alone = plain(torch.float32)
     single = Collins(alone.named_parameters(), **DECAYING)
     refused(single, {**single.state_dict(), "state": opt.state_dict()["state"]}, "is not a DTensor here")
-    # Placed over other ranks than the parameter.
+    # Placed on another mesh than the parameter.
     _, target = build(sizes=(1, 2))
     refused(target, opt.state_dict(), "load it with torch.distributed.checkpoint, which reshards")
     with pytest.raises(ValueError, match=r"parameter '0.weight' cannot be converted: m_table is sharded in state_dict"):
         convert(opt.state_dict(), opt)
-    # Under other settings. Buckets of another size are refused by torch, before anything is read.
+    # With other options. Tables of another size are rejected by torch, before anything is read.
     with pytest.raises(ValueError, match="seed 0 where this optimizer has 1"):
         restore(*build(seed=1), folder)
     with pytest.raises(dcp.CheckpointException, match="m_table"):
@@ -304,7 +304,7 @@ def refuse(rank, folder):
     model, opt = build(compress_ratio=16)
     with pytest.raises(dcp.CheckpointException, match=r"m_table"):
         restore(model, opt, folder)
-    # FSDP1 hands out ordinary tensors that are parts of parameters.
+    # FSDP1 returns ordinary tensors that are parts of parameters.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for original in (False, True):
@@ -315,12 +315,12 @@ def refuse(rank, folder):
                 Collins(flat.parameters())
 
 
-def test_what_does_not_fit_a_sharded_optimizer_is_refused(tmp_path):
+def test_state_that_does_not_match_a_sharded_optimizer_is_rejected(tmp_path):
     run(2, refuse, str(tmp_path / "checkpoint"), folder=tmp_path / "ranks")
 
 
 def train_with_a_checkpoint_between(rank, folder):
-    """Real gradients, which are the same on as many ranks."""
+    """Uses real gradients, which are the same for the same number of ranks."""
 
     def go(model, opt, first, last):
         for step in range(first, last):
@@ -339,13 +339,13 @@ def train_with_a_checkpoint_between(rank, folder):
     assert same(everything(model, opt), expected)
 
 
-def test_training_goes_on_to_the_same_bits_on_as_many_ranks(tmp_path):
+def test_training_resumes_bitwise_on_the_same_number_of_ranks(tmp_path):
     run(2, train_with_a_checkpoint_between, str(tmp_path / "checkpoint"), folder=tmp_path / "ranks")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process needs none
-def test_moments_are_not_dropped_where_a_fresh_optimizer_is_read_into(tmp_path):
-    """Its state dict has no tensors, so that nothing of the saved ones is read; that is refused, not passed over."""
+def test_loading_into_the_state_dict_of_a_new_optimizer_is_rejected(tmp_path):
+    """Its state dict has no tensors, so no saved moments would be read; that raises an error."""
 
     def made():
         p = torch.nn.Parameter(torch.ones(64, 64))

@@ -56,7 +56,7 @@ def collins(dtype=torch.float32):
     return Collins(torch.nn.Linear(64, 64, dtype=dtype).named_parameters(), min_K=16, lr=1e-2)
 
 
-def test_flat_partitions_are_refused_at_the_first_step_and_at_every_other(deepspeed):
+def test_flat_partitions_are_rejected_at_every_step(deepspeed):
     opt, bystander = collins(), collins()
     wrapper = zero(deepspeed, opt)
     (flat,) = wrapper.optimizer.param_groups[0]["params"]

@@ -38,12 +38,12 @@ def replicas(rank):
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """What each case ended in on each of two ranks, all cases in one group of processes."""
+    """The results of each case on each of two ranks; one group of processes runs all cases."""
     return list(zip(*run(2, replicas, folder=tmp_path_factory.mktemp("replicas")), strict=True))
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda case: "-".join(map(str, CASES[case])))
-def test_replicas_stay_the_same_to_the_bit_without_a_word(ended, case):
+def test_replicas_stay_bitwise_equal_without_communication(ended, case):
     (first, *talked), (second, *also) = ended[case]
     assert talked == also == [0]
     scales = 0 if "hash" in CASES[case][0] else 2  # of first moments in integers
@@ -65,5 +65,5 @@ def stepping_in_backward(rank):
     return torch.equal(net.weight.detach(), before), len(opt.state), len(of_others.state)
 
 
-def test_replicas_are_not_stepped_in_backward(tmp_path):
+def test_in_backward_is_rejected_for_replicas(tmp_path):
     assert run(2, stepping_in_backward, folder=tmp_path) == [(True, 0, 2)] * 2

@@ -1,4 +1,4 @@
-"""What the READMEs and the docstrings say is run, and is so."""
+"""The READMEs and the docstrings are correct: their snippets are run, their links and tables are checked."""
 
 import doctest
 import inspect
@@ -62,7 +62,7 @@ def test_readmes_have_snippets_and_one_for_each_client():
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 # TRL's own defaults, by a name that transformers has deprecated since.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
-# Trainer pins its batches also where there is no accelerator, which torch remarks upon.
+# Trainer pins its batches also without an accelerator, of which torch warns.
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("snippet", ALONE.values(), ids=ALONE)
@@ -74,7 +74,7 @@ def test_readme_snippets_run(snippet):
 
 
 def optimizer_of(configuration):
-    """What a framework imports for a configuration, and the options that it calls it with."""
+    """The object that a framework imports for a configuration, and the options that it passes."""
     chosen = configuration["optimizer"]
     if chosen == "collins":  # axolotl, through transformers
         return collins.Collins, {name: str(value) for name, value in configuration["optim_args"].items()}
@@ -87,7 +87,7 @@ def optimizer_of(configuration):
 
 
 @pytest.mark.parametrize("text", CONFIGURATIONS, ids=range(len(CONFIGURATIONS)))
-def test_configurations_name_what_can_be_imported_and_built(text, stand_in):
+def test_configurations_can_be_imported_and_built(text, stand_in):
     configuration = pytest.importorskip("yaml").safe_load(text)
     kind, options = optimizer_of(configuration)
     parameter = torch.nn.Parameter(torch.ones(64, 64))
@@ -138,7 +138,7 @@ def integrates(snippet, name):
 
 
 def anchors(text):
-    """What a link to a heading of a document may end in."""
+    """The anchors of the headings of a document."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -150,7 +150,7 @@ def rows(text, heading):
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_lead_to_files_and_headings_that_are_there(name):
+def test_links_have_existing_targets(name):
     for link in re.findall(r"\]\(([^)\s]+)\)", DOCUMENTS[name]):
         if re.match(r"\w+:", link):
             continue
@@ -161,7 +161,7 @@ def test_links_lead_to_files_and_headings_that_are_there(name):
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_files_that_are_named_are_there(name):
+def test_named_files_exist(name):
     for path in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+\.\w+)`", DOCUMENTS[name]):
         assert (ROOT / path).is_file(), path
 

@@ -1,4 +1,4 @@
-"""The engine: compiled steps are the eager steps, compiled once, and eager where there is no compiler."""
+"""The engine: compiled steps equal eager ones and are compiled once; without a compiler, steps are eager."""
 
 import math
 import re
@@ -23,7 +23,7 @@ CASES = [
 
 @pytest.fixture
 def two_threads():
-    """Also where tests run in one thread each: what is compiled for several is other code."""
+    """Uses several threads although tests run in one: the code that is compiled for several threads differs."""
     with threads(2):
         yield
 
@@ -32,7 +32,7 @@ def two_threads():
 @pytest.mark.parametrize(("dtype", "options"), CASES, ids=str)
 def test_compiled_equals_eager(dtype, options, device):
     generator = torch.Generator().manual_seed(0)
-    # All but an odd end of the second one, which is stepped eagerly, is of the first one's signature.
+    # Both have the same signature, except for a remainder of the second one, which is stepped eagerly.
     shapes = ((96, 64), (43, 143), (40,), (), (96, 64))
     values = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     sides = []
@@ -45,14 +45,14 @@ def test_compiled_equals_eager(dtype, options, device):
                 p.grad = g.to(device, dtype)
             opt.step()
         sides.append(ps)
-    # Sums in another order may send a stochastically rounded value to the other neighbour.
+    # After sums in another order, stochastic rounding may choose the other of the two nearest values.
     ulp = torch.finfo(dtype).eps
     eager, compiled = (torch.cat([p.detach().view(-1) for p in ps]) for ps in sides)
     torch.testing.assert_close(eager, compiled, rtol=4 * ulp, atol=4 * ulp)
     assert (eager != compiled).float().mean() < (0.9 if dtype == torch.float32 else 0.02)
 
 
-def test_no_working_compiler_is_one_warning_and_an_eager_step():
+def test_without_a_working_compiler_a_step_warns_once_and_is_eager():
     code = """
 import warnings, torch
 from collins import Collins
@@ -89,7 +89,7 @@ def parameters(*shapes, device=None):
     return ps
 
 
-def test_one_graph_for_each_signature_and_not_for_each_parameter(device):
+def test_graphs_are_compiled_per_signature_and_not_per_parameter(device):
     ps = parameters(*llama(32, 64, 192, 16, 512).shapes, device=device)
     assert len(ps) == 291
     opt = Collins(ps, min_K=128, compile=True)
@@ -98,8 +98,8 @@ def test_one_graph_for_each_signature_and_not_for_each_parameter(device):
     assert opt._stepper.engine.graphs == 5
 
 
-def test_an_optimizer_like_an_earlier_one_compiles_nothing(device):
-    """PyTorch keeps all that it has compiled: what each optimizer compiled for itself would add up."""
+def test_a_second_optimizer_of_the_same_kind_compiles_nothing(device):
+    """PyTorch keeps all compiled graphs, so graphs of each optimizer would accumulate."""
 
     def made():
         ps = parameters((96, 64), (40,), device=device)
@@ -125,11 +125,11 @@ def test_dense_moments_of_different_dtypes_are_not_stacked_together():
         assert [opt.state[p]["exp_avg"].dtype for p in ps] == [torch.float32, torch.bfloat16]
         sides.append([t for p in ps for t in (p.detach(), opt.state[p]["exp_avg"], opt.state[p]["exp_avg_sq"])])
     for eager, compiled in zip(*sides, strict=True):
-        torch.testing.assert_close(eager, compiled, rtol=1e-6, atol=1e-8)  # bf16 to the bit
+        torch.testing.assert_close(eager, compiled, rtol=1e-6, atol=1e-8)  # bf16 bitwise
 
 
 def test_nothing_recompiles_after_the_first_step(device):
-    """Not for another lr, tensor or float, betas, weight decay, absent gradients, epochs, nor a loaded state."""
+    """Also with changed lr (tensor or float), betas, weight decay, absent gradients, new epochs and loaded state."""
     body = parameters((96, 64), (64, 96), (96, 64), device=device)
     norms = parameters((40,), (40,), (40,), device=device)
     opt = Collins([{"params": body}, {"params": norms, "weight_decay": 0.0}], min_K=16, rehash_period=3, compile=True)
@@ -236,7 +236,7 @@ def test_one_kernel_reads_each_gradient_once(options, dtype, device):
     _, codes = run_and_get_code(opt.step)
     assert len(codes) == 1
     made = {"cpu": r"async_compile\.cpp_pybinding\(", "cuda": r"async_compile\.triton\("}[device.type]
-    counting = int("nonfinite" in options)  # what is left out is counted by a loop of its own, on a GPU by a kernel
+    counting = int("nonfinite" in options)  # skipped buckets have their own loop, on a GPU a kernel
     assert len(re.findall(made, codes[0])) == 1 + (counting if device.type == "cuda" else 0)
     if device.type == "cpu":
         load = options.get("compress_ratio", 32)

@@ -1,4 +1,4 @@
-"""The examples run, at a size for tests."""
+"""The examples run, at a small size."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def one_card(load):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A folder of sources, enough that some are held out, and one for what is made of them."""
+    """A folder with enough source files for training and validation, and a cache folder."""
     generator, folder = random.Random(0), tmp_path_factory.mktemp("sources")
     words = ["".join(generator.choices("abcdefgh", k=4)) for _ in range(50)]
     for number in range(100):
@@ -86,7 +86,7 @@ def test_train_lm_sweeps_both_optimizers_at_as_many_rates(train_lm, small, tmp_p
     assert train_lm.LM_SMALL.settings.steps == 300
 
 
-def test_train_lm_repeats_itself_and_takes_a_subset(train_lm, small, tmp_path):
+def test_train_lm_is_repeatable_and_accepts_a_subset_of_optimizers(train_lm, small, tmp_path):
     arguments = small(5, "--optimizers", "collins", "--rates", "1e-2", "--out", str(tmp_path / "loss.png"))
     (first,), (second,) = train_lm.main(arguments), train_lm.main(arguments)
     assert first["validation"] == second["validation"]
@@ -105,13 +105,13 @@ def test_train_lm_repeats_itself_and_takes_a_subset(train_lm, small, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_train_lm_refuses_what_it_cannot_run(train_lm, wrong, named, capsys):
+def test_train_lm_rejects_invalid_arguments(train_lm, wrong, named, capsys):
     with pytest.raises(SystemExit):
         train_lm.main(wrong)
     assert named in " ".join(capsys.readouterr().err.split())
 
 
-def test_train_lm_takes_a_policy_file_and_trains_alike(train_lm, small, tmp_path, capsys):
+def test_train_lm_accepts_a_policy_file_with_the_same_result(train_lm, small, tmp_path, capsys):
     policy = tmp_path / "policy.toml"
     policy.write_text('[collins.memory]\ntier = "host"\ntransfer_size = "8KiB"\n')
     arguments = small(5, "--optimizers", "collins", "--rates", "1e-2", "--out", str(tmp_path / "loss.png"))
@@ -154,7 +154,7 @@ def test_one_card_learns_and_reports(one_card, tier, code, capsys):
     assert ("llama.py" in report["code"]) == (code == "own")
 
 
-def test_one_card_follows_its_policy_file(one_card, tmp_path):
+def test_one_card_applies_its_policy_file(one_card, tmp_path):
     policy = tmp_path / "policy.toml"
     policy.write_text('[collins.memory]\ntier = "host"\nstaging_slots = 2\ntransfer_size = "32KiB"\n')
     run = one_card.main([*TINY_CARD, "--code", "own", "--steps", "1", "--policy", str(policy)])
@@ -163,7 +163,7 @@ def test_one_card_follows_its_policy_file(one_card, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile's own look at its inputs
-def test_one_card_compiles_its_layers_to_the_same_losses(one_card):
+def test_one_card_has_the_same_losses_with_compiled_layers(one_card):
     compiling = [argument for argument in TINY_CARD if argument != "--no-compile"]
     eager, compiled = (
         one_card.main([*arguments, "--code", "own", "--policy", "host", "--steps", "3"]).losses
@@ -196,7 +196,7 @@ def test_one_card_has_the_real_shapes(load, one_card, named, count, monkeypatch)
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_one_card_takes_a_configuration(one_card, code, tmp_path, capsys):
+def test_one_card_accepts_a_configuration(one_card, code, tmp_path, capsys):
     if code == "transformers":
         pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 256}
@@ -207,7 +207,7 @@ def test_one_card_takes_a_configuration(one_card, code, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["parameters"] == 63_680
 
 
-def test_the_chunked_loss_is_cross_entropy(load):
+def test_the_chunked_loss_equals_cross_entropy(load):
     generator = torch.Generator().manual_seed(0)
     x, head = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (13, 40))
     targets = torch.randint(40, (13,), generator=generator)
@@ -224,8 +224,8 @@ def test_the_chunked_loss_is_cross_entropy(load):
         torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_the_chunked_loss_never_has_a_second_gradient_of_the_head(load):
-    """No tensor of more than a chunk's logits but the head's one gradient, which the parameter takes as it is."""
+def test_the_chunked_loss_allocates_one_gradient_of_the_head(load):
+    """No tensor is larger than the logits of a chunk, except the gradient of the head, which is not copied."""
     x, head = torch.randn(64, 4).requires_grad_(), torch.randn(1000, 4).requires_grad_()
     targets = torch.zeros(64, dtype=torch.long)
     loss = load("chunked_loss").chunked_loss(x, head, targets, 8)
@@ -249,19 +249,19 @@ def test_the_chunked_loss_never_has_a_second_gradient_of_the_head(load):
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_one_card_refuses_what_it_cannot_run(one_card, wrong, named, capsys):
+def test_one_card_rejects_invalid_arguments(one_card, wrong, named, capsys):
     with pytest.raises(SystemExit):
         one_card.main([*TINY_CARD, *wrong])
     assert re.sub(r"\s+", " ", named) in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
-def test_one_card_refuses_what_is_no_model(one_card, capsys):
+def test_one_card_rejects_files_that_are_not_models(one_card, capsys):
     with pytest.raises(SystemExit):
         one_card.main(["7c"])
     assert "model must be one of 7b, 8b, 13b, 14b, 32b, 70b, or a config.json, got '7c'" in capsys.readouterr().err
 
 
-def test_one_card_says_so_when_there_is_no_room(one_card, load, monkeypatch, capsys):
+def test_one_card_reports_insufficient_memory(one_card, load, monkeypatch, capsys):
     monkeypatch.setattr(load("finetuning.forecast"), "host_memory_free", lambda: 10_000)
     with pytest.raises(SystemExit) as ended:
         one_card.main([*TINY_CARD, "--policy", "host"])
@@ -270,7 +270,7 @@ def test_one_card_says_so_when_there_is_no_room(one_card, load, monkeypatch, cap
 
 
 @pytest.mark.cuda
-def test_one_card_emulates_a_smaller_one(one_card, capsys):
+def test_one_card_emulates_a_smaller_device(one_card, capsys):
     given = [*TINY_CARD, "--device", "cuda", "--code", "own", "--steps", "2", "--memory-limit", "2GiB"]
     try:
         run = one_card.main(given)

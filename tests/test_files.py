@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or refused, whatever happened to them; and loading is all or nothing."""
+"""Checkpoint files: damaged ones are rejected, and loading is all or nothing."""
 
 import copy
 import errno
@@ -19,7 +19,7 @@ from collins import CheckpointError, Collins
 
 
 class Training:
-    """A model and all that goes with it."""
+    """A model, its optimizer and schedule."""
 
     def __init__(self, seed=0, width=64, memory=None, **options):
         torch.manual_seed(seed)
@@ -52,7 +52,7 @@ class Training:
 
 
 @pytest.mark.parametrize("memory", [None, "host"])
-def test_everything_comes_back(memory, tmp_path):
+def test_all_parts_are_loaded(memory, tmp_path):
     path = tmp_path / "last.pt"
     source = Training(memory=memory).train(3)
     extra = {"epoch": 3, "rng": torch.get_rng_state(), "history": [(1, 0.5), (2, None)], "note": "warm"}
@@ -63,13 +63,13 @@ def test_everything_comes_back(memory, tmp_path):
     assert rest.keys() == extra.keys()
     assert same(rest, extra)
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
-    assert torch.load(path, weights_only=True)["epoch"] == 3  # no tool of ours is needed to read it
-    target.train(2)  # nothing that was loaded is tied to the file
+    assert torch.load(path, weights_only=True)["epoch"] == 3  # torch.load alone can read it
+    target.train(2)  # no loaded tensor uses memory of the file
     collins.save(path, **target.parts)
     assert collins.load(path, optimizer=source.optimizer).keys() == {"model", "scheduler", "scaler"}
 
 
-def test_a_file_may_be_replaced_while_it_is_in_use(tmp_path):
+def test_a_file_may_be_replaced_after_it_has_been_loaded(tmp_path):
     path = tmp_path / "last.pt"
     collins.save(path, t=torch.ones(1000))
     held = collins.load(path)["t"]
@@ -87,7 +87,7 @@ def whole(tmp_path_factory):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_a_damaged_file_is_refused_and_nothing_changes(whole, tmp_path_factory, data):
+def test_a_damaged_file_is_rejected_and_nothing_changes(whole, tmp_path_factory, data):
     at = data.draw(st.integers(0, len(whole) - 1))
     damage = data.draw(st.sampled_from(["cut", "flip", "insert", "zero the rest"]))
     wrong = {
@@ -107,7 +107,7 @@ def test_a_damaged_file_is_refused_and_nothing_changes(whole, tmp_path_factory, 
     assert same(target.values(), before)
 
 
-def test_files_of_others_are_refused(tmp_path):
+def test_files_of_other_formats_are_rejected(tmp_path):
     torch.save({"model": 1}, tmp_path / "plain.pt")
     with pytest.raises(CheckpointError, match=r"plain\.pt does not end with the trailer of collins\.save"):
         collins.load(tmp_path / "plain.pt")
@@ -116,7 +116,7 @@ def test_files_of_others_are_refused(tmp_path):
 
 
 def sealed(data):
-    """A file whose seal is right, as any program can make one."""
+    """A file with a valid seal and arbitrary content."""
     file = io.BytesIO()
     seal = collins.files._DigestingFile(file)
     seal.write(data)
@@ -133,7 +133,7 @@ def sealed(data):
         (lambda whole: serialized(torch.ones(3)), "must hold a dict of parts, got one Tensor"),
     ],
 )
-def test_a_seal_does_not_vouch_for_what_is_under_it(whole, tmp_path, damage, text):
+def test_a_file_with_a_valid_seal_and_invalid_content_is_rejected(whole, tmp_path, damage, text):
     path, target = tmp_path / "sealed.pt", Training(seed=1).train(1)
     path.write_bytes(sealed(damage(whole[: -collins.files._TRAILER])))
     before = target.values()
@@ -143,7 +143,7 @@ def test_a_seal_does_not_vouch_for_what_is_under_it(whole, tmp_path, damage, tex
 
 
 @pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, CheckpointError), (errno.EIO, OSError)])
-def test_an_offset_outside_the_file_is_damage_and_a_disk_that_fails_is_none(tmp_path, monkeypatch, number, raised):
+def test_an_offset_outside_the_file_is_damage_and_a_disk_error_is_not(tmp_path, monkeypatch, number, raised):
     path = tmp_path / "last.pt"
     collins.save(path, epoch=1)
 
@@ -163,7 +163,7 @@ def serialized(value):
 
 
 class Stubborn:
-    """A part that loads nothing."""
+    """A part whose `load_state_dict` does nothing."""
 
     def state_dict(self):
         return {"kept": 1}
@@ -188,7 +188,7 @@ MISFITS = [
 
 
 @pytest.mark.parametrize(("misfit", "text"), MISFITS, ids=[text[:30] for _, text in MISFITS])
-def test_one_part_that_does_not_fit_leaves_all_parts_as_they_were(whole, tmp_path, misfit, text):
+def test_a_part_that_does_not_match_leaves_all_parts_unchanged(whole, tmp_path, misfit, text):
     path = tmp_path / "whole.pt"
     path.write_bytes(whole)
     target = Training(seed=1, lr=0.5).train(1)
@@ -199,7 +199,7 @@ def test_one_part_that_does_not_fit_leaves_all_parts_as_they_were(whole, tmp_pat
 
 
 class Counting(torch.nn.Linear):
-    """A model that keeps more than tensors."""
+    """A model with extra state that is not a tensor."""
 
     count = 0
 
@@ -213,7 +213,7 @@ class Counting(torch.nn.Linear):
 
 
 def spoilt(change):
-    """What a training's parts hold, one of them changed."""
+    """The contents of a checkpoint, one of them changed."""
     content = Training().train(3).values()
     change(content)
     return content
@@ -233,7 +233,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("unfit", UNFIT)
-def test_a_part_of_the_wrong_form_leaves_all_parts_as_they_were(unfit, tmp_path):
+def test_a_part_of_the_wrong_type_leaves_all_parts_unchanged(unfit, tmp_path):
     path = tmp_path / "last.pt"
     collins.save(path, **spoilt(UNFIT[unfit]))
     target = Training(seed=1, lr=0.5).train(1)
@@ -251,13 +251,13 @@ OTHERS = {
     "state: list": lambda state: state.update(state=[0]),
     "one state: list": lambda state: state["state"].update({0: [1]}),
     "group: no params": lambda state: state["param_groups"].__setitem__(0, {}),
-    "no step": without_step,  # found by AdamW itself, when it has replaced its state
+    "no step": without_step,  # AdamW detects it after replacing its state
     "a hook": lambda state: None,
 }
 
 
 @pytest.mark.parametrize("wrong", OTHERS)
-def test_a_state_that_another_optimizer_does_not_load_leaves_all_parts_as_they_were(wrong, tmp_path):
+def test_a_state_that_another_optimizer_rejects_leaves_all_parts_unchanged(wrong, tmp_path):
     def trained(seed):
         torch.manual_seed(seed)
         net = torch.nn.Linear(4, 4)
@@ -286,7 +286,7 @@ def refuse(optimizer):
     raise AssertionError("locked")
 
 
-def test_a_model_that_keeps_more_than_tensors_is_put_back(tmp_path):
+def test_extra_state_of_a_model_is_restored_after_an_error(tmp_path):
     path, source = tmp_path / "last.pt", Counting(4, 4)
     source.count = -1
     collins.save(path, a=torch.nn.Linear(4, 4), b=source)
@@ -325,7 +325,7 @@ def inferring():
 
 
 @pytest.mark.parametrize("made", [lambda: torch.nn.Linear(4, 4, device="meta"), expanded, inferring])
-def test_a_model_that_cannot_be_written_to_is_found_before_another_is_loaded(made, tmp_path):
+def test_a_model_that_cannot_be_written_to_is_detected_before_any_part_is_loaded(made, tmp_path):
     path, first = tmp_path / "last.pt", torch.nn.Linear(4, 4)
     collins.save(path, a=torch.nn.Linear(4, 4), b=torch.nn.Linear(4, 4))
     before = copy.deepcopy(first.state_dict())
@@ -344,13 +344,13 @@ def test_weights_that_require_gradients_are_loaded(tmp_path):
     assert target.weight.is_leaf
 
 
-def test_what_has_no_load_state_dict_is_no_part(tmp_path):
+def test_a_part_must_have_load_state_dict(tmp_path):
     collins.save(tmp_path / "last.pt", epoch=3)
     with pytest.raises(CheckpointError, match=r"epoch of .* must have a load_state_dict, got 3"):
         collins.load(tmp_path / "last.pt", epoch=3)
 
 
-def test_what_could_not_be_read_back_is_not_written(tmp_path):
+def test_objects_that_cannot_be_loaded_again_are_not_saved(tmp_path):
     path = tmp_path / "last.pt"
     collins.save(path, epoch=1)
     with pytest.raises(TypeError, match=r"callback must have a state_dict, or consist of tensors.* got Stranger"):
@@ -363,7 +363,7 @@ class Stranger:
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, call):
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_files(tmp_path, monkeypatch, call):
     path = tmp_path / "last.pt"
     collins.save(path, epoch=1)
 
@@ -411,7 +411,7 @@ collins.save(path, epoch=2, t=torch.full((100_000,), 2.0))
 
 
 @pytest.mark.parametrize(("where", "epoch"), [("in the middle", 1), ("before the rename", 1), ("after the rename", 2)])
-def test_a_process_killed_while_saving_leaves_a_whole_file(tmp_path, where, epoch):
+def test_a_process_killed_while_saving_leaves_a_complete_file(tmp_path, where, epoch):
     path = tmp_path / "last.pt"
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(path), where], stdout=subprocess.PIPE, env=environment(), text=True
@@ -429,5 +429,5 @@ def test_a_process_killed_while_saving_leaves_a_whole_file(tmp_path, where, epoc
         if where == "in the middle":
             with pytest.raises(CheckpointError):
                 collins.load(partial)
-    collins.save(path, epoch=3)  # what is left behind is in nobody's way
+    collins.save(path, epoch=3)  # remaining temporary files do not prevent the next save
     assert collins.load(path) == {"epoch": 3}

@@ -1,4 +1,4 @@
-"""`examples/finetune.py` fine-tunes tiny models of many architectures, made here."""
+"""`examples/finetune.py` fine-tunes tiny random models of many architectures."""
 
 import json
 import math
@@ -47,9 +47,9 @@ CONFIGS = {
     "phi3": {},
     "mixtral": {"num_local_experts": 4},
 }
-# What else the loss has to be right for: a bias of the head, a scale of the logits.
+# Other cases of the loss: a bias of the head, a scale of the logits.
 FURTHER = {"phi": {}, "cohere": {"logit_scale": 0.3}, "granite": {"logits_scaling": 0.5}}
-# A model that reads images too, of which nothing but text is trained on.
+# A model of images and text, trained on text only.
 WITH_IMAGES = {
     "text_config": {**COMMON, "head_dim": 8, "sliding_window": 8, "pad_token_id": 0},
     "vision_config": {
@@ -63,7 +63,7 @@ STEPS, EVERY, STOP = 9, 4, 6
 
 
 def tiny_tokenizer(template=TEMPLATE):
-    """Bytes, and one token of two: a space with an f."""
+    """A tokenizer of single bytes and one token of two: a space with an f."""
     letters = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "Ġf"]
     vocabulary = {token: number for number, token in enumerate(SPECIAL + letters)}
     model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[("Ġ", "f")]))
@@ -121,7 +121,7 @@ def finetune(load):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with the data, and the models that were asked for."""
+    """A folder with the data, and models, which are created on demand."""
     folder = tmp_path_factory.mktemp("finetune")
     lines(folder / "data.jsonl", *[TEXT, COMPLETION, CHAT] * 8)
     return folder
@@ -146,7 +146,7 @@ def arguments(place, model, out, *more):
 
 @pytest.fixture(scope="module")
 def trained(finetune, place, source):
-    """What came of a run that was never stopped: the run, the folder, and the model as it was at the end."""
+    """An uninterrupted run, its folder, and its model at the end."""
     made = {}
 
     def run(kind, **more):
@@ -194,7 +194,7 @@ def test_it_fine_tunes_and_saves_what_transformers_loads(trained, source, kind):
 
 
 def probe(language_model, length=16):
-    """A batch of one row, one document, every token but the last with the next as its target."""
+    """A batch of one row with one document; the target of each token is the next one."""
     tokens = torch.arange(length) * 13 % VOCABULARY
     trained = torch.arange(length - 1)
     return type_of_batch(language_model)(tokens[None], torch.arange(length)[None], trained, tokens[1:])
@@ -205,7 +205,7 @@ def type_of_batch(language_model):
 
 
 class StopError(Exception):
-    """In place of a SIGKILL between two saves."""
+    """Imitates a SIGKILL between two saves."""
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ class StopError(Exception):
     [*((kind, {}) for kind in (*CONFIGS, "gemma3")), ("gpt2", {"resid_pdrop": 0.3})],
     ids=lambda value: str(value),
 )
-def test_a_stopped_run_goes_on_to_the_same_bits(finetune, trained, place, source, tmp_path, monkeypatch, kind, more):
+def test_a_stopped_run_resumes_bitwise(finetune, trained, place, source, tmp_path, monkeypatch, kind, more):
     whole, expected, _ = trained(kind, **more)
     given = arguments(place, source(kind, **more), tmp_path / "out", "--resume")
     rows = sys.modules["finetuning.packing"].Rows
@@ -227,7 +227,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finetune, trained, place, source
     with monkeypatch.context() as patch:
         patch.setattr(rows, "batch", stopping)
         with pytest.raises(StopError):
-            finetune.main(given)  # which finds nothing to go on from
+            finetune.main(given)  # there is nothing to resume from
     assert sorted(path.name for path in (tmp_path / "out.checkpoints").iterdir()) == [f"step-{EVERY}"]
     assert not (tmp_path / "out").exists()
     run = finetune.main(given)
@@ -255,7 +255,7 @@ finetune.main(sys.argv[2:])
 """
 
 
-def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(finetune, trained, place, source, tmp_path):
+def test_a_run_killed_while_it_saves_resumes_bitwise(finetune, trained, place, source, tmp_path):
     _, expected, _ = trained("llama")
     given, said = arguments(place, source("llama"), tmp_path / "out"), tmp_path / "said"
     command = [sys.executable, "-W", "ignore", "-c", KILLED, str(said), *given]
@@ -272,7 +272,7 @@ def test_a_run_killed_while_it_saves_goes_on_to_the_same_bits(finetune, trained,
     checkpoints = tmp_path / "out.checkpoints"
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == [f".step-{2 * EVERY}.partial", f"step-{EVERY}"]
-    with pytest.raises(SystemExit):  # not without being asked to
+    with pytest.raises(SystemExit):  # only with --resume
         finetune.main(given)
     assert finetune.main([*given, "--resume"]).first == EVERY
     assert files(tmp_path / "out") == files(expected)
@@ -294,7 +294,7 @@ def test_older_checkpoints_are_removed_and_others_kept(load, tmp_path):
         ["--accumulation-steps", "2"],
     ],
 )
-def test_a_run_goes_on_with_the_settings_it_began_with(finetune, place, source, tmp_path, changed, capsys, monkeypatch):
+def test_a_run_is_resumed_with_its_settings_only(finetune, place, source, tmp_path, changed, capsys, monkeypatch):
     other = lines(tmp_path / "other.jsonl", *[TEXT, COMPLETION] * 8)
     given = arguments(place, source("llama"), tmp_path / "out", "--save-every", "1", "--resume")
     with monkeypatch.context() as patch:
@@ -305,7 +305,7 @@ def test_a_run_goes_on_with_the_settings_it_began_with(finetune, place, source, 
     refused(finetune, [*given, *changed], capsys, f"{changed[0]} must be", "--resume")
 
 
-def test_a_run_goes_on_with_documents_in_rows_as_it_began(finetune, load, place, source, tmp_path, capsys, monkeypatch):
+def test_a_run_is_resumed_with_its_original_packing(finetune, load, place, source, tmp_path, capsys, monkeypatch):
     given = arguments(place, source("llama"), tmp_path / "out", "--save-every", "1", "--resume")
     with monkeypatch.context() as patch:
         patch.setattr(finetune.Rows, "batch", once(finetune.Rows.batch))
@@ -316,7 +316,7 @@ def test_a_run_goes_on_with_documents_in_rows_as_it_began(finetune, load, place,
     refused(finetune, given, capsys, "whether documents share rows must be True, as in the run that")
 
 
-def test_a_run_from_before_there_was_accumulation_goes_on_without_it(load, tmp_path):
+def test_a_run_of_a_version_without_accumulation_is_resumed_without_it(load, tmp_path):
     refuse_others = load("finetuning.running").refuse_others
     (tmp_path / "run.json").write_text('{"--lr": 1.0, "step": 4}')
     refuse_others(tmp_path, {"--lr": 1.0, "--accumulation-steps": 1})
@@ -345,8 +345,8 @@ def refused(finetune, given, capsys, *named):
 # Steps of several batches
 
 
-def test_the_batches_of_a_step_make_up_the_gradient_of_the_mean_over_their_targets(finetune, load, tmp_path):
-    """Also where they have unequal numbers of targets: gradients and loss are those of all rows in one batch."""
+def test_the_gradient_of_a_step_of_several_batches_is_that_of_the_mean_over_all_targets(finetune, load, tmp_path):
+    """Gradients and loss equal those of all rows in one batch, also with unequal numbers of targets per batch."""
     found, _ = documents_of(load, tmp_path, TEXT, COMPLETION, CHAT)
     model = tiny_model("llama", torch.float32)
     language_model = load("finetuning.causal_lm").CausalLM(model, chunks=2)
@@ -362,10 +362,10 @@ def test_the_batches_of_a_step_make_up_the_gradient_of_the_mean_over_their_targe
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_that_is_stopped_between_the_batches_of_a_step_goes_on_to_the_same_bits(
+def test_a_run_that_is_stopped_between_the_batches_of_a_step_resumes_bitwise(
     finetune, load, place, source, tmp_path, monkeypatch, capsys
 ):
-    """Steps, not batches, are counted, and none of the batches is left out or taken twice, also of an odd number."""
+    """Steps are counted, not batches, and each batch is used exactly once, also if their number is odd."""
     language_model, rows = load("finetuning.causal_lm").CausalLM, finetune.Rows
     loss, batch, taken, rates = language_model.loss, rows.batch, [], []
     monkeypatch.setattr(rows, "batch", lambda self, number: taken.append(number) or batch(self, number))
@@ -414,8 +414,8 @@ def test_a_run_that_is_stopped_between_the_batches_of_a_step_goes_on_to_the_same
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_a_step_of_one_batch_is_a_backward_and_a_step(finetune, trained, place, source, tmp_path, monkeypatch):
-    """To the bit: neither weights of batches nor partial steps are involved."""
+def test_a_step_of_one_batch_equals_backward_and_step(finetune, trained, place, source, tmp_path, monkeypatch):
+    """Bitwise: neither weights of batches nor partial steps are involved."""
     whole, expected, _ = trained("llama")
 
     def plain(language_model, batches, device):
@@ -434,7 +434,7 @@ def test_a_step_of_one_batch_is_a_backward_and_a_step(finetune, trained, place, 
     assert files(tmp_path / "out") == files(expected)
 
 
-def test_the_plan_of_memory_is_that_of_one_batch(finetune, place, source, tmp_path, monkeypatch):
+def test_the_memory_plan_is_for_one_batch(finetune, place, source, tmp_path, monkeypatch):
     machine = Machine(GIB, GIB, GIB, GIB)
     monkeypatch.setattr(finetune, "machine_of", lambda device: machine)
     plans = []
@@ -460,8 +460,8 @@ def gradients(model, loss):
 
 
 @pytest.mark.parametrize("kind", [*CONFIGS, *FURTHER])
-def test_the_loss_in_chunks_is_that_of_the_models_own_logits(load, kind):
-    """Value and gradients, of layers that are computed anew in backward, in float32."""
+def test_the_loss_in_chunks_equals_that_of_whole_logits(load, kind):
+    """Compares values and gradients in float32, with layers that are recomputed in backward."""
     model = tiny_model(kind, torch.float32).train()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -480,7 +480,7 @@ def test_the_loss_in_chunks_is_that_of_the_models_own_logits(load, kind):
     assert expected[next(iter(expected))].any()
 
 
-def test_layers_keep_their_input_alone(load):
+def test_layers_keep_only_their_input(load):
     language_model = load("finetuning.causal_lm").CausalLM(tiny_model("llama", num_hidden_layers=4), chunks=2)
     saved = {}
     for checkpointed in (False, True):
@@ -493,8 +493,8 @@ def test_layers_keep_their_input_alone(load):
     assert saved[True] < saved[False] / 4
 
 
-def test_each_gradient_arrives_once(load):
-    """That of a head which is the embedding too, as steps in backward demand."""
+def test_each_gradient_is_computed_once(load):
+    """Also the gradient of a head that is tied to the embedding, as steps in backward require."""
     model = tiny_model("qwen2")
     language_model = load("finetuning.causal_lm").CausalLM(model, chunks=4)
     language_model.prepare()
@@ -507,7 +507,7 @@ def test_each_gradient_arrives_once(load):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile's own look at its inputs
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # transformers' own
-def test_compiled_layers_compute_the_same_with_one_graph_for_all(load):
+def test_compiled_layers_share_one_graph_with_the_same_result(load):
     torch._dynamo.reset()
     graphs = []
 
@@ -525,8 +525,8 @@ def test_compiled_layers_compute_the_same_with_one_graph_for_all(load):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_packed_row_is_its_documents(load, kind):
-    """The loss of documents that share a row is that of each alone, to rounding, in float32."""
+def test_a_packed_row_has_the_loss_of_its_documents(load, kind):
+    """The loss of documents in one row equals that of single documents, except for rounding, in float32."""
     packing, data = load("finetuning.packing"), load("finetuning.data")
     documents = data.Documents()
     for line, length in enumerate((20, 3, 14), 1):
@@ -544,23 +544,23 @@ def test_a_packed_row_is_its_documents(load, kind):
         losses = torch.stack([language_model.loss(batch) * len(batch.targets) for batch in alone])
         torch.testing.assert_close(language_model.loss(together), losses.sum() / 34)
         crossing = type(together)(together.tokens, torch.arange(40)[None], together.trained, together.targets)
-        assert abs(language_model.loss(crossing) - losses.sum() / 34) > 1e-4  # what not separating them would show
+        assert abs(language_model.loss(crossing) - losses.sum() / 34) > 1e-4  # if documents were not separated
 
 
 @pytest.mark.parametrize("kind", ["opt", "mamba"])
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers")
-def test_where_documents_would_see_each_other_each_has_a_row(finetune, place, source, tmp_path, kind, capsys):
+def test_a_model_that_does_not_separate_documents_gets_one_per_row(finetune, place, source, tmp_path, kind, capsys):
     run = finetune.main(arguments(place, source(kind), tmp_path / "out", "--steps", "3"))
     assert not run.packed
     assert "documents that share a row would see each other" in capsys.readouterr().out
 
 
-def test_a_model_that_sees_later_tokens_is_refused(finetune, place, source, tmp_path, capsys):
+def test_a_model_that_attends_to_later_tokens_is_rejected(finetune, place, source, tmp_path, capsys):
     given = arguments(place, source("bert"), tmp_path / "out")
     refused(finetune, given, capsys, "bert is no causal language model as configured: tokens see later ones")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(finetune, place, source, tmp_path):
+def test_a_nonfinite_loss_ends_the_run(finetune, place, source, tmp_path):
     with pytest.raises(FloatingPointError, match="the loss of step 2 is"):
         finetune.main([*arguments(place, source("llama"), tmp_path / "out", "--log-every", "1"), "--lr", "1e18"])
     assert not (tmp_path / "out").exists()
@@ -570,7 +570,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(finetune, place, source, tmp_pat
 
 
 def documents_of(load, tmp_path, *records, seq_len=64, tokenizer=None):
-    """Each document as its tokens, and as those that are to be predicted; "·" for what is not trained on."""
+    """Each document as its tokens and its targets; "·" stands for tokens that are not trained on."""
     tokenizer = tokenizer or tiny_tokenizer()
     path = lines(tmp_path / "data.jsonl", *records)
     found = load("finetuning.data").read_documents(path, tokenizer, seq_len=seq_len, vocabulary=VOCABULARY)
@@ -587,20 +587,20 @@ def test_text_is_trained_on_in_full(load, tmp_path):
     assert shown == [("a cat", " cat</s>")]
 
 
-def test_a_completion_is_trained_on_and_its_prompt_is_not(load, tmp_path):
+def test_a_completion_is_trained_on_without_its_prompt(load, tmp_path):
     _, shown = documents_of(load, tmp_path, COMPLETION, {"prompt": "is ", "completion": "five"})
     first, second = shown
     assert first == ("two and two is four", "·" * 13 + " four</s>")
-    assert second == ("is five", "· five</s>")  # the token " f" is of both
+    assert second == ("is five", "· five</s>")  # the token " f" belongs to both
 
 
-def test_a_chat_is_trained_on_where_the_assistant_speaks(load, tmp_path):
+def test_answers_of_the_assistant_in_a_chat_are_trained_on(load, tmp_path):
     _, ((read, predicted),) = documents_of(load, tmp_path, CHAT, seq_len=99)
     assert read == "<s><|user|>hello<|end|><|assistant|>good day<|end|><|user|>bye<|end|><|assistant|>so long"
     assert predicted == "·" * 8 + "good day<|end|>" + "·" * 6 + "so long<|end|>"
 
 
-def test_a_templates_own_marks_count(load, tmp_path):
+def test_marks_of_a_template_are_used(load, tmp_path):
     template = (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
@@ -609,7 +609,7 @@ def test_a_templates_own_marks_count(load, tmp_path):
     assert predicted.replace("·", "") == "good dayso long"
 
 
-def test_a_template_that_rewrites_earlier_answers_makes_a_document_of_each(load, tmp_path):
+def test_a_template_that_changes_earlier_answers_gives_a_document_for_each(load, tmp_path):
     template = (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}hm. {% endif %}"
         "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -620,13 +620,13 @@ def test_a_template_that_rewrites_earlier_answers_makes_a_document_of_each(load,
     assert second[1].lstrip("·") == "hm. so long<|end|>"
 
 
-def test_a_template_without_an_opening_trains_on_the_role_too(load, tmp_path):
+def test_with_a_template_without_an_opening_the_role_is_trained_on(load, tmp_path):
     template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     _, ((_, predicted),) = documents_of(load, tmp_path, CHAT, seq_len=99, tokenizer=tiny_tokenizer(template))
     assert predicted == "·" * 6 + "<|assistant|>good day<|end|>" + "·" * 5 + "<|assistant|>so long<|end|>"
 
 
-def test_long_text_is_cut_into_pieces_and_nothing_is_lost(load, tmp_path):
+def test_long_text_is_cut_into_pieces_without_loss(load, tmp_path):
     text = "abcdefghij" * 5
     found, shown = documents_of(load, tmp_path, {"text": text}, seq_len=16)
     assert found.lengths == [16, 16, 16, 2]
@@ -634,14 +634,14 @@ def test_long_text_is_cut_into_pieces_and_nothing_is_lost(load, tmp_path):
     assert (found.cut, found.dropped) == (0, 0)
 
 
-def test_of_a_long_completion_the_end_is_left_out_and_counted(load, tmp_path):
+def test_the_end_of_a_long_completion_is_dropped_and_counted(load, tmp_path):
     lost = {"prompt": "p" * 40, "completion": "c"}
     found, shown = documents_of(load, tmp_path, {"prompt": "pp", "completion": "c" * 30}, lost, seq_len=16)
     assert shown == [("pp" + "c" * 14, "·" + "c" * 15)]
     assert (found.cut, found.dropped) == (31 + 1 - 16 + 40 + 1 - 16, 1)
 
 
-def test_packing_leaves_no_document_out_and_little_room(load):
+def test_packing_uses_every_document_and_most_of_each_row(load):
     pack = load("finetuning.packing").pack
     lengths = torch.randint(1, 65, (500,), generator=torch.Generator().manual_seed(0)).tolist()
     rows = pack(lengths, 64)
@@ -653,7 +653,7 @@ def test_packing_leaves_no_document_out_and_little_room(load):
         pack([*lengths, 64], 63)
 
 
-def test_each_pass_takes_every_row_once_in_an_order_of_its_own(load, tmp_path):
+def test_each_epoch_uses_every_row_once_in_a_different_order(load, tmp_path):
     found, _ = documents_of(load, tmp_path, *[TEXT, COMPLETION, CHAT] * 4)
     rows = load("finetuning.packing").Rows(found, seq_len=64, batch_size=3, packed=True, seed=5)
     count = len(rows)
@@ -667,7 +667,7 @@ def test_each_pass_takes_every_row_once_in_an_order_of_its_own(load, tmp_path):
     assert sum(len(batch.targets) for batch in ordered) == found.trained == sum(t >= 0 for t in found.targets)
 
 
-def test_what_is_left_out_is_said(finetune, source, tmp_path, capsys):
+def test_dropped_tokens_and_documents_are_reported(finetune, source, tmp_path, capsys):
     long = {"prompt": "p" * 70, "completion": "c"}
     lines(tmp_path / "data.jsonl", long, {"prompt": "p", "completion": "c" * 70}, *[TEXT] * 8)
     finetune.main(arguments(tmp_path, source("llama"), tmp_path / "out", "--steps", "1"))
@@ -685,7 +685,7 @@ def test_held_out_lines_are_not_trained_on(finetune, load, tmp_path):
     assert sorted([*kept.tokens, *held_out.tokens]) == sorted(found.tokens)
 
 
-def test_held_out_data_may_be_a_file_of_its_own(finetune, place, source, tmp_path):
+def test_held_out_data_may_be_in_a_separate_file(finetune, place, source, tmp_path):
     held_out = lines(tmp_path / "held-out.jsonl", TEXT)
     given = arguments(place, source("llama"), tmp_path / "out", "--eval-data", str(held_out), "--eval-every", "1")
     run = finetune.main([*given, "--steps", "2"])
@@ -702,18 +702,18 @@ def test_the_rate_rises_then_falls(load):
     assert rates[-1] == pytest.approx(0.2, abs=1e-3)
 
 
-# What is refused, before anything is loaded
+# Errors before anything is loaded
 
 
 @pytest.fixture
 def untouched(finetune, monkeypatch):
-    """Nothing may be loaded onto the device."""
+    """Fails if anything is loaded onto the device."""
     monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("the model was loaded"))
 
 
 @pytest.fixture
 def broken(source, tmp_path):
-    """A copy of a model's folder, to be broken."""
+    """A copy of a model's folder, which tests modify."""
     return shutil.copytree(source("llama"), tmp_path / "model")
 
 
@@ -794,7 +794,7 @@ FOLDERS = {
 
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("case", FOLDERS)
-def test_a_folder_that_cannot_be_trained_is_refused(finetune, place, broken, tmp_path, case, capsys):
+def test_a_folder_that_cannot_be_trained_is_rejected(finetune, place, broken, tmp_path, case, capsys):
     breaks, named = FOLDERS[case]
     breaks(broken)
     refused(finetune, arguments(place, broken, tmp_path / "out"), capsys, "finetune.py: error: ", *named)
@@ -823,7 +823,7 @@ DATA = {
 
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("case", DATA)
-def test_data_that_cannot_be_used_are_refused(finetune, source, tmp_path, case, capsys):
+def test_invalid_data_are_rejected(finetune, source, tmp_path, case, capsys):
     records, named = DATA[case]
     path = tmp_path / "data.jsonl"
     if records is not None:
@@ -847,7 +847,7 @@ def dumped(record):
         ),
     ],
 )
-def test_a_chat_that_the_template_cannot_write_is_refused(finetune, broken, tmp_path, template, named, capsys):
+def test_a_chat_that_the_template_cannot_format_is_rejected(finetune, broken, tmp_path, template, named, capsys):
     (broken / "chat_template.jinja").unlink()
     tiny_tokenizer(template).save_pretrained(broken)
     lines(tmp_path / "data.jsonl", CHAT)
@@ -855,7 +855,7 @@ def test_a_chat_that_the_template_cannot_write_is_refused(finetune, broken, tmp_
 
 
 @pytest.mark.usefixtures("untouched")
-def test_a_tokenizer_of_another_model_is_refused(finetune, place, tmp_path, capsys):
+def test_a_tokenizer_of_another_model_is_rejected(finetune, place, tmp_path, capsys):
     small = tiny_folder(tmp_path / "small", "llama", vocab_size=200)
     refused(
         finetune, arguments(place, small, tmp_path / "out"), capsys, "its tokenizer has 262 tokens, but its model 200"
@@ -889,23 +889,23 @@ def test_a_tokenizer_of_another_model_is_refused(finetune, place, tmp_path, caps
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_arguments_that_cannot_be_used_are_refused(finetune, place, source, tmp_path, changed, named, capsys):
+def test_invalid_arguments_are_rejected(finetune, place, source, tmp_path, changed, named, capsys):
     refused(finetune, [*arguments(place, source("llama"), tmp_path / "out"), *changed], capsys, named)
 
 
 @pytest.mark.usefixtures("untouched")
-def test_a_folder_that_exists_is_not_written_to(finetune, place, source, tmp_path, capsys):
+def test_an_existing_folder_is_not_overwritten(finetune, place, source, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     named = f"--out must not exist yet, got {tmp_path / 'out'}"
     refused(finetune, arguments(place, source("llama"), tmp_path / "out"), capsys, named)
     assert not list((tmp_path / "out").iterdir())
 
 
-# What is written
+# Output
 
 
-def test_a_published_folder_stays_what_it_was(finetune, place, broken, tmp_path):
-    """Keys of an older transformers, files that it would not write, and those that are no model's."""
+def test_the_files_of_a_published_folder_are_preserved(finetune, place, broken, tmp_path):
+    """Keys of an older transformers, files that it does not write, and files that do not belong to the model."""
     config = json.loads((broken / "config.json").read_text())
     theta = config.pop("rope_parameters")["rope_theta"]
     config.pop("dtype")
@@ -934,7 +934,7 @@ def test_large_weights_are_written_in_shards(load, finetune, place, source, tmp_
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_nothing_is_drawn_where_there_is_no_terminal(finetune, place, source, tmp_path, capsys):
+def test_no_progress_bar_is_drawn_without_a_terminal(finetune, place, source, tmp_path, capsys):
     finetune.main(arguments(place, source("llama"), tmp_path / "out", "--steps", "2", "--log-every", "1"))
     shown = capsys.readouterr()
     assert shown.err == ""
@@ -942,10 +942,10 @@ def test_nothing_is_drawn_where_there_is_no_terminal(finetune, place, source, tm
     assert "\r" not in shown.out
 
 
-# Where memory runs out
+# Out of memory
 
 
-def test_out_of_memory_ends_in_the_plan_and_what_to_change(
+def test_out_of_memory_is_reported_with_the_plan_and_proposed_changes(
     finetune, load, place, source, tmp_path, monkeypatch, capsys
 ):
     def full(self, batch):
@@ -986,7 +986,7 @@ GIB = 1 << 30
         (1, 2048, 8, 64, "auto", "a device with more memory"),
     ],
 )
-def test_what_is_proposed_fits_by_the_plan(load, batch, seq_len, device, host, policy, proposed):
+def test_proposed_changes_fit_according_to_the_plan(load, batch, seq_len, device, host, policy, proposed):
     forecast = load("finetuning.forecast")
     machine = Machine(device * GIB, device * GIB, host * GIB, host * GIB)
     policy = collins.offload.MemoryPolicy(policy)
@@ -1011,7 +1011,7 @@ def test_what_is_proposed_fits_by_the_plan(load, batch, seq_len, device, host, p
 
 @pytest.mark.cuda
 @pytest.mark.usefixtures("reproducible")
-def test_on_a_gpu_it_is_compiled_and_goes_on_to_the_same_bits(finetune, place, source, tmp_path, monkeypatch):
+def test_on_a_gpu_it_is_compiled_and_resumes_bitwise(finetune, place, source, tmp_path, monkeypatch):
     def given(out):
         return [*arguments(place, source("llama"), out, "--resume", "--policy", "host"), "--device", "cuda"]
 
@@ -1031,7 +1031,7 @@ def stop():
 
 
 @pytest.mark.cuda
-def test_weights_are_on_the_gpu_once(load, tmp_path):
+def test_weights_are_on_the_gpu_only_once(load, tmp_path):
     folder = load("finetuning.folder")
     source = tiny_folder(tmp_path / "model", "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, whatever happens to the ranks that write them."""
+"""Folders are complete or absent, whatever happens to the ranks that write them."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def made(path, rank, meanwhile=lambda folder: None, **options):
         meanwhile(folder)
 
 
-def test_a_folder_appears_at_once_and_flushed(tmp_path, monkeypatch):
+def test_a_folder_appears_atomically_and_flushed(tmp_path, monkeypatch):
     done = []
     rename, fsync = os.rename, os.fsync
     monkeypatch.setattr(os, "rename", lambda *args: (done.append("rename"), rename(*args)))
@@ -40,7 +40,7 @@ def test_a_folder_appears_at_once_and_flushed(tmp_path, monkeypatch):
     assert done[-2:] == ["rename", tmp_path.stat().st_ino]
 
 
-def test_an_error_leaves_nothing_and_the_next_attempt_begins_anew(tmp_path):
+def test_an_error_leaves_no_files_and_the_next_attempt_starts_again(tmp_path):
     with pytest.raises(KeyError):
         made(str(tmp_path / "step-1"), "old", {}.__getitem__)
     assert names(tmp_path) == [".step-1.partial"]
@@ -60,7 +60,7 @@ def test_an_error_leaves_nothing_and_the_next_attempt_begins_anew(tmp_path):
         ("dangling", FileExistsError, "path must not exist yet, got dangling"),
     ],
 )
-def test_paths_that_cannot_be_made_are_refused(path, error, text, tmp_path, monkeypatch):
+def test_paths_that_cannot_be_created_are_rejected(path, error, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("there").mkdir()
     Path("dangling").symlink_to("nowhere")
@@ -69,7 +69,7 @@ def test_paths_that_cannot_be_made_are_refused(path, error, text, tmp_path, monk
     assert names(tmp_path) == ["dangling", "there"]
 
 
-def test_a_folder_that_cannot_be_made_says_so(tmp_path):
+def test_a_folder_that_cannot_be_created_raises(tmp_path):
     (tmp_path / ".step-1.partial").write_text("a file, which is no earlier attempt")
     with pytest.raises(OSError, match=r"\.step-1\.partial"), whole_folder(tmp_path / "step-1"):
         pytest.fail("entered")
@@ -92,7 +92,7 @@ def write_together(rank, root):
         made(root / "step-1", rank)
 
     def take_the_place(folder):
-        dist.barrier()  # until both have found the place free
+        dist.barrier()  # until both have found that the path is free
         (root / "step-5").write_text("somebody else's")
 
     with pytest.raises(RuntimeError if rank else OSError, match="first rank has failed to flush" if rank else None):
@@ -106,7 +106,7 @@ def write_together(rank, root):
         made(root / "step-6", rank, group=group)
 
 
-def test_ranks_make_a_folder_together_or_not_at_all(tmp_path):
+def test_ranks_create_a_folder_together_or_not_at_all(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     run(2, write_together, str(root), folder=tmp_path / "ranks")

@@ -1,4 +1,4 @@
-"""Sharded parameters: each rank steps its part, and all of them come to what one process comes to."""
+"""Sharded parameters: each rank steps its part, with the same result as a single process."""
 
 import copy
 import math
@@ -35,24 +35,24 @@ def whole(t):
 
 
 def stepped(mesh, placements, dtype, options, steps=5):
-    """Parameters and moments, whole, after steps with the same gradients in every process; and what the steps sent."""
+    """Whole parameters and moments after steps with the same gradients in every process, and the collectives used."""
     place = (lambda t: t) if mesh is None else (lambda t: distribute_tensor(t, mesh, placements))
     params = [nn.Parameter(place(values(shape, i).to(dtype))) for i, shape in enumerate(SHAPES)]
     groups = [{"params": [p]} for p in params]
-    if mesh is None:  # the loads that sharded parameters come to by their rule
+    if mesh is None:  # the loads of sharded parameters by their rule
         groups = [{**group, "compress_ratio": load} for group, load in zip(groups, LOADS, strict=True)]
     opt = Collins(groups, **{**EXACT, **options})
-    sent = 0
+    collectives = 0
     for step in range(steps):
         for i, p in enumerate(params):
             if (i + step) % 4:  # not every parameter has a gradient in every step
                 p.grad = place(values(p.shape, 100 * step + i + 7).to(dtype))
-        with CommDebugMode() as talk:
+        with CommDebugMode() as communication:
             opt.step()
-        sent += talk.get_total_counts()
+        collectives += communication.get_total_counts()
         opt.zero_grad()
     kept = [[whole(p.detach()), *(whole(m) for m in moments(opt, p))] for p in params]
-    return kept, sent, [opt.state[p] for p in params], opt
+    return kept, collectives, [opt.state[p] for p in params], opt
 
 
 def step_by_role(rank, sizes, dtype, options):
@@ -74,13 +74,13 @@ def step_by_role(rank, sizes, dtype, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [2, 4])
 @pytest.mark.parametrize("options", RECIPES, ids=str)
-def test_integer_tables_have_the_bits_of_one_process_for_any_number_of_ranks(options, sizes, dtype, tmp_path):
+def test_integer_tables_are_bitwise_those_of_one_process_for_any_number_of_ranks(options, sizes, dtype, tmp_path):
     run(sizes, step_by_role, (sizes,), dtype, options, folder=tmp_path)
 
 
 def step_a_part(rank, sizes, placements, dtype, options):
     mesh = init_device_mesh("cpu", sizes)
-    found, sent, states, opt = stepped(mesh, placements, dtype, options)
+    found, collectives, states, opt = stepped(mesh, placements, dtype, options)
     expected, *_ = stepped(None, None, dtype, options)
     for mine, theirs in zip(found, expected, strict=True):
         for a, b in zip(mine, theirs, strict=True):
@@ -95,7 +95,7 @@ def step_a_part(rank, sizes, placements, dtype, options):
             elif name != "layout":
                 assert isinstance(t, DTensor)
                 assert t.placements == placements
-    assert sent == 0
+    assert collectives == 0
     return opt.memory_report().state_bytes
 
 
@@ -110,7 +110,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_two_ranks_come_to_the_bits_of_one_process(options, dtype, tmp_path):
+def test_two_ranks_bitwise_equal_one_process(options, dtype, tmp_path):
     run(2, step_a_part, (2,), (Shard(0),), dtype, options, folder=tmp_path)
 
 
@@ -119,13 +119,13 @@ def test_two_ranks_come_to_the_bits_of_one_process(options, dtype, tmp_path):
     [((4,), (Shard(0),)), ((2, 2), (Replicate(), Shard(0))), ((2, 2), (Shard(0), Shard(0)))],
     ids=["shards of 4", "replicas of shards", "shards of shards"],
 )
-def test_four_ranks_come_to_the_bits_of_one_process(sizes, placements, tmp_path):
+def test_four_ranks_bitwise_equal_one_process(sizes, placements, tmp_path):
     sizes_of_state = run(4, step_a_part, sizes, placements, torch.bfloat16, {}, folder=tmp_path)
     assert len(set(sizes_of_state)) == 1  # all of a parameter's state is reported, the same everywhere
 
 
 def network(device="cpu"):
-    torch.manual_seed(0)  # weights are drawn on the CPU, which draws others than a GPU does
+    torch.manual_seed(0)  # weights are drawn on the CPU, whose generator differs from that of a GPU
     return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 90), nn.Tanh(), nn.Linear(90, 64)).to(device)
 
 
@@ -138,7 +138,7 @@ def sharded(mesh, device="cpu", **policy):
 
 
 def options_of(model, **options):
-    """Parameters in groups with the loads of sharded ones, so that one process has the same tables."""
+    """Groups that give parameters the loads of sharded ones, so that one process has the same tables."""
     groups = [
         {"params": [p], "compress_ratio": 1 if p.ndim == 1 else math.gcd(32, p.shape[1])} for p in model.parameters()
     ]
@@ -187,7 +187,7 @@ def train_sharded(rank, sizes):
 
 
 def clip_what_is_placed_in_many_ways(rank):
-    """The norm is that of whole gradients, each counted once, and takes a collective for each way to cut them."""
+    """The norm is that of whole gradients, each counted once, with one collective per kind of sharding."""
     mesh = init_device_mesh("cpu", (2, 2))
     ways = [None, (Shard(0), Shard(0)), (Replicate(), Shard(0)), (Shard(0), Replicate()), (Replicate(), Replicate())]
     grads = [values(shape, number) for number, shape in enumerate([(64, 32), (8, 32), (5, 32), (96,), (3,)])]
@@ -197,15 +197,15 @@ def clip_what_is_placed_in_many_ways(rank):
         params.append(nn.Parameter(place(torch.ones_like(g))))
         params[-1].grad = place(g)
     opt = Collins(params, **EXACT, max_grad_norm=1.0)
-    with CommDebugMode() as talk:
+    with CommDebugMode() as communication:
         opt.step()
     expected = torch.stack([g.norm() for g in grads]).norm()
     torch.testing.assert_close(opt.grad_norm, expected, rtol=1e-6, atol=0)
-    assert talk.get_total_counts() == 4  # two dimensions, and one, and one
+    assert communication.get_total_counts() == 4  # two dimensions, and one, and one
     return opt.grad_norm
 
 
-def test_the_norm_counts_each_element_once_however_it_is_placed(tmp_path):
+def test_the_norm_counts_each_element_once_for_every_placement(tmp_path):
     norms = run(4, clip_what_is_placed_in_many_ways, folder=tmp_path)
     assert all(torch.equal(norm, norms[0]) for norm in norms)
 
@@ -225,14 +225,14 @@ def refuse_to_clip_in_backward(rank):
     return message
 
 
-def test_clipping_in_backward_is_refused_where_a_rank_sees_a_part_alone(tmp_path):
+def test_clipping_in_backward_is_rejected_for_sharded_gradients(tmp_path):
     for message in run(2, refuse_to_clip_in_backward, folder=tmp_path / "2"):
         assert message.startswith("max_grad_norm must be None with in_backward=True for parameter")
     assert run(1, clip_alone, folder=tmp_path / "1") == [True]
 
 
 def clip_alone(rank):
-    """One rank has all of each gradient."""
+    """A single rank has whole gradients."""
     model = sharded(init_device_mesh("cpu", (1,)))
     opt = options_of(model, max_grad_norm=0.05, in_backward=True)
     model(batch(0)).square().mean().backward()
@@ -241,7 +241,7 @@ def clip_alone(rank):
 
 
 @pytest.mark.parametrize("sizes", [(2,), (4,), (2, 2)], ids=str)
-def test_fully_shard_trains_as_one_process_does(sizes, tmp_path):
+def test_fully_shard_equals_one_process(sizes, tmp_path):
     norms = run(math.prod(sizes), train_sharded, sizes, folder=tmp_path)
     assert 0 < norms[0] < math.inf
     assert all(torch.equal(norm, norms[0]) for norm in norms)
@@ -284,7 +284,7 @@ def train_in_backward(rank, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"memory": "host"}, {"nonfinite": "error"}], ids=str)
-def test_steps_in_backward_come_to_the_same_bits(options, tmp_path):
+def test_steps_in_backward_are_bitwise_the_same(options, tmp_path):
     run(2, train_in_backward, options, folder=tmp_path)
 
 
@@ -326,7 +326,7 @@ def step_with_one_bad_part(rank):
     return str(error.value)
 
 
-def test_all_ranks_hear_of_a_gradient_that_is_not_finite_on_one(tmp_path):
+def test_a_nonfinite_gradient_on_one_rank_raises_on_all_ranks(tmp_path):
     first, second = run(2, step_with_one_bad_part, folder=tmp_path)
     assert first == second
 
@@ -342,7 +342,7 @@ def step_with_partial_gradients(rank):
     assert torch.equal(p.to_local().detach(), single.detach())
 
 
-def test_gradients_that_are_still_to_be_summed_are_summed(tmp_path):
+def test_partial_gradients_are_summed(tmp_path):
     run(2, step_with_partial_gradients, folder=tmp_path)
 
 
@@ -388,7 +388,7 @@ def train_in_two_dimensions(rank):
         x = batch(step)
         model(x[4 * mesh.get_local_rank("data") :][:4]).square().mean().backward()
         single(x).square().mean().backward()
-        # The same gradients to the bit: what is compared is where each row's signs and tables are.
+        # Bitwise the same gradients: the test compares the positions of each row's signs and tables.
         p, q = model[0].weight, single[0].weight
         torch.testing.assert_close(p.grad.full_tensor() * 0.5, q.grad, rtol=1e-4, atol=1e-6)
         q.grad.copy_(p.grad.full_tensor())

@@ -1,4 +1,4 @@
-"""Programs that step each parameter in hooks of their own get the bits of a step after backward."""
+"""Programs that step each parameter in their own hooks get bitwise the result of a step after backward."""
 
 import copy
 
@@ -40,8 +40,8 @@ def pair(memory, schedule=False, **options):
 
 @tiers
 @pytest.mark.parametrize("calls_step", [True, False], ids=["step follows", "no step follows"])
-def test_steps_in_hooks_of_a_program_are_those_after_backward(memory, calls_step):
-    """The model uses some parameters in every second pass only, and the learning rate changes in between."""
+def test_steps_in_hooks_of_a_program_equal_steps_after_backward(memory, calls_step):
+    """The model uses some parameters in every second pass only, and the learning rate changes."""
     (model, opt, rate), (other, theirs, their_rate) = pair(memory, schedule=True)
     stepped(model, opt, range(STEPS), rate)
     hosted(other, theirs)
@@ -51,12 +51,12 @@ def test_steps_in_hooks_of_a_program_are_those_after_backward(memory, calls_step
         if calls_step:
             theirs.step()
         else:
-            theirs._opt_called = True  # what a schedule looks for, which such a program does not use
+            theirs._opt_called = True  # schedules check this, which such a program does not set
         their_rate.step()
     assert same_bits((model, opt), (other, theirs))
 
 
-def test_some_parameters_may_be_left_to_step():
+def test_some_parameters_may_be_stepped_by_step():
     (model, opt, _), (other, theirs, _) = pair(None)
     stepped(model, opt, range(STEPS))
     for handle in hosted(other, theirs)[::2]:
@@ -65,12 +65,12 @@ def test_some_parameters_may_be_left_to_step():
     assert same_bits((model, opt), (other, theirs))
 
 
-def test_a_loaded_state_is_what_the_next_step_goes_on_from():
+def test_a_loaded_state_is_used_by_the_next_step():
     (model, opt, _), (other, theirs, _) = pair(None)
     stepped(model, opt, range(3))
     saved, weights = copy.deepcopy(opt.state_dict()), copy.deepcopy(model.state_dict())
     hosted(other, theirs)
-    backward(other, 50)  # nothing says that this step has ended
+    backward(other, 50)  # no call marks the end of this step
     theirs.load_state_dict(saved)
     other.load_state_dict(weights)
     for step in range(3, STEPS):
@@ -79,7 +79,7 @@ def test_a_loaded_state_is_what_the_next_step_goes_on_from():
     assert same_bits((model, opt), (other, theirs))
 
 
-def test_a_parameter_without_a_gradient_stays_and_one_that_is_added_is_stepped():
+def test_a_parameter_without_a_gradient_is_unchanged_and_an_added_one_is_stepped():
     p, q = (torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2))
     opt = Collins([p], compress_ratio=1)
     opt.step_parameter(p)
@@ -94,7 +94,7 @@ def test_a_parameter_without_a_gradient_stays_and_one_that_is_added_is_stepped()
     assert moved[1] == pytest.approx(10 * moved[0], rel=1e-3)
 
 
-def test_a_step_in_hooks_is_measured_whole():
+def test_statistics_of_a_step_in_hooks_include_all_parameters():
     (model, opt, _), (other, theirs, _) = pair(None, nonfinite="skip")
     hosted(other, theirs)
     for step in range(3):
@@ -104,7 +104,7 @@ def test_a_step_in_hooks_is_measured_whole():
         backward(other, step)
         if step == 1:
             theirs.step()
-    backward(other, 3)  # which ends the step before it
+    backward(other, 3)  # this ends the previous step
     known, found = opt.statistics(), theirs.statistics()
     assert known.keys() == found.keys() >= {"update_rms/0", "weight_rms/0", "skipped_steps"}
     for name in ("update_rms/0", "weight_rms/0", "skipped_buckets", "skipped_steps"):
@@ -112,7 +112,7 @@ def test_a_step_in_hooks_is_measured_whole():
 
 
 @pytest.mark.parametrize("change", ["option", "gradient", "stranger", "in_backward", "max_grad_norm"])
-def test_what_cannot_be_stepped_is_refused_and_nothing_changes(change):
+def test_an_unsupported_step_is_rejected_and_nothing_changes(change):
     p, stranger = (torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2))
     opt = Collins([p], in_backward=change == "in_backward")
     p.grad = stranger.grad = torch.ones(64, 64)

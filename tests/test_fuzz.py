@@ -1,4 +1,4 @@
-"""Whatever is loaded, it ends in a clean error with nothing changed, to the bit, or in a correct load.
+"""Loading anything either raises a clean error and changes nothing, or is correct.
 
 State dicts, checkpoints, sharded folders, memory policies and their files are made wrong in thousands of ways, the same
 ones in every run. Each case depends on its seed alone, which a failing one names. Some 200 are tried in the suite; by
@@ -25,7 +25,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import bits, give_gradients, parameters, same
-from mutations import Cases, damaged, mutated, near, odd
+from mutations import Cases, almost_valid, damaged_bytes, mutated, random_value
 
 import collins
 from collins import CheckpointError, Collins, checkpoint, convert, files, whole_folder
@@ -48,17 +48,17 @@ WAYS = {
     "named": {},
 }
 over_ways = pytest.mark.parametrize("way", WAYS)
-# Of PyTorch, about tensors that were made wrong; of numpy, about numbers.
+# Warnings of PyTorch about malformed tensors, and of numpy about numbers.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse|.*sparse|Casting complex|overflow encountered|invalid value")
 
 
 def share(of_all, ways=1):
-    """How many cases of a kind there are, which has this share of all and is tried in so many ways."""
+    """The number of cases of a kind, from its share of all cases and the number of ways it is run in."""
     return max(round(COUNT * of_all / ways), 1)
 
 
 class Side:
-    """Parameters, some of them in 16 bits; their optimizer, stepped so many times."""
+    """Parameters, some of them in 16 bits, and their optimizer after `steps` steps."""
 
     def __init__(self, way, steps):
         self.ps = parameters(torch.float32, SHAPES, "cpu")
@@ -79,7 +79,7 @@ class Side:
         self.opt.zero_grad()
 
     def values(self):
-        """All that a load may change: weights, tables, counters, options, keys of hashes, hooks."""
+        """Everything that a load may change: weights, tables, counters, options, keys of hashes, hooks."""
         saved = self.opt.state_dict()
         keys = [getattr(self.opt.hash_of(p), "key", None) for p in self.ps]
         rates = [id(group["lr"]) for group in self.opt.param_groups if isinstance(group["lr"], torch.Tensor)]
@@ -90,7 +90,7 @@ class Side:
 
 
 def alike(some, others):
-    """Equality that takes NaN for equal to itself."""
+    """Equality in which NaN equals NaN."""
     if isinstance(some, torch.Tensor):
         if not isinstance(others, torch.Tensor) or some.dtype != others.dtype or some.shape != others.shape:
             return False
@@ -107,7 +107,7 @@ def alike(some, others):
 
 
 def as_saved(state, given):
-    """Whether a parameter's state is what a state dict gave for it; counters are tensors here."""
+    """Whether a parameter's state equals that of a state dict; counters are tensors here."""
     if not given:
         return not state
     return (
@@ -122,7 +122,7 @@ def as_saved(state, given):
 
 @contextlib.contextmanager
 def draws_nothing():
-    """Of the random numbers that a program draws itself."""
+    """Checks that the body does not use the global random generators."""
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
     yield
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
@@ -131,7 +131,7 @@ def draws_nothing():
 
 
 def loads(side, given):
-    """Loads a state dict, which is then checked to have been loaded as it says."""
+    """Loads a state dict, and checks that the result equals it."""
     opt, kept = side.opt, copy.deepcopy(given)
     try:
         opt.check_state_dict(given)
@@ -148,16 +148,16 @@ def loads(side, given):
 
 @pytest.fixture(scope="module")
 def saved():
-    """For each way the state dict of an optimizer that has stepped."""
+    """For each way, the state dict of an optimizer that has stepped."""
     return {way: Side(way, 3).opt.state_dict() for way in WAYS}
 
 
 def try_state_dicts(way, saved, count):
     cases = Cases("state dict", way, count=count)
     for seed in cases:
-        with cases.case(seed) as chance:
-            given = mutated(saved[way if chance.random() < 0.8 else chance.choice(list(WAYS))], chance)
-            steps = chance.choice([0, 2])
+        with cases.case(seed) as rng:
+            given = mutated(saved[way if rng.random() < 0.8 else rng.choice(list(WAYS))], rng)
+            steps = rng.choice([0, 2])
             side = Side(way, steps)
             before = side.values()
             try:
@@ -166,7 +166,7 @@ def try_state_dicts(way, saved, count):
             except CLEAN:
                 cases.ended["refused"] += 1
                 assert alike(side.values(), before)
-                if chance.random() < 0.2:
+                if rng.random() < 0.2:
                     twin = Side(way, steps)
                     for each in (side, twin):
                         each.step(9)
@@ -183,8 +183,8 @@ def test_state_dicts(way, saved):
 
 
 @pytest.mark.skipif("FUZZ_CASE" in os.environ, reason="another case is asked for")
-def test_a_check_that_is_taken_out_is_missed(saved, monkeypatch):
-    """In that an error is not clean, or what was refused has changed something."""
+def test_removing_a_check_is_detected(saved, monkeypatch):
+    """Without the check an error is not clean, or a rejected state dict has changed something."""
     monkeypatch.setattr(checkpoint, "_check_group", lambda *_: None)
     with pytest.raises((AssertionError, LookupError, AttributeError)) as caught:
         try_state_dicts("default", saved, 200)
@@ -201,9 +201,9 @@ def test_state_dicts_that_are_converted(way, saved):
     before = side.values()
     cases = Cases("convert", way, count=share(0.15, len(WAYS)))
     for seed in cases:
-        with cases.case(seed) as chance:
-            source = adamw.state_dict() if chance.random() < 0.5 else saved[chance.choice(list(WAYS))]
-            given = mutated(source, chance)
+        with cases.case(seed) as rng:
+            source = adamw.state_dict() if rng.random() < 0.5 else saved[rng.choice(list(WAYS))]
+            given = mutated(source, rng)
             try:
                 with draws_nothing():
                     found = convert(given, side.opt)
@@ -228,16 +228,16 @@ def test_policies(kind, tmp_path):
     path = tmp_path / "policy.toml"
     cases = Cases("policy", kind, count=share(0.2, 3))
     for seed in cases:
-        with cases.case(seed) as chance:
+        with cases.case(seed) as rng:
             if kind == "toml":
-                path.write_bytes(damaged(TOML, chance))
+                path.write_bytes(damaged_bytes(TOML, rng))
                 given = path
             elif kind == "string":
-                given = chance.choice(["auto", "device", "host", "HOST", ".tom", "2GiB"])
-                given = near(given, chance) if chance.random() < 0.9 else given
+                given = rng.choice(["auto", "device", "host", "HOST", ".tom", "2GiB"])
+                given = almost_valid(given, rng) if rng.random() < 0.9 else given
             else:
-                given = {chance.choice(NAMES): odd(chance) for _ in range(chance.randrange(4))}
-                given = mutated(chance.choice([POLICY, given]), chance)
+                given = {rng.choice(NAMES): random_value(rng) for _ in range(rng.randrange(4))}
+                given = mutated(rng.choice([POLICY, given]), rng)
             p = torch.nn.Parameter(torch.zeros(3))
             kept = None if kind == "toml" else copy.deepcopy(given)
             try:
@@ -262,7 +262,7 @@ def test_policies(kind, tmp_path):
 
 
 class Counting(torch.nn.Linear):
-    """A model that keeps more than tensors."""
+    """A model with extra state that is not a tensor."""
 
     calls = 3
 
@@ -274,7 +274,7 @@ class Counting(torch.nn.Linear):
 
 
 class Program(Side):
-    """All that a training program keeps in a file."""
+    """The contents of a checkpoint file of a training program."""
 
     def __init__(self, steps):
         super().__init__("default", steps)
@@ -299,7 +299,7 @@ class Program(Side):
 
 
 def sealed(data):
-    """The bytes of a file whose seal is right, whatever is in it."""
+    """The bytes of a file with a valid seal and the given content."""
     file = io.BytesIO()
     seal = files._DigestingFile(file)
     seal.write(data)
@@ -318,25 +318,25 @@ def parts_of(whole):
 
 @pytest.mark.parametrize("kind", ["file", "sealed", "content"])
 def test_checkpoint_files(kind, tmp_path):
-    """Bytes that were damaged; damaged ones under a right seal; and content that was made wrong before it was saved."""
+    """Damaged bytes; damaged bytes with a valid seal; and content that was invalid when it was saved."""
     path = tmp_path / "checkpoint.pt"
     collins.save(path, **Program(3).parts, epoch=3)
     whole, content = path.read_bytes(), torch.load(path, weights_only=True)
     seal, parts = len(whole) - files._TRAILER, parts_of(whole)
     cases = Cases("file", kind, count=share(0.2, 3))
     for seed in cases:
-        with cases.case(seed) as chance:
+        with cases.case(seed) as rng:
             if kind == "file":
-                found = damaged(whole, chance, parts)
+                found = damaged_bytes(whole, rng, parts)
             elif kind == "sealed":
-                found = sealed(damaged(whole[:seal], chance, [part for part in parts if part[1] <= seal]))
+                found = sealed(damaged_bytes(whole[:seal], rng, [part for part in parts if part[1] <= seal]))
             else:
                 file = io.BytesIO()
-                name, given = chance.choice(list(content)), dict(content)
-                given[name] = mutated(content[name], chance)
+                name, given = rng.choice(list(content)), dict(content)
+                given[name] = mutated(content[name], rng)
                 try:
-                    torch.save(mutated(content, chance) if chance.random() < 0.1 else given, file)
-                except Exception:  # nothing that could be in a file
+                    torch.save(mutated(content, rng) if rng.random() < 0.1 else given, file)
+                except Exception:  # values that a file cannot contain
                     continue
                 found = sealed(file.getvalue())
             path.write_bytes(found)
@@ -370,18 +370,18 @@ def test_sharded_folders(tmp_path):
     folder = tmp_path / "damaged"
     cases = Cases("folder", count=share(0.05))
     for seed in cases:
-        with cases.case(seed) as chance:
+        with cases.case(seed) as rng:
             shutil.copytree(folders[0], folder)
-            file = chance.choice(sorted(folder.iterdir()))
-            kind = chance.choice(["flip", "cut", "missing", "swap"])
+            file = rng.choice(sorted(folder.iterdir()))
+            kind = rng.choice(["flip", "cut", "missing", "swap"])
             if kind == "flip" and file.name != ".metadata":  # a pickle, which might run anything
-                file.write_bytes(damaged(file.read_bytes(), chance))
+                file.write_bytes(damaged_bytes(file.read_bytes(), rng))
             elif kind == "missing":
                 file.unlink()
             elif kind == "swap":
                 file.write_bytes((folders[1] / file.name).read_bytes())
             else:
-                file.write_bytes(file.read_bytes()[: chance.randrange(file.stat().st_size)])
+                file.write_bytes(file.read_bytes()[: rng.randrange(file.stat().st_size)])
             side = Side("default", 2)
             before, given = side.values(), {"optimizer": copy.deepcopy(side.opt.state_dict())}
             try:

@@ -1,4 +1,4 @@
-"""Hash families: exact formulas, and the statistics that the sketch rests on."""
+"""Hash families: exact formulas, and the statistical properties that the sketch requires."""
 
 import itertools
 import math
@@ -118,7 +118,7 @@ def test_signs_of_a_pair_are_independent(name, i, j):
 
 
 @pytest.mark.parametrize("name", ["block", "universal"])
-def test_parameters_seeds_and_epochs_draw_independently(name):
+def test_signs_of_parameters_seeds_and_epochs_are_independent(name):
     index, size = torch.arange(2**16), 2**16
     hashes = [family(name, size, 2048, seed=seed, key=key) for seed in range(3) for key in range(3)]
     drawn = [hash.sign(index) for hash in hashes]
@@ -132,7 +132,7 @@ def test_parameters_seeds_and_epochs_draw_independently(name):
             assert agreeing < 1 / 2048 + 5 * math.sqrt(1 / 2048 / size)
 
 
-def test_each_bucket_draws_once_a_period_at_its_own_phase():
+def test_each_bucket_redraws_once_per_period_at_its_own_phase():
     hash = BlockHash(2**15, 8, period=50)
     bucket, index = torch.arange(hash.buckets), torch.arange(2**15)
     fresh = torch.stack([hash.fresh(bucket, step) for step in range(1, 151)])
@@ -167,7 +167,7 @@ def test_mix32_is_the_reference_and_avalanches(device):
         assert (ones - 0.5).abs().max() < 5 * 0.5 / math.sqrt(len(x))
 
 
-def test_words_of_neighbouring_indices_ticks_and_keys_differ():
+def test_sign_words_of_adjacent_indices_epochs_and_keys_differ():
     index = torch.arange(1000)
     words = [mixed_word(index, tick, hash_key(0, key, "sign")) for tick in range(3) for key in range(3)]
     assert len(torch.cat(words).unique()) > 8990  # of 9000

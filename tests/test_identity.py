@@ -1,4 +1,4 @@
-"""A parameter's hash key stays with it, and what an optimizer's state holds is the truth, in every tier."""
+"""A parameter keeps its hash key, and edits of an optimizer's state take effect, in every tier."""
 
 import copy
 import gc
@@ -75,7 +75,7 @@ def copied(opt, a, c):
 @pytest.mark.parametrize(
     "change", [frozen, removed_with_its_state, group_gone, appended, inserted, reordered, moved, copied]
 )
-def test_the_others_are_stepped_as_if_nothing_had_changed(change, in_backward, memory):
+def test_other_parameters_are_stepped_as_without_the_change(change, in_backward, memory):
     if in_backward and change is copied:
         pytest.skip("a second optimizer over one parameter is refused")
     sides = []
@@ -99,7 +99,7 @@ def test_the_others_are_stepped_as_if_nothing_had_changed(change, in_backward, m
     assert all(torch.equal(bits(one), bits(other)) for one, other in zip(*sides, strict=True))
 
 
-def test_a_parameter_that_comes_back_goes_on_where_it_was():
+def test_a_parameter_that_is_added_again_continues_from_its_state():
     sides = []
     for away in (False, True):
         a, b = parameter(64, 64), parameter(64, 64, seed=1)
@@ -118,7 +118,7 @@ def test_a_parameter_that_comes_back_goes_on_where_it_was():
     assert all(map(torch.equal, *sides))
 
 
-def test_one_optimizer_for_each_named_parameter_hashes_each_its_own_way():
+def test_optimizers_of_one_named_parameter_each_have_distinct_hashes():
     model = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(3)))
     named = [Collins([pair]) for pair in model.named_parameters()]
     together = Collins(model.named_parameters())
@@ -126,10 +126,10 @@ def test_one_optimizer_for_each_named_parameter_hashes_each_its_own_way():
     signs = [opt.hash_of(p).sign(index) for opt, p in zip(named, model.parameters(), strict=True)]
     assert not any(torch.equal(signs[i], signs[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     for p, sign in zip(model.parameters(), signs, strict=True):
-        assert torch.equal(together.hash_of(p).sign(index), sign)  # the name decides, not the company
+        assert torch.equal(together.hash_of(p).sign(index), sign)  # the key depends on the name only
 
 
-def test_keys_travel_with_copies_and_are_taken_from_what_is_loaded():
+def test_keys_are_copied_and_loaded_with_state():
     a, b = parameter(64, 64), parameter(64, 64, seed=1)
     opt = Collins([("a", a), ("b", b)], lr=1e-2)
     for step in range(3):
@@ -139,7 +139,7 @@ def test_keys_travel_with_copies_and_are_taken_from_what_is_loaded():
     (c, d), other = copy.deepcopy((opt.param_groups[0]["params"], opt))
     loaded = pickle.loads(pickle.dumps(opt))
     unnamed = Collins([parameter(64, 64), parameter(64, 64)], lr=1e-2)
-    unnamed.load_state_dict(opt.state_dict())  # names and no names: the keys come with the tables
+    unnamed.load_state_dict(opt.state_dict())  # with and without names: keys are loaded with the tables
     for p, q in ((a, c), (b, d)):
         keys = [hash.key for hash in (opt.hash_of(p), other.hash_of(q))]
         assert keys[0] == keys[1] > 2**62
@@ -155,8 +155,8 @@ ROUNDED = [{}, {"hash": "universal"}, {"memory": "host"}, {"in_backward": True},
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", ROUNDED, ids=str)
 @pytest.mark.parametrize("names", [(False, False), (True, False), (False, True)], ids=str)
-def test_what_is_rounded_goes_on_to_the_bit_in_another_order_and_under_other_names(names, options, dtype):
-    """Random bits derive from the key, which comes with dense moments as it does with tables."""
+def test_rounding_resumes_bitwise_with_another_order_and_other_names(names, options, dtype):
+    """Random bits derive from the key, which is saved with dense moments as well as with tables."""
 
     def step(ps, opt, number):
         for i, p in enumerate(ps):
@@ -183,7 +183,7 @@ def test_what_is_rounded_goes_on_to_the_bit_in_another_order_and_under_other_nam
         step(ps, opt, number)
     qs = [torch.nn.Parameter(p.detach().clone()) for p in ps]
     other = Collins(named(qs, names[1]), **built)
-    if not names[0]:  # names were never saved: an optimizer that has some goes by its own
+    if not names[0]:  # no names were saved: an optimizer with names uses its own
         other.load_state_dict(copy.deepcopy(opt.state_dict()))
     else:
         file = io.BytesIO()
@@ -196,8 +196,8 @@ def test_what_is_rounded_goes_on_to_the_bit_in_another_order_and_under_other_nam
     assert all(map(same_snapshots, snapshot(ps, opt), snapshot(qs, other)))
 
 
-def test_a_parameter_that_is_cast_says_what_it_is_rounded_with():
-    """And a state that another optimizer has made is that of the key which it is stepped under."""
+def test_a_cast_parameter_saves_the_key_of_its_rounding():
+    """State that another optimizer created is saved with the key that steps use."""
     a, b = parameter(40), parameter(40)
     opt, other = Collins([parameter(3), a]), Collins([b])
     give(a, 0)
@@ -212,8 +212,8 @@ def test_a_parameter_that_is_cast_says_what_it_is_rounded_with():
     assert keys == [1, 0]
 
 
-def test_a_key_that_dense_moments_were_saved_with_is_not_that_of_tables():
-    """Tables whose keys are those here keep them, also where all other keys that are saved are numbers."""
+def test_a_key_of_dense_moments_does_not_apply_to_tables():
+    """Tables with the same keys keep them, also if all other saved keys are numbers."""
     ps = [torch.nn.Parameter(parameter(*shape).bfloat16()) for shape in ((5,), (64, 64), (40,))]
     opt = Collins(ps, min_K=16)
     for p in ps:
@@ -252,7 +252,7 @@ def test_a_copy_may_be_reordered_before_it_steps(copied, memory):
         ("rehash_period", None, "rehash_period 400 where this optimizer has None"),
     ],
 )
-def test_an_option_under_which_live_tables_mean_something_else_is_refused(option, value, text, memory):
+def test_an_option_that_contradicts_existing_tables_is_rejected(option, value, text, memory):
     p = parameter(64, 64)
     opt = Collins([p], min_K=1, memory=memory)
     for step in range(3):
@@ -266,12 +266,12 @@ def test_an_option_under_which_live_tables_mean_something_else_is_refused(option
     assert torch.equal(p.detach(), before)
     now = opt.state_dict()["state"]
     assert all(torch.equal(bits(now[0][name]), bits(saved[0][name])) for name in saved[0])
-    opt.state.clear()  # a restart is said, not guessed
+    opt.state.clear()  # a restart must be explicit
     opt.step()
     assert opt.state[p]["step"] == 1
 
 
-def test_coefficients_that_are_set_under_live_tables_are_refused():
+def test_coefficients_set_for_existing_tables_are_rejected():
     p = parameter(64, 64)
     opt = Collins([p], hash="universal")
     for step in range(4):
@@ -337,14 +337,14 @@ def counter_filled(opt, p):
         counter_set, counter_filled,
     ],
 )  # fmt: skip
-def test_what_is_done_to_the_state_is_done_in_every_tier(edit, in_backward):
+def test_edits_of_the_state_take_effect_in_every_tier(edit, in_backward):
     sides = []
     for memory in TIERS.values():
         p, q = parameter(64, 64), parameter(32, 64, seed=1)
         opt = Collins([p, q], lr=1e-2, memory=memory, in_backward=in_backward, table_dtype=torch.float32)
         for step in range(7):
             if step == 4:
-                opt.state_dict()  # what is on its way to the host has arrived
+                opt.state_dict()  # waits for copies to the host
                 edit(opt, p)
             give(p, step), give(q, 50 + step)
             grads, p.grad, q.grad = (p.grad, q.grad), None, None
@@ -360,7 +360,7 @@ def test_what_is_done_to_the_state_is_done_in_every_tier(edit, in_backward):
 
 @in_every_tier
 @pytest.mark.parametrize("options", [{}, {"hash": "universal"}], ids=str)
-def test_parameters_that_were_replaced_are_let_go_of(options, memory):
+def test_replaced_parameters_are_freed(options, memory):
     other, p = parameter(64, 64), parameter(64, 64)
     opt, old = Collins([other, p], memory=memory, **options), []
     for step in range(4):
@@ -375,12 +375,12 @@ def test_parameters_that_were_replaced_are_let_go_of(options, memory):
     gc.collect()
     assert not any(ref() is not None for ref in old)
     if memory == TIERS["host"]:
-        assert len(opt.placement) == 1  # memory that a parameter has left is used again
+        assert len(opt.placement) == 1  # memory of a removed parameter is reused
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
-def test_counters_of_parameters_that_were_replaced_are_used_again(in_backward):
-    """What was handed out of them stands where it stood; the others count on."""
+def test_counters_of_replaced_parameters_are_reused(in_backward):
+    """Counters that were handed out keep their values; other counters continue."""
     a, b = parameter(40), parameter(5)
     opt, old = Collins([a, b], in_backward=in_backward), []
     for step in range(1, 200):
@@ -392,7 +392,7 @@ def test_counters_of_parameters_that_were_replaced_are_used_again(in_backward):
             old.append(opt.state.pop(a)["step"])
             a = opt.param_groups[0]["params"][0] = parameter(40)
             if in_backward:
-                opt.add_param_group({"params": [parameter(1)]})  # which has new parameters hooked
+                opt.add_param_group({"params": [parameter(1)]})  # this registers hooks of new parameters
                 del opt.param_groups[-1]
         assert opt.state[b]["step"] == step
     assert len(opt._stepper._counters._views) <= 3
@@ -400,7 +400,7 @@ def test_counters_of_parameters_that_were_replaced_are_used_again(in_backward):
 
 
 @in_every_tier
-def test_a_parameter_that_grew_starts_anew_once_its_state_is_removed(memory):
+def test_a_resized_parameter_restarts_once_its_state_is_removed(memory):
     p, other = parameter(64, 64), parameter(32, 64)
     opt = Collins([p, other], lr=1e-2, memory=memory)
     for step in range(5):
@@ -418,12 +418,12 @@ def test_a_parameter_that_grew_starts_anew_once_its_state_is_removed(memory):
     assert [int(opt.state[q]["step"]) for q in (p, other)] == [2, 5]
 
 
-# What is frozen.
+# Frozen parameters.
 
 
 @in_every_tier
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
-def test_what_is_frozen_takes_no_memory_until_it_is_trained(memory, in_backward):
+def test_frozen_parameters_use_no_memory_until_they_are_trained(memory, in_backward):
     base, adapter = parameter(256, 256), parameter(64, 64)
     base.requires_grad_(False)
     opt = Collins([("base", base), ("adapter", adapter)], memory=memory, in_backward=in_backward)
@@ -436,7 +436,7 @@ def test_what_is_frozen_takes_no_memory_until_it_is_trained(memory, in_backward)
     assert opt.memory_report().state_bytes == held
     assert sum(plan.bytes for plan in opt.placement) in (0, held - 4)
     base.requires_grad_(True)
-    opt.step()  # which sees that it takes gradients now
+    opt.step()  # this detects that it requires gradients now
     (adapter.sum() + base.sum()).backward()
     opt.step()
     assert opt.state[base]["step"] == 1
@@ -446,7 +446,7 @@ def test_what_is_frozen_takes_no_memory_until_it_is_trained(memory, in_backward)
 @in_every_tier
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn, torch.complex64, torch.int64], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_what_is_frozen_may_be_of_any_dtype_and_anywhere(memory, dtype, device):
+def test_frozen_parameters_may_have_any_dtype_and_device(memory, dtype, device):
     zeros = [torch.zeros(shape, dtype=torch.float32).to(dtype).to(device) for shape in ((64, 64), (2048,), (3,))]
     bases = [torch.nn.Parameter(each, requires_grad=False) for each in zeros]
     adapter = parameter(64, 64)
@@ -464,7 +464,7 @@ def test_what_is_frozen_may_be_of_any_dtype_and_anywhere(memory, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("options", [{}, {"capturable": True}, {"memory": "host"}, {"in_backward": True}], ids=str)
-def test_the_default_dtype_of_the_process_is_not_the_optimizers(dtype, options):
+def test_the_default_dtype_of_the_process_has_no_effect(dtype, options):
     def run(default):
         p = parameter(64, 64)
         torch.set_default_dtype(default)
@@ -492,8 +492,8 @@ def test_the_default_dtype_of_the_process_is_not_the_optimizers(dtype, options):
     [{}, {"memory": "host"}, {"capturable": True}, {"in_backward": True}, {"compile": True}, {"nonfinite": "error"}],
     ids=str,
 )
-def test_the_default_device_of_the_process_is_not_the_optimizers(options, built_inside):
-    """On "meta", where what goes there by mistake is lost."""
+def test_the_default_device_of_the_process_has_no_effect(options, built_inside):
+    """The default device is "meta": the contents of tensors that are created there by mistake are lost."""
 
     def run(device):
         p, small = parameter(64, 64), parameter(12)
@@ -511,7 +511,7 @@ def test_the_default_device_of_the_process_is_not_the_optimizers(options, built_
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(run("cpu"), run("meta"), strict=True))
 
 
-def test_a_backward_that_failed_is_named_as_what_it_is():
+def test_the_error_after_a_failed_backward_names_the_cause():
     class Fails(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -537,8 +537,8 @@ def test_a_backward_that_failed_is_named_as_what_it_is():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"hash": "universal"}, {"memory": "host"}], ids=str)
-def test_a_checkpoint_of_version_0_2_goes_on_to_the_bit_under_names(options, dtype):
-    """Its keys are numbers, also where it has names: dense moments in 16 bits are rounded by them."""
+def test_a_checkpoint_of_version_0_2_resumes_bitwise_with_names(options, dtype):
+    """Its keys are numbers, also with names; they determine the rounding of dense moments in 16 bits."""
 
     def network():
         torch.manual_seed(0)

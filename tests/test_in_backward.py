@@ -1,4 +1,4 @@
-"""Stepping in backward gives the bits of stepping after it, frees gradients at once, and refuses what cannot work."""
+"""Steps in backward bitwise equal steps after it and free gradients at once; unsupported uses are rejected."""
 
 import copy
 import gc
@@ -31,7 +31,7 @@ def groups(model):
 
 SCHEDULES = {
     "LambdaLR": lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
-    "OneCycleLR": lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.03, total_steps=20),  # moves betas as well
+    "OneCycleLR": lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.03, total_steps=20),  # changes betas, too
 }
 
 
@@ -42,7 +42,7 @@ def test_groups_and_schedules(memory, schedule, device):
     housed = trained(**options, in_backward=True)
     assert same_bits(trained(**options), housed)
     tiers = {row.tier for plan in housed[1].placement for row in plan.rows}
-    assert len(tiers) == {"unhoused": 0, "device": 1, "host": 1, "mixed": 2}[_name(memory)]
+    assert len(tiers) == {"resident": 0, "device": 1, "host": 1, "mixed": 2}[_name(memory)]
 
 
 def _name(memory):
@@ -77,7 +77,7 @@ def test_blocks_compiled_by_inductor(checkpointed):
 
 
 @tiers
-def test_gradients_are_freed_as_they_arrive(memory):
+def test_gradients_are_freed_when_they_have_been_used(memory):
     model = made()
     opt = Collins(model.parameters(), **OPTIONS, memory=memory, in_backward=True)
     held = []
@@ -98,7 +98,7 @@ def test_gradients_are_freed_as_they_arrive(memory):
     [None, "device", {"tier": "host", "transfer_size": 900}, {"device_budget": "3MiB", "transfer_size": 900}],
     ids=str,
 )
-def test_gradients_never_add_up(memory):
+def test_gradients_never_accumulate(memory):
     layers = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(16))).cuda()
     peaks = []
     for in_backward in (False, True):
@@ -120,7 +120,7 @@ def test_gradients_never_add_up(memory):
 
 
 @tiers
-def test_a_group_that_comes_later(memory):
+def test_a_group_that_is_added_later(memory):
     sides = []
     for in_backward in (False, True):
         model = made()
@@ -137,7 +137,7 @@ def test_a_group_that_comes_later(memory):
 
 
 @tiers
-def test_parameters_that_are_frozen_and_thawed(memory):
+def test_parameters_that_are_frozen_and_unfrozen(memory):
     sides = []
     for in_backward in (False, True):
         model = made()
@@ -149,13 +149,13 @@ def test_parameters_that_are_frozen_and_thawed(memory):
             stepped(model, opt, range(3))
         model.head.weight.requires_grad_(True)
         backward(model, 0)
-        assert (model.head.weight.grad is None) == in_backward  # though it was frozen when the optimizer was made
+        assert (model.head.weight.grad is None) == in_backward  # frozen when the optimizer was built
         sides.append((model, opt))
         opt.step()
     assert same_bits(*sides)
 
 
-def test_a_layer_that_was_moved_and_cast():
+def test_a_layer_that_is_moved_and_cast():
     sides = []
     for in_backward in (False, True):
         model = made()
@@ -183,14 +183,14 @@ def test_clipping_tensor_by_tensor(memory):
 
 
 def test_clipping_by_the_global_norm_finds_no_gradients():
-    """The reason for which the documentation warns of it."""
+    """The documentation warns of this."""
     model, opt = trained(steps=1, in_backward=True)
     backward(model, 1)
     assert nn.utils.clip_grad_norm_(model.parameters(), 1e-3) == 0
     opt.step()
 
 
-def test_a_backward_in_two_halves_is_one_step():
+def test_a_backward_in_two_parts_is_one_step():
     sides = []
     for in_backward in (False, True):
         torch.manual_seed(0)
@@ -205,7 +205,7 @@ def test_a_backward_in_two_halves_is_one_step():
     assert same_bits(*sides)
 
 
-def test_an_optimizer_looks_its_parameters_up_once_a_backward(monkeypatch):
+def test_an_optimizer_looks_up_its_parameters_once_per_backward(monkeypatch):
     calls = []
     for name in ("begin", "place"):
         method = getattr(Stepper, name)
@@ -221,7 +221,7 @@ def test_an_optimizer_looks_its_parameters_up_once_a_backward(monkeypatch):
         opt.step()
 
 
-# What is refused, and what is left then.
+# Errors, and the state after them.
 
 
 def snapshot(model, opt):
@@ -237,7 +237,7 @@ def unchanged(model, opt, before):
 
 
 @tiers
-def test_accumulation_that_was_not_asked_for_is_refused(memory):
+def test_accumulation_without_accumulation_steps_is_rejected(memory):
     model, opt = trained(memory=memory, in_backward=True)
     backward(model, 8)
     before = snapshot(model, opt)
@@ -255,7 +255,7 @@ def test_accumulation_that_was_not_asked_for_is_refused(memory):
     assert same_bits((model, opt), (other, other_opt))
 
 
-def test_a_gradient_counts_once_where_statistics_fail_after_its_step(monkeypatch):
+def test_a_gradient_is_counted_once_if_statistics_fail_after_its_step(monkeypatch):
     p = nn.Parameter(torch.ones(64, 64))
     opt = Collins([p], **OPTIONS, in_backward=True)
 
@@ -275,7 +275,7 @@ def test_a_gradient_counts_once_where_statistics_fail_after_its_step(monkeypatch
     assert opt.state[p]["step"] == 1
 
 
-def test_a_parameter_in_two_reentrant_checkpoints_is_refused():
+def test_a_parameter_in_two_reentrant_checkpoints_is_rejected():
     model = made(checkpointed=True)
     model.blocks[2] = model.blocks[1]
     opt = Collins(model.parameters(), **OPTIONS, in_backward=True)
@@ -285,7 +285,7 @@ def test_a_parameter_in_two_reentrant_checkpoints_is_refused():
     assert all(state["step"] == 1 for state in opt.state.values())
 
 
-def test_a_gradient_set_by_hand_after_the_step_is_refused():
+def test_a_gradient_that_is_set_after_the_step_is_rejected():
     model, opt = trained(in_backward=True)
     backward(model, 8)
     model.head.weight.grad = torch.ones_like(model.head.weight)
@@ -297,7 +297,7 @@ def test_a_gradient_set_by_hand_after_the_step_is_refused():
     opt.step()
 
 
-def test_a_closure_is_refused():
+def test_a_closure_is_rejected():
     model, opt = trained(in_backward=True)
     before = snapshot(model, opt)
     with pytest.raises(RuntimeError, match=r"closure must be None with in_backward=True.*in_backward=False"):
@@ -306,7 +306,7 @@ def test_a_closure_is_refused():
 
 
 @pytest.mark.parametrize("unscaled", [False, True])
-def test_a_grad_scaler_is_refused(unscaled):
+def test_a_grad_scaler_is_rejected(unscaled):
     model, opt = trained(steps=1, in_backward=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.zeros(()))
@@ -327,7 +327,7 @@ def test_in_backward_must_be_a_bool():
         Collins([nn.Parameter(torch.ones(3))], in_backward=1)
 
 
-def test_two_optimizers_over_one_parameter_are_refused():
+def test_two_optimizers_of_one_parameter_are_rejected():
     model, opt = trained(in_backward=True)
     with pytest.raises(ValueError, match="parameter 0 is stepped in backward by another optimizer already"):
         Collins(model.parameters(), in_backward=True)
@@ -389,7 +389,7 @@ def test_a_step_that_fails_is_not_counted(memory, first, monkeypatch):
     assert same_bits((model, opt), (other, other_opt))
 
 
-# Hooks: as many as there are optimizers, for as long as there are.
+# Hooks: one per optimizer, removed with it.
 
 
 def hooks(model):
@@ -397,7 +397,7 @@ def hooks(model):
 
 
 @tiers
-def test_hooks_go_with_their_optimizer(memory):
+def test_hooks_are_removed_with_their_optimizer(memory):
     model, opt = trained(memory=memory, in_backward=True)
     assert set(hooks(model)) == {1}
     known = weakref.ref(opt)
@@ -408,7 +408,7 @@ def test_hooks_go_with_their_optimizer(memory):
     assert all(p.grad is not None for p in model.blocks.parameters())
 
 
-def test_hooks_go_with_an_optimizer_in_a_cycle():
+def test_hooks_are_removed_with_an_optimizer_in_a_reference_cycle():
     model = made()
     opt = Collins(model.parameters(), **OPTIONS, in_backward=True)
     schedule = torch.optim.lr_scheduler.ConstantLR(opt)
@@ -419,7 +419,7 @@ def test_hooks_go_with_an_optimizer_in_a_cycle():
     assert set(hooks(model)) == {0}
 
 
-def test_an_optimizer_that_was_refused_leaves_no_hooks():
+def test_a_rejected_optimizer_leaves_no_hooks():
     model = made()
     with pytest.raises(ValueError, match="eps"):
         Collins(
@@ -445,7 +445,7 @@ def _saved(pair):
 @tiers
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("steps", [0, 3])
-def test_copies_step_on_by_themselves(memory, duplicate, steps):
+def test_copies_are_stepped_independently(memory, duplicate, steps):
     model, opt = pair = trained(steps=steps, memory=memory, in_backward=True)
     copied, copied_opt = duplicate(pair)
     assert same_bits(pair, (copied, copied_opt))
@@ -482,7 +482,7 @@ def test_resumes_between_backward_and_step(memory):
     assert same_bits((model, opt), trained(steps=11))
 
 
-def test_options_loaded_within_a_step_hold_for_the_rest_of_it():
+def test_options_loaded_within_a_step_apply_to_the_rest_of_it():
     torch.manual_seed(0)
     model = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
     opt = Collins(model.parameters(), **OPTIONS, in_backward=True)

@@ -1,4 +1,4 @@
-"""Ctrl-C: held back while parameters are stepped, in effect once they have been."""
+"""Ctrl-C: deferred while parameters are stepped, and in effect afterwards."""
 
 import signal
 import threading
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("ctrl_c")
 
 @pytest.fixture
 def ctrl_c():
-    """Python's own handler, which raises KeyboardInterrupt; what a test leaves must be it again."""
+    """Installs Python's handler, which raises KeyboardInterrupt, and checks that the test has restored it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     left = signal.signal(signal.SIGINT, before)
@@ -29,7 +29,7 @@ def press():
 
 
 class Pressed(Lines):
-    """Ctrl-C before the `failing`-th line of the steps' code that is run."""
+    """Sends Ctrl-C before the `failing`-th executed line of the code of steps."""
 
     def fail(self):
         press()
@@ -48,10 +48,10 @@ STEPPED = {
 
 
 class Stepped(Fault):
-    """In one of the ways of `STEPPED`."""
+    """An optimizer that steps in one of the ways of `STEPPED`."""
 
     def __init__(self, way):
-        self.way, self.graphs = way, Graphs()  # compiled once for all of its optimizers
+        self.way, self.graphs = way, Graphs()  # compiled once for all optimizers of this way
         super().__init__(STEPPED[way], first=False)
 
     def new(self):
@@ -79,7 +79,7 @@ class Stepped(Fault):
 
 
 @pytest.mark.parametrize("way", STEPPED)
-def test_ctrl_c_at_any_line_of_a_step_leaves_each_parameter_stepped_or_as_it_was(way):
+def test_ctrl_c_at_any_line_of_a_step_leaves_each_parameter_stepped_or_unchanged(way):
     fault = Stepped(way)
     *_, lines = fault.pressed(None)
     places = 2 if way.startswith("kernel") else 6  # Triton's interpreter is slow
@@ -93,8 +93,8 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_each_parameter_stepped_or_as_it_was
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
-def test_ctrl_c_between_the_launch_of_a_kernel_and_the_note_of_it(in_backward, monkeypatch):
-    """The step, or in backward that of the one parameter, ends first."""
+def test_ctrl_c_between_the_launch_of_a_kernel_and_its_record(in_backward, monkeypatch):
+    """The step, or in backward the step of one parameter, is completed first."""
     pytest.importorskip("triton")
     from collins.compile import kernels
 
@@ -123,7 +123,7 @@ def test_ctrl_c_between_the_launch_of_a_kernel_and_the_note_of_it(in_backward, m
     assert found == ([False, True] if in_backward else [True, True])  # backward begins at the last one
 
 
-def test_a_failure_is_put_right_before_ctrl_c_takes_effect(monkeypatch):
+def test_a_failure_is_rolled_back_before_ctrl_c_takes_effect(monkeypatch):
     ps, opt = made({}, 2)
     before = snapshot(ps, opt)
 
@@ -144,7 +144,7 @@ def held(body):
         body()
 
 
-def test_it_is_held_until_the_body_is_left():
+def test_ctrl_c_is_deferred_until_the_body_ends():
     done = []
 
     def body():
@@ -157,7 +157,7 @@ def test_it_is_held_until_the_body_is_left():
     assert done == [1]
 
 
-def test_a_body_within_a_body_holds_it_for_the_outer_one():
+def test_a_nested_body_defers_ctrl_c_until_the_outer_one_ends():
     done = []
 
     def body():
@@ -169,7 +169,7 @@ def test_a_body_within_a_body_holds_it_for_the_outer_one():
     assert done == [1]
 
 
-def test_another_one_after_a_while_takes_effect_at_once(monkeypatch):
+def test_a_second_ctrl_c_after_a_delay_takes_effect_at_once(monkeypatch):
     now, done = [0.0], []
     monkeypatch.setattr(interrupts.time, "monotonic", lambda: now[0])
 
@@ -184,7 +184,7 @@ def test_another_one_after_a_while_takes_effect_at_once(monkeypatch):
     assert done == [0, interrupts.PATIENCE / 2]
 
 
-def test_a_handler_of_the_users_is_called_once_with_its_signal():
+def test_a_custom_handler_is_called_once_with_its_signal():
     calls = []
     before = signal.signal(signal.SIGINT, lambda *args: calls.append(args))
     with HeldInterrupts():
@@ -195,7 +195,7 @@ def test_a_handler_of_the_users_is_called_once_with_its_signal():
     assert calls == [(signal.SIGINT, None)]
 
 
-def test_a_handler_that_the_body_sets_stays():
+def test_a_handler_that_the_body_installs_is_kept():
     calls = []
 
     def own(*_):
@@ -209,15 +209,15 @@ def test_a_handler_that_the_body_sets_stays():
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
-def test_where_python_has_no_handler_nothing_is_set(handler):
+def test_without_a_handler_of_python_none_is_installed(handler):
     before = signal.signal(signal.SIGINT, handler)
     with HeldInterrupts():
         assert signal.getsignal(signal.SIGINT) is handler
     signal.signal(signal.SIGINT, before)
 
 
-def test_other_threads_do_nothing():
-    """Handlers run in the main thread alone, which may be in a body of its own."""
+def test_in_other_threads_ctrl_c_is_not_deferred():
+    """Handlers run in the main thread only, which may execute a body of its own."""
     seen = []
 
     def hold():

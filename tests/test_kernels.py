@@ -47,7 +47,7 @@ CASES = [
 
 
 def count_launches(monkeypatch):
-    """How many tensors each launch has taken, filled as they come."""
+    """The number of tensors of each launch, appended at each launch."""
     taken = []
     original = kernels.step_
 
@@ -60,14 +60,14 @@ def count_launches(monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "options"), CASES, ids=str)
-def test_the_kernel_steps_as_eager_code_does(dtype, options):
+def test_the_kernel_equals_eager_code(dtype, options):
     sides, options = [], {"table_dtype": torch.float32, **options}  # test_parity.py has those of integers
     for through_kernel in (False, True):
         ps = parameters(dtype, SHAPES)
         opt = Collins(ps, **{**OPTIONS, "compile": False, **options})
         if through_kernel:
             opt = with_kernel(Collins(ps, **{**OPTIONS, **options}))
-        for step in range(3):  # in each of which a third of the buckets draw new signs
+        for step in range(3):  # in each step a third of the buckets draw new signs
             give_gradients(step, ps)
             opt.step()
         sides.append([t for p in ps for t in (p.detach(), *moments(opt, p))])
@@ -80,7 +80,7 @@ def test_the_kernel_steps_as_eager_code_does(dtype, options):
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 @pytest.mark.parametrize("options", [{}, {"compress_ratio": 128}, {"compress_ratio": 1}], ids=str)
-def test_the_kernel_leaves_out_what_a_wrong_gradient_reaches(options):
+def test_the_kernel_skips_buckets_with_nonfinite_gradients(options):
     sides = []
     for through_kernel in (False, True):
         ps = parameters(torch.float32, SHAPES)
@@ -104,11 +104,11 @@ def test_tensors_of_one_kind_share_a_launch_whatever_their_shapes(monkeypatch):
     give_gradients(0, ps)
     taken = count_launches(monkeypatch)
     opt.step()
-    # Tables; dense; each apart where rows of 32 do not come out even.
+    # Tables; dense moments; separate launches if sizes are not multiples of 32.
     assert sorted(taken) == [1, 3, 3]
 
 
-def test_what_the_kernel_cannot_read_is_stepped_otherwise(monkeypatch):
+def test_tensors_that_the_kernel_cannot_read_are_stepped_by_other_code(monkeypatch):
     transposed = torch.nn.Parameter(torch.randn(64, 96, device=DEVICE).t())
     shifted = torch.nn.Parameter(torch.randn(64 * 96 + 1, device=DEVICE)[1:].view(64, 96))
     even = torch.nn.Parameter(torch.randn(64, 96, device=DEVICE))
@@ -125,7 +125,7 @@ def test_what_the_kernel_cannot_read_is_stepped_otherwise(monkeypatch):
         torch.testing.assert_close(p.detach(), q.detach())
 
 
-def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
+def test_the_table_of_addresses_is_rebuilt_only_if_an_address_changes(monkeypatch):
     ps = parameters(torch.float32, [(96, 64), (64, 96)])
     opt = with_kernel(Collins(ps, min_K=16))
     copies = parameters(torch.float32, [(96, 64), (64, 96)])
@@ -152,8 +152,8 @@ def test_the_table_is_made_anew_when_something_moves_and_only_then(monkeypatch):
         torch.testing.assert_close(p.detach(), q.detach())
 
 
-def test_tables_of_sets_that_change_from_step_to_step_are_let_go_of(monkeypatch):
-    """As where every batch chooses other experts."""
+def test_tables_of_addresses_of_changing_sets_are_freed(monkeypatch):
+    """As in a mixture of experts, where every batch uses a different set."""
     monkeypatch.setattr("collins.compile.multi_tensor._KEPT_SETS", 2)
     ps, copies = parameters(torch.float32, [(64, 32)] * 4), parameters(torch.float32, [(64, 32)] * 4)
     opt, other = with_kernel(Collins(ps, min_K=16)), Collins(copies, min_K=16, compile=False)
@@ -231,7 +231,7 @@ def test_a_smaller_parameter_in_the_same_memory_has_a_table_of_its_own(alone):
 @pytest.mark.parametrize("on_device", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("load", [1, 32])
 def test_a_scale_is_applied_where_gradients_are_read(load, on_device):
-    """As if they had been multiplied before, and nothing is written to them; a scale of 1 changes no bit."""
+    """The result equals that of scaled gradients, which are not written to; a scale of 1 changes no bit."""
     keys = HashKeys(hash_key(0, 0, "sign"), hash_key(0, 0, "round"), (0, 0, 0, 0), 3)
     spec, launches = (
         UpdateSpec("block" if load > 1 else None, load, "residual", load > 1, False, True),
@@ -268,8 +268,8 @@ def test_a_scale_is_applied_where_gradients_are_read(load, on_device):
         torch.testing.assert_close(eager, launched)
 
 
-def test_each_parameter_alone_keeps_its_own_table(monkeypatch):
-    """As in steps during backward: no table is made twice."""
+def test_a_parameter_stepped_alone_keeps_its_table_of_addresses(monkeypatch):
+    """As in steps in backward: no table is built twice."""
     ps = parameters(torch.float32, [(96, 64), (64, 96), (32, 64)])
     opt = with_kernel(Collins(ps, min_K=16, in_backward=True))
     made = []
@@ -283,8 +283,8 @@ def test_each_parameter_alone_keeps_its_own_table(monkeypatch):
 
 
 @pytest.mark.parametrize("memory", [None, {"tier": "host", "transfer_size": 2000}], ids=["device", "host"])
-def test_gradients_that_arrive_alone_are_stepped_to_the_same_bits(memory, monkeypatch):
-    """Each in a launch of its own, where the kernel can read it, with the numbers of whichever group it is of."""
+def test_gradients_that_are_stepped_one_by_one_give_bitwise_the_same_result(memory, monkeypatch):
+    """Each has its own launch, if the kernel can read it, with the options of its group."""
     sides = []
     for in_backward in (False, True):
         generator = torch.Generator().manual_seed(0)
@@ -301,14 +301,14 @@ def test_gradients_that_arrive_alone_are_stepped_to_the_same_bits(memory, monkey
                 used = [(p, g) for p, g in zip(ps, gradients, strict=True) if (p is not ps[3] or step != 1)]
                 sum((p * g).sum() for p, g in used).backward()
                 opt.step()
-        opt.state_dict()  # waits for tables on their way to the host
+        opt.state_dict()  # waits for copies of tables to the host
         sides.append([t for p in ps for t in (p.detach(), opt.state[p]["step"], *moments(opt, p))])
     assert taken == [1] * (4 + 3 + 4 + 4)
     assert all(torch.equal(after, within) for after, within in zip(*sides, strict=True))
 
 
-def test_a_parameter_that_was_stepped_cannot_serve_an_older_backward():
-    """Writing through addresses is a change in place, of which autograd is told."""
+def test_a_stepped_parameter_cannot_be_used_by_an_older_backward():
+    """Writing through addresses is reported to autograd as a change in place."""
     ps = parameters(torch.float32, [(96, 64)])
     opt = with_kernel(Collins(ps, min_K=16))
     loss = ps[0].square().sum()
@@ -318,7 +318,7 @@ def test_a_parameter_that_was_stepped_cannot_serve_an_older_backward():
         loss.backward()
 
 
-def test_a_kernel_that_does_not_compile_is_one_warning_and_another_way(monkeypatch):
+def test_a_kernel_that_does_not_compile_is_warned_of_once_and_replaced(monkeypatch):
     from triton.runtime.errors import OutOfResources
 
     def broken(*_):
@@ -390,7 +390,7 @@ def test_compiled_for_a_gpu_each_tensor_is_read_and_written_once_in_wide_words()
 
 
 def test_the_operator_is_the_kernel_that_a_step_calls(monkeypatch):
-    """Steps call its implementation, past the dispatcher, which would look at every tensor."""
+    """Steps call its implementation without the dispatcher, which would inspect every tensor."""
     sides, original = [], kernels.step_
     for function in (original, torch.ops.collins.step_):
         monkeypatch.setattr(kernels, "step_", function)
@@ -402,7 +402,7 @@ def test_the_operator_is_the_kernel_that_a_step_calls(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*sides, strict=True))
 
 
-def test_the_operator_says_what_it_changes(monkeypatch):
+def test_the_operator_declares_the_arguments_that_it_changes(monkeypatch):
     given, original = [], kernels.step_
     monkeypatch.setattr(kernels, "step_", lambda *args: (given.append(args), original(*args)))
     ps = parameters(torch.float32, [(96, 64), (64, 64)])
@@ -459,7 +459,7 @@ def test_groups_with_numbers_on_the_device_and_on_the_host_share_a_launch(monkey
     rates = [1e-2, torch.tensor(3e-2, device=DEVICE), 2e-2]
     groups = [{"params": [p], "lr": rate, "capturable": True} for p, rate in zip(ps, rates, strict=True)]
     opt = with_kernel(Collins(groups, min_K=16))
-    monkeypatch.setattr(Tensor, "is_cpu", False)  # a rate that is not to be read on the host
+    monkeypatch.setattr(Tensor, "is_cpu", False)  # reading this rate on the host would synchronize
     other = Collins([{"params": [p], "lr": float(rate)} for p, rate in zip(copies, rates, strict=True)], min_K=16)
     for step in range(3):
         give_gradients(step, ps, copies)
@@ -536,7 +536,7 @@ def test_a_cuda_graph_of_a_training_step_replays_it(compile, memory):
 
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
-def test_capture_is_refused_unless_capturable():
+def test_capture_is_rejected_unless_capturable():
     ps = parameters(torch.float32, [(96, 64)])
     opt = Collins(ps, min_K=16)
     give_gradients(0, ps)

@@ -1,4 +1,4 @@
-"""Sharded training that is killed while it saves, and goes on with fewer ranks as if nothing had been."""
+"""Sharded training that is killed while it saves resumes on fewer ranks with the same result."""
 
 import sys
 import time
@@ -21,7 +21,7 @@ STEPS, EVERY, BATCH, CONTEXT = 12, 4, 8, 16
 
 
 class Halting(dcp.FileSystemWriter):
-    """Writes half of the first file of rank 1, says so, and does not come back; the other ranks write theirs."""
+    """Writes half of the first file of rank 1, creates a marker file, and blocks; other ranks write their files."""
 
     def __init__(self, path, said):
         super().__init__(path)
@@ -39,7 +39,7 @@ class Halting(dcp.FileSystemWriter):
 
 
 def train(rank, root, kill=None, forget=False):
-    """Goes on from the newest checkpoint that is whole, to the end; saves every few steps.
+    """Resumes from the newest complete checkpoint, and trains to the end; saves every few steps.
 
     Args:
         root: the folder of checkpoints, "step-4" and so on.
@@ -112,7 +112,7 @@ def train(rank, root, kill=None, forget=False):
         return first, model.loss(held_out).item(), [path.name for path in seen]
 
 
-def test_a_run_killed_while_it_saves_ends_on_fewer_ranks_as_one_never_killed(tmp_path):
+def test_a_run_killed_while_it_saves_resumes_on_fewer_ranks_with_the_same_result(tmp_path):
     pytest.importorskip("matplotlib.font_manager")  # of the example: makes its cache, which ranks would wait for
 
     def at(name):
@@ -123,7 +123,7 @@ def test_a_run_killed_while_it_saves_ends_on_fewer_ranks_as_one_never_killed(tmp
     root.mkdir()
     ((_, expected, _), *_) = run(4, train, tmp_path / "never", **at("4 ranks"))
 
-    # Within a file: rank 1 has written half of its own, and there is no index yet.
+    # Within a file: rank 1 has written half of its file, and there is no index yet.
     said = tmp_path / "writing"
     run(4, train, root, (8, "writing", said), **at("4 ranks, killed"), kill_at=said)
     assert sorted(path.name for path in root.iterdir()) == [".step-8.partial", "step-4"]
@@ -131,7 +131,7 @@ def test_a_run_killed_while_it_saves_ends_on_fewer_ranks_as_one_never_killed(tmp
     assert not (partial / ".metadata").exists()
     halves = {path.name: path.stat().st_size for path in partial.glob("__1_*")}
 
-    # All files are written, but not every rank has said so.
+    # All files are written, but not every rank has reported it.
     said = tmp_path / "written"
     run(2, train, root, (8, "written", said), **at("2 ranks, killed"), kill_at=said)
     assert sorted(path.name for path in root.iterdir()) == [".step-8.partial", "step-4"]
@@ -146,7 +146,7 @@ def test_a_run_killed_while_it_saves_ends_on_fewer_ranks_as_one_never_killed(tmp
     first, loss, seen = results[0]
     assert (first, seen) == (4, ["step-4"])
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert forgotten != pytest.approx(expected, rel=1e-3)  # what that precision would show
+    assert forgotten != pytest.approx(expected, rel=1e-3)  # the difference that this precision can resolve
     assert sorted(path.name for path in root.iterdir()) == ["step-12", "step-4", "step-8"]
     assert {path.name: path.read_bytes() for path in (root / "step-4").iterdir()} == kept
 

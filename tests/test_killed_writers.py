@@ -1,4 +1,4 @@
-"""Processes killed at random moments while they save: what is at the path is whole, and the next one goes on.
+"""Processes are killed at random moments while they save: the path is always complete, and others can go on.
 
 At a few moments in the suite, at 100 by name:
 
@@ -20,24 +20,24 @@ ELEMENTS = 100_000
 
 
 def files(path, first, there):
-    """Saves over and over: each time a file in which everything is of one number."""
+    """Repeatedly saves a file in which all values are the same number."""
     for number in range(first, 10_000):
         collins.save(path, number=number, t=torch.full((ELEMENTS,), float(number)), u=[number] * 100)
         there.set()
 
 
 def folders(root, first, there):
-    """Saves over and over: each time a folder of files of one number."""
+    """Repeatedly saves a folder of files in which all values are the same number."""
     for number in range(first, 10_000):
         with whole_folder(root / f"step-{number}") as folder:
-            assert not list(folder.iterdir())  # what another one has left is gone
+            assert not list(folder.iterdir())  # remains of an earlier process are removed
             for rank in range(4):
                 (folder / f"{rank}").write_text(f"{number}" * 20_000)
         there.set()
 
 
 def kill_at_random(work, path, check):
-    """Starts the work `KILLS` times, killed at a random moment after its first save; `check` says where to go on."""
+    """Starts a writer `KILLS` times and kills it at a random moment after a save; `check` returns where to go on."""
     chance, first, moments = random.Random(0), 1, set()
     for _ in range(KILLS):
         there = CONTEXT.Event()
@@ -52,7 +52,7 @@ def kill_at_random(work, path, check):
     assert True in moments  # some in the middle of a save
 
 
-def test_a_file_is_whole_whenever_its_writer_is_killed(tmp_path):
+def test_a_file_is_complete_whenever_its_writer_is_killed(tmp_path):
     path = tmp_path / "last.pt"
 
     def check():
@@ -67,14 +67,14 @@ def test_a_file_is_whole_whenever_its_writer_is_killed(tmp_path):
                 later = collins.load(file)["number"]
             except CheckpointError:
                 later = number + 1
-            assert later == number + 1  # written to its end, not yet renamed
+            assert later == number + 1  # complete, but not yet renamed
             file.unlink()
         return number + 1, bool(partial)
 
     kill_at_random(files, path, check)
 
 
-def test_folders_are_whole_whenever_their_writer_is_killed(tmp_path):
+def test_folders_are_complete_whenever_their_writer_is_killed(tmp_path):
     def check():
         numbers = sorted(int(path.name.removeprefix("step-")) for path in tmp_path.glob("step-*"))
         assert numbers == list(range(1, len(numbers) + 1))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from clients import Asked, Twin, network, steps_taken
+from clients import Repeater, StatisticsCalls, network, steps_taken
 from helpers import OPTIONS, same
 
 from collins import Collins
@@ -13,9 +13,9 @@ lightning = pytest.importorskip("lightning")
 pytestmark = [
     # Lightning's own use of torch.
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-    # The tests give few batches, from memory: no workers are worth their start.
+    # The tests use few batches, from memory, so workers would not pay off.
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-    # A resumed run goes on in the folder of its checkpoint.
+    # A resumed run uses the folder of its checkpoint.
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 
@@ -36,7 +36,7 @@ class Module(lightning.LightningModule):
 
     def configure_optimizers(self):
         optimizer = Collins(self.net.named_parameters(), **{**OPTIONS, **self.options})
-        self.twin = None if self.options.get("in_backward") else Twin(optimizer)
+        self.repeater = None if self.options.get("in_backward") else Repeater(optimizer)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BATCHES * EPOCHS)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -68,49 +68,49 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("clip", ["norm", "value"])
-def test_clipped_steps_through_closures_are_those_taken_by_hand(tmp_path, precision, clip):
+def test_clipped_steps_with_closures_equal_manual_steps(tmp_path, precision, clip):
     limit = 0.05 if clip == "norm" else 1e-3
     module = Module()
     fit(module, tmp_path, precision, gradient_clip_val=limit, gradient_clip_algorithm=clip)
-    assert module.twin.agrees
-    assert len(module.twin.norms) == steps_taken(module.twin.first) == BATCHES * EPOCHS
-    largest = module.twin.norms[0] if clip == "norm" else max(g.abs().max() for g in module.twin.gradients)
+    assert module.repeater.is_equal
+    assert len(module.repeater.norms) == steps_taken(module.repeater.first) == BATCHES * EPOCHS
+    largest = module.repeater.norms[0] if clip == "norm" else max(g.abs().max() for g in module.repeater.gradients)
     assert float(largest) == pytest.approx(limit, rel=2e-2)
     assert len(set(module.losses)) > BATCHES
-    assert module.twin.first.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+    assert module.repeater.first.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("memory", [None, "host"], ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_resumed_run_ends_in_the_bits_of_one_that_was_never_stopped(tmp_path, precision, memory):
+def test_a_resumed_run_bitwise_equals_an_uninterrupted_one(tmp_path, precision, memory):
     whole, resumed = (Module(memory=memory) for _ in range(2))
     fit(whole, tmp_path, precision, gradient_clip_val=0.05)
     fit(resumed, tmp_path, precision, gradient_clip_val=0.05, resume=tmp_path / "epoch=0.ckpt")
     assert len(whole.losses) == BATCHES * EPOCHS
     assert resumed.losses == whole.losses[BATCHES:]
     assert same(resumed.state_dict(), whole.state_dict())
-    assert same(resumed.twin.first.state_dict(), whole.twin.first.state_dict())
-    assert steps_taken(resumed.twin.first) == BATCHES * EPOCHS
+    assert same(resumed.repeater.first.state_dict(), whole.repeater.first.state_dict())
+    assert steps_taken(resumed.repeater.first) == BATCHES * EPOCHS
 
 
-def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
+def test_accumulated_gradients_equal_those_of_the_large_batch(tmp_path):
     small, large = Module(), Module()
     fit(small, tmp_path, accumulate_grad_batches=2, size=2)
     fit(large, tmp_path)
-    assert small.twin.agrees
-    assert steps_taken(small.twin.first) == steps_taken(large.twin.first) == BATCHES * EPOCHS
-    torch.testing.assert_close(small.twin.gradients, large.twin.gradients)
+    assert small.repeater.is_equal
+    assert steps_taken(small.repeater.first) == steps_taken(large.repeater.first) == BATCHES * EPOCHS
+    torch.testing.assert_close(small.repeater.gradients, large.repeater.gradients)
 
 
 class Rivals(lightning.LightningModule):
-    """Two networks with an optimizer each, which train in turns while the other one is toggled off."""
+    """Two networks with one optimizer each, trained alternately, with the other one toggled off."""
 
     automatic_optimization = False
 
     def __init__(self):
         super().__init__()
         self.nets = torch.nn.ModuleList([network(), network()])
-        self.twins = []
+        self.repeaters = []
         self.frozen = []
 
     def training_step(self, batch, index):
@@ -125,20 +125,20 @@ class Rivals(lightning.LightningModule):
 
     def configure_optimizers(self):
         optimizers = [Collins(net.parameters(), **OPTIONS) for net in self.nets]
-        self.twins = [Twin(optimizer) for optimizer in optimizers]
+        self.repeaters = [Repeater(optimizer) for optimizer in optimizers]
         return optimizers
 
 
-def test_two_optimizers_take_turns(tmp_path):
+def test_two_optimizers_step_alternately(tmp_path):
     module = Rivals()
     fit(module, tmp_path)
     assert not any(map(any, module.frozen))
-    for twin in module.twins:
-        assert twin.agrees
-        assert steps_taken(twin.first) == BATCHES * EPOCHS // 2
+    for repeater in module.repeaters:
+        assert repeater.is_equal
+        assert steps_taken(repeater.first) == BATCHES * EPOCHS // 2
 
 
-def test_in_backward_refuses_the_closures_of_lightning_before_anything_changes(tmp_path):
+def test_in_backward_rejects_the_closures_of_lightning_and_nothing_changes(tmp_path):
     module = Module(in_backward=True)
     with pytest.raises(RuntimeError, match="closure must be None with in_backward=True"):
         fit(module, tmp_path)
@@ -146,7 +146,7 @@ def test_in_backward_refuses_the_closures_of_lightning_before_anything_changes(t
     assert same(module.net.state_dict(), network().state_dict())
 
 
-def test_the_command_line_names_it_and_reads_its_options(monkeypatch):
+def test_the_command_line_accepts_the_optimizer_and_its_options(monkeypatch):
     cli = pytest.importorskip("lightning.pytorch.cli")
     pytest.importorskip("jsonargparse")
 
@@ -196,10 +196,10 @@ class Recorder(lightning.pytorch.loggers.logger.Logger):
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_statistics_are_logged_where_lightning_logs_and_asked_for_nowhere_else(tmp_path, monkeypatch, rounds):
+def test_statistics_are_read_only_at_the_steps_that_lightning_logs(tmp_path, monkeypatch, rounds):
     from collins.integrations.lightning import StatisticsCallback
 
-    asked = Asked(monkeypatch)
+    calls = StatisticsCalls(monkeypatch)
     module, recorder = Module(max_grad_norm=1.0), Recorder()
     lightning.Trainer(
         accelerator="cpu",
@@ -214,8 +214,8 @@ def test_statistics_are_logged_where_lightning_logs_and_asked_for_nowhere_else(t
         enable_checkpointing=False,
         default_root_dir=tmp_path,
     ).fit(module, batches())
-    assert asked.read == [3, 6]
-    assert sorted(set(asked.measured)) == [2, 5]
+    assert calls.read == [3, 6]
+    assert sorted(set(calls.measured)) == [2, 5]
     told = [(step, metrics) for step, metrics in recorder.told if "collins/grad_norm" in metrics]
     assert [step for step, _ in told] == [2, 5]  # Lightning counts steps from 0
     for _, metrics in told:

@@ -1,4 +1,4 @@
-"""Bytes: what the state of real models takes, and what a step allocates on the way."""
+"""Bytes of the state of real models, and of the temporary memory of a step."""
 
 import pytest
 import torch
@@ -55,11 +55,11 @@ def test_peak_extra_memory_of_an_eager_step(hash, transposed, shape, dtype):
     opt = Collins(ps, hash=hash, compile=False)
     for p in ps:
         p.grad = torch.ones_like(p)
-    opt.step()  # makes the state
+    opt.step()  # creates the state
     with Allocations() as seen:
         opt.step()
     assert seen.peak > 0
     if hash == "block":
-        small = 2**18  # what a piece takes that is not cut further
+        small = 2**18  # memory of a piece that is not divided further
         assert seen.peak <= max(2.2 * ps[0].nbytes, small)
     assert seen.widest_index < ps[0].numel()

@@ -1,4 +1,4 @@
-"""Gradients that are not finite: what they spread to, what is left out, who is told. Loss scaling and averaging too."""
+"""Nonfinite gradients: their effect, skipping and errors. Also loss scaling and averaged models."""
 
 import copy
 
@@ -22,13 +22,13 @@ SHAPES = ((64, 64), (5,), (47, 61), (96, 33))
 
 
 def bits_of_each(t):
-    """Those of each element, as an integer; a copy."""
+    """A copy of the bits of each element, as an integer."""
     return t.detach().clone().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
 @pytest.fixture
 def one_thread():
-    """Compiled scattering adds atomically, in any order of the threads."""
+    """Compiled scatters add atomically, in an order that depends on the threads."""
     with threads(1):
         yield
 
@@ -38,8 +38,8 @@ def one_thread():
 @pytest.mark.parametrize(
     ("options", "compile"), [*((case, False) for case in CASES), *((case, True) for case in CASES[:2])], ids=str
 )
-def test_skip_leaves_out_just_the_buckets_of_a_wrong_gradient(options, dtype, compile, device):
-    """They stay to the bit, and everything else becomes what it would have become without the wrong gradient."""
+def test_skip_skips_only_the_buckets_of_nonfinite_gradients(options, dtype, compile, device):
+    """These stay bitwise unchanged, and everything else is as it would be without the nonfinite gradients."""
     options = {"table_dtype": torch.float32, **options}  # integers of a block share a scale
     shapes = ((64, 64), (5,), (3, 1367)) if compile else SHAPES  # hash="block": one graph takes 4,096 elements of both
     clean, hit = parameters(dtype, shapes, device), parameters(dtype, shapes, device)
@@ -73,7 +73,7 @@ def test_skip_leaves_out_just_the_buckets_of_a_wrong_gradient(options, dtype, co
         if hash is not None:
             fresh = hash.fresh(torch.arange(entries, device=device), 4)
         for name, now, then, other in zip("mv", moments(opt, p), old_moments, moments(good, q), strict=True):
-            # Signs are drawn anew in a step that is left out, too.
+            # Signs are redrawn in a skipped step, too.
             kept = torch.where(fresh, 0, then.view(-1)) if name == "m" else then.view(-1)
             assert torch.equal(bits_of_each(now).view(-1)[table], kept[table])
             assert torch.equal(bits_of_each(now).view(-1)[~table], bits_of_each(other).view(-1)[~table])
@@ -101,7 +101,7 @@ def test_propagate_is_the_default_and_spreads_to_the_bucket():
     assert p.isnan().sum() == 64  # of the second moment's bucket
 
 
-def test_training_goes_on_after_a_skipped_step():
+def test_training_continues_after_a_skipped_step():
     p = torch.nn.Parameter(torch.ones(64, 64))
     opt = Collins([p], min_K=16, nonfinite="skip", lr=0.01)
     for step in range(20):
@@ -129,7 +129,7 @@ def test_error_names_the_parameters_and_changes_nothing(in_backward):
     assert same(opt.state_dict()["state"], state)
 
 
-def test_error_says_how_many():
+def test_error_gives_the_number_of_parameters():
     ps = [torch.nn.Parameter(torch.ones(3)) for _ in range(8)] + [torch.nn.Parameter(torch.ones(0))]
     opt = Collins(ps, nonfinite="error")
     for p in ps:
@@ -175,7 +175,7 @@ def test_a_grad_scaler_skips_the_step_that_overflows(memory):
     assert opt.state[net.weight]["step"] == 2
 
 
-def test_unscaled_gradients_step_as_if_they_had_never_been_scaled():
+def test_unscaled_gradients_give_the_same_steps_as_gradients_without_scaling():
     results = []
     for scale in (1.0, 2.0**10):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Free memory is what the system, and every control group on the way, still allow."""
+"""Free memory is the minimum of what the system and every enclosing control group allow."""
 
 import psutil
 import pytest
@@ -48,7 +48,7 @@ def test_a_group_without_limit_and_a_system_without_groups(tmp_path):
     assert host_memory_total(tmp_path, membership) == psutil.virtual_memory().total
 
 
-def test_device_memory_of_a_host_is_refused():
+def test_device_memory_of_a_host_is_rejected():
     with pytest.raises(ValueError, match="device must be a CUDA device, got cpu"):
         device_memory_free(torch.device("cpu"))
 
@@ -58,25 +58,25 @@ def test_device_memory_of_a_host_is_refused():
     [
         # 100 in all, 50 of them in weights and gradients; activations took 30 more at their peak.
         (DeviceFigures(total=100, driver_free=20, fraction=1.0, reserved=80, allocated=50, peak=80), 50, 20),
-        # The allocator has handed back what the peak needed: the next forward will fetch it again.
+        # The allocator has returned the memory of the peak, which the next forward will allocate again.
         (DeviceFigures(total=100, driver_free=50, fraction=1.0, reserved=50, allocated=50, peak=80), 50, 20),
         # Another process holds 10.
         (DeviceFigures(total=100, driver_free=10, fraction=1.0, reserved=80, allocated=50, peak=80), 40, 10),
-        # ... and has grown into what the peak needs.
+        # ... and has grown into the memory that the peak needs.
         (DeviceFigures(total=100, driver_free=5, fraction=1.0, reserved=60, allocated=50, peak=80), 15, 0),
         # No forward yet, or the peak was reset since.
         (DeviceFigures(total=100, driver_free=50, fraction=1.0, reserved=50, allocated=50, peak=50), 50, 50),
         (DeviceFigures(total=100, driver_free=50, fraction=1.0, reserved=50, allocated=50, peak=0), 50, 50),
-        # This process may hold 90 % of the device.
+        # This process may use 90 % of the device.
         (DeviceFigures(total=100, driver_free=20, fraction=0.9, reserved=80, allocated=50, peak=80), 40, 10),
         (DeviceFigures(total=100, driver_free=20, fraction=0.4, reserved=80, allocated=50, peak=80), 0, 0),
     ],
 )
-def test_what_a_step_needs_again_is_not_spare(figures, free, spare):
+def test_memory_that_the_next_step_needs_is_not_spare(figures, free, spare):
     assert (figures.free, figures.spare) == (free, spare)
 
 
-def test_the_figures_are_those_of_driver_and_allocator(monkeypatch):
+def test_the_figures_come_from_driver_and_allocator(monkeypatch):
     asked = []
 
     def tells(name, value):
@@ -104,7 +104,7 @@ def test_device_memory_shrinks_by_what_is_taken():
 
 
 @pytest.mark.cuda
-def test_a_peak_takes_from_what_is_spare_after_it_is_gone():
+def test_a_past_peak_reduces_the_spare_memory():
     device = torch.device("cuda", 0)
     torch.cuda.reset_peak_memory_stats(device)
     before = device_figures(device)
@@ -112,4 +112,4 @@ def test_a_peak_takes_from_what_is_spare_after_it_is_gone():
     del peak
     after = device_figures(device)
     assert after.peak >= before.allocated + 2**28
-    assert after.spare <= before.spare - 2**28 + 2**24  # what other processes did meanwhile aside
+    assert after.spare <= before.spare - 2**28 + 2**24  # apart from changes by other processes

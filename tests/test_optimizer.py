@@ -51,7 +51,7 @@ def test_training_lowers_the_loss(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_state_has_the_promised_names_shapes_and_dtypes(options):
+def test_state_has_the_documented_names_shapes_and_dtypes(options):
     net = small_model()
     opt = Collins(net.parameters(), min_K=16, **options)
     train(net, opt, 2)
@@ -66,7 +66,7 @@ def test_state_has_the_promised_names_shapes_and_dtypes(options):
             assert state.keys() == {"step", "m_table", "v_table", "layout"}
             assert state["m_table"].shape == state["v_table"].shape
             assert state["m_table"].numel() == hash.buckets
-            if isinstance(hash, BlockHash) and p[0].numel() % hash.block == 0:  # rows of a table go with rows of p
+            if isinstance(hash, BlockHash) and p[0].numel() % hash.block == 0:  # rows of a table match rows of p
                 assert len(state["m_table"]) == len(p)
             assert state["m_table"].dtype == state["v_table"].dtype == options.get("table_dtype", torch.float32)
 
@@ -94,7 +94,7 @@ def test_every_option_but_compile_and_seed_may_be_set_per_group():
     assert opt.state[q]["m_table"].dtype == torch.bfloat16
 
 
-def test_optimizers_built_alike_step_alike_and_other_seeds_do_not():
+def test_equal_optimizers_step_equally_and_other_seeds_do_not():
     def trained(noise, **options):
         net = small_model()
         torch.manual_seed(noise)  # the global generator must not matter
@@ -126,7 +126,7 @@ def test_hash_of_is_one_object_until_settings_change():
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_goes_on_like_the_original(how, options):
+def test_a_copy_continues_like_the_original(how, options):
     net = small_model()
     opt = Collins(net.parameters(), lr=1e-2, min_K=16, seed=5, **options)
     if options.get("hash") == "universal":
@@ -194,7 +194,7 @@ def test_a_model_can_be_replaced_under_the_optimizer_before_its_first_step():
     assert opt.state.keys() == set(swapped)
 
 
-def test_memory_report_is_what_is_held():
+def test_memory_report_gives_the_bytes_of_the_state():
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for options in OPTIONS:
             net = small_model(dtype=dtype)
@@ -211,7 +211,7 @@ def test_memory_report_is_what_is_held():
             assert before.ratio == before.adamw_bytes / before.state_bytes
 
 
-def test_memory_report_reads_as_a_table():
+def test_memory_report_is_printed_as_a_table():
     lines = str(Collins(small_model().named_parameters(), min_K=16).memory_report()).splitlines()
     assert lines[0].split() == ["parameter", "shape", "role", "found", "by", "M", "V", "bytes", "AdamW", "bytes"]
     assert lines[2].split() == [
@@ -239,7 +239,7 @@ def test_memory_report_of_meta_parameters_and_of_none():
     assert empty.ratio == 1.0
 
 
-def test_state_dict_survives_a_weights_only_file():
+def test_state_dict_can_be_loaded_with_weights_only():
     net = small_model(dtype=torch.bfloat16)
     opt = Collins(net.parameters(), lr=1e-2, min_K=16)
     train(net, opt, 3)
@@ -284,7 +284,7 @@ def test_loading_overwrites_moments_in_place_and_shares_none_with_the_source():
     assert resumed.state[twin]["step"].item() == 3
 
 
-def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_changes():
+def test_a_state_dict_that_does_not_match_is_rejected_and_nothing_changes():
     net = small_model()
     opt = Collins(net.named_parameters(), min_K=16, table_dtype=torch.float32)
     train(net, opt, 2)
@@ -317,7 +317,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_changes():
 
 
 def test_zero_gradients_and_zero_lr_create_state_and_change_nothing():
-    """torch.distributed.checkpoint makes an optimizer's state this way."""
+    """torch.distributed.checkpoint creates an optimizer's state in this way."""
     net = small_model()
     opt = Collins(net.parameters(), lr=torch.tensor(0.0), min_K=16)
     before = [p.detach().clone() for p in net.parameters()]
@@ -334,8 +334,8 @@ def test_zero_gradients_and_zero_lr_create_state_and_change_nothing():
     [({}, True), ({"decode": "sketch"}, True), ({"role": "exact"}, False), ({"compress_ratio": 1}, False)],
     ids=str,
 )
-def test_masked_elements_are_moved_by_their_neighbours_unless_moments_are_exact(remedy, moves):
-    """The limit that `Collins` names, and its remedies: weights that are pruned stay at zero."""
+def test_masked_elements_are_changed_by_their_bucket_unless_moments_are_exact(remedy, moves):
+    """The limitation that `Collins` documents, and its remedies, with which pruned weights stay at zero."""
     generator = torch.Generator().manual_seed(0)
     kept = torch.rand(64, 64, generator=generator) < 0.5
     p = torch.nn.Parameter(torch.randn(64, 64, generator=generator) * kept)

@@ -1,4 +1,4 @@
-"""Options written as strings, as configuration files and command lines give them."""
+"""Options as strings, as configuration files and command lines pass them."""
 
 import inspect
 import re
@@ -72,7 +72,7 @@ def alike(one, other):
 
 
 @pytest.mark.parametrize(("name", "text", "meant"), MEANT, ids=[f"{name}={text}"[:40] for name, text, _ in MEANT])
-def test_a_string_is_the_value_that_it_means(name, text, meant):
+def test_a_string_is_converted_to_its_value(name, text, meant):
     assert alike(value_of(built(**{name: text}), name), meant)
     if name not in WHOLE:
         later = built(**{name: meant})
@@ -86,8 +86,8 @@ def test_a_string_is_the_value_that_it_means(name, text, meant):
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_every_default_may_be_written_out(name):
-    """Which holds for an option that is added later, too: what it may be is read from its annotation."""
+def test_every_default_is_accepted_as_a_string(name):
+    """This includes options that are added later: their types are read from their annotations."""
     value = value_of(built(**{name: str(DEFAULTS[name])}), name)
     assert value == DEFAULTS[name]
     assert isinstance(value, float) or type(value) is type(DEFAULTS[name])
@@ -116,12 +116,12 @@ def test_every_default_may_be_written_out(name):
         ("memory", "gpu"),
     ],
 )
-def test_a_string_that_means_nothing_is_refused_as_it_came(name, text):
+def test_an_invalid_string_is_shown_unchanged_in_the_error(name, text):
     with pytest.raises(ValueError, match=f"{name} must be .*, got {re.escape(repr(text))}"):
         built(**{name: text})
 
 
-def test_a_number_out_of_range_is_refused_in_words_as_well():
+def test_a_number_out_of_range_is_rejected_as_a_string_too():
     with pytest.raises(ValueError, match=re.escape("betas must be two numbers in [0, 1), got (0.9, 1.5)")):
         built(betas="0.9,1.5")
     with pytest.raises(ValueError, match=r"lr must be finite and at least 0, got -1\.0"):

@@ -19,7 +19,7 @@ from collins.offload.shapes import llama
 from collins.orthogonal import matrices_of, newton_schulz, step_flops, tokens_for_share
 
 OPTIONS = {"decode": "orthogonal", "lr": 1e-2, "betas": (0.95, 0.999), "min_K": 16, "rehash_period": 3}
-# Matrices, wide, tall and twice alike; a stack; a convolution; of odd sizes; and what is no matrix.
+# Matrices: wide, tall and two of one shape; a stack; a convolution; odd sizes; and vectors.
 SHAPES = [(32, 64), (64, 32), (32, 64), (3, 16, 32), (8, 4, 3, 3), (33, 37), (12,)]
 
 
@@ -44,14 +44,14 @@ def go_on(ps, opt, steps, scale=1.0):
             for p, g in zip(ps, grads, strict=True):
                 p.grad = g
         opt.step()
-    opt.state_dict()  # waits for moments on their way to the host
+    opt.state_dict()  # waits for copies of moments to the host
 
 
 def names(opt, p):
     return set(opt.state[p])
 
 
-# What the formula says.
+# The formula.
 
 CUTS = {
     "matrix": ((24, 40), 1, lambda x: [x]),
@@ -73,7 +73,7 @@ TABLES = {
 
 @pytest.mark.parametrize("tables", TABLES)
 @pytest.mark.parametrize("cut", CUTS)
-def test_steps_are_those_of_the_float64_twin(cut, tables):
+def test_steps_equal_the_float64_reference(cut, tables):
     shape, row_parts, cut = CUTS[cut]
     (p,) = parameters(torch.float64, [shape], "cpu")
     opt = Collins([p], **{**OPTIONS, **TABLES[tables]}, weight_decay=0.1, role="matrix", row_parts=row_parts)
@@ -88,7 +88,7 @@ def test_steps_are_those_of_the_float64_twin(cut, tables):
         give_gradients(step, [p])
         opt.step()
         twin.step(p.grad.numpy())
-        # Scales are float32: what is near the middle between two integers may go either way.
+        # Scales are float32: values near the middle between two integers may be rounded either way.
         torch.testing.assert_close(
             p.detach().view(-1), torch.from_numpy(twin.p), rtol=0, atol=1e-12 if kept is None else 1e-5
         )
@@ -96,7 +96,7 @@ def test_steps_are_those_of_the_float64_twin(cut, tables):
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 48)])
-def test_at_load_1_it_is_torchs_muon_without_its_nesterov_term(shape):
+def test_at_load_1_it_equals_torchs_muon_without_nesterov(shape):
     ps, qs = parameters(torch.float32, [shape]), parameters(torch.float32, [shape])
     opt = Collins(ps, **OPTIONS, compress_ratio=2, role="matrix", weight_decay=0.1)
     muon = torch.optim.Muon(
@@ -162,7 +162,7 @@ def test_zeros_stay_zeros():
     assert torch.equal(ps[0], before)
 
 
-def test_parts_of_rows_are_stepped_as_matrices_of_their_own():
+def test_row_parts_are_stepped_as_separate_matrices():
     whole, parts = parameters(torch.float32, [(48, 32)]), parameters(torch.float32, [(16, 32)] * 3)
     with torch.no_grad():
         for part, own in zip(parts, whole[0].split(16), strict=True):
@@ -177,7 +177,7 @@ def test_parts_of_rows_are_stepped_as_matrices_of_their_own():
     torch.testing.assert_close(whole[0].detach(), torch.cat([p.detach() for p in parts]), rtol=0, atol=2e-5)
 
 
-def test_what_is_no_matrix_keeps_its_rule():
+def test_parameters_that_are_not_matrices_keep_their_rule():
     kinds = [{"role": "matrix"}, {"role": "tokens"}, {"role": "exact"}]
     results = []
     for decode in ("orthogonal", "residual"):
@@ -201,7 +201,7 @@ WAYS = {
 
 
 def close(some, others, atol):
-    """But for integers that may be rounded to the other neighbour."""
+    """Equal, except for integers that may be rounded to the other of the two nearest values."""
     for a, b in zip(some, others, strict=True):
         if a.dtype in (torch.uint8, torch.int8):
             assert (a != b).float().mean() < 0.02
@@ -211,7 +211,7 @@ def close(some, others, atol):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_stepping_comes_to_the_same(way, dtype, monkeypatch):
+def test_every_way_to_step_gives_the_same_result(way, dtype, monkeypatch):
     eager, _ = stepped(dtype=dtype, compile=False)
     if way == "batches of one":
         monkeypatch.setattr(matrix_steps, "BATCH_CPU" if DEVICE == "cpu" else "BATCH", 1)
@@ -227,7 +227,7 @@ def test_every_way_of_stepping_comes_to_the_same(way, dtype, monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "options"), [(torch.float32, {}), (torch.bfloat16, {"nonfinite": "skip", "row_parts": 2})], ids=str
 )
-def test_compiled_steps_are_eager_ones(dtype, options):
+def test_compiled_steps_equal_eager_ones(dtype, options):
     shapes = [(32, 64), (32, 64), (64, 32), (2, 32, 32), (12,)]
     eager, _ = stepped(dtype=dtype, shapes=shapes, compile=False, **options)
     compiled, opt = stepped(dtype=dtype, shapes=shapes, compile=True, **options)
@@ -238,7 +238,7 @@ def test_compiled_steps_are_eager_ones(dtype, options):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("compile", [None, False])
-def test_a_captured_step_is_a_plain_one(compile):
+def test_a_captured_step_equals_an_ordinary_one(compile):
     plain, _ = stepped(9, compile=compile, capturable=True, shapes=SHAPES[:4])
     ps = parameters(torch.float32, SHAPES[:4])
     opt = Collins(ps, **OPTIONS, compile=compile, capturable=True)
@@ -336,11 +336,11 @@ def test_autocast_changes_nothing():
     assert same(exact, stepped(dtype=torch.float64)[0])
 
 
-def test_maximizing_is_stepping_with_the_opposite_gradient():
+def test_maximizing_equals_stepping_with_the_negated_gradient():
     assert same(stepped(maximize=True)[0][0], stepped(scale=-1.0)[0][0])
 
 
-def test_gradients_are_clipped_where_they_are_read():
+def test_clipping_equals_clipped_gradients():
     ps, qs = (parameters(torch.float32, SHAPES) for _ in range(2))
     opt, other = Collins(ps, **OPTIONS, max_grad_norm=1.0), Collins(qs, **OPTIONS)
     for step in range(3):
@@ -355,7 +355,7 @@ def test_gradients_are_clipped_where_they_are_read():
 
 
 def broken(value, **options):
-    """A stack of four and a matrix, after a step in which one element of one of the four is not finite."""
+    """A stack of four matrices and a matrix, after a step with one nonfinite element in the stack."""
     ps = parameters(torch.float32, [(4, 16, 32), (16, 32)])
     opt = Collins(ps, **OPTIONS, **options)
     go_on(ps, opt, range(2))
@@ -367,7 +367,7 @@ def broken(value, **options):
 
 
 @pytest.mark.parametrize(("value", "compile"), [(math.nan, False), (math.inf, False), (1e30, False), (math.nan, True)])
-def test_skip_leaves_a_matrix_out_and_steps_all_others(value, compile):
+def test_skip_skips_one_matrix_and_steps_all_others(value, compile):
     ps, opt, before = broken(value, nonfinite="skip", compile=compile)
     rows = {name: t.view(4, -1) for name, t in before[0][1].items() if name in ("m_table", "m_table_scale")}
     for number in range(4):
@@ -378,7 +378,7 @@ def test_skip_leaves_a_matrix_out_and_steps_all_others(value, compile):
     assert torch.isfinite(ps[0]).all()
 
 
-def test_skip_leaves_a_stack_out_whose_matrices_share_a_scale():
+def test_skip_skips_a_whole_stack_whose_matrices_share_a_scale():
     ps = parameters(torch.float32, [(4, 5, 7)])
     opt = Collins(ps, **OPTIONS, nonfinite="skip")
     go_on(ps, opt, range(2))
@@ -391,7 +391,7 @@ def test_skip_leaves_a_stack_out_whose_matrices_share_a_scale():
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_what_is_left_out_is_counted_in_buckets(in_backward):
+def test_skipped_buckets_are_counted(in_backward):
     ps = parameters(torch.float32, [(4, 16, 32), (4, 5, 7)])
     opt = Collins(ps, **OPTIONS, nonfinite="skip", in_backward=in_backward)
     skips = opt._stepper.statistics.skips
@@ -430,7 +430,7 @@ def test_error_changes_nothing():
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
-def test_a_stack_in_several_batches_is_stepped_as_a_whole_or_not_at_all(fails_at, monkeypatch):
+def test_a_stack_in_several_batches_is_stepped_completely_or_not_at_all(fails_at, monkeypatch):
     monkeypatch.setattr(matrix_steps, "BATCH_CPU" if DEVICE == "cpu" else "BATCH", 16 * 32)
     shapes = [(3, 16, 32), (16, 32)]
     whole, _ = stepped(2, shapes=shapes)
@@ -463,7 +463,7 @@ def test_a_stack_in_several_batches_is_stepped_as_a_whole_or_not_at_all(fails_at
 # Bytes.
 
 
-def test_a_llama_of_7_billion_parameters_takes_at_most_0_30_byte_a_parameter():
+def test_the_state_of_a_7b_llama_is_at_most_0_30_bytes_per_parameter():
     named = [
         (name, torch.nn.Parameter(torch.empty(shape, device="meta")))
         for name, shape in llama(32, 4096, 11008, 4096, 32000).parameters()
@@ -477,7 +477,7 @@ def test_a_llama_of_7_billion_parameters_takes_at_most_0_30_byte_a_parameter():
         assert "none" in str(report)
 
 
-def test_the_report_is_of_the_state_that_there_is():
+def test_the_report_equals_the_state():
     _, opt = stepped(1)
     kept = sum(t.nbytes for state in opt.state.values() for t in state.values() if isinstance(t, torch.Tensor))
     assert kept == opt.memory_report().state_bytes
@@ -491,7 +491,7 @@ def test_the_cost_of_a_step_in_floating_point_operations():
     assert matrices_of((8, 4, 3, 3))[:3] == (1, 8, 36)
 
 
-# State from elsewhere.
+# Converted state.
 
 
 def adamws(shapes, steps=3):
@@ -526,7 +526,7 @@ def tables(opt):
     return [{name: t for name, t in state.items() if name.startswith("m_table")} for state in opt.state.values()]
 
 
-def test_tables_that_mean_the_same_are_kept_and_others_restart():
+def test_tables_of_the_same_hash_are_kept_and_others_restart():
     same_load = {"compress_ratio": 2, "table_dtype": "int4"}
     _, residual = stepped(decode="residual", role="matrix", shapes=SHAPES[:4], **same_load)
     ps = parameters(torch.float32, SHAPES[:4])
@@ -546,7 +546,7 @@ def test_tables_that_mean_the_same_are_kept_and_others_restart():
         convert(opt.state_dict(), residual)
 
 
-def test_dense_moments_alone_are_converted_too():
+def test_dense_first_moments_without_second_ones_are_converted():
     _, opt = stepped(compress_ratio=2)
     ps = parameters(torch.float32, SHAPES)
     other = Collins(ps, **OPTIONS, compress_ratio=32)
@@ -556,7 +556,7 @@ def test_dense_moments_alone_are_converted_too():
         convert(opt.state_dict(), Collins(ps, min_K=16, compress_ratio=1))
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -577,18 +577,18 @@ def test_dense_moments_alone_are_converted_too():
     ],
     ids=str,
 )
-def test_options_that_make_no_sense_are_refused(options, message):
+def test_inconsistent_options_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         Collins(parameters(torch.float32, [(32, 64)]), **{**OPTIONS, **options})
 
 
 @pytest.mark.parametrize(("text", "meant"), [("4", 4), ("16, 8,8", (16, 8, 8)), ("[16,16]", (16, 16))])
-def test_row_parts_may_be_written_out(text, meant):
+def test_row_parts_are_accepted_as_strings(text, meant):
     opt = Collins(parameters(torch.float32, [(32, 64)]), **OPTIONS, row_parts=text)
     assert opt.param_groups[0]["row_parts"] == meant
 
 
-def test_parameters_without_matrices_are_refused_before_anything_changes():
+def test_parameters_without_matrices_are_rejected_and_nothing_changes():
     ps = parameters(torch.float32, [(16, 32), (1024,)])
     with pytest.raises(ValueError, match=r"parameter 1 has the shape \(1024,\), and decode is 'orthogonal'"):
         Collins(ps, **OPTIONS, role="matrix")
@@ -612,7 +612,7 @@ def test_parameters_without_matrices_are_refused_before_anything_changes():
     ],
     ids=str,
 )
-def test_a_matrix_that_ranks_share_is_refused_by_name(sizes, placements, accepted):
+def test_a_matrix_that_is_sharded_over_ranks_is_rejected_by_name(sizes, placements, accepted):
     whole = parameters(torch.float32, [(16, 32)], "cpu")[0].detach()
     with rank_of(0, *sizes) as mesh:
         p = torch.nn.Parameter(distribute_tensor(whole, mesh, placements, src_data_rank=None))

@@ -20,7 +20,7 @@ from helpers import ROOT, output_of
 import collins
 from collins import Collins
 
-# From each folder in a process of its own, as Python starts there with -c; torch is imported once for all of them.
+# In one process per folder, as Python starts there with -c; torch is imported once for all of them.
 IMPORTS = """
 import importlib.util, os, sys, torch
 from pathlib import Path
@@ -85,7 +85,7 @@ def wheel(sdist, tmp_path_factory):
 
 @pytest.fixture
 def environment(tmp_path):
-    """A new virtual environment that sees this one's packages, but not its install of Collins."""
+    """A new virtual environment with access to the packages of this one, except its install of Collins."""
     venv.create(tmp_path / "venv", with_pip=False)
     (site,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
     # A path in a .pth file is searched, but the .pth files there, an editable install of Collins, are not read.
@@ -110,7 +110,7 @@ def files_in(folder):
     return {path.as_posix() for path in paths if "__pycache__" not in path.parts}
 
 
-def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
+def test_the_wheel_contains_only_the_packages(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     homes = {"collins": "collins/", "compile": "collins/compile/", "offload": "collins/offload/"}
     modules = {
@@ -122,13 +122,13 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
     }  # fmt: skip
 
 
-def test_the_source_distribution_holds_what_the_tests_need(sdist):
+def test_the_source_distribution_contains_all_files_of_the_tests(sdist):
     with tarfile.open(sdist) as archive:
         names = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
     assert {name for name in names if ".egg-info/" not in name} == {
         *(f"{folder}/{name}" for folder in FOLDERS for name in files_in(ROOT / folder)),
         *FILES,
-        *("PKG-INFO", "setup.cfg"),  # which setuptools writes
+        *("PKG-INFO", "setup.cfg"),  # written by setuptools
     }
 
 
@@ -138,7 +138,7 @@ def metadata(wheel):
     return files.read(name).decode()
 
 
-def test_the_wheel_states_name_licence_and_needs(wheel):
+def test_the_wheel_declares_name_licence_and_requirements(wheel):
     lines = metadata(wheel).splitlines()
     for line in (
         "Name: collins-optim",
@@ -173,7 +173,7 @@ def test_llm_foundry_finds_the_optimizer_by_its_name(wheel):
     assert found.load() is Collins
 
 
-def test_installed_it_imports_from_any_folder(wheel, environment, tmp_path):
+def test_an_installed_wheel_imports_from_any_folder(wheel, environment, tmp_path):
     python, site = environment
     install(python, wheel)
     assert {path.name for path in site.iterdir()} >= {"collins"}
@@ -184,7 +184,7 @@ def test_installed_it_imports_from_any_folder(wheel, environment, tmp_path):
     assert here == str(ROOT / "collins" / "__init__.py")
 
 
-def test_editable_it_imports_from_any_folder(tree, environment, tmp_path):
+def test_an_editable_install_imports_from_any_folder(tree, environment, tmp_path):
     python, site = environment
     install(python, "--editable", tree)
     assert not {"compile", "offload"} & {path.name for path in site.iterdir()}

@@ -1,4 +1,4 @@
-"""Every decode and table format steps alike in eager code, graphs, the kernel, on both tiers and in backward.
+"""Every decode and table format gives the same steps in eager code, graphs, the kernel, both tiers and in backward.
 
 The cases are read off the registries. What a test registers is stepped like the library's own.
 """
@@ -58,7 +58,7 @@ CASES = [
     for name, loads in LOADS.items()
 ]
 
-# What roles and ratios of bytes come to: every recipe, those for tokens with a first moment for each element.
+# All recipes of roles and compression ratios, those of token tables with a first moment for each element.
 RATIOS = {"matrix": (4, 8, 16, 32, 64, 128), "tokens": (32, 64)}
 CASES += [
     pytest.param("residual", None, {"role": role, "compress_ratio": ratio}, id=f"{role}-{ratio}")
@@ -91,7 +91,7 @@ def stepped(decode, table_dtype, loads, steps=3, kernel=False, shapes=SHAPES, **
             opt.zero_grad()
             sum((p * g).sum() for p, g in zip(ps, grads, strict=True)).backward()
         opt.step()
-    opt.state_dict()  # waits for moments on their way to the host
+    opt.state_dict()  # waits for copies of moments to the host
     return [t for p in ps for t in (p.detach(), *moments(opt, p))], opt
 
 
@@ -101,7 +101,7 @@ def test_every_recipe_has_a_case():
 
 
 def close(some, others, table_dtype):
-    """A few ulp; where tables are stored in fewer bits, some entries are rounded to the other neighbour."""
+    """Equal within a few ulp; in tables of fewer bits, some entries are rounded to the other of the nearest values."""
     ulp = 2.0**-7 if table_dtype != torch.float32 else 2e-6
     for a, b in zip(some, others, strict=True):
         if a.dtype in (torch.int8, torch.uint8):
@@ -114,7 +114,7 @@ def close(some, others, table_dtype):
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(("decode", "table_dtype", "loads"), CASES)
-def test_eager_steps_are_those_of_the_float64_reference(decode, table_dtype, loads):
+def test_eager_steps_equal_the_float64_reference(decode, table_dtype, loads):
     ps = parameters(torch.float32, SHAPES, "cpu")
     options = {"decode": decode, "table_dtype": table_dtype, "min_K": 16, "rehash_period": 3, "lr": 1e-2, **loads}
     opt = Collins(ps, **options, compile=False)
@@ -143,7 +143,7 @@ def test_eager_steps_are_those_of_the_float64_reference(decode, table_dtype, loa
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(("decode", "table_dtype", "loads"), COMPILED)
-def test_compiled_steps_are_eager_ones(decode, table_dtype, loads):
+def test_compiled_steps_equal_eager_ones(decode, table_dtype, loads):
     eager, _ = stepped(decode, table_dtype, loads, shapes=TABLED, compile=False)
     compiled, opt = stepped(decode, table_dtype, loads, shapes=TABLED, compile=True)
     # One, or one for each tensor where their loads differ; an end of the second tensor is stepped eagerly.
@@ -153,8 +153,8 @@ def test_compiled_steps_are_eager_ones(decode, table_dtype, loads):
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("decode", [*DECODES, "toy"])
-def test_compiled_steps_of_dense_moments_are_eager_ones(decode):
-    """Which are of the same format beside all tables."""
+def test_compiled_steps_of_dense_moments_equal_eager_ones(decode):
+    """Dense moments have the same format for all formats of tables."""
     eager, _ = stepped(decode, torch.float32, {}, shapes=[(12,)], compile=False)
     compiled, opt = stepped(decode, torch.float32, {}, shapes=[(12,)], compile=True)
     assert opt._stepper.engine.graphs == 1
@@ -163,7 +163,7 @@ def test_compiled_steps_of_dense_moments_are_eager_ones(decode):
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(("decode", "table_dtype", "loads"), [case for case in CASES if TOY_FORMAT not in case.values])
-def test_the_kernels_steps_are_eager_ones(decode, table_dtype, loads, monkeypatch):
+def test_steps_of_the_kernel_equal_eager_ones(decode, table_dtype, loads, monkeypatch):
     pytest.importorskip("triton")
     launched, original = [], kernels.step_
     monkeypatch.setattr(kernels, "step_", lambda p, *rest: (launched.extend(p), original(p, *rest)))
@@ -176,8 +176,8 @@ def test_the_kernels_steps_are_eager_ones(decode, table_dtype, loads, monkeypatc
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 @pytest.mark.parametrize(("decode", "table_dtype", "loads"), CASES)
-def test_the_host_tiers_steps_are_the_devices_to_the_bit(decode, table_dtype, loads, in_backward):
-    # The fastest way there is: kernels on a GPU, eager steps elsewhere, and for a format that no kernel takes.
+def test_steps_of_the_host_tier_bitwise_equal_those_of_the_device(decode, table_dtype, loads, in_backward):
+    # The default executor: the kernel on a GPU, eager code on the CPU and for formats without a kernel.
     compile = False if table_dtype == TOY_FORMAT else None
     resident, opt = stepped(decode, table_dtype, loads, compile=compile)
     on_host, other = stepped(decode, table_dtype, loads, compile=compile, memory="host", in_backward=in_backward)
@@ -188,7 +188,7 @@ def test_the_host_tiers_steps_are_the_devices_to_the_bit(decode, table_dtype, lo
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("memory", [None, "host"])
 @pytest.mark.parametrize(("decode", "table_dtype", "loads"), CASES)
-def test_a_state_dict_brings_back_every_bit(decode, table_dtype, loads, memory):
+def test_a_state_dict_is_loaded_bitwise(decode, table_dtype, loads, memory):
     options = {"decode": decode, "table_dtype": table_dtype, "min_K": 16, **loads}
     _, source = stepped(decode, table_dtype, loads, compile=False)
     opt = Collins(parameters(torch.float32, SHAPES), **options, rehash_period=3, memory=memory)
@@ -219,5 +219,5 @@ def test_moments_of_adamw_are_converted(decode, table_dtype, loads):
         torch.testing.assert_close(V, padded.sum(1) / counts, rtol=1e-2, atol=1e-9)
 
 
-def test_the_kernel_takes_only_formats_that_there_are():
+def test_the_kernel_implements_registered_formats_only():
     assert set(kernels.MOMENTS) <= set(FORMATS)

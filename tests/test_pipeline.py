@@ -1,5 +1,5 @@
-"""Moments in host slabs step to the same bits as resident ones, in every order that the waits allow; and each wait is
-needed: without it some order goes wrong.
+"""Steps with moments in host slabs bitwise equal resident ones, in every order that the waits allow; and each wait is
+needed: without it, some order gives a wrong result.
 """
 
 import gc
@@ -31,7 +31,7 @@ class ComputeError(Exception):
 
 
 def shuffled(count):
-    """A step's transfers in an order other than theirs."""
+    """The transfers of a step in a different order."""
     return [place * 5 % count for place in range(count)] if count % 5 else list(reversed(range(count)))
 
 
@@ -66,7 +66,7 @@ class Model:
 
 
 class Resident(Model):
-    """The oracle: moments on the device for good."""
+    """The oracle: moments stay on the device."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -80,7 +80,7 @@ class Resident(Model):
 
 
 class Staged(Model):
-    """The same parameters with their moments in slabs, on given streams."""
+    """The same parameters with their moments in slabs, on the given streams."""
 
     def __init__(self, streams, *args, transfer_size=600, slots=3, **kwargs):
         super().__init__(*args, **kwargs)
@@ -92,12 +92,12 @@ class Staged(Model):
 
     @property
     def moments(self):
-        """As they lie in the slabs."""
+        """The moments in the slabs."""
         at = [(self.pipeline.slabs[b].tensors, j) for b, j in (self.place[i] for i in range(len(self.p)))]
         return [tensors[2 * j : 2 * j + 2] for tensors, j in at]
 
     def compute(self, i, step, m, v):
-        """The gradient is made on the current stream, and so is the update; both are still to run afterwards."""
+        """Enqueues the gradient and the update on the current stream; neither has necessarily run on return."""
         g = self.streams.empty(self.p[i].nbytes).view(torch.float32).view(self.p[i].shape)
         self.streams.launch(lambda g: g.copy_(self.gradient(i, step)), g)
         self.streams.launch(lambda g, m, v: self.update(i, step, g, m, v), g, m, v)
@@ -112,13 +112,13 @@ class Staged(Model):
         self.pipeline.run(order, compute)
 
     def arrive(self, step, which, streams=(), stop_at=None):
-        """Gradients of the parameters `which` arrive in this order, on the given streams in turn."""
+        """Steps the parameters `which` in this order, on the given streams in turn."""
         streams = streams or [self.streams.current]
         left = {b: sum(self.place[i][0] == b for i in which) for b in range(len(self.members))}
         for turn, i in enumerate(which):
             transfer, j = self.place[i]
             left[transfer] -= 1
-            more = left[transfer] > 0 or turn % 5 == 4  # sometimes nobody knows that it was the last
+            more = left[transfer] > 0 or turn % 5 == 4  # sometimes the last one is not marked as the last
             with self.streams.on(streams[turn % len(streams)]):
                 try:
                     with self.pipeline.using(transfer, (2 * j, 2 * j + 1), more=more) as tensors:
@@ -144,14 +144,14 @@ def same_bits(staged, resident):
 
 
 def settle(staged):
-    """Drains, and makes sure that a reader then found what is there once the device has come to rest."""
+    """Drains the pipeline, and checks that values read then equal those after all work of the device."""
     staged.pipeline.drain()
     read = [t.clone() for t in chain(*staged.moments)]
     staged.streams.finish_everything()
     assert equal_bits(read, chain(*staged.moments)), "drained, but the slabs changed afterwards"
 
 
-# Scenarios: each trains a few steps and returns whether all bits are the resident ones.
+# Scenarios: each trains a few steps and returns whether the result is bitwise that of resident moments.
 
 
 def whole_steps(streams, **options):
@@ -173,14 +173,14 @@ def arrivals(streams, **options):
     for step, order in enumerate(orders, 1):
         staged.arrive(step, order, kinds)
         resident.step(step, order)
-        staged.pipeline.prefetch_first()  # in vain wherever the next order differs
+        staged.pipeline.prefetch_first()  # without effect if the next order differs
         streams.next_step()
     settle(staged)
     return same_bits(staged, resident)
 
 
 def failures(streams, **options):
-    """One parameter's compute fails midway, after others of its transfer had theirs."""
+    """The update of one parameter fails after others of its transfer have been updated."""
     staged, resident = Staged(streams, **options), Resident(8, options.get("dtype", torch.float32))
     for step, (order, fails) in enumerate(
         [([0, 1, 2, 3, 4, 5, 6, 7], 2), ([7, 6, 5, 4, 3, 2, 1, 0], 1), ([2, 1], 2)], 1
@@ -202,13 +202,13 @@ SETTINGS = [
 @pytest.mark.parametrize("options", SETTINGS, ids=lambda o: f"{o['transfer_size']}B-{o['slots']}slots")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_bits_are_the_resident_ones_in_every_order(scenario, mode, options, dtype):
+def test_results_bitwise_equal_resident_ones_in_every_order(scenario, mode, options, dtype):
     assert SCENARIOS[scenario](FakeStreams(mode), dtype=dtype, **options)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_bits_are_the_resident_ones_whatever_arrives_when(data):
+def test_results_bitwise_equal_resident_ones_for_any_order_of_arrival(data):
     count = data.draw(st.integers(1, 9))
     streams = FakeStreams(data.draw(st.one_of(st.sampled_from(MODES), st.integers(0, 10_000))))
     options = {"transfer_size": data.draw(st.integers(1, 3000)), "slots": data.draw(st.integers(1, 5))}
@@ -235,7 +235,7 @@ def test_bits_are_the_resident_ones_whatever_arrives_when(data):
     assert same_bits(staged, resident)
 
 
-# What breaks when one wait, or one rule of order, is taken away. Each entry makes the streams of a mutant.
+# Mutants: the streams of each entry omit one wait or one rule of order.
 
 MUTANTS = {rule.name: {"drop": [rule]} for rule in WaitFor if rule is not WaitFor.LET_GO}
 MUTANTS["SLOT_FREE, in memory that nobody used before"] = {"drop": [WaitFor.SLOT_FREE], "inherits": False}
@@ -252,12 +252,12 @@ def goes_wrong(scenario, mode, options, mutation):
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_each_rule_is_needed(mutant):
-    """With it, nothing goes wrong in any of these: that is the first test above, and the second one for more orders."""
+    """Without it, some scenario fails; the tests above show that with it none does."""
     tried = product(SCENARIOS.values(), (*MODES, *range(4, 20)), SETTINGS)
     assert any(goes_wrong(scenario, mode, options, MUTANTS[mutant]) for scenario, mode, options in tried)
 
 
-def test_slabs_are_freed_only_when_the_copies_are_done():
+def test_slabs_are_freed_only_when_copies_are_complete():
     def abandoned(**mutation):
         streams = FakeStreams("late", **mutation)
         pipeline = Pipeline([Slab([TensorSpec((4,), torch.float32)]) for _ in range(4)], streams)
@@ -273,7 +273,7 @@ def test_slabs_are_freed_only_when_the_copies_are_done():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_slots_are_freed_only_when_the_callers_stream_is_done(mode):
+def test_slots_are_freed_only_when_the_callers_stream_is_complete(mode):
     def abandoned(**mutation):
         streams = FakeStreams(mode, **mutation)
         staged = Staged(streams)
@@ -295,7 +295,7 @@ def test_slots_are_freed_only_when_the_callers_stream_is_done(mode):
 # The schedule.
 
 
-def test_streams_and_addresses_stay_from_step_to_step():
+def test_streams_and_addresses_are_the_same_in_every_step():
     streams = FakeStreams("late")
     staged = Staged(streams, transfer_size=600)
     made, addresses = len(streams.streams), []
@@ -340,7 +340,7 @@ def test_both_directions_overlap_with_compute():
         assert ("compute", transfer + 1) not in back
 
 
-def test_parts_that_come_one_by_one_on_one_stream_cost_no_more_events():
+def test_parts_that_are_stepped_one_by_one_on_one_stream_need_no_more_events():
     calls, counts = [], []
     for goes in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[2, 0], [3, 1]]):
         streams = FakeStreams("late")
@@ -372,7 +372,7 @@ def test_the_last_order_is_the_prediction():
             with pipeline.using(transfer):
                 pass
         pipeline.finish()
-    assert misses == [4, 1, 3, 0, 2, 4]  # in the second step only the first has to be waited for
+    assert misses == [4, 1, 3, 0, 2, 4]  # in the second step only the first transfer is waited for
     pipeline.prefetch_first()
     with pipeline.using(4):
         pass
@@ -389,7 +389,7 @@ def test_staged_values_do_not_outlive_a_drain():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_failing_bucket_keeps_its_old_values_and_the_pipeline_its_use(mode):
+def test_a_failed_transfer_keeps_its_values_and_the_pipeline_remains_usable(mode):
     streams = FakeStreams(mode)
     staged, resident = Staged(streams, transfer_size=1), Resident(8)
     staged.whole_step(1, range(8))
@@ -399,7 +399,7 @@ def test_a_failing_bucket_keeps_its_old_values_and_the_pipeline_its_use(mode):
     with pytest.raises(ComputeError):
         staged.whole_step(2, range(8), stop_at=4)
     settle(staged)
-    # The parameters belong to the caller: this one puts back those of the transfer that failed.
+    # The caller restores its parameters: here those of the failed transfer.
     staged.p[4].copy_(before[4])
     resident.step(2, range(4))
     assert same_bits(staged, resident)
@@ -410,8 +410,8 @@ def test_a_failing_bucket_keeps_its_old_values_and_the_pipeline_its_use(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_second_use_that_fails_leaves_the_first(mode):
-    """Of the same part, when the first use has not been written back yet."""
+def test_a_failed_second_use_preserves_the_first(mode):
+    """Both uses are of the same part, and the first one has not been written back yet."""
     streams = FakeStreams(mode)
     pipeline = Pipeline([Slab([TensorSpec((4,), torch.float32)] * 2)], streams)
     with pipeline.using(0, [1], more=True) as (m,):
@@ -428,7 +428,7 @@ def test_a_second_use_that_fails_leaves_the_first(mode):
     assert [t.tolist() for t in pipeline.slabs[0].tensors] == [[0] * 4, [5] * 4]
 
 
-def test_the_host_backend_is_bit_equal_too():
+def test_the_host_backend_is_bitwise_equal():
     pipeline = Pipeline(
         [Slab([TensorSpec((40,), torch.float32)]), Slab([TensorSpec((4,), torch.bfloat16)])], HostStreams()
     )
@@ -460,12 +460,12 @@ def two_buckets(slots=3):
         (lambda: streams_for(torch.device("meta")), ValueError, "device must be a CUDA device or the CPU"),
     ],
 )
-def test_bad_input_is_refused(call, error, message):
+def test_invalid_input_is_rejected(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
 
-def test_a_bucket_is_acquired_once_and_slots_are_finite():
+def test_a_transfer_is_acquired_once_and_slots_are_finite():
     pipeline = two_buckets(slots=1)
     pipeline.acquire(0)
     with pytest.raises(RuntimeError, match="transfer 0 is acquired already"):
@@ -495,7 +495,7 @@ def in_child(pipeline, answers):
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # threads and fork, from Python 3.12 on
-def test_a_forked_child_is_refused():
+def test_a_forked_child_is_rejected():
     pipeline = two_buckets()
     pipeline.run([0, 1], lambda transfer, tensors: tensors[0].fill_(1))
     context = multiprocessing.get_context("fork")
@@ -511,7 +511,7 @@ def test_a_forked_child_is_refused():
     assert [slab.tensors[0].tolist() for slab in pipeline.slabs] == [[1] * 4] * 2
 
 
-def test_the_pipeline_goes_with_its_last_reference():
+def test_the_pipeline_is_freed_with_its_last_reference():
     pipeline = two_buckets()
     pipeline.run([0, 1], lambda transfer, tensors: None)
     slab, gone = weakref.ref(pipeline.slabs[0]), weakref.ref(pipeline)
@@ -524,7 +524,7 @@ def test_the_pipeline_goes_with_its_last_reference():
 
 
 class OnCuda(Staged):
-    """What `Staged` does, with kernels that are real."""
+    """Like `Staged`, with real kernels."""
 
     def compute(self, i, step, m, v):
         g = self.gradient(i, step).to(self.device, non_blocking=True)
@@ -539,7 +539,7 @@ def cuda():
 @pytest.mark.cuda
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cuda_bits_are_the_resident_ones(cuda, dtype, slots):
+def test_cuda_results_bitwise_equal_resident_ones(cuda, dtype, slots):
     count = 24
     staged = OnCuda(CudaStreams(cuda), count, dtype, cuda, transfer_size=2000, slots=slots)
     resident = Resident(count, dtype, cuda)
@@ -555,8 +555,8 @@ def test_cuda_bits_are_the_resident_ones(cuda, dtype, slots):
 
 
 @pytest.mark.cuda
-def test_cuda_bits_are_the_resident_ones_on_side_streams(cuda):
-    """A large transfer behind a slow kernel, stepped on a side stream: early copies would be seen."""
+def test_cuda_results_bitwise_equal_resident_ones_on_side_streams(cuda):
+    """A large transfer after a slow kernel, stepped on a side stream: copies that run too early change the result."""
     numel = 2**24
     slabs = [Slab([TensorSpec((numel,), torch.float32)]) for _ in range(4)]
     pipeline = Pipeline(slabs, CudaStreams(cuda), slots=2)
@@ -578,7 +578,7 @@ def test_cuda_bits_are_the_resident_ones_on_side_streams(cuda):
 
 
 @pytest.mark.cuda
-def test_cuda_copy_streams_are_made_once_for_a_device(cuda):
+def test_cuda_copy_streams_are_created_once_per_device(cuda):
     first, second = CudaStreams(cuda), CudaStreams(torch.device("cuda"))
     for kind in (StreamKind.H2D, StreamKind.D2H):
         assert first._stream(kind) == second._stream(kind)
@@ -590,7 +590,7 @@ def test_cuda_copy_streams_are_made_once_for_a_device(cuda):
 
 
 @pytest.mark.cuda
-def test_cuda_graphs_are_refused_while_captured(cuda):
+def test_cuda_graphs_are_rejected_during_capture(cuda):
     pipeline = Pipeline([Slab([TensorSpec((4,), torch.float32)])], CudaStreams(cuda))
     pipeline.run([0], lambda transfer, tensors: tensors[0].add_(1))
     pipeline.drain()

@@ -1,4 +1,4 @@
-"""Placement: every row once, in order, within every limit; and refused exactly when no cut keeps them."""
+"""Placement: every row once, in order, within every limit; and an error exactly if no split meets the limits."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def bytes_of(value, total):
 
 
 def fits(sizes, cut, policy, figures):
-    """Whether a cut keeps the limits: written once more, row by row, from the words of `place`."""
+    """Whether a split meets the limits, computed row by row from the docstring of `place`."""
     front, rest = sizes[:cut], sizes[cut:]
     if (policy.tier == "device" and rest) or (policy.tier == "host" and front):
         return False
@@ -70,7 +70,7 @@ def cases(draw, tiers=("auto", "device", "host"), device=ANY_DEVICE):
 
 
 @given(cases())
-def test_placed_whole_in_order_within_every_limit_or_refused_when_impossible(case):
+def test_placed_in_order_within_every_limit_or_rejected_if_impossible(case):
     sizes, policy, figures = case
     possible = [cut for cut in range(len(sizes) + 1) if fits(sizes, cut, policy, figures)]
     if not possible:
@@ -97,7 +97,7 @@ def test_placed_whole_in_order_within_every_limit_or_refused_when_impossible(cas
 
 
 @given(cases(tiers=["auto"], device=st.integers(400, 1500)), st.data())
-def test_a_spill_goes_on_where_the_device_has_shown_room(case, data):
+def test_a_spill_uses_the_space_that_the_device_has_shown(case, data):
     sizes, policy, figures = case
     try:
         plan = place(requests(sizes), policy, **figures)
@@ -122,12 +122,12 @@ def test_a_spill_goes_on_where_the_device_has_shown_room(case, data):
         assert (before == after) == (before.tier == after.tier)
 
 
-def test_a_spill_says_why_and_makes_room_for_the_ring():
+def test_a_spill_names_its_reason_and_makes_room_for_the_ring():
     policy = MemoryPolicy(device_reserve=0, host_reserve=0, staging_slots=2, transfer_size=10)
     figures = {"device_free": 100, "device_total": 100, "host_free": 1000, "host_total": 1000}
     plan = place(requests([10] * 10), policy, **figures)
     assert plan.host_bytes == plan.staging_bytes == 0
-    spilled = plan.spilled(6)  # 60 bytes were there: 40 of tables, and two slots of 10
+    spilled = plan.spilled(6)  # 60 bytes were available: 40 for tables, and two slots of 10
     assert [row.tier for row in spilled.rows] == ["device"] * 4 + ["host"] * 6
     assert [row.why for row in spilled.rows[4:]] == ["makes room on the device"] * 2 + [
         "the device ran out of memory while placing"
@@ -141,7 +141,7 @@ def test_a_spill_says_why_and_makes_room_for_the_ring():
             plan.spilled(wrong)
 
 
-def test_what_cannot_spill():
+def test_placements_that_cannot_spill():
     figures = {"device_free": 100, "device_total": 100, "host_free": 20, "host_total": 20}
     plan = place(requests([10] * 5), MemoryPolicy(tier="device"), **figures)
     with pytest.raises(MemoryError, match="ran out of memory while placing p3 of 50 B of tables under tier='device'"):
@@ -151,7 +151,7 @@ def test_what_cannot_spill():
         plan.spilled(3)
 
 
-def test_a_refusal_has_every_number_and_a_way_out():
+def test_an_error_contains_every_figure_and_a_remedy():
     policy = MemoryPolicy(device_reserve="25%", host_reserve="1GiB", device_budget="2GiB", transfer_size="1GiB")
     figures = {"device_free": 3 * GIB, "device_total": 4 * GIB, "host_free": 5 * GIB, "host_total": 8 * GIB}
     with pytest.raises(MemoryError) as caught:
@@ -171,7 +171,7 @@ def test_a_refusal_has_every_number_and_a_way_out():
 
 
 @pytest.mark.parametrize("name", ["device_free", "device_total", "host_free", "host_total"])
-def test_figures_that_cannot_be(name):
+def test_invalid_figures_are_rejected(name):
     figures = dict.fromkeys(("device_free", "device_total", "host_free", "host_total"), 10)
     with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
         place([], MemoryPolicy(), **{**figures, name: -1})
@@ -180,9 +180,9 @@ def test_figures_that_cannot_be(name):
             place([], MemoryPolicy(), **{**figures, name: None})
 
 
-def test_tables_of_parameters_on_the_cpu_stay_with_them():
+def test_tables_of_parameters_on_the_cpu_stay_on_the_cpu():
     host = {"device_free": None, "device_total": None, "host_free": 100, "host_total": 1000}
-    plan = place(requests([40, 40]), MemoryPolicy(), **host)  # 10% of the total are all there is
+    plan = place(requests([40, 40]), MemoryPolicy(), **host)  # 10% of the total is all that is free
     assert [(row.tier, row.why) for row in plan.rows] == [("device", "its parameter is on the CPU")] * 2
     assert plan.staging_bytes == 0
     split = MemoryPolicy(device_budget=60, host_reserve=0, staging_slots=2, transfer_size=10)
@@ -232,7 +232,7 @@ def test_a_plan_prints_each_row_with_its_reason_and_a_summary_each_group():
     ],
     ids=str,
 )
-def test_requests_are_what_the_optimizer_reports(options, dtype):
+def test_requests_equal_the_report_of_the_optimizer(options, dtype):
     if dtype == torch.float64:
         options = {**options, "table_dtype": dtype}
     model = llama(2, 256, 688, 64, 1000)
@@ -257,7 +257,7 @@ def test_parameter_counts_of_real_models():
 
 
 @given(st.integers(1, 10**13))
-def test_a_count_is_kept_exactly(count):
+def test_a_count_of_parameters_is_matched_exactly(count):
     model = of_count(count)
     assert model.count == count
     if count < 10**9:

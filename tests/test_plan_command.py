@@ -1,4 +1,4 @@
-"""`python -m collins plan`: its arguments, its figures, its exit status, and what offload/README.md shows of it."""
+"""`python -m collins plan`: its arguments, figures and exit status, and its output in offload/README.md."""
 
 import json
 import math
@@ -151,7 +151,7 @@ def test_published_configs_have_the_published_counts(tmp_path):
         ({**GPT2, "n_inner": True}, "n_inner must be an int of at least 1, got True"),
     ],
 )
-def test_a_config_that_cannot_be_read_names_file_and_key(tmp_path, keys, message, with_and_without, capsys):
+def test_an_invalid_config_is_rejected_with_file_and_key(tmp_path, keys, message, with_and_without, capsys):
     path = config(tmp_path, **keys)
     assert main(["plan", path, *PLENTY]) == 2
     printed = capsys.readouterr()
@@ -177,7 +177,7 @@ def test_without_transformers_an_architecture_is_one_of_four(tmp_path, keys, mes
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\udc80"], ids=["cut short", "a list", "not text"])
-def test_a_file_that_is_no_config(tmp_path, content, capsys):
+def test_a_file_that_is_not_a_config(tmp_path, content, capsys):
     path = tmp_path / "config.json"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     assert main(["plan", str(path), *PLENTY]) == 2
@@ -219,7 +219,7 @@ def test_bad_usage_is_exit_status_2(arguments, message, capsys):
     assert message in printed.err
 
 
-def test_what_does_not_fit_is_exit_status_1(capsys):
+def test_a_plan_that_does_not_fit_has_exit_status_1(capsys):
     assert main(["plan", "llama-7b", "--device-memory", "8GiB", "--host-memory", "64GiB"]) == 1
     printed = capsys.readouterr().out
     assert row(printed, "fits") == ["no", "no"]
@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_exit_status_1(capsys):
     assert "of tables fit neither on the device nor on the host" in capsys.readouterr().out
 
 
-def test_the_way_to_step_can_be_asked_for(capsys):
+def test_the_way_to_step_is_an_option(capsys):
     arguments = ["plan", "llama-7b", "--device-memory", "23.5GiB", "--host-memory", "64GiB"]
     assert main(arguments) == 0
     assert main([*arguments, "--in-backward"]) == 0
@@ -244,7 +244,7 @@ def test_the_way_to_step_can_be_asked_for(capsys):
     assert "in_backward" not in printed
 
 
-def test_options_change_what_they_name(capsys):
+def test_options_have_their_documented_effect(capsys):
     def cells(label, *options):
         main(["plan", "llama-1b", *PLENTY, *options])
         return row(capsys.readouterr().out, label)[:2]
@@ -280,7 +280,7 @@ POLICY_RUNS = {
 
 
 @pytest.mark.parametrize("path", sorted(POLICIES.iterdir()), ids=lambda path: path.name)
-def test_the_example_policies_do_what_their_comments_say(path, monkeypatch, capsys):
+def test_the_example_policies_match_their_comments(path, monkeypatch, capsys):
     ((tier, goes),) = POLICY_RUNS[path.name].items()
     assert MemoryPolicy.of(path).tier == tier
     (command,) = [line for line in path.read_text().splitlines() if line.startswith("#   python -m collins ")]
@@ -293,7 +293,7 @@ def test_the_example_policies_do_what_their_comments_say(path, monkeypatch, caps
     assert placed == ({"device", "host"} if goes == "both" else {goes})
 
 
-def test_the_readme_shows_what_the_command_prints(monkeypatch, capsys):
+def test_the_readme_shows_the_output_of_the_command(monkeypatch, capsys):
     _, _, manual = (ROOT / "offload" / "README.md").read_text().partition("```console\n$ python -m collins ")
     block, _, _ = manual.partition("```")
     command, _, shown = block.partition("\n")
@@ -351,7 +351,7 @@ def test_it_runs_as_a_module():
 
 
 def test_help_and_no_command(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")  # names are broken where lines are full
+    monkeypatch.setenv("COLUMNS", "200")  # long lines are broken
     with pytest.raises(SystemExit, match="0"):
         main(["plan", "--help"])
     shown = capsys.readouterr().out

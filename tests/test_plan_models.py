@@ -1,4 +1,4 @@
-"""The planner's models: every architecture as transformers builds it, published counts to the parameter."""
+"""Models of the planner: equal to those of transformers for every architecture, with the published counts."""
 
 import json
 import socket
@@ -102,7 +102,7 @@ def refused(capsys, *arguments):
 
 
 def built(keys, device):
-    """What transformers builds, not by way of the planner."""
+    """The model as transformers builds it, without the planner."""
     config = transformers.AutoConfig.for_model(**keys)
     text = config.get_text_config()
     if (text.pad_token_id or 0) >= text.vocab_size:
@@ -124,7 +124,7 @@ def test_published_models_have_their_published_counts(keys, count, write, capsys
 
 
 @pytest.mark.parametrize("keys", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_names_and_shapes_are_those_of_the_model_that_is_trained(keys, write):
+def test_names_and_shapes_equal_those_of_the_trained_model(keys, write):
     model, real = model_of(write(keys)), built(keys, "cpu")
     assert list(model.parameters()) == parameters(real)
     assert model.layers == 3
@@ -151,14 +151,14 @@ def test_the_width_of_a_recomputed_block_by_hand(kind, width, write):
     assert model_of(write(ARCHITECTURES[kind])).recomputed == width
 
 
-def test_experts_in_a_list_count_like_experts_in_one_tensor(write):
+def test_experts_in_a_list_are_planned_like_experts_in_one_tensor(write):
     stacked = model_of(write(ARCHITECTURES["mixtral"])).blocks[0]
     listed = [(name, shape) for name, shape in stacked if "experts" not in name]
     for index in range(4):
         listed += [(f"mlp.experts.{index}.{part}.weight", (160, 64)) for part in ("w1", "w3")]
         listed += [(f"mlp.experts.{index}.w2.weight", (64, 160))]
     assert _width(tuple(listed), 64, 2) == _width(stacked, 64, 2)
-    assert _width(stacked, 64, None) == _width(stacked, 64, 4) > _width(stacked, 64, 2)  # all, where it is not known
+    assert _width(stacked, 64, None) == _width(stacked, 64, 4) > _width(stacked, 64, 2)  # all, if it is unknown
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_without_transformers_the_figures_are_the_same(name, write, monkeypatch)
     assert budget_of(plain, Training()) == budget_of(known, Training())
 
 
-def test_a_nested_configuration_is_planned_whole_with_the_text_models_activations(write):
+def test_a_nested_configuration_is_planned_completely_with_activations_of_the_text_model(write):
     model = model_of(write(NESTED))
     assert model.layers == 3
     assert model.hidden == 64
@@ -186,14 +186,14 @@ def test_a_nested_configuration_is_planned_whole_with_the_text_models_activation
     assert model_of(write(NESTED), 1000).count - model.count == 500 * 64  # the vocabulary is the text model's
 
 
-def test_images_and_text_without_a_causal_class_are_planned_whole(write):
+def test_models_of_images_and_text_without_a_causal_class_are_planned_completely(write):
     text = {**TINY, "model_type": "llama"}
     model = model_of(write({"model_type": "llava", "text_config": text, "vision_config": NESTED["vision_config"]}))
     assert model.layers == 3
     assert any("vision" in name for name, _ in model.before)
 
 
-def test_a_text_model_alone_is_planned_where_there_is_no_class_for_the_whole(write):
+def test_the_text_model_is_planned_if_the_whole_has_no_class(write):
     model = model_of(write({"model_type": "voxtral", "text_config": {**TINY, "model_type": "llama", "head_dim": 8}}))
     assert model.count == llama(3, 64, 160, 16, 500).count
     assert "only the text model, llama, of this voxtral is planned" in model.notes
@@ -205,7 +205,7 @@ def test_a_dense_model_of_an_architecture_with_mixtures(write):
     assert model_of(write(keys)).layers == 3
 
 
-def test_sizes_that_the_file_leaves_to_defaults_are_named(write, capsys):
+def test_sizes_that_have_default_values_are_named(write, capsys):
     keys = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
     printed = run(capsys, write(keys), *PLENTY)[1]
     absent = "num_attention_heads 8, vocab_size 262,208"
@@ -214,7 +214,7 @@ def test_sizes_that_the_file_leaves_to_defaults_are_named(write, capsys):
     assert f"note: not in the file, and taken from transformers' Gemma3TextConfig: {absent}\n" in printed
 
 
-def test_nothing_is_downloaded_or_said_by_transformers(write, monkeypatch, capsys):
+def test_transformers_downloads_and_prints_nothing(write, monkeypatch, capsys):
     def refuse(*_):
         raise AssertionError("a plan opened a socket")
 
@@ -224,7 +224,7 @@ def test_nothing_is_downloaded_or_said_by_transformers(write, monkeypatch, capsy
     assert "vocabulary 500" in printed
 
 
-def test_transformers_is_imported_for_a_configuration_alone():
+def test_transformers_is_imported_only_for_a_configuration():
     code = (
         "import sys; from collins.offload.cli import main; main(['plan', 'gpt2', *sys.argv[1:]]);"
         "sys.exit('transformers' in sys.modules)"
@@ -233,7 +233,7 @@ def test_transformers_is_imported_for_a_configuration_alone():
     assert done.returncode == 0
 
 
-def test_code_and_quantization_of_a_folder_are_not_followed(write, capsys):
+def test_code_and_quantization_of_a_folder_are_ignored(write, capsys):
     keys = {
         **ARCHITECTURES["qwen3"],
         "auto_map": {"AutoModelForCausalLM": "modeling.Evil"},
@@ -265,7 +265,7 @@ def test_a_byte_order_mark_is_read(encoding, tmp_path):
     assert model_of(str(path)).count == 1_235_814_400
 
 
-def test_a_folder_stands_for_its_configuration(write, tmp_path, capsys):
+def test_a_folder_is_accepted_in_place_of_its_configuration(write, tmp_path, capsys):
     assert model_of(str(Path(write(QWEN_3_8B)).parent)) == model_of(write(QWEN_3_8B))
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -315,7 +315,7 @@ def smallest_device(model, training):
 
 @pytest.mark.parametrize("training", [Training(), Training(batch_size=4, seq_len=16384, loss_chunks=64)], ids=str)
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_count_never_fits_where_the_configuration_does_not(name, training, write):
+def test_a_count_does_not_fit_if_its_configuration_does_not(name, training, write):
     keys, count = PUBLIC[name]
     known = model_of(write(keys))
     needed = smallest_device(known, training) - 2**20
@@ -328,7 +328,7 @@ def test_a_count_never_fits_where_the_configuration_does_not(name, training, wri
             assert ours.held(in_backward) >= theirs.held(in_backward)
 
 
-def test_a_count_says_what_it_assumes_and_takes_a_vocabulary(capsys):
+def test_a_count_prints_its_assumptions_and_accepts_a_vocabulary(capsys):
     printed = run(capsys, "7B", *PLENTY)[1]
     assert printed.startswith("7B: 7,000,000,000 parameters (vocabulary 262,144)\n")
     assert "a vocabulary of 262,144 is assumed (--vocab sets it)" in printed
@@ -339,7 +339,7 @@ def test_a_count_says_what_it_assumes_and_takes_a_vocabulary(capsys):
 
 
 @given(st.integers(1, 10**12), st.integers(1, 10**6))
-def test_a_count_with_any_vocabulary_is_kept_exactly(count, vocabulary):
+def test_a_count_with_any_vocabulary_is_matched_exactly(count, vocabulary):
     model = of_count(count, vocabulary)
     assert model.count == count
     assert model.vocabulary == vocabulary
@@ -347,7 +347,7 @@ def test_a_count_with_any_vocabulary_is_kept_exactly(count, vocabulary):
 
 
 @pytest.mark.parametrize("name", ["llama-7b", "gpt2-xl", "7B", "config"])
-def test_the_largest_that_fits_is_the_largest(name, write, capsys):
+def test_the_proposed_model_is_the_largest_that_fits(name, write, capsys):
     model = write(GEMMA_2_2B) if name == "config" else name
     arguments = [model, "--device-memory", "24GiB", "--host-memory", "16GiB"]
     found = json.loads(run(capsys, *arguments, "--fits", "--json")[1])["largest"]
@@ -396,7 +396,7 @@ def test_a_sequence_beyond_the_models_positions_is_marked(write, capsys):
     assert "tokens, batch of 1; the model is configured for 4,096\n" in printed
 
 
-def test_json_has_the_figures_of_the_text_and_keys_that_the_readme_lists(write, capsys):
+def test_json_has_the_figures_of_the_text_and_the_documented_keys(write, capsys):
     arguments = ["llama-70b", "--vocab", "128256", "--device-memory", "139.8GiB", "--host-memory", "64GiB"]
     policy = str(ROOT / "examples" / "policies" / "70b-on-141gb.toml")
     status, printed = run(capsys, *arguments, "--policy", policy, "--fits", "--json")
@@ -421,7 +421,7 @@ def test_json_has_the_figures_of_the_text_and_keys_that_the_readme_lists(write, 
             assert f"`{key}`" in readme, key
 
 
-def test_json_of_what_does_not_fit_and_of_a_bare_plan(capsys):
+def test_json_of_a_plan_that_does_not_fit_and_of_a_minimal_plan(capsys):
     status, printed = run(capsys, "70B", "--device-memory", "8GiB", "--host-memory", "64GiB", "--json", "--in-backward")
     plan = json.loads(printed)
     assert status == 1

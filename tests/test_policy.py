@@ -1,4 +1,4 @@
-"""A memory policy says what the user meant, from whatever it is given; or what is wrong with it."""
+"""Memory policies are read from all accepted forms; errors name what is wrong."""
 
 import doctest
 import re
@@ -44,7 +44,7 @@ def test_a_share_is_of_the_total_without_rounding_up(total, hundredths):
 
 
 @given(st.integers(0, 2**50))
-def test_a_size_read_back_from_its_text_is_within_what_the_text_shows(count):
+def test_a_size_equals_its_text_within_the_displayed_precision(count):
     assert parse_size("x", size_text(count).replace(",", "")).of(0) == pytest.approx(count, rel=0.05, abs=0)
 
 
@@ -71,7 +71,7 @@ def test_a_size_read_back_from_its_text_is_within_what_the_text_shows(count):
     ids=repr,
 )
 @pytest.mark.parametrize("name", ["device_reserve", "host_reserve", "device_budget", "pin_limit", "transfer_size"])
-def test_a_size_that_is_none_names_itself_and_what_is_accepted(name, wrong):
+def test_an_invalid_size_is_rejected_with_what_is_accepted(name, wrong):
     if wrong is None and name in ("device_budget", "pin_limit"):
         assert MemoryPolicy(**{name: None}) == MemoryPolicy()
         return
@@ -79,7 +79,7 @@ def test_a_size_that_is_none_names_itself_and_what_is_accepted(name, wrong):
         MemoryPolicy(**{name: wrong})
 
 
-def test_a_bucket_has_a_size_of_its_own_above_zero():
+def test_a_transfer_has_a_positive_size():
     with pytest.raises(ValueError, match=r"transfer_size must be an int of bytes or .*, got '10%'"):
         MemoryPolicy(transfer_size="10%")
     with pytest.raises(ValueError, match="transfer_size must be at least one byte, got 0"):
@@ -87,7 +87,7 @@ def test_a_bucket_has_a_size_of_its_own_above_zero():
 
 
 @pytest.mark.parametrize("slots", [1, 0, -3, 2.0, "3", True, None], ids=repr)
-def test_a_ring_has_at_least_two_slots(slots):
+def test_a_ring_has_two_or_more_slots(slots):
     with pytest.raises(ValueError, match=f"staging_slots must be an int of at least 2, got {slots!r}"):
         MemoryPolicy(staging_slots=slots)
 
@@ -108,7 +108,7 @@ def test_from_a_policy_a_tier_and_a_mapping():
 
 
 @pytest.mark.parametrize("as_text", [True, False], ids=["str", "path"])
-def test_from_a_toml_file_that_others_use_too(tmp_path, as_text):
+def test_from_a_toml_file_with_other_tables(tmp_path, as_text):
     path = tmp_path / "Run.TOML"
     keys = 'tier = "host"\npin_limit = "50%"\nstaging_slots = 2\n'
     path.write_text(f'title = "run 7"\n[collins]\n[collins.memory]\n{keys}[data]\nx = 1\n')
@@ -116,7 +116,7 @@ def test_from_a_toml_file_that_others_use_too(tmp_path, as_text):
 
 
 @pytest.mark.parametrize("text", ["", "[collins.memory]\n"], ids=["empty", "empty table"])
-def test_only_a_file_with_the_table_is_a_policy(tmp_path, text):
+def test_a_file_must_contain_the_table(tmp_path, text):
     path = tmp_path / "policy.toml"
     path.write_text(text)
     if text:
@@ -147,7 +147,7 @@ def test_only_a_file_with_the_table_is_a_policy(tmp_path, text):
         ('[collins.memory]\ntier = "hots"\n', r"one of auto, device, host, got 'hots' \(did you mean 'host'\?\)"),
     ],
 )
-def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path, text, message):
+def test_an_invalid_file_is_named_with_the_reason(tmp_path, text, message):
     path = tmp_path / "policy.toml"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=message) as caught:
@@ -155,7 +155,7 @@ def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path, text, message):
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_what_is_no_policy_at_all():
+def test_values_that_are_not_policies():
     with pytest.raises(FileNotFoundError, match=r"a path to a TOML file, got 'no/such.toml', which is not a file"):
         MemoryPolicy.of("no/such.toml")
     with pytest.raises(FileNotFoundError, match="which is not a file"):
@@ -180,7 +180,7 @@ def test_the_docstring_example():
     [2**63, 10**400, 10**5000, "9" * 30, "99999999999 TiB"],
     ids=["2**63", "10**400", "10**5000", "digits", "unit"],
 )
-def test_a_size_that_no_memory_has_is_refused_at_once(size):
+def test_a_size_larger_than_any_memory_is_rejected(size):
     with pytest.raises(ValueError, match=r"device_budget must be an int of bytes or .*, below 2\*\*63, got "):
         MemoryPolicy(device_budget=size)
 

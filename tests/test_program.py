@@ -1,4 +1,4 @@
-"""A step is one program: what is raised in the middle of it leaves each parameter stepped or as it was, to the bit."""
+"""A step is one program: after an exception in it, each parameter is either stepped or bitwise unchanged."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ BUDGETS = {tuple(SHAPES): 3900, tuple(FEW_SIGNATURES): 2000, tuple(SMALL): 1850}
 
 
 class BrokenError(Exception):
-    """As an allocator, a driver or Ctrl-C might interrupt a step."""
+    """An exception such as those of an allocator, a driver or Ctrl-C."""
 
 
 def made(memory, shapes=SHAPES, **options):
@@ -33,7 +33,7 @@ def made(memory, shapes=SHAPES, **options):
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, FEW_SIGNATURES, SMALL])
-def test_what_is_mixed_is_on_both_tiers(shapes):
+def test_mixed_memory_uses_both_tiers(shapes):
     ps, opt = made(MEMORY["mixed"], shapes)
     step(ps, opt, 0)
     assert {row.tier for plan in opt.placement for row in plan.rows} == {"device", "host"}
@@ -49,7 +49,7 @@ def step(ps, opt, number):
 
 
 def interrupt(engine, monkeypatch, after):
-    """The engine performs `after` parameters more, then it fails."""
+    """Makes the engine fail after `after` more parameters."""
     left = [after]
 
     def perform(*args, original=Engine._run_one):
@@ -65,7 +65,7 @@ def interrupt(engine, monkeypatch, after):
 @pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 @pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
-def test_an_engine_that_raises_leaves_each_parameter_stepped_or_as_it_was(
+def test_an_engine_that_raises_leaves_each_parameter_stepped_or_unchanged(
     memory, in_backward, first, after, monkeypatch
 ):
     steps = 0 if first else 4
@@ -85,7 +85,7 @@ def test_an_engine_that_raises_leaves_each_parameter_stepped_or_as_it_was(
     done = [same_snapshots(now, then) for now, then in zip(found, stepped, strict=True)]
     assert sum(done) == after
     assert all(same_snapshots(now, old) for now, old, was in zip(found, before, done, strict=True) if not was)
-    # The step may be taken again by those that it left out, and training goes on.
+    # The step can be repeated for the parameters that it skipped, and training continues.
     for p in ps:
         p.grad = None
     opt.step()
@@ -96,14 +96,14 @@ def test_an_engine_that_raises_leaves_each_parameter_stepped_or_as_it_was(
 
 
 @pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
-def test_launches_that_fail_leave_each_parameter_stepped_or_as_it_was(memory, monkeypatch):
+def test_launches_that_fail_leave_each_parameter_stepped_or_unchanged(memory, monkeypatch):
     pytest.importorskip("triton")
     from collins.compile import kernels
 
     ps, opt = made(memory, SMALL)
     twins, twin = made(memory, SMALL)
     with_kernel(opt), with_kernel(twin)
-    for number in range(2):  # the third step repeats the second one's program
+    for number in range(2):  # the third step repeats the program of the second one
         step(ps, opt, number)
         step(twins, twin, number)
     before, calls, original = snapshot(ps, opt), [], kernels.step_
@@ -126,7 +126,7 @@ def test_launches_that_fail_leave_each_parameter_stepped_or_as_it_was(memory, mo
 
 
 @pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
-def test_a_state_that_cannot_be_made_leaves_none_behind(memory, monkeypatch):
+def test_a_state_that_cannot_be_created_leaves_no_entry(memory, monkeypatch):
     ps, opt = made(memory)
     adopt, made_so_far = opt._stepper.store.adopt, []
 
@@ -152,7 +152,7 @@ def test_a_state_that_cannot_be_made_leaves_none_behind(memory, monkeypatch):
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "graphs"])
 @pytest.mark.parametrize("memory", MEMORY.values(), ids=MEMORY)
 def test_every_executor_repeats_its_program(memory, compile, monkeypatch):
-    """Not only kernels do, and not only where moments lie beside their parameters."""
+    """This holds for every executor and every memory policy."""
     from collins.stepper import Stepper
 
     built, original = [], Stepper._build
@@ -168,7 +168,7 @@ def test_every_executor_repeats_its_program(memory, compile, monkeypatch):
     for number in range(5):
         step(twins, twin, number)
         twin.param_groups[0]["capturable"] = False
-        twin._stepper._program = None  # each of them is checked anew
+        twin._stepper._program = None  # each of them is checked again
     assert all(map(same_snapshots, snapshot(ps, opt), snapshot(twins, twin)))
 
 
@@ -177,7 +177,7 @@ def test_every_executor_repeats_its_program(memory, compile, monkeypatch):
 
 @pytest.fixture
 def nothing_compiled():
-    """As in a new process: torch.compile gives up on a function that it has compiled too often."""
+    """Resets torch.compile, which stops compiling a function that it has compiled too often."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -186,7 +186,7 @@ def nothing_compiled():
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("compile", [None, True])
-def test_a_function_that_steps_is_compiled_whole(backend, compile):
+def test_a_function_with_a_step_is_compiled_as_one_graph(backend, compile):
     sides = []
     for wrap in (lambda function: function, lambda function: torch.compile(function, fullgraph=True, backend=backend)):
         ps = parameters(torch.float32, FEW_SIGNATURES)
@@ -202,14 +202,14 @@ def test_a_function_that_steps_is_compiled_whole(backend, compile):
             if number == 2:
                 ps[1].grad = None
             twice = function()
-            assert torch.equal(twice, ps[0] * 2)  # what follows the step in the graph sees its result
+            assert torch.equal(twice, ps[0] * 2)  # later operations of the graph use the result of the step
         sides.append((ps, opt))
     (ps, opt), (qs, other) = sides
     assert all(torch.equal(p, q) for p, q in zip(ps, qs, strict=True))
     assert [int(opt.state[p]["step"]) for p in ps] == [int(other.state[q]["step"]) for q in qs] == [4, 3, 4, 4, 4, 4]
 
 
-def test_gradients_that_the_graph_computes_are_those_that_are_stepped_with():
+def test_the_step_uses_gradients_that_the_graph_computes():
     sides = []
     for wrap in (lambda function: function, torch.compile):
         (p,) = parameters(torch.float32, [(64, 64)])
@@ -241,7 +241,7 @@ def test_an_optimizer_is_built_within_compiled_code():
     assert torch.equal(p, q)
 
 
-def test_a_compiled_step_whose_optimizer_is_gone_says_so():
+def test_a_compiled_step_raises_if_its_optimizer_has_been_freed():
     (p,) = parameters(torch.float32, [(64, 64)])
     p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match="the optimizer of this compiled step no longer exists"):

@@ -1,4 +1,4 @@
-"""The optimizer does what the formulas say: every path against the float64 twin."""
+"""The optimizer follows the formulas: every path is compared with the float64 reference."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SPACING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2.0**-7, t
 
 
 def pair(p, options):
-    """An optimizer for `p` alone, and its twin."""
+    """An optimizer for `p`, and its reference."""
     opt = Collins([p], lr=1e-2, **{"table_dtype": torch.float32, **options})
     group, hash = opt.param_groups[0], opt.hash_of(p)
     twin_hash = None
@@ -33,7 +33,7 @@ def flat(tensor):
 
 
 def follow(opt, p, twin, steps, seed=0):
-    """Steps both; the twin starts each step from what the optimizer stored, so that roundings do not add up."""
+    """Steps both; the reference starts each step from the stored values, so that rounding errors do not accumulate."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         g = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.1 + 0.02
@@ -44,7 +44,7 @@ def follow(opt, p, twin, steps, seed=0):
         opt.step()
         twin.step(flat(p.grad))
         for stored, expected in zip((p, *moments(opt, p)), (twin.p, twin.M, twin.V), strict=True):
-            # An ulp where values are rounded to 16 bits, a few where float32 sums were taken.
+            # One ulp if values are rounded to 16 bits, a few ulp for sums in float32.
             allowed = SPACING[stored.dtype] * np.abs(expected) + max(SPACING[p.dtype], 1e-13) * 1e-3
             if p.dtype != torch.float64:
                 allowed += 2e-6 * np.abs(expected).max(initial=0)
@@ -155,8 +155,8 @@ def test_any_size_and_setting(numel, ratio, min_K, hash, decode, period, rho, se
     follow(opt, p, twin, 3)
 
 
-def test_pieces_of_an_eager_step_make_no_difference():
-    """A tensor large enough for many pieces, with an odd tail, against one whole compiled pass."""
+def test_an_eager_step_in_pieces_equals_a_whole_one():
+    """A tensor of many pieces and an odd remainder, compared with a compiled step without pieces."""
     for hash in ("block", "universal"):
         values = torch.randn(3 * 2**18 + 45)
         p, q = torch.nn.Parameter(values.clone()), torch.nn.Parameter(values.clone())

@@ -1,4 +1,4 @@
-"""Steps that repeat the last one: the same bits as steps that look at everything anew, whatever changes in between."""
+"""Steps that repeat the previous program bitwise equal steps that check everything, whatever changes between steps."""
 
 import copy
 import gc
@@ -113,7 +113,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_repeated_step_is_an_ordinary_step(change, monkeypatch):
+def test_a_repeated_step_equals_an_ordinary_step(change, monkeypatch):
     sides, repeats = [], []
     for repeats_are_allowed in (True, False):
         with monkeypatch.context() as patched:
@@ -155,7 +155,7 @@ def test_a_repeated_step_is_an_ordinary_step(change, monkeypatch):
     ],
     ids=["gradient", "option", "state", "size", "dtype"],
 )
-def test_what_is_wrong_is_said_and_changes_nothing(spoil, message):
+def test_invalid_changes_raise_and_change_nothing(spoil, message):
     ps, opt = made()
     for step in range(3):
         give_gradients(step, ps)
@@ -169,7 +169,7 @@ def test_what_is_wrong_is_said_and_changes_nothing(spoil, message):
     assert opt.state[ps[1]]["step"] == 3
 
 
-def test_no_repetition_is_prepared_while_gradients_come_and_go(monkeypatch):
+def test_no_repetition_is_prepared_while_the_set_of_gradients_changes(monkeypatch):
     monkeypatch.setattr(StepProgram, "guard", None)
     ps, opt = made()
     for step in range(4):
@@ -179,7 +179,7 @@ def test_no_repetition_is_prepared_while_gradients_come_and_go(monkeypatch):
     assert [opt.state[p]["step"] for p in ps] == [3, 3, 3, 3]
 
 
-def test_without_the_guards_of_torch_each_step_looks_at_everything(monkeypatch):
+def test_without_the_guards_of_torch_each_step_checks_everything(monkeypatch):
     monkeypatch.setattr(program, "GUARDS_AVAILABLE", False)
     monkeypatch.setattr(program, "tensor_guards", None)
     ps, opt = made()
@@ -189,7 +189,7 @@ def test_without_the_guards_of_torch_each_step_looks_at_everything(monkeypatch):
     assert opt.state[ps[1]]["step"] == 3
 
 
-def test_no_gradient_outlives_its_step():
+def test_no_gradient_is_kept_after_its_step():
     ps, opt = made()
     for step in range(3):
         give_gradients(step, ps)

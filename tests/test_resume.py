@@ -1,4 +1,4 @@
-"""Twenty steps are ten steps, a checkpoint, a new process and ten steps more: to the bit."""
+"""Ten steps, a checkpoint, and ten steps in a new process bitwise equal twenty steps."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ import collins
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """The folder in which another process has ended all runs that this one began."""
+    """The folder in which another process has completed all runs that this one started."""
     folder = tmp_path_factory.mktemp("runs")
     for number, case in enumerate(CASES):
         collins.save(checkpoint(folder, number), **Run(**case).train(0, HALF).parts)
@@ -22,10 +22,10 @@ def resumed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: "-".join(map(str, CASES[number].values())))
-def test_a_resumed_run_ends_in_the_bits_of_one_that_was_never_stopped(resumed, number):
+def test_a_resumed_run_bitwise_equals_an_uninterrupted_one(resumed, number):
     begun = torch.load(checkpoint(resumed, number), weights_only=True)
     ended = torch.load(result(resumed, number), weights_only=True)
-    expected = Run(**CASES[number]).train(0, STEPS).end()
+    expected = Run(**CASES[number]).train(0, STEPS).state()
     assert same(ended, expected)
     assert not same(begun["optimizer"], expected["optimizer"])
     assert any("layout" in state for state in ended["optimizer"]["state"].values())

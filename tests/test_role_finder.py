@@ -1,4 +1,4 @@
-"""Which token tables are found in public architectures: by their modules, by names alone, and by shapes alone.
+"""Token tables are found in public architectures: by modules, by names only, and by shapes only.
 
 Each is built by transformers on the meta device in its published widths, in three layers, so that the matrices of its
 blocks share their numbers of rows as they do in all of them; or it is listed by its names and shapes.
@@ -43,7 +43,7 @@ IMAGES, IMAGES_AND_TEXT = "AutoModelForImageClassification", "AutoModelForImageT
 
 
 class Built(NamedTuple):
-    """A model of transformers, and the token tables that are found in it, in order."""
+    """A model of transformers, and its token tables in order."""
 
     kind: str
     keys: dict
@@ -96,7 +96,7 @@ BUILT = {
     "Qwen 3 30B-A3B": Built(CAUSAL, three(QWEN_3_30B), UNTIED),
     "Gemma 2 2B": Built(CAUSAL, three(GEMMA_2_2B), EMBEDDING),
     "Gemma 3 1B": Built(CAUSAL, three(GEMMA_3_1B), EMBEDDING),
-    "Gemma 3 4B": Built(  # whose 4,096 positions of an image have the shape of a token table
+    "Gemma 3 4B": Built(  # the 4,096 positions of an image have the shape of a token table
         IMAGES_AND_TEXT,
         {
             "model_type": "gemma3",
@@ -129,7 +129,7 @@ BUILT = {
     "SmolLM2 135M": Built(CAUSAL, three(SMOLLM_135M), EMBEDDING),
     "OLMoE 1B-7B": Built(CAUSAL, three(OLMOE_7B), UNTIED),
     "DeepSeek 67B": Built(CAUSAL, three(DEEPSEEK_67B), UNTIED),
-    "DeepSeek V2 Lite": Built(  # whose first layer alone is dense: two matrices share their number of rows
+    "DeepSeek V2 Lite": Built(  # only the first layer is dense: two matrices have the same number of rows
         CAUSAL,
         {
             "model_type": "deepseek_v2",
@@ -179,7 +179,7 @@ BUILT = {
     ),
     "I-BERT": Built(
         MASKED, {"model_type": "ibert", "num_hidden_layers": 3}, ["ibert.embeddings.word_embeddings"]
-    ),  # its class is its own
+    ),  # it has a class of its own
     "ViT base": Built(IMAGES, {"model_type": "vit", "num_hidden_layers": 3, "num_labels": 1000}, []),
     "ViT base, ImageNet-21k": Built(
         IMAGES, {"model_type": "vit", "num_hidden_layers": 3, "num_labels": 21843}, ["classifier"]
@@ -190,7 +190,7 @@ BUILT = {
         [*(f"model.decoder.embed_tokens.{i}" for i in range(4)), *(f"lm_heads.{i}" for i in range(4))],
         shape=[],
     ),
-    "CANINE": Built(  # hashes of characters, whose modules alone say what they are
+    "CANINE": Built(  # hashes of characters, which only modules identify
         "CanineModel",
         {"model_type": "canine", "num_hidden_layers": 3},
         [f"char_embeddings.HashBucketCodepointEmbedder_{i}" for i in range(8)],
@@ -303,7 +303,7 @@ LISTED = {
             ("user_embedding.weight", (100000, 32)),
             ("towers.0.item_emb.weight", (20000, 32)),
             ("towers.0.mlp.fc.weight", (64, 32)),
-            ("towers.1.table.weight", (30000, 32)),  # within a block, a name that says nothing
+            ("towers.1.table.weight", (30000, 32)),  # within a block, with a name that identifies nothing
         ],
         ["user_embedding", "towers.0.item_emb"],
         ["user_embedding", "towers.0.item_emb", "towers.1.table"],
@@ -370,7 +370,7 @@ def test_token_tables_of_an_architecture_by_names_and_shapes(architecture):
     ("GPT-NeoX 20B", 2, ["attention.query_key_value", "mlp.dense_h_to_4h"]),
     ("GPT-NeoX 20B", 3, []),
 ])  # fmt: skip
-def test_models_of_one_or_two_layers_have_more_tables_by_their_shapes_alone(architecture, layers, extra):
+def test_by_shapes_only_models_of_one_or_two_layers_have_more_tables(architecture, layers, extra):
     kind, keys, module, *_ = BUILT[architecture]
     model = built(kind, {**keys, "num_hidden_layers": layers})
     params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
@@ -395,7 +395,7 @@ def test_all_other_weights_are_matrices_and_vectors_exact(architecture):
     assert dimensions >= {"Mixtral 8x7B": {1, 2, 3}, "ViT base": {1, 2, 3, 4}}.get(architecture, {1, 2})
 
 
-def test_reasons_say_by_what_a_table_was_found():
+def test_reasons_name_how_a_table_was_found():
     model = built(*BUILT["BERT base, untied"][:2])
     assert {name: role.reason for name, role in roles_of_modules(model).items()} == {
         "bert.embeddings.word_embeddings.weight": "module: nn.Embedding",
@@ -426,7 +426,7 @@ def test_the_shape_of_a_token_table(rows, columns, count, kind):
     assert [role.kind for role in found_roles(params)][:count] == [kind] * count
 
 
-def test_embeddings_that_are_none_of_tokens():
+def test_embeddings_of_positions_and_types_are_not_token_tables():
     """Positions and kinds of tokens occur in every step. Many positions have the shape of a token table."""
 
     class LearnedPositionalEmbedding(nn.Embedding):
@@ -445,8 +445,8 @@ def test_embeddings_that_are_none_of_tokens():
     assert tables(params, found_roles(params, roles_of_modules(model))) == ["embed_positions", "bags"]
 
 
-def test_linear_layers_within_blocks_are_no_heads():
-    """As wide as the vocabulary by accident, which is as small as a feed-forward network is wide."""
+def test_linear_layers_within_blocks_are_not_heads():
+    """A feed-forward layer may have the same width as a small vocabulary."""
 
     def block():
         return nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(64, 8192), nn.ReLU(), nn.Linear(8192, 64))})
@@ -457,7 +457,7 @@ def test_linear_layers_within_blocks_are_no_heads():
     assert tables(params, found_roles(params, roles_of_modules(model))) == ["table", "out"]
 
 
-def test_a_parametrized_embedding_and_one_alone():
+def test_a_parametrized_embedding_and_a_single_one():
     table = nn.Embedding(300, 32)
     assert roles_of_modules(table) == {"weight": ("tokens", "module: nn.Embedding")}
     nn.utils.parametrize.register_parametrization(table, "weight", nn.Identity())

@@ -1,4 +1,4 @@
-"""Roles in the optimizer: what a group says, what is found, how long it stays; groups made of a model."""
+"""Roles in the optimizer: set by groups or found, and kept after the first step; groups of a model."""
 
 import copy
 import functools
@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from collins import Collins, param_groups
 from collins.groups import NamedParameter
 
-TABLE = (4096, 16)  # a token table by its shape, as long as at most two parameters have as many rows
+TABLE = (4096, 16)  # a token table by its shape if at most two parameters have as many rows
 
 
 def weights(*shapes):
@@ -38,7 +38,7 @@ def step(opt, ps, number=0):
 
 
 class LanguageModel(nn.Module):
-    """Embedding and head of a vocabulary of 300, by names that say nothing."""
+    """Embedding and head of a vocabulary of 300, with names that do not identify them."""
 
     def __init__(self, tied=False, blocks=2):
         super().__init__()
@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
 
 @pytest.mark.parametrize("role", ["matrix", "tokens", "exact"])
 @pytest.mark.parametrize("where", ["argument", "group", "later"])
-def test_a_group_says_what_its_parameters_are(role, where):
+def test_a_group_sets_the_role_of_its_parameters(role, where):
     ps = weights((64, 64), (2048,), (4,))
     opt = Collins([{"params": ps, **({"role": role} if where == "group" else {})}], min_K=16,
                   **({"role": role} if where == "argument" else {}))  # fmt: skip
@@ -83,14 +83,14 @@ def test_exact_moments_are_those_of_adamw():
         assert opt.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}
 
 
-def test_small_ones_and_ratio_one_are_exact_whatever_else_is_said():
+def test_small_parameters_and_ratio_one_are_exact_with_every_role():
     for role in ("auto", "matrix", "tokens"):
         ps = weights((32, 32), TABLE)
         opt = Collins([{"params": ps[:1]}, {"params": ps[1:], "compress_ratio": 1}], role=role)
         assert list(zip(roles(opt), reasons(opt), strict=True)) == [("exact", "min_K"), ("exact", "compress_ratio=1")]
 
 
-def test_vectors_are_exact_unless_they_are_a_model_made_flat():
+def test_vectors_are_exact_except_flattened_models():
     ps = weights((5000,), (5000, 1), (1, 1, 5000), (2**20,), (2**20 + 1,), (50, 2, 50), ())
     assert roles(Collins(ps)) == ["exact"] * 4 + ["matrix"] * 2 + ["exact"]
 
@@ -102,7 +102,7 @@ def test_tables_of_the_universal_hash_are_the_same_for_every_role():
     assert reasons(opt) == ["hash='universal'", "hash='universal'", "min_K"]
 
 
-def test_what_is_frozen_has_no_role_and_counts_among_the_rows():
+def test_frozen_parameters_have_no_role_but_count_for_the_number_of_rows():
     ps = weights(TABLE, TABLE, TABLE)
     for p in ps[1:]:
         p.requires_grad_(False)
@@ -115,7 +115,7 @@ def test_what_is_frozen_has_no_role_and_counts_among_the_rows():
 
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("memory", [None, "host"])
-def test_a_role_stays_from_the_first_step_on(named, memory):
+def test_a_role_is_fixed_by_the_first_step(named, memory):
     ps = weights(TABLE, TABLE, TABLE)
     given = [(f"p{i}", p) for i, p in enumerate(ps)] if named else ps
     opt = Collins(given[:1], memory=memory)
@@ -136,7 +136,7 @@ def test_before_the_first_step_all_parameters_count():
     ps = weights(TABLE, TABLE, TABLE)
     opt = Collins(ps[:1])
     assert roles(opt) == ["tokens"]
-    opt.hash_of(ps[0])  # its spec is made
+    opt.hash_of(ps[0])  # this creates its spec
     opt.add_param_group({"params": ps[1:]})
     assert roles(opt) == ["matrix"] * 3
     one_by_one = Collins([{"params": [p]} for p in ps])
@@ -146,7 +146,7 @@ def test_before_the_first_step_all_parameters_count():
     assert same(opt.state_dict()["state"], one_by_one.state_dict()["state"])
 
 
-def test_a_role_stays_from_loading_on():
+def test_a_role_is_fixed_by_loading():
     ps = weights(TABLE, TABLE, TABLE)
     source, opt = Collins(ps[:1]), Collins(ps[:1])
     step(source, ps[:1])
@@ -171,7 +171,7 @@ def test_a_copy_has_the_roles_of_the_original(how, stepped):
     assert copied.memory_report() == before
 
 
-def test_a_copy_goes_on_with_roles_that_would_be_found_otherwise_now():
+def test_a_copy_keeps_roles_that_would_be_found_differently_now():
     ps = weights(TABLE, TABLE, TABLE)
     opt = Collins(ps[:1])
     step(opt, ps[:1])
@@ -198,7 +198,7 @@ def test_a_state_dict_without_roles_is_loaded():
     assert same(train(net, old, 3, first=3), train(other, new, 3, first=3))
 
 
-def test_moments_of_another_role_are_refused_and_nothing_changes():
+def test_moments_of_another_role_are_rejected_and_nothing_changes():
     net = small_model()
     old, new = (Collins(net.parameters(), min_K=16, role=role) for role in ("matrix", "auto"))
     train(net, old, 2)
@@ -214,7 +214,7 @@ def test_moments_of_another_role_are_refused_and_nothing_changes():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_model_tells_names_and_roles(tied):
+def test_a_model_provides_names_and_roles(tied):
     model = LanguageModel(tied)
     opt = Collins(model, min_K=16)
     named = dict(model.named_parameters())
@@ -231,7 +231,7 @@ def test_a_model_tells_names_and_roles(tied):
         assert by_module.hash_of(p) == by_name.hash_of(p)  # keys derive from names
 
 
-def test_a_model_steps_as_its_named_parameters_do():
+def test_a_model_gives_the_same_steps_as_its_named_parameters():
     def trained(params_of):
         torch.manual_seed(0)
         model = LanguageModel(tied=True)
@@ -246,7 +246,7 @@ def test_a_model_steps_as_its_named_parameters_do():
 
 
 def test_roles_follow_names_when_parameters_are_replaced():
-    """As Accelerate does it, which shards a model after its optimizer has been built."""
+    """Accelerate does this: it shards a model after its optimizer has been built."""
     model = LanguageModel()
     opt = Collins(model, min_K=16)
     before = opt.memory_report()
@@ -254,7 +254,7 @@ def test_roles_follow_names_when_parameters_are_replaced():
     assert opt.memory_report() == before
 
 
-def test_two_modules_that_disagree_on_a_name():
+def test_modules_with_conflicting_names():
     one, other = nn.ModuleDict({"a": nn.Embedding(300, 32)}), nn.ModuleDict({"a": nn.Linear(32, 300)})
     pairs = [NamedParameter("a.weight", one["a"].weight, None), *Collins(other).param_groups[0]["params"]]
     assert len(pairs) == 3
@@ -262,7 +262,7 @@ def test_two_modules_that_disagree_on_a_name():
     assert roles(opt) == ["matrix"]
 
 
-def test_what_is_no_model_or_an_empty_one():
+def test_invalid_and_empty_models():
     with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
         Collins(nn.ReLU())
     with pytest.raises(TypeError, match=r"params of a group must be tensors or pairs .*, got a Linear, "):
@@ -273,7 +273,7 @@ def test_what_is_no_model_or_an_empty_one():
         Collins([nn.Linear(4, 4)])
 
 
-def test_a_generator_and_a_list_of_parameters_are_what_they_are_to_adamw():
+def test_generators_and_lists_of_parameters_are_accepted_like_in_adamw():
     ps = nn.ParameterList(weights((64, 64), (8,)))
     for given in (ps, [{"params": ps}], (p for p in ps)):
         opt = Collins(given)
@@ -294,7 +294,7 @@ def test_modules_without_shapes_yet_are_accepted():
 
 @pytest.fixture
 def mesh():
-    """Four ranks, of which this process is the first."""
+    """A group of four ranks; this process is the first."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:
         yield init_device_mesh("cpu", (4,))
@@ -304,7 +304,7 @@ def mesh():
 
 @pytest.mark.parametrize("params_of", [lambda model: model, lambda model: model.parameters()], ids=["module", "shapes"])
 def test_sharded_parameters_have_the_roles_of_whole_ones(params_of, mesh):
-    """By the shapes of the whole: of 8,192 rows each rank has 2,048, too few for a token table."""
+    """Roles depend on global shapes: of 8,192 rows each rank has 2,048, too few for a token table."""
 
     def model():
         blocks = [nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64)) for _ in range(2)]
@@ -370,13 +370,13 @@ def test_groups_of_a_model_have_vectors_norms_and_biases_without_decay():
     ],
     ids=str,
 )
-def test_what_is_listed_is_not_decayed(no_decay, without):
+def test_listed_parameters_are_not_decayed(no_decay, without):
     blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(8, 8, bias=False)}) for _ in range(2)])
     model = nn.ModuleDict({"emb": nn.Embedding(10, 8), "layers": blocks, "head": nn.Linear(8, 10, bias=False)})
     assert names(param_groups(model, 0.1, no_decay)).get(0.0, []) == without
 
 
-def test_a_model_of_timm_lists_what_is_not_decayed():
+def test_a_model_of_timm_lists_parameters_without_decay():
     class VisionTransformer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -393,7 +393,7 @@ def test_a_model_of_timm_lists_what_is_not_decayed():
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "bert", "gpt2", "opt", "t5"])
-def test_groups_are_those_of_the_trainer_of_transformers(kind):
+def test_groups_equal_those_of_the_trainer_of_transformers(kind):
     transformers = pytest.importorskip("transformers")
     keys = {"num_local_experts": 2} if kind == "mixtral" else {}
     with torch.device("meta"):
@@ -403,7 +403,7 @@ def test_groups_are_those_of_the_trainer_of_transformers(kind):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_groups_step_as_adamw_takes_them_and_tell_collins_the_roles(tied):
+def test_groups_are_accepted_by_adamw_and_provide_roles_to_collins(tied):
     model, other = LanguageModel(tied), LanguageModel(tied)
     other.load_state_dict(model.state_dict())
     opt = Collins(param_groups(model, 0.1, [nn.Embedding]), lr=1e-2, compress_ratio=1)
@@ -421,17 +421,17 @@ def test_groups_step_as_adamw_takes_them_and_tell_collins_the_roles(tied):
     found = {row.name: row.reason for row in Collins(param_groups(model), min_K=16).memory_report().rows}
     assert found["parameter 'first.weight'"] == "module: nn.Embedding" + (", tied to last" if tied else "")
     regrouped = [{"params": [pair]} for group in param_groups(model) for pair in group["params"]]
-    rows = Collins(regrouped, min_K=16).memory_report().rows  # whatever users make of the groups
+    rows = Collins(regrouped, min_K=16).memory_report().rows  # users may modify the groups
     assert {row.name: row.reason for row in rows} == found
 
 
 @pytest.mark.parametrize("no_decay", ["bias", nn.Embedding, 3, None, [3], [nn.Linear(2, 2)], [int], [None]], ids=str)
-def test_what_cannot_be_listed_is_refused(no_decay):
+def test_an_invalid_list_is_rejected(no_decay):
     with pytest.raises(TypeError, match=r"no_decay must .* names, patterns or classes of modules, got "):
         param_groups(nn.Linear(2, 2), 0.1, no_decay)
 
 
-def test_groups_are_made_of_a_model():
+def test_groups_require_a_model():
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
         param_groups(list(nn.Linear(2, 2).parameters()))
     with pytest.raises(ValueError, match="optimizer got an empty parameter list"):

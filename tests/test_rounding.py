@@ -1,4 +1,4 @@
-"""Stochastic rounding: right on average, between neighbours, reproducible, and without generator state."""
+"""Stochastic rounding: unbiased, to the nearest values above and below, reproducible, and without generator state."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_representable_and_special_values_are_kept(dtype):
     assert stochastic_round(odd_nan, dtype, torch.full((2,), 0xFFFF, dtype=torch.int32)).isnan().all()
 
 
-def test_bits_do_not_depend_on_where_a_piece_begins():
+def test_bits_do_not_depend_on_the_start_of_a_piece():
     whole = random_bits(0, 1000, 7, KEY, PARAM, torch.device("cpu"))
     for first, count in ((0, 1), (1, 31), (5, 700), (32, 64), (999, 1)):
         assert torch.equal(random_bits(first, count, 7, KEY, PARAM, torch.device("cpu")), whole[first : first + count])
@@ -79,14 +79,14 @@ def drift(dtype, stochastic_rounding, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_ten_thousand_tiny_updates_move_the_mean(dtype):
+def test_ten_thousand_tiny_updates_change_the_mean(dtype):
     moved = drift(dtype, None, compress_ratio=1)
     # Below 1.0 the spacing is ulp / 2: each weight's walk has a variance of at most 10 ulp * spacing. The update itself
     # is rounded in float32, by at most 2^-25 of the 10 ulp / 10,000 that it should be.
     assert abs(moved - 10) < 5 * math.sqrt(10 * 0.5 / 4096) + 10_000 * 2**-25 / torch.finfo(dtype).eps
 
 
-def test_round_to_nearest_does_not_move():
+def test_round_to_nearest_changes_nothing():
     with pytest.warns(UserWarning, match="lr is too small to move most 16-bit weights"):
         assert drift(torch.bfloat16, False, compress_ratio=1) == 0
 
@@ -108,7 +108,7 @@ def test_a_bf16_table_follows_its_average_only_with_stochastic_rounding():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_rounding_repeats_itself_and_leaves_the_global_generator_alone(dtype):
+def test_rounding_is_repeatable_and_does_not_use_the_global_generator(dtype):
     def trained(**options):
         p = torch.nn.Parameter(torch.linspace(-1, 1, 5000).to(dtype))
         opt = Collins([p], table_dtype=torch.bfloat16, **options)

@@ -1,4 +1,4 @@
-"""What part of a sharded parameter is on a rank, and which placements are refused; one process stands for each rank."""
+"""The part of a sharded parameter on each rank, and placements that are rejected; one process simulates all ranks."""
 
 import contextlib
 
@@ -18,7 +18,7 @@ from collins.sharding import local, slice_of
 
 @contextlib.contextmanager
 def rank_of(rank, *sizes):
-    """The mesh of `sizes`, as one of its ranks sees it."""
+    """The mesh of `sizes` on one of its ranks."""
     world = torch.Size(sizes).numel()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
@@ -28,7 +28,7 @@ def rank_of(rank, *sizes):
 
 
 def numbered(shape, mesh, placements):
-    """A DTensor whose elements are their numbers; nothing is sent."""
+    """A DTensor whose elements are their indices, created without communication."""
     whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
     return distribute_tensor(whole, mesh, placements, src_data_rank=None)
 
@@ -43,7 +43,7 @@ MESHES = [((world,), (Shard(0),)) for world in (1, 2, 3, 4, 7)] + [
 
 @pytest.mark.parametrize(("sizes", "placements"), MESHES, ids=str)
 @pytest.mark.parametrize("shape", [(12, 4), (10, 3), (5, 2, 3), (7,), (1, 9)], ids=str)
-def test_a_slice_is_where_its_first_element_is_and_all_of_them_follow(shape, sizes, placements):
+def test_a_slice_is_contiguous_from_its_first_element(shape, sizes, placements):
     layout = bucketing_of(1, compress_ratio=32, min_K=1024, hash="block")
     for rank in range(torch.Size(sizes).numel()):
         with rank_of(rank, *sizes) as mesh:
@@ -63,7 +63,7 @@ def strided(shape, mesh):
     return DTensor.from_local(part, mesh, placements, shape=whole.shape, stride=whole.stride())
 
 
-def test_rows_that_are_dealt_out_twice_are_found():
+def test_rows_that_are_sharded_twice_are_found():
     for rank in range(6):
         with rank_of(rank, 2, 3) as mesh:
             p = strided((12, 4), mesh)
@@ -80,7 +80,7 @@ def refused(value, **options):
     return str(error.value)
 
 
-def test_what_a_rank_cannot_step_alone_is_refused_before_anything_changes():
+def test_placements_that_a_rank_cannot_step_alone_are_rejected_and_nothing_changes():
     with rank_of(0, 2) as mesh:
         columns = numbered((64, 64), mesh, (Shard(1),))
         told = refused(columns)
@@ -101,7 +101,7 @@ def test_exact_moments_in_full_precision_may_be_sharded_along_any_dimension():
         assert torch.equal(local(p.detach()), expected - 0.1 * expected.sign())
 
 
-def test_uneven_rows_that_are_dealt_out_twice_are_refused():
+def test_uneven_rows_that_are_sharded_twice_are_rejected():
     with rank_of(0, 2, 2) as mesh:
         whole = torch.ones(66, 64)
         placements = (_StridedShard(0, split_factor=2), Shard(0))
@@ -109,7 +109,7 @@ def test_uneven_rows_that_are_dealt_out_twice_are_refused():
         assert "_StridedShard" in refused(p)
 
 
-def test_gradients_must_be_of_their_parameters_kind():
+def test_gradients_must_have_the_placements_of_their_parameter():
     with rank_of(0, 2) as mesh:
         p = torch.nn.Parameter(numbered((64, 64), mesh, (Shard(0),)))
         opt = Collins([("w", p)], min_K=16)
@@ -125,12 +125,12 @@ def test_buckets_of_sharded_parameters_stay_within_rows(rows, width, ratio, min_
     layout = within_rows(whole, (rows, width))
     assert layout.load <= whole.load
     assert width % layout.load == 0
-    assert layout.load == whole.load or width % (2 * layout.load)  # no smaller than it has to be
+    assert layout.load == whole.load or width % (2 * layout.load)  # not smaller than necessary
     shape = moment_shape(layout, (rows, width))
     assert shape == ((rows, width) if layout.hash is None else (rows, width // int(layout.load)))
 
 
-def test_graphs_step_a_part_as_eager_code_does():
+def test_graphs_step_a_part_like_eager_code():
     found = []
     for compile in (False, True):
         with rank_of(1, 2) as mesh:

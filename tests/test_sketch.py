@@ -51,7 +51,7 @@ def test_decoded_second_moments(family):
         assert (NUMEL / BUCKETS * table[bucket] >= exact * (1 - 1e-12)).all()
 
 
-def test_a_table_counts_as_zero_where_signs_are_fresh():
+def test_a_table_is_zero_where_signs_are_redrawn():
     table, mean = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
     assert torch.equal(decay(table, mean, 0.5, 0.5, torch.tensor([False, True])), torch.tensor([5.5, 10.0]))
     poisoned = torch.tensor([float("nan"), float("inf")])

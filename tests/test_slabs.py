@@ -1,4 +1,4 @@
-"""Slabs take the bytes they need and no more, are pinned within a limit, and go when their last tensor goes."""
+"""Slabs have exactly the bytes they need, are pinned within a limit, and are freed with their last tensor."""
 
 import ctypes
 import gc
@@ -26,7 +26,7 @@ PARTS = [
 
 
 class Cudart:
-    """The runtime calls that pinning needs, on memory that is really there when they are made."""
+    """Imitates the runtime calls of pinning, and checks that their memory exists."""
 
     def __init__(self, error=0):
         self.error, self.registered, self.calls = error, {}, 0
@@ -40,7 +40,7 @@ class Cudart:
         return self.error
 
     def cudaHostUnregister(self, address):
-        ctypes.string_at(address, self.registered.pop(address))  # crashes where it is unmapped already
+        ctypes.string_at(address, self.registered.pop(address))  # crashes if it has been unmapped
         return 0
 
     def cudaError(self, code):
@@ -62,7 +62,7 @@ def cudart(monkeypatch):
     fake = Cudart()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
-    monkeypatch.setattr(torch, "ones", lambda *args, device: None)  # the kernel that takes a pending error
+    monkeypatch.setattr(torch, "ones", lambda *args, device: None)  # the kernel that clears a pending error
     return fake
 
 
@@ -111,7 +111,7 @@ def mapped_bytes():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="not Linux")
-def test_memory_lives_as_long_as_any_tensor_of_it():
+def test_memory_is_kept_as_long_as_any_of_its_tensors():
     size = 2**26
     before = mapped_bytes()
     slab = Slab([TensorSpec((size,), torch.uint8), TensorSpec((4,), torch.float32)], pin=False)
@@ -131,7 +131,7 @@ def test_memory_lives_as_long_as_any_tensor_of_it():
 # Pinning.
 
 
-def test_a_slab_is_registered_at_its_exact_size_until_its_last_tensor_goes(cudart):
+def test_a_slab_is_registered_at_its_exact_size_until_its_last_tensor_is_freed(cudart):
     before = pinned_bytes()
     slab = Slab(PARTS)
     assert slab.pinned
@@ -146,7 +146,7 @@ def test_a_slab_is_registered_at_its_exact_size_until_its_last_tensor_goes(cudar
     assert pinned_bytes() == before
 
 
-def test_beyond_the_limit_slabs_are_pageable_and_one_warning_says_so(cudart):
+def test_beyond_the_limit_slabs_are_pageable_with_one_warning(cudart):
     set_pin_limit(pinned_bytes() + 1500)
     slabs = [Slab([TensorSpec((1000,), torch.uint8)])]
     with pytest.warns(UserWarning, match="pageable") as caught:
@@ -162,7 +162,7 @@ def test_beyond_the_limit_slabs_are_pageable_and_one_warning_says_so(cudart):
     assert Slab([TensorSpec((999,), torch.uint8)]).pinned
 
 
-def test_where_pinning_fails_slabs_are_pageable_and_one_warning_says_why(cudart, monkeypatch):
+def test_if_pinning_fails_slabs_are_pageable_and_one_warning_gives_the_reason(cudart, monkeypatch):
     cudart.error = 2
     launched = []
     monkeypatch.setattr(torch, "ones", lambda *args, device: launched.append(device))
@@ -173,14 +173,14 @@ def test_where_pinning_fails_slabs_are_pageable_and_one_warning_says_why(cudart,
     expected = f"cudaHostRegister of {slabs[0].nbytes:,} bytes failed with error 2 (reason 2)"
     assert expected in str(warning.message)
     assert [slab.pinned for slab in slabs] == [False, False]
-    assert launched == ["cuda"] * 2  # took the error that would have hit the next kernel
+    assert launched == ["cuda"] * 2  # cleared the error that the next kernel would have raised
     assert pinned_bytes() == before
     slabs[0].tensors[0].fill_(1)
     del slabs
     assert pinned_bytes() == before
 
 
-def test_nothing_is_pinned_unasked_or_without_cuda(cudart, monkeypatch):
+def test_nothing_is_pinned_without_request_or_without_cuda(cudart, monkeypatch):
     assert not Slab(PARTS, pin=False).pinned
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with warnings.catch_warnings():
@@ -189,7 +189,7 @@ def test_nothing_is_pinned_unasked_or_without_cuda(cudart, monkeypatch):
     assert cudart.calls == 0
 
 
-def test_a_limit_below_zero_is_refused():
+def test_a_negative_limit_is_rejected():
     with pytest.raises(ValueError, match="limit must be None or at least 0 bytes, got -1"):
         set_pin_limit(-1)
 
@@ -199,7 +199,7 @@ def test_a_limit_below_zero_is_refused():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # threads and fork, from Python 3.12 on
-def test_a_forked_child_is_refused_and_cannot_reach_the_parents_values(cudart):
+def test_a_forked_child_is_rejected_and_cannot_access_the_values_of_its_parent(cudart):
     slab = Slab([TensorSpec((8,), torch.float32)])
     tensor = slab.tensors[0].fill_(3)
     here, there = os.pipe()
@@ -224,7 +224,7 @@ def test_a_forked_child_is_refused_and_cannot_reach_the_parents_values(cudart):
     os.close(here)
     os.close(there)
     assert said.count(f"belongs to process {os.getpid()}, and process {child} was forked") == 3
-    assert registered == "1"  # the child made no call to CUDA when its copy went
+    assert registered == "1"  # the child made no call to CUDA when its copy was freed
     assert tensor.tolist() == [3] * 8
     assert slab.pinned
 
@@ -248,12 +248,12 @@ def members(*sizes):
         ([0, 0, 5], 5, [[0, 1, 2]]),
     ],
 )
-def test_neighbours_share_a_bucket_while_it_holds_them(sizes, transfer_size, transfers):
+def test_adjacent_parameters_share_a_transfer_up_to_its_size(sizes, transfer_size, transfers):
     assert grouped(members(*sizes), transfer_size) == transfers
 
 
 @given(st.lists(st.integers(0, 400), max_size=30), st.integers(1, 1000))
-def test_every_parameter_is_in_one_bucket_that_is_small_enough(sizes, transfer_size):
+def test_every_parameter_is_in_one_transfer_within_the_size(sizes, transfer_size):
     transfers = grouped(members(*sizes), transfer_size)
     assert [place for transfer in transfers for place in transfer] == list(range(len(sizes)))
     for transfer in transfers:
@@ -261,7 +261,7 @@ def test_every_parameter_is_in_one_bucket_that_is_small_enough(sizes, transfer_s
         assert nbytes <= transfer_size or len(transfer) == 1
 
 
-def test_a_bucket_size_below_one_byte_is_refused():
+def test_a_transfer_size_below_one_byte_is_rejected():
     with pytest.raises(ValueError, match="transfer_size must be at least 1 byte, got 0"):
         grouped(members(1), 0)
 
@@ -286,7 +286,7 @@ def test_cuda_pins_and_unpins():
 
 
 @pytest.mark.cuda
-def test_cuda_goes_on_after_a_refused_registration(monkeypatch):
+def test_cuda_is_usable_after_a_failed_registration(monkeypatch):
     """Registering the same pages twice fails; the error must not surface in the next kernel."""
     slab = Slab([TensorSpec((4096,), torch.uint8)])
     block = (ctypes.c_char * 4096).from_address(slab.bytes.data_ptr())

@@ -1,9 +1,9 @@
-"""Counters: set together, and tensors that stay what they are."""
+"""Counters are set together, and their tensors stay the same objects."""
 
 from collins.state import StepCounters
 
 
-def test_each_counter_is_a_tensor_that_outlives_growth():
+def test_each_counter_is_a_tensor_that_remains_valid_after_growth():
     counters = StepCounters()
     tensors = [counters.adopt(None, value)[1] for value in range(200)]
     assert [int(t) for t in tensors] == list(range(200))

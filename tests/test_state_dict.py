@@ -1,4 +1,4 @@
-"""State dicts: every bit comes back, in place and on its tier; what means something else is refused by name."""
+"""State dicts are loaded bitwise, in place and on their tier; incompatible state is rejected by name."""
 
 import copy
 import io
@@ -43,7 +43,7 @@ TRIPS = {
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("hash", ["block", "universal"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_bit_comes_back_in_every_tier(device, hash, table_dtype, memory, trip):
+def test_state_is_loaded_bitwise_in_every_tier(device, hash, table_dtype, memory, trip):
     if device == "cpu" and memory == "device":
         memory = {"tier": "auto"}  # the CPU is the host
     options = {"hash": hash, "table_dtype": table_dtype, "memory": memory, "lr": 0.01, "min_K": 16}
@@ -117,7 +117,7 @@ def test_loading_compiles_nothing_anew():
     assert same(dict(net.state_dict()), dict(other.state_dict()))
 
 
-def test_a_parameter_that_the_state_dict_does_not_know_starts_anew():
+def test_a_parameter_that_is_not_in_the_state_dict_restarts():
     for memory in (None, "host"):
         net = small_model()
         opt = Collins(net.parameters(), min_K=16, memory=memory)
@@ -150,7 +150,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("options", "text"), OTHERS, ids=str)
 @pytest.mark.parametrize("memory", [None, "host"])
-def test_other_settings_are_refused_by_name_and_nothing_changes(memory, options, text):
+def test_other_options_are_rejected_by_name_and_nothing_changes(memory, options, text):
     net, other = small_model(), small_model(1)
     source = Collins(net.named_parameters(), lr=0.5, min_K=16)
     opt = Collins(other.named_parameters(), **{"min_K": 16, "memory": memory, **options})
@@ -164,7 +164,7 @@ def test_other_settings_are_refused_by_name_and_nothing_changes(memory, options,
         assert opt.state_dict()["param_groups"] == before["param_groups"]
 
 
-def test_coefficients_set_by_hand_are_part_of_what_tables_mean():
+def test_custom_coefficients_are_part_of_the_fingerprint():
     net, other = small_model(), small_model(1)
     source, opt = (Collins(n.parameters(), hash="universal", min_K=16) for n in (net, other))
     source.hash_of(net[0].weight).a = 12345
@@ -177,7 +177,7 @@ def test_coefficients_set_by_hand_are_part_of_what_tables_mean():
     assert same(opt.state_dict()["state"], source.state_dict()["state"])
 
 
-def test_another_order_of_parameters_is_refused():
+def test_another_order_of_parameters_is_rejected():
     torch.manual_seed(0)
     a, b, tall = (torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 64), (64, 64), (128, 32)))
 
@@ -191,15 +191,15 @@ def test_another_order_of_parameters_is_refused():
     saved = stepped([("a", a), ("b", b)]).state_dict()
     with pytest.raises(ValueError, match="parameter 'a' is number 0 in state_dict and number 1 in this optimizer"):
         stepped([("b", b), ("a", a)]).load_state_dict(saved)
-    stepped([("module.a", a), ("module.b", b)]).load_state_dict(saved)  # names may change: the places are the same
+    stepped([("module.a", a), ("module.b", b)]).load_state_dict(saved)  # names may change: the positions are the same
     stepped([a, b]).load_state_dict(saved)
-    # Without names shapes tell, also where tables are as long.
+    # Without names, shapes are compared, also if tables have the same length.
     saved = stepped([a, tall], hash="universal").state_dict()
     with pytest.raises(ValueError, match=r"parameter 0 has the shape \(128, 32\); .* 4096 elements in 64 rows"):
         stepped([tall, a], hash="universal").load_state_dict(saved)
 
 
-def test_dense_moments_are_those_of_adamw_and_need_no_fingerprint():
+def test_dense_moments_have_the_format_of_adamw_without_a_fingerprint():
     net, other = small_model(), small_model()
     adamw, opt = torch.optim.AdamW(net.parameters()), Collins(other.parameters(), compress_ratio=1)
     train(net, adamw, 3)
@@ -207,7 +207,7 @@ def test_dense_moments_are_those_of_adamw_and_need_no_fingerprint():
     assert same(opt.state_dict()["state"], adamw.state_dict()["state"])
 
 
-def test_schedules_come_from_the_state_dict_and_everything_else_stays_as_built():
+def test_scheduled_options_are_loaded_and_all_others_keep_their_values():
     net, other = small_model(), small_model()
     source = Collins(
         net.parameters(),
@@ -254,7 +254,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("change", "text"), BROKEN, ids=[text[:40] for _, text in BROKEN])
-def test_a_broken_state_dict_is_refused_and_nothing_changes(change, text):
+def test_an_invalid_state_dict_is_rejected_and_nothing_changes(change, text):
     net = small_model()
     opt = Collins(net.parameters(), min_K=16)
     train(net, opt, 1)
@@ -323,7 +323,7 @@ MALFORMED = {
 
 
 def unchanged_by(opt, what, given, text):
-    """That `what` refuses what it is given, and changes nothing."""
+    """Checks that a call raises an error and changes nothing."""
     before, groups = copy.deepcopy(opt.state_dict()["state"]), str(opt.param_groups)
     with pytest.raises(ValueError, match=text):
         what(given)
@@ -342,7 +342,7 @@ def saved_and_target(**options):
 
 @pytest.mark.parametrize("form", MALFORMED)
 @pytest.mark.parametrize("what", ["load_state_dict", "check_state_dict", "convert"])
-def test_a_malformed_state_dict_is_refused_by_name_and_nothing_changes(what, form):
+def test_a_malformed_state_dict_is_rejected_by_name_and_nothing_changes(what, form):
     change, text = MALFORMED[form]
     saved, target = saved_and_target()
     act = (lambda state: convert(state, target)) if what == "convert" else getattr(target, what)
@@ -372,7 +372,7 @@ UNFIT = {
 @pytest.mark.parametrize("memory", [None, "host"])
 @pytest.mark.parametrize("unfit", UNFIT)
 @pytest.mark.parametrize("ratio", [1, 32])
-def test_a_moment_that_cannot_be_copied_is_found_before_another_is(ratio, unfit, memory):
+def test_a_moment_that_cannot_be_copied_is_detected_before_any_is_loaded(ratio, unfit, memory):
     saved, target = saved_and_target(compress_ratio=ratio, memory=memory)
     saved = copy.deepcopy(saved)
     number, state = [*saved["state"].items()][2]  # the last matrix, behind others that fit
@@ -398,7 +398,7 @@ def test_the_steps_of_a_whole_counter_are_loaded():
     assert target.state_dict()["state"][0]["step"] == 2**24
 
 
-def test_options_that_earlier_versions_ignored_in_a_group_are_left_out():
+def test_options_that_earlier_versions_ignored_in_a_group_are_dropped():
     saved, target = saved_and_target()
     for loaded in (in_group(seed=5, tag="kept")(saved), convert(in_group(seed=5, tag="kept")(saved), target)):
         target.load_state_dict(loaded)
@@ -409,7 +409,7 @@ def test_options_that_earlier_versions_ignored_in_a_group_are_left_out():
 @pytest.mark.parametrize("trip", TRIPS)
 @pytest.mark.parametrize("memory", [None, "host"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_a_wrapper_keeps_in_a_state_comes_back_to_the_bit(device, memory, trip):
+def test_additional_state_of_a_wrapper_is_loaded_bitwise(device, memory, trip):
     (net, source), (other, target) = (
         (n, Collins(n.parameters(), min_K=16, memory=memory))
         for n in (small_model(device=device), small_model(1, device=device))
@@ -435,7 +435,7 @@ def test_what_a_wrapper_keeps_in_a_state_comes_back_to_the_bit(device, memory, t
 
 
 @pytest.mark.parametrize("options", [{}, {"hash": "universal"}], ids=str)
-def test_the_refusal_of_moments_of_adamw_names_convert(options):
+def test_the_error_for_moments_of_adamw_names_convert(options):
     net, other = small_model(), small_model(1)
     adamw, opt = torch.optim.AdamW(net.parameters()), Collins(other.parameters(), min_K=16, **options)
     train(net, adamw, 2)

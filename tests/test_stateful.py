@@ -62,7 +62,7 @@ class Side:
         self.build(groups)
 
     def build(self, groups):
-        """A new optimizer: for each group the names of its parameters, and its options."""
+        """Creates an optimizer from the names of the parameters and the options of each group."""
         named = [{**options, "params": [(name, self.params[name]) for name in names]} for names, options in groups]
         self.opt = Collins(named, lr=1e-2, min_K=16, compress_ratio=8, rehash_period=3, hash=self.hash, **self.way)
 
@@ -74,7 +74,7 @@ class Side:
         ]
 
     def step(self, grads):
-        """With the gradients of these parameters, by name."""
+        """One step with the given gradients, by names of parameters."""
         given = {name: g.to(self.params[name].dtype) for name, g in grads.items()}
         try:
             if self.opt.in_backward and given:
@@ -88,7 +88,7 @@ class Side:
                 p.grad = None
 
     def fresh(self, way):
-        """What another process would build: other tensors, and another optimizer over them."""
+        """New tensors and a new optimizer, as another process would create them."""
         params = {
             name: torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
             for name, p in self.params.items()
@@ -174,7 +174,7 @@ class Interruptions(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def step_that_is_refused(self, data):
-        """Live tables mean something else under another period."""
+        """Existing tables are invalid under another period."""
         tables = [name for name in self.members() if "m_table" in self.twin.opt.state.get(self.twin.params[name], {})]
         tables = [name for name in tables if self.twin.params[name].requires_grad]
         if not tables or self.twin.hash != "block":
@@ -275,7 +275,7 @@ class Interruptions(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def replace_parameter(self, data):
-        """As `resize_token_embeddings` does, where trainers follow it."""
+        """As `resize_token_embeddings` does, with the optimizer updated as trainers do."""
         name = self.pick(data)
         for side in self.sides:
             old = side.params[name]
@@ -293,7 +293,7 @@ class Interruptions(RuleBasedStateMachine):
             return
         name = self.pick(data, stepped)
         for side in self.sides:
-            side.drained()  # what a moment on the host holds is known after state_dict(), which calls this
+            side.drained()  # moments on the host are valid after state_dict(), which calls this
             opt, p = side.opt, side.params[name]
             first = next(key for key in opt.state[p] if key not in ("step", "layout"))
             if how == "clear":
@@ -311,10 +311,10 @@ class Interruptions(RuleBasedStateMachine):
             else:
                 opt.state[p]["step"].fill_(7)
 
-    # What the twin is spared.
+    # Operations that the reference optimizer does not perform.
 
     def can_save(self):
-        """torch's own `state_dict` refuses state of what is in no group."""
+        """torch's own `state_dict` rejects the state of parameters that are in no group."""
         members = {id(self.twin.params[name]) for name in self.members()}
         return all(id(p) in members for p in self.twin.opt.state)
 
@@ -327,7 +327,7 @@ class Interruptions(RuleBasedStateMachine):
     @precondition(can_save)
     @rule(data=st.data(), file=st.booleans())
     def save_and_load_into_a_fresh_one(self, data, file):
-        """On whatever tier, stepped in whatever way."""
+        """On any tier, with any way to step."""
         for place in range(len(self.subjects)):
             if data.draw(st.booleans()):
                 side = self.subjects[place]
@@ -344,7 +344,7 @@ class Interruptions(RuleBasedStateMachine):
 
     @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), way=st.permutations(WAYS))
     def cast(self, dtype, way):
-        """The model goes on in another dtype, with an optimizer that knows nothing."""
+        """The model is cast to another dtype, with a new optimizer."""
         for place, side in enumerate(self.sides):
             for p in side.params.values():
                 p.data = p.data.to(dtype)
@@ -354,7 +354,7 @@ class Interruptions(RuleBasedStateMachine):
             else:
                 self.subjects[place - 1] = fresh
 
-    # What must hold.
+    # Invariants.
 
     @invariant()
     def all_are_alike(self):
@@ -368,7 +368,7 @@ class Interruptions(RuleBasedStateMachine):
                 q = side.params[name]
                 assert p.dtype == q.dtype
                 assert torch.equal(bits(p), bits(q)), (name, side.way)
-                due, found = state.get(p) or {}, own.get(q) or {}  # one that was emptied need not be saved
+                due, found = state.get(p) or {}, own.get(q) or {}  # an emptied state need not be saved
                 assert due.keys() == found.keys(), (name, side.way)
                 for key in due:
                     assert torch.equal(bits(due[key]), bits(found[key])), (name, key, side.way)

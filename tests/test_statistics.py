@@ -1,4 +1,4 @@
-"""What `statistics` tells: right in every way to step, the same bits with it and without, and nothing waited for."""
+"""`statistics`: correct for every way to step, without an effect on results, and without synchronization."""
 
 import copy
 import math
@@ -46,7 +46,7 @@ def shapes(way):
 
 
 def step(opt, ps, number, wrong=None, places=()):
-    """A step, after backward or in it, whose gradients are `wrong` at these places of every parameter."""
+    """A step, after backward or in it, whose gradients are `wrong` at the given positions of every parameter."""
     give_gradients(number, ps)
     grads = [p.grad for p in ps]
     for g in grads:
@@ -65,7 +65,7 @@ def numbers(opt):
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 @pytest.mark.parametrize(("way", "ratio"), [(way, ratio) for way in WAYS for ratio in RATIOS.get(way, (1, 8, 32))])
-def test_what_is_left_out_is_counted(way, ratio):
+def test_skipped_buckets_are_counted(way, ratio):
     ps = parameters(torch.float32, shapes(way))
     opt = built(way, ps, nonfinite="skip", compress_ratio=ratio)
     places, expected, every = (3, 5, 1000, 1200), 0, 0
@@ -96,7 +96,7 @@ def test_what_is_left_out_is_counted(way, ratio):
     )
 
 
-def test_only_what_may_be_left_out_is_counted():
+def test_only_buckets_that_can_be_skipped_are_counted():
     ps = parameters(torch.float32, FEW)
     opt = Collins([{"params": ps[:1], "nonfinite": "skip"}, {"params": ps[1:]}], **OPTIONS)
     step(opt, ps, 0, math.nan, range(4160))
@@ -107,7 +107,7 @@ def test_only_what_may_be_left_out_is_counted():
 
 
 @pytest.mark.parametrize("way", ["eager", "in backward", "capturable"])
-def test_a_hundred_steps_of_which_nothing_was_used_are_one_warning(way):
+def test_a_hundred_completely_skipped_steps_give_one_warning(way):
     ps = parameters(torch.float32, [(40,)])
     opt = built(way, ps, nonfinite="skip")
 
@@ -127,7 +127,7 @@ def test_a_hundred_steps_of_which_nothing_was_used_are_one_warning(way):
     assert steps(220, 400, math.nan) == []
 
 
-def test_a_norm_that_is_not_finite_counts_as_a_step_left_out():
+def test_a_nonfinite_norm_counts_as_a_skipped_step():
     ps = parameters(torch.float32, SHAPES)
     opt = Collins(ps, **OPTIONS, nonfinite="skip", max_grad_norm=1.0)
     step(opt, ps, 0, math.inf, [0])
@@ -145,7 +145,7 @@ def sizes(group, ps, before):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
-def test_measured_updates_are_those_made_and_measuring_changes_no_bit(way, dtype):
+def test_measured_updates_equal_actual_ones_and_measuring_changes_no_bit(way, dtype):
     if (way, dtype) in (("compiled", torch.float32), ("kernel", torch.bfloat16)):
         pytest.skip("as in the other dtype, and slow")
     ps, copies = parameters(dtype, shapes(way)), parameters(dtype, shapes(way))
@@ -192,7 +192,7 @@ def test_large_parameters_are_sampled(layout):
         assert float(found[name]) == pytest.approx(float(value.square().mean().sqrt()), rel=0.03)
 
 
-def test_a_measured_step_takes_no_memory_of_the_parameters_size():
+def test_a_measured_step_allocates_no_memory_of_the_parameters_size():
     from helpers import Allocations
 
     p = nn.Parameter(torch.ones(2048, 2048))
@@ -207,7 +207,7 @@ def test_a_measured_step_takes_no_memory_of_the_parameters_size():
     assert peaks[2] <= peaks[1] + 64 * SAMPLE
 
 
-def test_a_step_that_fails_is_not_what_the_next_one_is_measured_with():
+def test_a_failed_step_does_not_affect_the_measurement_of_the_next_one():
     ps = parameters(torch.float32, [(40,), (8,)])
     opt = Collins(ps, **OPTIONS)
     step(opt, ps, 0)
@@ -228,7 +228,7 @@ def narrow(way="eager", lr=1e-4, rounding=False, dtype=torch.bfloat16, **options
 
 
 @pytest.mark.parametrize("way", ["eager", "in backward", "capturable"])
-def test_a_rate_too_small_for_nearest_rounding_is_one_warning(way):
+def test_a_rate_too_small_for_nearest_rounding_gives_one_warning(way):
     ps, opt = narrow(way)
     opt.statistics(updates=True)
     with pytest.warns(UserWarning, match="lr is too small to move most 16-bit weights of group 0 with lr=0.0001"):
@@ -252,14 +252,14 @@ def test_a_rate_too_small_for_nearest_rounding_is_one_warning(way):
     ],
     ids=str,
 )
-def test_other_rates_and_roundings_are_not_warned_of(case):
+def test_no_warning_for_other_rates_and_roundings(case):
     ps, opt = narrow(**case)
     for number in range(3):
         opt.statistics(updates=True)
         step(opt, ps, number)
 
 
-def test_it_is_looked_for_once_without_being_asked():
+def test_the_rate_is_checked_once_without_a_call():
     ps, opt = narrow(lr=torch.tensor(1e-4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -272,7 +272,7 @@ def test_it_is_looked_for_once_without_being_asked():
         step(opt, ps, number)
 
 
-def test_bytes_over_the_link_are_those_copied(monkeypatch):
+def test_link_bytes_equal_the_copied_bytes(monkeypatch):
     copied = []
     original = HostStreams.copy
 
@@ -305,7 +305,7 @@ def test_steps_of_single_parameters_are_counted_once():
     assert int(opt.statistics()["skipped_steps"]) == 3
 
 
-def test_numbers_keep_their_values_and_copies_start_anew():
+def test_readings_keep_their_values_and_copies_restart_from_zero():
     ps = parameters(torch.float32, FEW)
     opt = Collins(ps, **OPTIONS, nonfinite="skip", max_grad_norm=1.0)
     step(opt, ps, 0, math.nan, [0])
@@ -320,7 +320,7 @@ def test_numbers_keep_their_values_and_copies_start_anew():
 
 
 class _Event:
-    """One that the device reaches when it is told."""
+    """An event that the device reaches on request."""
 
     def __init__(self):
         self.reached = False
@@ -329,7 +329,7 @@ class _Event:
         return self.reached
 
 
-def test_a_reading_is_given_out_once_it_has_arrived():
+def test_a_reading_is_available_once_it_has_arrived():
     reading, event = Reading(), _Event()
     assert reading.take() is None
     reading._under_way = torch.tensor(3), event
@@ -346,7 +346,7 @@ def test_a_reading_is_given_out_once_it_has_arrived():
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_nothing_waits_for_the_device(in_backward):
+def test_statistics_do_not_synchronize(in_backward):
     ps = parameters(torch.bfloat16, SHAPES, "cuda")
     opt = Collins(ps, **OPTIONS, nonfinite="skip", max_grad_norm=1.0, in_backward=in_backward)
     grads = [torch.randn_like(p) for p in ps]
@@ -375,7 +375,7 @@ def test_nothing_waits_for_the_device(in_backward):
 
 
 @pytest.mark.cuda
-def test_a_device_is_read_late_and_warned_of():
+def test_statistics_of_a_device_arrive_later_with_a_warning():
     ps = parameters(torch.float32, [(40,)], "cuda")
     opt = Collins(ps, **OPTIONS, nonfinite="skip")
 

@@ -1,4 +1,4 @@
-"""Wherever moments live, weights and state are the same to the bit; and what happens when memory runs out."""
+"""Weights and state are bitwise the same in every tier; and steps when memory runs out."""
 
 import copy
 import gc
@@ -51,7 +51,7 @@ def tiers_of(opt):
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 @pytest.mark.parametrize("tier", ["device", "host", "mixed"])
 @pytest.mark.parametrize(("dtype", "options"), CASES, ids=str)
-def test_every_tier_has_the_same_bits(dtype, options, tier, in_backward, device):
+def test_every_tier_gives_bitwise_the_same_result(dtype, options, tier, in_backward, device):
     policy = TIERS[tier]
     options = {**options, "model": {"dtype": dtype, "device": device, "odd": dtype == torch.float32}}
     if tier == "mixed":
@@ -64,8 +64,8 @@ def test_every_tier_has_the_same_bits(dtype, options, tier, in_backward, device)
 
 
 @pytest.mark.parametrize("compile", [True, pytest.param(None, marks=pytest.mark.cuda)])
-def test_compiled_steps_have_the_same_bits_on_the_host(compile, device):
-    """With as many buckets as parameters: what is stacked into one call decides how the compiler rounds."""
+def test_compiled_steps_are_bitwise_the_same_on_the_host(compile, device):
+    """With one transfer per parameter, since the compiler's rounding depends on which tensors are stacked."""
     if compile is None and device.type == "cpu":
         pytest.skip("the fastest way on the CPU is the eager one")
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ class FakeExecutor:
 
     def run(self, grads, scalars, rows, done):
         for number, (task, g) in enumerate(zip(self.tasks, grads, strict=True)):
-            other, count = task._replace(p=None, m=None, v=None), len(task.m)  # which keeps no tensor alive
+            other, count = task._replace(p=None, m=None, v=None), len(task.m)  # this keeps no reference to a tensor
 
             def kernel(p, g, *moments, task=other, count=count, hp=scalars[rows[number]]):
                 update_(task._replace(p=p, m=moments[:count], v=moments[count:]), g, hp)
@@ -116,15 +116,15 @@ class FakeExecutor:
 
 
 def on_fake_device(opt, fake):
-    """Collins copies and computes on these streams from here on."""
+    """Makes Collins use these streams."""
     opt._stepper.engine = FakeEngine(fake)
     return on_machine(opt, streams=lambda device: fake)
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 @pytest.mark.parametrize("mode", MODES)
-def test_no_copy_is_taken_for_granted(mode, in_backward):
-    """The whole optimizer over a device that runs everything as late or as oddly as it may."""
+def test_every_copy_is_awaited(mode, in_backward):
+    """A whole optimizer on a simulated device that runs work as late or in as unusual an order as its waits allow."""
     fake, resident = FakeStreams(mode), trained()
     model = made()
     opt = on_fake_device(Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=in_backward), fake)
@@ -132,11 +132,11 @@ def test_no_copy_is_taken_for_granted(mode, in_backward):
         backward(model, step)
         opt.step()
         opt.zero_grad()
-        fake.current.run_to(fake.current.given)  # the next forward is behind it on the same stream
+        fake.current.run_to(fake.current.given)  # the next forward is enqueued after it on the same stream
     assert same_bits(resident, (model, opt))
 
 
-# How a step in backward might go about a gradient that the device is still computing, and whether that is right.
+# Ways to handle a gradient that the device is still computing in backward, and whether each is correct.
 
 STREAMS_OF_A_HOOK = {
     "current, as it does": ({}, True),
@@ -148,7 +148,7 @@ STREAMS_OF_A_HOOK = {
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*finalize")  # those that are wrong, when they are let go of
 @pytest.mark.parametrize(("hook", "right"), STREAMS_OF_A_HOOK.values(), ids=STREAMS_OF_A_HOOK)
-def test_gradients_in_flight_are_read_when_they_are_there_and_freed_when_they_were_read(hook, right, monkeypatch):
+def test_pending_gradients_are_read_once_computed_and_freed_once_read(hook, right, monkeypatch):
     """On a stream of its own, a hook would read gradients before backward has computed them, or memory that backward
     has used again since: each gradient is made late, on backward's stream, and belongs to the optimizer alone.
     """
@@ -211,10 +211,10 @@ def test_nothing_is_decided_before_the_first_step(in_backward):
     assert opt.placement == (plan,)
 
 
-@pytest.mark.parametrize("loaded", ["unhoused", "host", "mixed", "auto"])
-@pytest.mark.parametrize("saved", ["unhoused", "host", "mixed"])
+@pytest.mark.parametrize("loaded", ["resident", "host", "mixed", "auto"])
+@pytest.mark.parametrize("saved", ["resident", "host", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_checkpoints_move_between_tiers(saved, loaded, dtype):
+def test_checkpoints_are_loaded_into_other_tiers(saved, loaded, dtype):
     model, opt = trained(model={"dtype": dtype}, memory=TIERS[saved])
     other = made(dtype)
     other.load_state_dict(model.state_dict())
@@ -222,16 +222,16 @@ def test_checkpoints_move_between_tiers(saved, loaded, dtype):
     other_opt.load_state_dict(opt.state_dict())
     assert same_bits((model, opt), (other, other_opt))
     if loaded in ("mixed", "auto"):
-        assert other_opt.placement == ()  # a peak is still to be seen
+        assert other_opt.placement == ()  # no peak has been measured yet
     else:
-        assert bool(other_opt.placement) == (loaded == "host")  # which nothing measured would change
+        assert bool(other_opt.placement) == (loaded == "host")  # measurements would not change it
     for side in ((model, opt), (other, other_opt)):
         stepped(*side, range(7, 10))
     assert same_bits((model, opt), (other, other_opt))
-    assert bool(other_opt.placement) == (loaded != "unhoused")
+    assert bool(other_opt.placement) == (loaded != "resident")
 
 
-def test_a_tables_home_stays_while_its_values_change():
+def test_the_memory_of_a_table_stays_while_its_values_change():
     model, opt = trained(steps=1, memory="host")
     places = [state[key].data_ptr() for state in opt.state.values() for key in state if key not in ("step", "layout")]
     opt.load_state_dict(opt.state_dict())
@@ -242,7 +242,7 @@ def test_a_tables_home_stays_while_its_values_change():
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
-def test_host_memory_goes_with_the_optimizer(in_backward, monkeypatch):
+def test_host_memory_is_freed_with_the_optimizer(in_backward, monkeypatch):
     made_slabs = weakref.WeakSet()
 
     class Slab(slabs.Slab):
@@ -259,8 +259,8 @@ def test_host_memory_goes_with_the_optimizer(in_backward, monkeypatch):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_what_backward_leaves_to_the_step_does_not_spoil_the_prediction(monkeypatch):
-    """A gradient that passed no hook is stepped at the end, and the others are fetched ahead in their own order."""
+def test_gradients_left_to_step_do_not_disturb_the_prefetch_order(monkeypatch):
+    """A gradient without a hook is stepped at the end, and tables of the others are prefetched in their order."""
     model = made()
     opt = Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=True)
     stage, fetched = staging.Pipeline._stage, []
@@ -279,7 +279,7 @@ def test_what_backward_leaves_to_the_step_does_not_spoil_the_prediction(monkeypa
         opt.step()
         ahead = fetched[-2:]  # the slots of the ring
         opt.zero_grad()
-    assert len(in_backward) == len(set(in_backward)) > 5  # every bucket came once, and none for nothing
+    assert len(in_backward) == len(set(in_backward)) > 5  # every transfer was copied once, and none needlessly
     other, other_opt = trained(steps=0)
     stepped(other, other_opt, range(0, 8, 2))
     assert same_bits((model, opt), (other, other_opt))
@@ -289,7 +289,7 @@ def test_what_backward_leaves_to_the_step_does_not_spoil_the_prediction(monkeypa
 
 
 def first_step_refused(model, opt, match):
-    """It raises, and everything is as if it had not been tried."""
+    """Checks that a step raises and leaves everything unchanged."""
     weights = copy.deepcopy(model.state_dict())
     with pytest.raises(MemoryError, match=match):
         stepped(model, opt, [0])
@@ -300,7 +300,7 @@ def first_step_refused(model, opt, match):
 
 
 def failing_allocator(after):
-    """The device's allocator gives `after` moments, then nothing more."""
+    """The device's allocator provides memory for `after` moments, then fails."""
     given = []
 
     def allocate(spec, device):
@@ -341,7 +341,7 @@ def test_a_forced_device_that_runs_out_changes_nothing(in_backward):
 
 
 def failing_ring(monkeypatch):
-    """No ring finds room on the device before all moments are off it, and the first does not even then."""
+    """No ring fits on the device until all moments have left it, and the first ring does not fit even then."""
     empty, tries, given = HostStreams.empty, [], []
 
     def place(spec, device):
@@ -368,7 +368,7 @@ def test_tables_on_the_device_make_room_for_the_ring(in_backward, monkeypatch):
     assert same_bits(pair, trained())
 
 
-def test_nobody_moves_in_when_there_is_no_room_for_the_ring(monkeypatch):
+def test_nothing_is_placed_if_the_ring_does_not_fit(monkeypatch):
     allocate = failing_ring(monkeypatch)
     model = made()
     opt = on_machine(Collins(model.parameters(), **OPTIONS, memory=TIERS["host"]), allocate=allocate)
@@ -389,8 +389,8 @@ def test_neither_tier_can_hold_the_tables(tier, in_backward):
     assert same_bits((model, opt), trained())
 
 
-def test_nobody_moves_in_when_one_device_cannot_be_served():
-    """What the first device's tables take of the host is gone for the second's."""
+def test_nothing_is_placed_if_the_tables_of_one_device_do_not_fit():
+    """Host memory of the tables of the first device is not available for those of the second."""
     ps = [nn.Parameter(torch.ones(64, 64, device=device)) for device in ("cpu", "meta")]
     opt = Collins(ps, memory="auto", table_dtype=torch.float32)
     for p in opt.param_groups[0]["params"]:
@@ -403,7 +403,7 @@ def test_nobody_moves_in_when_one_device_cannot_be_served():
     assert not opt.state
 
 
-def test_the_policys_pin_limit_is_set():
+def test_the_pin_limit_of_the_policy_is_applied():
     trained(steps=1, memory={"tier": "host", "pin_limit": "3KiB"})
     assert slabs._pins.limit == 3072
     slabs._pins.warned = True
@@ -413,7 +413,7 @@ def test_the_policys_pin_limit_is_set():
 
 
 @pytest.mark.cuda
-def test_pins_no_more_than_the_policy_allows():
+def test_pinned_memory_stays_within_the_policy():
     gc.collect()
     before = pinned_bytes()
     with pytest.warns(UserWarning, match="pageable host memory"):
@@ -426,7 +426,7 @@ def test_pins_no_more_than_the_policy_allows():
 
 
 @pytest.mark.cuda
-def test_the_device_tier_keeps_within_what_is_free():
+def test_the_device_tier_stays_within_free_memory():
     model = made(device="cuda")
     opt = Collins(model.parameters(), **OPTIONS, memory={"device_reserve": "100%"}, in_backward=True)
     with pytest.raises(MemoryError, match="device_reserve 100%"):
@@ -436,7 +436,7 @@ def test_the_device_tier_keeps_within_what_is_free():
 
 @pytest.fixture
 def shrinking(monkeypatch):
-    """A function that leaves so many bytes of the device to this process once a plan has been made with more."""
+    """Returns a function that reduces the device memory of this process after a plan has been made."""
 
     def shrink(room, planned=tiers.planned):
         def made(*args):
@@ -456,7 +456,7 @@ def shrinking(monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize(("in_backward", "room"), [(False, 500), (True, 640)], ids=["after", "in_backward"])
 def test_tables_spill_when_a_real_device_is_full(in_backward, room, shrinking):
-    """Training goes on with what it needs itself: in backward that is room for gradients to come, of 64 MiB each."""
+    """Training continues with the memory that it needs: in backward, 64 MiB for each gradient to come."""
 
     tables = {"compress_ratio": 2, "table_dtype": torch.float32}  # 12 times 64 MiB
 
@@ -487,18 +487,18 @@ def test_tables_spill_when_a_real_device_is_full(in_backward, room, shrinking):
     assert same_bits(housed, resident)
 
 
-# How much of a device is planned with in the midst of its first backward.
+# The memory that is available to a plan within the first backward.
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
-def test_a_plan_made_within_backward_knows_it(in_backward, monkeypatch):
+def test_a_plan_made_within_backward_is_marked(in_backward, monkeypatch):
     planned, early = tiers.planned, []
     monkeypatch.setattr(tiers, "planned", lambda *args: (early.append(args[-2]), planned(*args))[1])
     trained(memory="auto", in_backward=in_backward)
     assert early == [in_backward]
 
 
-def test_room_is_left_for_the_gradients_to_come():
+def test_a_plan_reserves_memory_for_gradients_to_come():
     requests = [Request("p", (1,), GIB)] * 3
     auto = MemoryPolicy(device_reserve="1%", staging_slots=2)
     ring = 2 * GIB + GIB  # and the reserve, of 100 GiB
@@ -510,7 +510,7 @@ def test_room_is_left_for_the_gradients_to_come():
 
 
 @pytest.mark.parametrize(("early", "tier"), [(True, "host"), (False, "device")])
-def test_a_card_that_holds_the_ring_but_no_margin_is_used_from_the_host(early, tier):
+def test_a_device_with_space_only_for_the_ring_uses_the_host_tier(early, tier):
     spare = DeviceFigures(100 * GIB, 4 * GIB, fraction=1.0, reserved=96 * GIB, allocated=96 * GIB, peak=97 * GIB)
     assert spare.spare == 3 * GIB
     machine = Backend(measure=lambda device: spare)
@@ -522,7 +522,7 @@ def test_a_card_that_holds_the_ring_but_no_margin_is_used_from_the_host(early, t
     assert leave == 4 * GIB - plan.limits.device  # of what is free: for activations, the gradients to come, a reserve
 
 
-def test_the_first_step_says_where_tables_are_and_why(caplog):
+def test_the_first_step_logs_the_placement_and_its_reason(caplog):
     with caplog.at_level("INFO", logger="collins"):
         _, opt = trained(steps=2, memory=TIERS["mixed"])
     (record,) = caplog.records

@@ -1,4 +1,4 @@
-"""What Collins relies on in PyTorch without PyTorch's promise: it all stands in one file, and works in this version."""
+"""Private names of PyTorch that Collins uses: all are in one file, and work in this version."""
 
 import contextlib
 import re
@@ -25,7 +25,7 @@ from collins.update import HashKeys
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = Path(internals.__file__).resolve()
-# Files that are still to be moved to what stands there.
+# Files that still use private names themselves.
 PRIVATE = re.compile(
     r"\btorch(\.\w+)*\._\w+"  # torch._dynamo, torch.utils._pytree, from torch.distributed.tensor._utils
     r"|from torch[\w.]* import (\([^)]*|.*)\b_\w+"
@@ -34,7 +34,7 @@ PRIVATE = re.compile(
 )
 
 
-def test_private_names_of_torch_stand_in_one_file():
+def test_private_names_of_torch_are_in_one_file():
     assert PRIVATE.search(FILE.read_text())
     found = {}
     for room in ("collins", "compile", "offload"):
@@ -46,7 +46,7 @@ def test_private_names_of_torch_stand_in_one_file():
     assert not found
 
 
-def test_each_name_there_has_a_test_here():
+def test_each_name_in_that_file_has_a_test_here():
     tests = " ".join(name for name in globals() if name.startswith("test_"))
     assert not [name for name in internals.__all__ if name.strip("_").lower() not in tests]
 
@@ -65,7 +65,7 @@ print(*sorted(set(sys.modules) - before))
 
 @contextlib.contextmanager
 def rank_of(rank, world):
-    """A process group of which this process is one rank; nothing is sent."""
+    """A process group of which this process is one rank, without communication."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         yield
@@ -114,7 +114,7 @@ def test_foreach_norm_of_order_infinity_finds_what_is_not_finite(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_foreach_norm_sums_and_returns_in_the_dtype_that_it_is_given(dtype, device):
+def test_foreach_norm_sums_and_returns_in_the_given_dtype(dtype, device):
     tensors = [torch.full((size,), 3.0, dtype=dtype, device=device) for size in (1000, 1, 0)]
     norms = internals.foreach_norm(tensors, 2, torch.float32)
     assert all(norm.shape == () and norm.dtype == torch.float32 for norm in norms)
@@ -135,7 +135,7 @@ guarded = pytest.mark.skipif(not internals.GUARDS_AVAILABLE, reason="this torch 
 
 
 @guarded
-def test_tensor_guards_take_other_tensors_that_are_alike_and_keep_none(device):
+def test_tensor_guards_accept_equivalent_tensors_and_keep_none(device):
     g, p = torch.ones(4, 3, device=device), nn.Parameter(torch.ones(2, device=device))
     guards = internals.tensor_guards([g, p])
     assert guards.check(g, p)
@@ -162,11 +162,11 @@ def test_tensor_guards_take_other_tensors_that_are_alike_and_keep_none(device):
     ],
     ids=["none", "dtype", "size", "rank", "strides", "view", "device", "layout", "requires_grad", "type"],
 )
-def test_tensor_guards_refuse_what_differs_in(other):
+def test_tensor_guards_reject_a_difference_in(other):
     assert not internals.tensor_guards([torch.ones(4, 3)]).check(other)
 
 
-def test_guards_available_says_whether_this_torch_has_them(monkeypatch):
+def test_guards_available_is_whether_this_torch_has_them(monkeypatch):
     assert internals.GUARDS_AVAILABLE
     monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
     assert not internals._guards_available()

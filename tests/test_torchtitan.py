@@ -1,9 +1,9 @@
-"""torchtitan's optimizer containers hold Collins: groups by pattern, flat state, checkpoints of DCP, schedules."""
+"""Collins in torchtitan's optimizer containers: groups by pattern, flat state, checkpoints of DCP, schedules."""
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from clients import Twin, inputs, network, steps_taken
+from clients import Repeater, inputs, network, steps_taken
 from helpers import OPTIONS, same
 
 from collins import Collins
@@ -53,12 +53,12 @@ class Run:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_container_steps_as_by_hand_with_groups_by_pattern(implementation):
+def test_a_container_with_groups_by_pattern_equals_manual_steps(implementation):
     run = Run(implementation)
     (optimizer,) = run.container
-    twin = Twin(optimizer)
+    repeater = Repeater(optimizer)
     run.train()
-    assert twin.agrees
+    assert repeater.is_equal
     assert steps_taken(optimizer) == STEPS
     assert [group["param_names"] for group in optimizer.param_groups] == [
         ["0.bias", "2.bias"],
@@ -71,7 +71,7 @@ def test_a_container_steps_as_by_hand_with_groups_by_pattern(implementation):
     assert run.schedules.get_metrics().keys() == {"lr/Collins/0", "lr/Collins/1"}
 
 
-def test_it_stands_beside_another_optimizer():
+def test_it_can_be_used_with_another_optimizer():
     run = Run(biases="AdamW").train()
     assert [type(optimizer) for optimizer in run.container] == [torch.optim.AdamW, Collins]
     assert all(steps_taken(optimizer) == STEPS for optimizer in run.container)
@@ -79,7 +79,7 @@ def test_it_stands_beside_another_optimizer():
         assert not torch.equal(p, network().state_dict()[name])
 
 
-def test_flat_state_exists_before_the_first_step_and_making_it_changes_nothing():
+def test_flat_state_is_created_before_the_first_step_and_changes_nothing():
     run, untouched = Run(), Run()
     flat = run.container.state_dict()
     assert same(run.weights(), untouched.weights())
@@ -99,7 +99,7 @@ def test_flat_state_exists_before_the_first_step_and_making_it_changes_nothing()
 @pytest.mark.filterwarnings("ignore:To get the last learning rate computed by the scheduler:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_checkpoint_goes_on_to_the_bit(tmp_path, implementation, dtype):
+def test_training_resumes_bitwise_from_a_checkpoint(tmp_path, implementation, dtype):
     whole = Run(implementation, table_dtype=dtype).train(0, STEPS // 2)
     dcp.save(whole.checkpoint(), checkpoint_id=tmp_path, no_dist=True)
     resumed = Run(implementation, table_dtype=dtype)
@@ -112,7 +112,7 @@ def test_a_checkpoint_goes_on_to_the_bit(tmp_path, implementation, dtype):
     assert same(resumed.schedules.state_dict(), whole.schedules.state_dict())
 
 
-def test_a_flat_state_of_another_seed_is_refused_and_nothing_changes():
+def test_a_flat_state_of_another_seed_is_rejected_and_nothing_changes():
     run, other = Run().train(), Run(seed=1).train()
     before = other.container.state_dict()
     before = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in before.items()}
@@ -135,21 +135,21 @@ def stages(*split):
     return [torch.nn.ModuleDict({name: network() for name in names}) for names in split]
 
 
-def test_every_part_of_a_pipeline_has_an_optimizer_of_its_own():
+def test_every_part_of_a_pipeline_has_its_own_optimizer():
     run, resumed = (Run(parts=stages("a", "b")) for _ in range(2))
-    twins = [Twin(optimizer) for optimizer in run.container]
+    repeaters = [Repeater(optimizer) for optimizer in run.container]
     run.train(0, STEPS // 2)
-    assert len(twins) == 2
-    for twin in twins:
-        assert twin.agrees
+    assert len(repeaters) == 2
+    for repeater in repeaters:
+        assert repeater.is_equal
     for part, saved in zip(resumed.parts, run.weights(), strict=True):
         part.load_state_dict(saved)
     resumed.container.load_state_dict(run.container.state_dict())
     assert same(resumed.container.state_dict(), run.container.state_dict())
 
 
-def test_a_flat_state_of_a_pipeline_cut_elsewhere_goes_on_to_the_bit():
-    """Hashes derive from a parameter's name, which another cut leaves as it is."""
+def test_a_flat_state_of_another_pipeline_split_resumes_bitwise():
+    """Hashes derive from a parameter's name, which does not depend on the split."""
     run, other = Run(parts=stages("a", "b")).train(0, 2), Run(parts=stages("ab")).train(50, 52)
     other.parts[0].load_state_dict({name: value for weights in run.weights() for name, value in weights.items()})
     other.container.load_state_dict(run.container.state_dict())

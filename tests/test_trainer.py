@@ -1,4 +1,4 @@
-"""Hugging Face `Trainer` trains with Collins, in both ways to hand it an optimizer, and resumes to the bit."""
+"""Hugging Face `Trainer` trains with Collins, passed in both ways, and resumes bitwise."""
 
 import math
 import pickle
@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from clients import Asked, Twin, component, steps_taken
+from clients import Repeater, StatisticsCalls, component, steps_taken
 from helpers import OPTIONS, same
 
 from collins import Collins, register
@@ -70,7 +70,7 @@ def trainer(folder, way="optimizers", precision="float32", options=None, **argum
 
 
 def collins_of(run):
-    """The optimizer inside of what Accelerate wraps around it."""
+    """The optimizer inside Accelerate's wrapper."""
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     assert type(optimizer) is Collins
     return optimizer
@@ -82,20 +82,20 @@ def logged(run, key):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("way", [*WAYS, "name"])
-def test_the_trainer_steps_as_by_hand_with_clipping_and_its_schedule(tmp_path, way, precision):
+def test_the_trainer_equals_manual_steps_with_clipping_and_schedule(tmp_path, way, precision):
     run = trainer(tmp_path, way, precision, save_strategy="no")
-    twin = Twin(run.create_optimizer())
+    repeater = Repeater(run.create_optimizer())
     run.train()
-    assert collins_of(run) is twin.first
-    assert twin.agrees
-    assert len(twin.norms) == steps_taken(twin.first) == STEPS
+    assert collins_of(run) is repeater.first
+    assert repeater.is_equal
+    assert len(repeater.norms) == steps_taken(repeater.first) == STEPS
     compressed = {"m_table", "exp_avg_scale"}  # of matrices, and of token tables
-    assert all(compressed & state.keys() for p, state in twin.first.state.items() if p.numel() >= 512)
-    for before, after in zip(logged(run, "grad_norm"), twin.norms, strict=True):
+    assert all(compressed & state.keys() for p, state in repeater.first.state.items() if p.numel() >= 512)
+    for before, after in zip(logged(run, "grad_norm"), repeater.norms, strict=True):
         assert before > CLIP
         assert after == pytest.approx(CLIP, rel=2e-2 if precision == "bfloat16" else 1e-4)
     decays = [0.01] if way == "optimizers" else [0.1, 0.0]
-    assert [group["weight_decay"] for group in twin.first.param_groups] == decays
+    assert [group["weight_decay"] for group in repeater.first.param_groups] == decays
     rates = [OPTIONS["lr"] * factor for factor in (0, 0.5, *((1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)))]
     assert logged(run, "learning_rate") == pytest.approx(rates)
 
@@ -103,7 +103,7 @@ def test_the_trainer_steps_as_by_hand_with_clipping_and_its_schedule(tmp_path, w
 @pytest.mark.parametrize(
     ("way", "precision"), [*((way, precision) for way in WAYS for precision in PRECISIONS), ("name", "bfloat16")]
 )
-def test_a_resumed_run_ends_in_the_bits_of_one_that_was_never_stopped(tmp_path, way, precision):
+def test_a_resumed_run_bitwise_equals_an_uninterrupted_one(tmp_path, way, precision):
     whole, resumed = (trainer(tmp_path, way, precision) for _ in range(2))
     whole.train()
     halfway = tmp_path / f"checkpoint-{STEPS // 2}"
@@ -119,7 +119,7 @@ def test_a_resumed_run_ends_in_the_bits_of_one_that_was_never_stopped(tmp_path, 
     assert not same(saved["state"], ended["state"])
 
 
-def test_a_checkpoint_of_other_tables_is_refused(tmp_path):
+def test_a_checkpoint_of_other_tables_is_rejected(tmp_path):
     trainer(tmp_path).train()
     other = trainer(tmp_path, options={"seed": 1})
     with pytest.raises(
@@ -128,8 +128,8 @@ def test_a_checkpoint_of_other_tables_is_refused(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
 
 
-def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
-    twins = []
+def test_accumulated_gradients_equal_those_of_the_large_batch(tmp_path):
+    repeaters = []
     for size, rounds in ((2, 2), (4, 1)):
         run = trainer(
             tmp_path,
@@ -138,17 +138,17 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
             per_device_train_batch_size=size,
             gradient_accumulation_steps=rounds,
         )
-        twins.append(Twin(run.create_optimizer()))
+        repeaters.append(Repeater(run.create_optimizer()))
         run.train()
-        assert twins[-1].agrees
-        assert steps_taken(twins[-1].first) == STEPS
-    assert twins[0].norms[0] > 0
-    for ours, theirs in zip(*(twin.gradients for twin in twins), strict=True):
+        assert repeaters[-1].is_equal
+        assert steps_taken(repeaters[-1].first) == STEPS
+    assert repeaters[0].norms[0] > 0
+    for ours, theirs in zip(*(repeater.gradients for repeater in repeaters), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_clipping_in_backward_is_asked_of_the_optimizer(tmp_path):
-    """The Trainer clips what has been used by then: one warning says so, unless the optimizer clips itself."""
+def test_ineffective_clipping_in_backward_is_warned_of(tmp_path):
+    """The Trainer clips gradients after their use, which gives one warning, unless the optimizer clips them."""
     ended = []
     for limit in (None, CLIP):
         run = trainer(
@@ -169,7 +169,7 @@ def test_clipping_in_backward_is_asked_of_the_optimizer(tmp_path):
     assert not same(*ended)
 
 
-def test_steps_in_backward_are_those_after_it(tmp_path):
+def test_steps_in_backward_equal_steps_after_backward(tmp_path):
     ended = []
     for in_backward in (False, True):
         run = trainer(
@@ -187,7 +187,7 @@ def test_steps_in_backward_are_those_after_it(tmp_path):
     assert same(*ended)
 
 
-def test_by_name_it_has_the_options_of_the_arguments_and_the_names_of_the_model(tmp_path):
+def test_by_name_it_gets_the_options_of_the_arguments_and_the_names_of_the_model(tmp_path):
     options = "compress_ratio=16,table_dtype=bfloat16,rehash_period=none,maximize=false,memory=host,seed=3"
     run = trainer(tmp_path, "name", optim_args=options, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
     opt = run.create_optimizer()
@@ -212,18 +212,18 @@ def test_by_name_it_has_the_options_of_the_arguments_and_the_names_of_the_model(
 
 
 @pytest.mark.parametrize("given", ["lr=1", "betas=0.9", "eps=1", "weight_decay=0.1"])
-def test_what_training_arguments_have_fields_for_is_refused_among_optim_args(tmp_path, given):
+def test_options_with_own_training_arguments_are_rejected_in_optim_args(tmp_path, given):
     run = trainer(tmp_path, "name", optim_args=f"min_K=16,{given}")
     with pytest.raises(ValueError, match=f"optim_args must not contain .* of TrainingArguments sets, got {given}"):
         run.create_optimizer()
 
 
-def test_an_option_that_collins_does_not_have_is_refused(tmp_path):
+def test_an_unknown_option_is_rejected(tmp_path):
     with pytest.raises(TypeError, match="unexpected keyword argument 'compression'"):
         trainer(tmp_path, "name", optim_args="compression=16").create_optimizer()
 
 
-def test_the_name_is_a_choice_on_the_command_line_and_survives_copies(tmp_path):
+def test_the_name_is_a_choice_on_the_command_line_and_is_copied(tmp_path):
     register()
     register()
     parser = transformers.HfArgumentParser(transformers.TrainingArguments)
@@ -239,7 +239,7 @@ def test_the_name_is_a_choice_on_the_command_line_and_survives_copies(tmp_path):
         transformers.TrainingArguments(str(tmp_path), optim="collin", use_cpu=True)
 
 
-def test_without_a_table_of_optimizers_the_other_way_is_named(monkeypatch):
+def test_without_a_table_of_optimizers_the_error_names_the_alternative(monkeypatch):
     monkeypatch.delattr("transformers.trainer_optimizer._OPTIMIZER_HANDLERS")
     with pytest.raises(
         RuntimeError, match=re.escape(f"transformers {transformers.__version__} has no table of")
@@ -248,13 +248,13 @@ def test_without_a_table_of_optimizers_the_other_way_is_named(monkeypatch):
     assert "Trainer(optimizer_cls_and_kwargs=(Collins, " in str(error.value)
 
 
-def test_another_framework_is_refused():
+def test_another_framework_is_rejected():
     with pytest.raises(ValueError, match="hosts must be 'transformers' or 'timm', got 'keras'"):
         register("keras")
 
 
 class Reporter(transformers.TrainerCallback):
-    """Keeps what reporters are told, as TensorBoard's callback is."""
+    """Records the logs that reporters such as TensorBoard's callback receive."""
 
     def __init__(self):
         self.told = []
@@ -264,10 +264,10 @@ class Reporter(transformers.TrainerCallback):
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_statistics_are_logged_where_the_trainer_logs_and_taken_nowhere_else(tmp_path, monkeypatch, strategy):
+def test_statistics_are_read_only_at_the_steps_that_the_trainer_logs(tmp_path, monkeypatch, strategy):
     from collins.integrations.transformers import log_statistics
 
-    asked, reporter = Asked(monkeypatch), Reporter()
+    calls, reporter = StatisticsCalls(monkeypatch), Reporter()
     options = {**BY_NAME, "optim_args": BY_NAME["optim_args"] + ",max_grad_norm=0.5"}
     run = trainer(
         tmp_path,
@@ -285,8 +285,8 @@ def test_statistics_are_logged_where_the_trainer_logs_and_taken_nowhere_else(tmp
     log_statistics(run)
     run.train()
     steps = [1, 3, 6, 9, 12] if strategy == "steps" else [1, 12]
-    assert asked.read == steps
-    assert asked.measured == ([step - 1 for step in steps] if strategy == "steps" else [0, 1])
+    assert calls.read == steps
+    assert calls.measured == ([step - 1 for step in steps] if strategy == "steps" else [0, 1])
     told = [(step, logs) for step, logs in reporter.told if "loss" in logs]
     kept = [entry for entry in run.state.log_history if "loss" in entry]
     assert [step for step, _ in told] == [entry["step"] for entry in kept] == steps
@@ -296,7 +296,7 @@ def test_statistics_are_logged_where_the_trainer_logs_and_taken_nowhere_else(tmp
         assert all(type(value) is float for name, value in logs.items() if name.startswith("collins/"))
 
 
-def test_a_norm_that_nothing_computes_is_not_logged(tmp_path):
+def test_a_norm_that_is_not_computed_is_not_logged(tmp_path):
     from collins.integrations.transformers import log_statistics
 
     run = trainer(tmp_path, "name", max_steps=2, save_strategy="no")

@@ -1,4 +1,4 @@
-"""TRL's trainers train with Collins by its name, as every `Trainer` that takes `TrainingArguments` does."""
+"""TRL's trainers train with Collins by its name, like every `Trainer` with `TrainingArguments`."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerate"),
-    # TRL's own defaults go by a name that transformers has deprecated since.
+    # TRL's defaults use a name that transformers has deprecated since.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 

@@ -1,4 +1,4 @@
-"""A small model with all that makes steps in backward hard, and training that can be compared bit by bit."""
+"""A small model with the features that make steps in backward difficult, and training runs for bitwise comparison."""
 
 import torch
 from helpers import OPTIONS, bits, on_machine
@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from collins import Collins
 
 TIERS = {
-    "unhoused": None,
+    "resident": None,
     "device": "device",
     "host": {"tier": "host", "transfer_size": 900, "staging_slots": 2},
     "mixed": {"device_budget": "6KiB", "transfer_size": 900, "staging_slots": 2},
@@ -27,7 +27,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, blocks, one more block that only some calls use, and a head that may be the embedding."""
+    """An embedding, blocks, one more block that only some calls use, and a head that may be tied to the embedding."""
 
     def __init__(self, *, tied=False, checkpointed=None, odd=False, compiled=None):
         super().__init__()
@@ -55,7 +55,8 @@ def made(dtype=torch.float32, device="cpu", **model):
 
 
 def backward(model, step):
-    """Gradients of step number `step`, or the steps that they lead to; every second step uses all of the model."""
+    """Computes gradients of step `step`, or in backward takes the steps that follow; every second step uses the whole
+    model."""
     device = next(model.parameters()).device
     tokens = torch.randint(61, (4, 7), generator=torch.Generator().manual_seed(step)).to(device)
     logits = model(tokens[:, :-1], seldom=step % 2 == 0).float()
@@ -74,7 +75,7 @@ def stepped(model, opt, steps, schedule=None):
 
 
 def trained(steps=7, params=lambda model: model.parameters(), schedule=None, model=None, machine=None, **options):
-    """A model after some steps, and its optimizer, on a machine with these parts replaced (see `on_machine`)."""
+    """A model after some steps, and its optimizer, on a machine with the given properties (see `on_machine`)."""
     model = made(**(model or {}))
     opt = Collins(params(model), **{**OPTIONS, **options})
     if machine is not None:
@@ -84,7 +85,7 @@ def trained(steps=7, params=lambda model: model.parameters(), schedule=None, mod
 
 
 def same_bits(some, others):
-    """Whether two (model, optimizer) pairs agree in every bit of weights and state."""
+    """Whether two (model, optimizer) pairs are bitwise equal in weights and state."""
     (model, opt), (other_model, other_opt) = some, others
     states, other_states = opt.state_dict()["state"], other_opt.state_dict()["state"]
     assert states.keys() == other_states.keys()

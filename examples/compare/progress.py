@@ -29,7 +29,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(steps)
 
-    def say(self, line: str) -> None:
+    def write(self, line: str) -> None:
         """Prints a line on standard output, above the bar."""
         if self._bar is None or self._bar.disable:
             print(line, flush=True)

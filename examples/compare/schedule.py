@@ -16,7 +16,7 @@ from compare.optimizers import Choice
 from compare.progress import Progress
 from compare.runs import Record, Run
 from compare.tasks import Place, Task
-from compare.workers import Done, Job, Making, Stepped, Word, Worker, heard, perform, set_up
+from compare.workers import Job, JobEnd, Message, Pretraining, StepsTaken, Worker, perform, ready_workers, set_up
 
 
 def grid(
@@ -52,7 +52,7 @@ class Outcome:
 
     found: list[Record] = field(default_factory=list)  # finished by an earlier command
     finished: list[Record] = field(default_factory=list)
-    late: list[str] = field(default_factory=list)  # titles of jobs that the deadline prevented or stopped
+    out_of_time: list[str] = field(default_factory=list)  # titles of jobs that the deadline prevented or stopped
     failed: dict[str, str] = field(default_factory=dict)  # error messages, by title
 
 
@@ -67,13 +67,15 @@ class Estimates:
 
     def seconds(self, job: Job) -> float | None:
         """The median of runs of the same task and optimizer, or else the maximum of the same task; None if unknown."""
-        if isinstance(job, Making):
+        if isinstance(job, Pretraining):
             return None
         identity = job.identity
         shared = ("task", "settings", "data", "precision")
-        alike = [r for r in self._records if not r["diverged"] and all(r[name] == identity[name] for name in shared)]
-        same: list[float] = [r["seconds"] for r in alike if r["optimizer"] == identity["optimizer"]]
-        others: list[float] = [r["seconds"] for r in alike]
+        comparable = [
+            r for r in self._records if not r["diverged"] and all(r[name] == identity[name] for name in shared)
+        ]
+        same: list[float] = [r["seconds"] for r in comparable if r["optimizer"] == identity["optimizer"]]
+        others: list[float] = [r["seconds"] for r in comparable]
         return statistics.median(same) if same else max(others, default=None)
 
 
@@ -97,20 +99,20 @@ class Schedule:
         runs = list({run.key: run for run in runs}.values())
         self.outcome.found = [known[run.key] for run in runs if run.key in known]
         pending = [run for run in runs if run.key not in known]
-        self._waiting: list[Job] = [*self._makings(pending), *pending]
-        self._unmade = {job.task.name for job in self._waiting if isinstance(job, Making)}
-        self._unmakeable: set[str] = set()
+        self._waiting: list[Job] = [*self._pretrainings(pending), *pending]
+        self._unprepared = {job.task.name for job in self._waiting if isinstance(job, Pretraining)}
+        self._unpreparable: set[str] = set()
         self.total = sum(job.steps for job in self._waiting)
 
-    def _makings(self, pending: Sequence[Run]) -> list[Making]:
+    def _pretrainings(self, pending: Sequence[Run]) -> list[Pretraining]:
         tasks = {run.task.name: run.task for run in pending}
-        makings = []
+        pretrainings = []
         for task in tasks.values():
             preparation = task.preparation(self.place)
             if preparation is not None and not preparation.path.exists():
                 assert isinstance(task, Finetune)
-                makings.append(Making(task, preparation))
-        return makings
+                pretrainings.append(Pretraining(task, preparation))
+        return pretrainings
 
     @property
     def jobs(self) -> int:
@@ -118,51 +120,51 @@ class Schedule:
         return len(self._waiting)
 
     def next(self) -> Job | None:
-        """The next job that can be started, or None. Jobs that would end after the deadline are removed as late."""
+        """The next job to start, or None. Jobs that would end after the deadline are counted in `out_of_time`."""
         for job in list(self._waiting):
-            if isinstance(job, Run) and job.task.name in self._unmade:
+            if isinstance(job, Run) and job.task.name in self._unprepared:
                 continue
             self._waiting.remove(job)
-            if isinstance(job, Run) and job.task.name in self._unmakeable:
+            if isinstance(job, Run) and job.task.name in self._unpreparable:
                 self.outcome.failed[job.title] = "not started: its pretraining failed"
-            elif self._too_late(job):
-                self._set_late(job)
+            elif self._would_exceed_deadline(job):
+                self._mark_out_of_time(job)
             else:
                 return job
         return None
 
-    def _too_late(self, job: Job) -> bool:
+    def _would_exceed_deadline(self, job: Job) -> bool:
         if self.deadline is None:
             return False
         return time.time() + (self.estimates.seconds(job) or 0.0) > self.deadline
 
-    def _set_late(self, job: Job) -> None:
-        self.outcome.late.append(job.title)
-        if isinstance(job, Making):  # the runs that need its weights cannot be started
-            self._unmade.discard(job.task.name)
+    def _mark_out_of_time(self, job: Job) -> None:
+        self.outcome.out_of_time.append(job.title)
+        if isinstance(job, Pretraining):  # the runs that need its weights cannot be started
+            self._unprepared.discard(job.task.name)
             for run in [run for run in self._waiting if run.task.name == job.task.name]:
                 self._waiting.remove(run)
-                self.outcome.late.append(run.title)
+                self.outcome.out_of_time.append(run.title)
 
-    def end(self, job: Job, done: Done, progress: Progress) -> None:
+    def end(self, job: Job, done: JobEnd, progress: Progress) -> None:
         """Records the outcome of a job, first in the results file."""
-        if done.late:
-            self._set_late(job)
+        if done.out_of_time:
+            self._mark_out_of_time(job)
         elif done.failure is not None:
             self.outcome.failed[job.title] = done.failure
-            if isinstance(job, Making):
-                self._unmakeable.add(job.task.name)
+            if isinstance(job, Pretraining):
+                self._unpreparable.add(job.task.name)
         elif done.record is not None:
             results.add(self.path, done.record)
             self.estimates.add(done.record)
             self.outcome.finished.append(done.record)
-        if isinstance(job, Making):
-            self._unmade.discard(job.task.name)
-        progress.say(f"{job.title}: {_ending(done)}")
+        if isinstance(job, Pretraining):
+            self._unprepared.discard(job.task.name)
+        progress.write(f"{job.title}: {_description(done)}")
 
 
-def _ending(done: Done) -> str:
-    if done.late:
+def _description(done: JobEnd) -> str:
+    if done.out_of_time:
         return "not finished within the time limit"
     if done.failure is not None:
         return f"failed: {done.failure.strip().splitlines()[-1]}"
@@ -176,48 +178,48 @@ def run_all(schedule: Schedule, devices: Sequence[torch.device], threads: int) -
     """Runs all jobs of a schedule, in one process per device, or in this process if the only device is one CPU."""
     with Progress(schedule.total) as progress:
         if [device.type for device in devices] == ["cpu"]:
-            _run_here(schedule, devices[0], threads, progress)
+            _run_in_this_process(schedule, devices[0], threads, progress)
         else:
-            _run_there(schedule, devices, threads, progress)
+            _run_in_workers(schedule, devices, threads, progress)
     return schedule.outcome
 
 
-def _run_here(schedule: Schedule, device: torch.device, threads: int, progress: Progress) -> None:
+def _run_in_this_process(schedule: Schedule, device: torch.device, threads: int, progress: Progress) -> None:
     before = torch.get_num_threads()
     set_up(device, threads)
     try:
         while (job := schedule.next()) is not None:
-            shown = _Shown(progress, job.steps)
-            done = perform(job, schedule.place, device, schedule.deadline, shown.hear)
-            shown.finish()
+            progress_of = _JobProgress(progress, job.steps)
+            done = perform(job, schedule.place, device, schedule.deadline, progress_of.update)
+            progress_of.finish()
             schedule.end(job, done, progress)
     finally:
         torch.set_num_threads(before)
 
 
-def _run_there(schedule: Schedule, devices: Sequence[torch.device], threads: int, progress: Progress) -> None:
+def _run_in_workers(schedule: Schedule, devices: Sequence[torch.device], threads: int, progress: Progress) -> None:
     workers = [Worker(schedule.place, device, threads) for device in devices[: schedule.jobs]]
     placed = dict(zip(workers, devices, strict=False))
-    shown: dict[Worker, _Shown] = {}
+    progress_of: dict[Worker, _JobProgress] = {}
     try:
         while True:
             for worker in workers:
                 if worker.job is None and (job := schedule.next()) is not None:
                     worker.begin(job, schedule.deadline)
-                    shown[worker] = _Shown(progress, job.steps)
+                    progress_of[worker] = _JobProgress(progress, job.steps)
             busy = [worker for worker in workers if worker.job is not None]
             if not busy:
                 return
-            for worker in heard(busy, timeout=1.0):
-                word, job = worker.hear(), worker.job
+            for worker in ready_workers(busy, timeout=1.0):
+                message, job = worker.receive(), worker.job
                 assert job is not None
-                if isinstance(word, Stepped):
-                    shown[worker].hear(word)
+                if isinstance(message, StepsTaken):
+                    progress_of[worker].update(message)
                     continue
-                shown.pop(worker).finish()
+                progress_of.pop(worker).finish()
                 worker.job = None
-                schedule.end(job, word, progress)
-                if worker.gone and schedule.jobs:
+                schedule.end(job, message, progress)
+                if worker.has_ended and schedule.jobs:
                     workers.remove(worker)
                     workers.append(Worker(schedule.place, placed[worker], threads))
                     placed[workers[-1]] = placed.pop(worker)
@@ -226,16 +228,16 @@ def _run_there(schedule: Schedule, devices: Sequence[torch.device], threads: int
             worker.stop()
 
 
-class _Shown:
+class _JobProgress:
     """The progress of one job. `finish` counts its remaining steps, which a diverged or failed job does not take."""
 
     def __init__(self, progress: Progress, steps: int) -> None:
         self._progress, self._left = progress, steps
 
-    def hear(self, word: Word) -> None:
-        if isinstance(word, Stepped):
-            self._left -= word.count
-            self._progress.advance(word.count)
+    def update(self, message: Message) -> None:
+        if isinstance(message, StepsTaken):
+            self._left -= message.count
+            self._progress.advance(message.count)
 
     def finish(self) -> None:
         self._progress.advance(self._left)

@@ -18,11 +18,11 @@ from compare.runs import Record, Run
 from compare.tasks import Place, Preparation
 from compare.training import OutOfTimeError
 
-_TOLD_EVERY = 0.5  # seconds between progress reports
+_REPORT_INTERVAL = 0.5  # seconds between progress reports
 
 
 @dataclass(frozen=True)
-class Making:
+class Pretraining:
     """The job of pretraining the weights that the runs of a task need."""
 
     task: Finetune
@@ -40,64 +40,64 @@ class Making:
         self.task.make(place, device, follower)
 
 
-Job = Run | Making
+Job = Run | Pretraining
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepsTaken:
     """A message: the number of steps since the last message."""
 
     count: int
 
 
 @dataclass(frozen=True)
-class Done:
+class JobEnd:
     """The last message of a job: its record, if it has one, or the reason why it was not finished."""
 
     record: Record | None = None
-    late: bool = False
+    out_of_time: bool = False
     failure: str | None = None
 
 
-Word = Stepped | Done
+Message = StepsTaken | JobEnd
 
 
-class Telling:
-    """The follower of a job: sends its progress twice a second, and stops it at the deadline, a value of `time.time`.
+class ProgressReporter:
+    """Sends the progress of a job every half a second, and stops the job at the deadline, a value of `time.time`.
 
     Args:
-        tell: a function that sends a message.
+        send: a function that sends a message.
         deadline: None for no deadline.
     """
 
-    def __init__(self, tell: Any, deadline: float | None) -> None:
-        self._tell, self._deadline = tell, deadline
+    def __init__(self, send: Any, deadline: float | None) -> None:
+        self._send, self._deadline = send, deadline
         self._count, self._last = 0, time.monotonic()
 
     def __call__(self, steps: int) -> None:
         self._count += steps
         if self._deadline is not None and time.time() > self._deadline:
             raise OutOfTimeError
-        if time.monotonic() - self._last >= _TOLD_EVERY:
+        if time.monotonic() - self._last >= _REPORT_INTERVAL:
             self.flush()
 
     def flush(self) -> None:
         if self._count:
-            self._tell(Stepped(self._count))
+            self._send(StepsTaken(self._count))
         self._count, self._last = 0, time.monotonic()
 
 
-def perform(job: Job, place: Place, device: torch.device, deadline: float | None, tell: Any) -> Done:
+def perform(job: Job, place: Place, device: torch.device, deadline: float | None, send: Any) -> JobEnd:
     """Performs a job in this process. Its exceptions, except KeyboardInterrupt, are returned as a failure."""
-    follower = Telling(tell, deadline)
+    follower = ProgressReporter(send, deadline)
     try:
         record = job.perform(place, device, follower)
         follower.flush()
-        return Done(record)
+        return JobEnd(record)
     except OutOfTimeError:
-        return Done(late=True)
+        return JobEnd(out_of_time=True)
     except Exception:  # an error of one optimizer does not end the other runs
-        return Done(failure=traceback.format_exc())
+        return JobEnd(failure=traceback.format_exc())
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -118,17 +118,17 @@ class Worker:
         self.job = job
         self.connection.send((job, deadline))
 
-    def hear(self) -> Word:
-        """The next message of the process, which must be one of those that `heard` has returned."""
+    def receive(self) -> Message:
+        """The next message of the process, which `ready_workers` must have returned."""
         try:
-            word: Word = self.connection.recv()
+            message: Message = self.connection.recv()
         except (EOFError, ConnectionError):
             self.process.join()
-            return Done(failure=f"its process ended with exit code {self.process.exitcode}")
-        return word
+            return JobEnd(failure=f"its process ended with exit code {self.process.exitcode}")
+        return message
 
     @property
-    def gone(self) -> bool:
+    def has_ended(self) -> bool:
         return not self.process.is_alive()
 
     def stop(self) -> None:
@@ -137,7 +137,7 @@ class Worker:
         self.process.join()
 
 
-def heard(workers: Sequence[Worker], timeout: float) -> Iterator[Worker]:
+def ready_workers(workers: Sequence[Worker], timeout: float) -> Iterator[Worker]:
     """The workers that have sent a message or ended, after waiting for at most `timeout` seconds."""
     by_connection = {worker.connection: worker for worker in workers}
     for connection in wait(list(by_connection), timeout):

@@ -1,4 +1,4 @@
-"""Compares the benchmarks of a run once all are done: in a table, and in the JSON file as `comparison`."""
+"""Compares the benchmarks of a run at its end: in a table, and in the JSON file as `comparison`."""
 
 from collections import defaultdict
 
@@ -7,18 +7,17 @@ from rich.table import Table
 
 
 def compared(benchmarks):
-    """By group and name: the median in seconds, its ratio to fused AdamW's, bytes that must move per second, and these
-    as a share of a copy's; None where the run has nothing to compare with. `fused` is what steps of fused AdamW took
-    that were taken in turns with it, if there were any.
-    """
+    """The rows of a comparison, by group and name: the median in seconds, its ratio to that of fused AdamW, the bytes
+    to move per second, and their share of the rate of a copy; None if the run has no value to compare with. `fused` of
+    a row is the time of fused AdamW measured in turns with it, if it was."""
     groups = defaultdict(dict)
     for group, extra, median in benchmarks:
         groups[group][extra["name"]] = {**extra, "median": median, "bytes_per_second": extra["bytes"] / median}
     for rows in groups.values():
         fused, copy = rows.get("AdamW fused"), rows.get("copy")
         for row in rows.values():
-            beside = row.get("fused") or (fused["median"] if fused else None)
-            row["ratio"] = row["median"] / beside if beside else None
+            fused_time = row.get("fused") or (fused["median"] if fused else None)
+            row["ratio"] = row["median"] / fused_time if fused_time else None
             row["of_copy"] = row["bytes_per_second"] / copy["bytes_per_second"] if copy else None
     return groups
 

@@ -1,4 +1,4 @@
-"""The host link: how fast it copies, how near to that steps over tables on the host come, and what they cost training.
+"""The host link: its copy rate, the share of it that steps on the host tier reach, and their cost in training.
 
     pytest tests/benchmarks/test_offload.py --benchmark-json=offload.json
 
@@ -44,7 +44,7 @@ MEDIANS = {}  # seconds, by name
 
 
 class Tables:
-    """The tables of a model in slabs, as the host tier keeps them."""
+    """The tables of a model in slabs, as in the host tier."""
 
     def __init__(self, shapes=SHAPES, device=DEVICE, transfer_size=TRANSFER_SIZE):
         self.shapes, self.device = shapes, device
@@ -171,7 +171,7 @@ def test_pipeline(measure, tables, computes):
 
 
 def test_resident(measure, tables):
-    """What the update takes when nothing has to be copied."""
+    """The time of the update without copies."""
     compute = tables.update()
     resident = [[tensor.to(DEVICE) for tensor in slab.tensors] for slab in tables.slabs]
 
@@ -183,7 +183,7 @@ def test_resident(measure, tables):
 
 
 def test_step_after_backward(measure, tables):
-    """What a user's step takes with all tables on the host, after backward: at least 80 % of the link's rate."""
+    """A step after backward with all tables on the host reaches at least 80 % of the rate of the link."""
     ps = [torch.nn.Parameter(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)) for shape in SHAPES]
     for p in ps:
         p.grad = torch.randn_like(p)

@@ -1,4 +1,4 @@
-"""Time of a step of decode="orthogonal" beside torch.optim.Muon's, on the matrices of real models.
+"""Time of a step with decode="orthogonal" compared with torch.optim.Muon, on the matrices of real models.
 
     pytest tests/benchmarks/test_orthogonal.py --benchmark-json=orthogonal.json
 
@@ -13,7 +13,7 @@ for the code alone.
 import pytest
 import torch
 from helpers import DEVICE
-from test_step import HELD, ON_CPU, measure, settle  # noqa: F401
+from test_step import HELD, ON_CPU, measure, synchronize  # noqa: F401
 from turns import Turns
 
 from collins import Collins
@@ -38,7 +38,7 @@ OPTIMIZERS = {
 
 
 def matrices(model):
-    """The shapes of what is orthogonalised, of as many layers as every optimizer has room for; one on the CPU."""
+    """Shapes of the matrices of as many layers as fit with every optimizer; one layer on the CPU."""
     build, layers = MODELS[model]
     count = build(layers).count
     if ON_CPU:
@@ -55,10 +55,10 @@ def matrices(model):
 
 
 def product_rate():
-    """Floating-point operations a second of a product of two matrices in bfloat16."""
+    """Floating-point operations per second of a product of two matrices in bfloat16."""
     size, times = (256, 2) if ON_CPU else (4096, 20)
     a = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16)
-    turns = Turns(lambda: [a @ a for _ in range(times)], settle)
+    turns = Turns(lambda: [a @ a for _ in range(times)], synchronize)
     for _ in range(5):
         turns()
     return 2 * size**3 * times / turns.median(3)
@@ -87,11 +87,11 @@ def test_step_of_matrices(measure, model, name, dtype):  # noqa: F811
     state = sum(t.nbytes for kept in opt.state.values() for t in kept.values() if isinstance(t, torch.Tensor))
     peak = None
     if not ON_CPU:
-        settle()
+        synchronize()
         resident = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
-        settle()
+        synchronize()
         peak = torch.cuda.max_memory_allocated() - resident
     extra = {"bytes": 3 * sum(p.nbytes for p in ps) + 2 * state, "rounds": 5, "peak": peak}
     group = f"matrices of {model} {str(dtype).removeprefix('torch.')} {DEVICE}, {layers} layers"
@@ -100,7 +100,7 @@ def test_step_of_matrices(measure, model, name, dtype):  # noqa: F811
 
 @pytest.fixture(autouse=True)
 def costs(benchmark):
-    """What a step costs, from its time."""
+    """The cost of a step, from its time."""
     yield
     if benchmark.stats is None:
         return

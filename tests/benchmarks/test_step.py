@@ -1,4 +1,4 @@
-"""Time of one optimizer step, side by side on the shapes of real models.
+"""Time of one step of several optimizers on the shapes of real models.
 
     pytest tests/benchmarks --benchmark-json=step.json
 
@@ -28,7 +28,7 @@ MODELS = {  # and how many layers there are
     "llama-1b": (lambda layers: llama(layers, 2048, 8192, 512, 32000), 16),
     "llama-7b": (lambda layers: llama(layers, 4096, 11008, 4096, 32000), 32),
 }
-HELD = 6  # what foreach AdamW holds at its peak, in numbers of the parameter's dtype for each parameter
+HELD = 6  # peak memory of foreach AdamW, in values of the parameter's dtype per element
 OPTIMIZERS = {
     "AdamW fused": lambda ps: torch.optim.AdamW(ps, fused=True),
     "AdamW foreach": lambda ps: torch.optim.AdamW(ps, foreach=True),
@@ -44,8 +44,8 @@ if importlib.util.find_spec("torchao"):
     OPTIMIZERS["torchao 8-bit"] = lambda ps: importlib.import_module("torchao.optim").AdamW8bit(ps)
 
 
-def settle():
-    """Waits until the device has done what it was given."""
+def synchronize():
+    """Waits until the device has completed all work."""
     if not ON_CPU:
         torch.cuda.synchronize()
 
@@ -58,11 +58,11 @@ def rounds(parameters):
 @pytest.fixture
 def measure(benchmark):
     def timed(function, group, name, beside=None, **extra):
-        turns = Turns(beside, settle) if beside else None
+        turns = Turns(beside, synchronize) if beside else None
 
         def once():
             function()
-            settle()
+            synchronize()
 
         benchmark.group = group
         benchmark.pedantic(once, setup=turns, rounds=extra["rounds"], warmup_rounds=3)
@@ -78,7 +78,7 @@ def dtype(request):
 
 
 def model_of(name, dtype):
-    """With as many layers as every optimizer has room for; a few on the CPU."""
+    """A model with as many layers as fit with every optimizer; a few on the CPU."""
     build, layers = MODELS[name]
     if ON_CPU:
         return build(1)
@@ -92,7 +92,7 @@ def group_of(model, dtype, built):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_copy(measure, model, dtype):
-    """The device's own speed: a copy of all the model's parameters in one piece, at most 4 GiB."""
+    """The copy rate of the device: all parameters of the model in one piece of at most 4 GiB."""
     built = model_of(model, dtype)
     count = built.count
     source = torch.randn(min(count, 2**32 // dtype.itemsize), device=DEVICE, dtype=dtype)
@@ -114,11 +114,11 @@ def test_step(measure, model, name, dtype):
     held = sum(p.nbytes for p in ps)
     peak = None
     if not ON_CPU:
-        settle()
+        synchronize()
         resident = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         opt.step()
-        settle()
+        synchronize()
         peak = torch.cuda.max_memory_allocated() - resident
     # Each gradient is read; each parameter and each moment is read and written.
     extra = {"bytes": 3 * held + 2 * state, "rounds": rounds(sum(p.numel() for p in ps)), "peak": peak}
@@ -147,7 +147,7 @@ def test_host(benchmark, name, monkeypatch):
         with_kernel(opt)
     benchmark.group = f"host, {len(ps)} tensors, {DEVICE}"
     benchmark.extra_info.update(name=name, bytes=0, peak=None)
-    benchmark.pedantic(opt.step, setup=settle, rounds=200, warmup_rounds=10)
+    benchmark.pedantic(opt.step, setup=synchronize, rounds=200, warmup_rounds=10)
 
 
 FIRST_STEP = """

@@ -1,27 +1,26 @@
-"""Timing beside what is measured: machines whose speed changes within minutes are the same for both."""
+"""Times a function in turns with a benchmark, so that a change of the machine's speed affects both alike."""
 
 import statistics
 import time
 
 
 class Turns:
-    """To be the `setup` of a benchmark: runs a function before each of its rounds, and says what that took.
+    """The `setup` of a benchmark: runs and times a function before each of its rounds.
 
     Args:
-        function: what takes turns with what is measured.
-        settle: waits until its work is done.
-    """
+        function: run and timed in turns with the benchmark.
+        synchronize: waits until the work of the function is complete."""
 
-    def __init__(self, function, settle):
-        self._function, self._settle = function, settle
+    def __init__(self, function, synchronize):
+        self._function, self._synchronize = function, synchronize
         self._seconds = []
 
     def __call__(self):
         started = time.perf_counter()
         self._function()
-        self._settle()
+        self._synchronize()
         self._seconds.append(time.perf_counter() - started)
 
     def median(self, rounds):
-        """Of the last rounds, in seconds."""
+        """The median time of the last rounds, in seconds."""
         return statistics.median(self._seconds[-rounds:])

@@ -1,12 +1,12 @@
-"""What the cases of PyTorch's own optimizer tests are run over: Collins in configurations, and a regression to train.
+"""Configurations of Collins for the cases of PyTorch's optimizer tests, and a regression to train.
 
-The cases bear the names of PyTorch's (test/test_optim.py, test/optim and test/inductor/test_compiled_optimizers.py) and
-are written anew. Cases of PyTorch's that have no counterpart here:
+The cases have the names of PyTorch's (test/test_optim.py, test/optim and test/inductor/test_compiled_optimizers.py) and
+are rewritten. Cases of PyTorch's that have no counterpart here:
 
 | case | why |
 |---|---|
 | test_second_order_optims_return_consistent_types | of LBFGS, which evaluates its closure itself |
-| test_defaults_changed_to_foreach | there is one path of steps; what runs it is the business of tests/test_engine.py |
+| test_defaults_changed_to_foreach | there is one path of steps; tests/test_engine.py has tests of its executors |
 | test_adamw_serialization | of Adam's flag decoupled_weight_decay; Collins has decoupled decay only |
 | TestDifferentiableOptimizer | of differentiable=True: here no step is differentiated, as none is there by default |
 | test_averaged_model_mixed_device | of AveragedModel over two devices; no optimizer is involved |
@@ -40,10 +40,10 @@ class Configuration:
     """One way to build Collins.
 
     Args:
-        options: all but the rate.
+        options: all except the learning rate.
         dtype: of the parameters.
-        lr: of tensors, a new one is made for every optimizer.
-        named: whether parameters come with names.
+        lr: returns the learning rate; tensors are created for each optimizer.
+        named: whether parameters have names.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -58,8 +58,8 @@ class Configuration:
         return Collins(given, **{"lr": self.lr(), **self.options, **changed})
 
     @property
-    def rises(self) -> bool:
-        """Whether the loss is to rise."""
+    def increases(self) -> bool:
+        """Whether training increases the loss."""
         return bool(self.options.get("maximize", False))
 
     @property
@@ -67,7 +67,7 @@ class Configuration:
         return bool(self.options.get("in_backward", False))
 
 
-SMALL = {"min_K": 16}  # so that most tensors of a test have tables of more than one entry to a bucket
+SMALL = {"min_K": 16}  # most tensors of a test then have tables with more than one element per bucket
 CONFIGURATIONS = {
     "default": Configuration(),
     "tensor lr": Configuration(SMALL, lr=lambda: torch.tensor(1e-3)),
@@ -100,20 +100,20 @@ CONFIGURATIONS = {
 }
 
 
-def some(*names: str) -> pytest.MarkDecorator:
-    """Cases over a few configurations."""
+def over(*names: str) -> pytest.MarkDecorator:
+    """Parametrises a test over some configurations."""
     return pytest.mark.parametrize("config", [CONFIGURATIONS[name] for name in names], ids=names)
 
 
-everywhere = some(*CONFIGURATIONS)
-uncompiled = some(*(name for name in CONFIGURATIONS if name != "compiled"))  # every compiled case takes a second
+everywhere = over(*CONFIGURATIONS)
+uncompiled = over(*(name for name in CONFIGURATIONS if name != "compiled"))  # each compiled case takes a second
 
 
 class Regression:
-    """A weight of 3,200 elements, of which every configuration but "ratio 1" makes tables, and a bias.
+    """A weight of 3,200 elements, which has tables in every configuration except "ratio 1", and a bias.
 
     Args:
-        config: its dtype is the parameters'.
+        config: determines the dtype of the parameters.
         contiguous: whether parameters are laid out without gaps.
         devices: of the weight and of the bias.
     """
@@ -139,7 +139,7 @@ class Regression:
             return self.loss().item()
 
     def step(self, opt: torch.optim.Optimizer, *, with_closure: bool = False) -> torch.Tensor:
-        """One step of training, its loss handed over by a closure where the optimizer takes one."""
+        """One step of training, with a closure if the optimizer accepts one."""
 
         def closure() -> torch.Tensor:
             opt.zero_grad()
@@ -153,11 +153,11 @@ class Regression:
         opt.step()
         return loss.detach()
 
-    def went_the_right_way(self, before: float, config: Configuration) -> bool:
-        return self.value() > before if config.rises else self.value() < before
+    def has_moved_as_expected(self, before: float, config: Configuration) -> bool:
+        return self.value() > before if config.increases else self.value() < before
 
-    def twin(self) -> Regression:
-        """Another one, of the same values."""
+    def copy(self) -> Regression:
+        """A second regression with the same values."""
         other = object.__new__(Regression)
         other.params = [torch.nn.Parameter(p.detach().clone()) for p in self.params]
         other.input = self.input

@@ -1,4 +1,4 @@
-"""The tensors of these cases are small: threads would wait for one another longer than they compute."""
+"""Uses one thread: the tensors of these cases are so small that threads would mostly wait for each other."""
 
 import pytest
 from helpers import threads

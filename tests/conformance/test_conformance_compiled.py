@@ -1,11 +1,11 @@
-"""PyTorch's tests of compiled optimizers over Collins: what compiles `step` gets the eager steps, and compiles once."""
+"""PyTorch's tests of compiled optimizers with Collins: compiled steps equal eager ones and are compiled once."""
 
 import gc
 import weakref
 
 import pytest
 import torch
-from configurations import CONFIGURATIONS, Regression, some
+from configurations import CONFIGURATIONS, Regression, over
 from helpers import DEVICE, same
 from test_conformance_schedulers import CASES, advance
 from torch import nn
@@ -31,9 +31,9 @@ def compiled(function):
 
 
 @pytest.mark.parametrize("use_closure", [False, True], ids=["step", "closure"])
-@some(*STEPPED)
+@over(*STEPPED)
 def test_correctness(config, use_closure):
-    """A compiled call of step does what the eager one does, to the bit: state and weights."""
+    """State and weights after compiled steps bitwise equal those after eager ones."""
     if use_closure and config.in_backward:
         pytest.skip("in_backward=True refuses closures")
     eager, traced = Regression(config), Regression(config)
@@ -61,12 +61,12 @@ def test_correctness(config, use_closure):
     assert same(eager.params, traced.params)
     assert same([opts[0].state[p] for p in eager.params], [opts[1].state[p] for p in traced.params])
     options = ({name: group[name] for name in opts[0].defaults} for opt in opts for group in opt.param_groups)
-    assert same(*options)  # tracing changes none: of AdamW it turns capturable on where there is no state yet
+    assert same(*options)  # tracing changes no option: for AdamW it enables capturable if there is no state yet
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_correctness_under_schedules(name):
-    """Rates that a schedule writes, floats or tensors, are those of the next compiled step, and compile nothing."""
+    """Rates of a schedule, floats or tensors, apply to the next compiled step without recompilation."""
     config = CONFIGURATIONS["ratio 8"]
     tasks = Regression(config), Regression(config)
     opts = [
@@ -86,9 +86,9 @@ def test_correctness_under_schedules(name):
     assert same(tasks[0].params, tasks[1].params)
 
 
-@some("default", "memory host")
+@over("default", "memory host")
 def test_adamw_recompile(config):
-    """Replaced and cleared state is what the next compiled step goes on from, and compiles nothing anew."""
+    """The next compiled step uses replaced and cleared state without recompilation."""
     eager, traced = Regression(config), Regression(config)
     opts = config.build(eager.params), config.build(traced.params)
     step = compiled(lambda: opts[1].step())
@@ -108,9 +108,9 @@ def test_adamw_recompile(config):
     assert all(state["step"] == 2 for state in opts[1].state.values())
 
 
-@some("default", "memory host")
+@over("default", "memory host")
 def test_guard_on_none_grads(config):
-    """A compiled loop in which one backward is left out counts the steps that the eager one counts."""
+    """A compiled loop without one of the backward passes counts the same steps as the eager one."""
 
     def loop():
         torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_guard_on_none_grads(config):
     assert same(first[1], second[1])
 
 
-@some("default", "memory host")
+@over("default", "memory host")
 def test_closure_graph_break(config):
     params = [torch.ones(80, 40, device=DEVICE, dtype=config.dtype, requires_grad=True) for _ in range(2)]
     opts = [config.build([p]) for p in params]
@@ -151,9 +151,9 @@ def test_closure_graph_break(config):
     assert not torch.equal(params[0], torch.ones_like(params[0]))
 
 
-@some("default", "memory host")
+@over("default", "memory host")
 def test_static_address_finalizer(config):
-    """Neither a graph nor its guards keep a parameter alive."""
+    """Neither a graph nor its guards keep a reference to a parameter."""
     gc.collect()
 
     def run():

@@ -1,4 +1,4 @@
-"""PyTorch's TestOptimRenewed over Collins: what steps do, what is refused, and that all ways of stepping agree.
+"""PyTorch's TestOptimRenewed with Collins: steps, errors, and the equality of all ways to step.
 
 See `configurations` for cases that have no counterpart, and test_conformance_state for state dicts and hooks.
 """
@@ -8,7 +8,7 @@ import gc
 
 import pytest
 import torch
-from configurations import CONFIGURATIONS, Regression, everywhere, some, uncompiled
+from configurations import CONFIGURATIONS, Regression, everywhere, over, uncompiled
 from helpers import DEVICE, moments, same, with_kernel
 from torch import nn
 from torch.optim import lr_scheduler
@@ -35,7 +35,7 @@ def on_two_devices(config):
         pytest.skip("a rate on one GPU is not read by a step on another")
 
 
-# Training goes where it should.
+# Training changes the loss as expected.
 
 
 @scheduled
@@ -47,7 +47,7 @@ def test_forloop_goes_right_direction(config, contiguous, schedules):
     running = schedules(opt)
     for _ in range(20):
         advance(running, task.step(opt))
-    assert task.went_the_right_way(before, config)
+    assert task.has_moved_as_expected(before, config)
 
 
 @two_gpus
@@ -59,7 +59,7 @@ def test_forloop_goes_right_direction_multigpu(config):
     running = SCHEDULES["with_lrsched"](opt)
     for _ in range(20):
         advance(running, task.step(opt, with_closure=True))
-    assert task.went_the_right_way(before, config)
+    assert task.has_moved_as_expected(before, config)
 
 
 @everywhere
@@ -70,7 +70,7 @@ def test_param_group_with_lrscheduler_goes_right_direction(config):
     running = SCHEDULES["with_lrsched"](opt)
     for _ in range(20):
         advance(running, task.step(opt, with_closure=True))
-    assert task.went_the_right_way(before, config)
+    assert task.has_moved_as_expected(before, config)
 
 
 @everywhere
@@ -88,7 +88,7 @@ def test_tensor_lr(config):
 @uncompiled
 def test_param_groups_weight_decay(config):
     task, twin = Regression(config), Regression(config)
-    with torch.no_grad():  # so large that its decay is seen
+    with torch.no_grad():  # large enough for its decay to be visible
         for p in (task.params[1], twin.params[1]):
             p.mul_(8)
     weight, bias = ([(name, p)] if config.named else [p] for name, p in zip("wb", task.params, strict=True))
@@ -100,7 +100,7 @@ def test_param_groups_weight_decay(config):
     for _ in range(20):
         task.step(opt)
         twin.step(other)
-    assert task.went_the_right_way(before, config)
+    assert task.has_moved_as_expected(before, config)
     assert task.params[1].norm() > twin.params[1].norm()
 
 
@@ -117,7 +117,7 @@ def test_param_groups_lr(config):
         if config.in_backward:
             (irrelevant * 0.5).sum().backward()
         task.step(opt)
-    assert task.went_the_right_way(before, config)
+    assert task.has_moved_as_expected(before, config)
     assert torch.equal(irrelevant, torch.ones_like(irrelevant))
 
 
@@ -161,10 +161,10 @@ def test_non_empty_state(config):
     assert all(len(state) >= 3 for state in opt.state.values())
 
 
-# What is refused.
+# Errors.
 
 
-@some("default", "ratio 1")
+@over("default", "ratio 1")
 def test_optim_infos_do_not_specify_global_cliquey_kwargs(config):
     flags = ("foreach", "fused", "differentiable", "amsgrad")
     assert not any(flag in each.options for flag in flags for each in CONFIGURATIONS.values())
@@ -178,7 +178,7 @@ ERRORS = ADAMW.optim_error_inputs_func(device="cpu", dtype=torch.float32)
 
 @pytest.mark.parametrize("case", ERRORS, ids=[error.optimizer_error_input.desc for error in ERRORS])
 def test_errors(case):
-    """All that PyTorch holds to be an error of AdamW; a parameter given twice is one here, and not only warned of."""
+    """All errors of AdamW in PyTorch; a duplicate parameter is an error here instead of a warning."""
     given = case.optimizer_error_input
     assert case.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
     options = {name: value for name, value in given.kwargs.items() if name != "foreach"}
@@ -195,14 +195,14 @@ def test_errors(case):
 
 @pytest.mark.parametrize("make", [torch.tensor, lambda beta: torch.full((1, 1), beta)], ids=["0-d", "2-d"])
 def test_errors_of_betas_as_tensors(make):
-    """AdamW takes them where capturable or compiled; here betas are numbers, and schedulers write numbers."""
+    """AdamW accepts them if capturable or compiled; here betas are numbers, as schedulers set them."""
     with pytest.raises(ValueError, match="betas must be two numbers in"):
         Collins([nn.Parameter(torch.ones(1))], betas=(make(0.9), make(0.99)))
 
 
 @everywhere
 def test_rosenbrock_sparse(config):
-    """AdamW refuses sparse gradients as well; nothing changes."""
+    """AdamW rejects sparse gradients, too; nothing changes."""
     point = nn.Parameter(torch.tensor([1.5, 1.5], dtype=config.dtype, device=DEVICE))
     opt = config.build([point])
     entries = torch.tensor([[0, 0]]), torch.ones(2, dtype=config.dtype)
@@ -215,13 +215,13 @@ def test_rosenbrock_sparse(config):
 
 @everywhere
 def test_complex(config):
-    """Complex parameters are refused by name; what views them as real is stepped as other real ones are."""
+    """Complex parameters are rejected by name; their real views are stepped like other real parameters."""
     given = torch.randn(10, 5, dtype=torch.complex64, device=DEVICE)
     with pytest.raises(TypeError, match="complex"):
         config.build([nn.Parameter(given)])
 
 
-@some("default", "ratio 1", "memory host", "in backward")
+@over("default", "ratio 1", "memory host", "in backward")
 def test_complex_2d(config):
     complex_ = torch.randn(80, 40, dtype=torch.complex64, device=DEVICE)
     viewed = [torch.view_as_real(complex_.clone()).requires_grad_()]
@@ -237,7 +237,7 @@ def test_complex_2d(config):
 
 @everywhere
 def test_fused_error_on_params_on_meta(config):
-    """Steps on meta make state there, as AdamW's do; the host tier refuses them. Models filled later are stepped."""
+    """Steps on meta create state there, as in AdamW; the host tier rejects them. Models filled later are stepped."""
     model = nn.Linear(80, 40, device="meta", dtype=config.dtype)
     opt = config.build(model.parameters())
     for p in model.parameters():
@@ -262,7 +262,7 @@ def test_fused_error_on_params_on_meta(config):
     assert all(p.any() and p.isfinite().all() for p in model.parameters())
 
 
-# One way of stepping is another.
+# All ways to step are equal.
 
 
 def compare_between(models, opts, inputs, **tolerances):
@@ -285,7 +285,7 @@ def compare_between(models, opts, inputs, **tolerances):
 
 
 def p_frozen(model, p, step):
-    """Steps that a parameter of the frozen layer has missed."""
+    """The number of steps that skipped a parameter of the frozen layer."""
     return max(min(step - 2, 2), 0) if any(p is q for q in model[2].parameters()) else 0
 
 
@@ -299,7 +299,7 @@ def batch(dtype, device=DEVICE):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@some("ratio 1", "memory host", "in backward")
+@over("ratio 1", "memory host", "in backward")
 def test_foreach_matches_forloop(config, dtype):
     """Exact moments are AdamW's, with a zero-dimensional parameter last."""
     models = [layers(dtype) for _ in range(2)]
@@ -311,9 +311,9 @@ def test_foreach_matches_forloop(config, dtype):
     assert torch.equal(*last)
 
 
-@some("ratio 8")
+@over("ratio 8")
 def test_fused_matches_forloop(config):
-    """Compiled steps are the eager ones."""
+    """Compiled steps equal eager ones."""
     models = [layers(config.dtype) for _ in range(2)]
     opts = [config.build(model.parameters(), compile=model is models[0]) for model in models]
     compare_between(models, opts, [batch(config.dtype)] * 2)
@@ -348,7 +348,7 @@ def mixed(devices):
 @pytest.mark.parametrize("devices", [(DEVICE,), pytest.param(("cuda:0", "cuda:1"), marks=two_gpus)], ids=str)
 @uncompiled
 def test_mixed_device_dtype(config, devices):
-    """One optimizer of mixed parameters steps each as an optimizer of its own would."""
+    """One optimizer of different parameters gives each the steps of a separate optimizer."""
     if config.dtype != torch.float32 and config.options.get("table_dtype"):
         pytest.skip("tables of float64 are for parameters of float64 only")
     if len(devices) > 1:
@@ -371,7 +371,7 @@ def test_mixed_device_dtype(config, devices):
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @uncompiled
 def test_set_default_dtype_works_with_foreach(config, default):
-    """The default dtype of the process changes nothing: step counters are float32 under any."""
+    """The default dtype of the process has no effect: step counters are always float32."""
     tasks = [Regression(config) for _ in range(2)]
     opts = [config.build(tasks[0].params, lr=1e-3)]
     torch.set_default_dtype(default)
@@ -388,16 +388,16 @@ def test_set_default_dtype_works_with_foreach(config, default):
 
 
 @pytest.mark.cuda
-@some("default", "sketch", "ratio 1")
+@over("default", "sketch", "ratio 1")
 def test_foreach_large_tensor(config):
-    """Elements are counted in 64 bits: the last of 2**32 are stepped as the first are."""
+    """Elements are indexed in 64 bits: the last of 2**32 are stepped like the first."""
     need = 2**32 * (2 + 2 + (8 if config.options.get("compress_ratio") == 1 else 1)) + 2**30
     if torch.cuda.mem_get_info()[0] < need:
         pytest.skip(f"needs {need / 2**30:.0f} GiB of free GPU memory")
     p = torch.ones(2**32, dtype=torch.float16, device="cuda")
     p.grad = torch.ones_like(p)
     config.build([p], lr=1e-2, stochastic_rounding=False, rehash_period=None).step()
-    # Under "sketch" an element whose bucket's signs cancel stays where it is; their mean does not.
+    # With "sketch", an element whose bucket's signs cancel is unchanged, but their mean is not.
     assert p[:4096].float().mean() < 1
     assert p[-4096:].float().mean() < 1
     del p
@@ -408,7 +408,7 @@ def test_foreach_large_tensor(config):
 @pytest.mark.cuda
 @everywhere
 def test_peak_memory_foreach(config):
-    """A step takes no more than a copy of the gradients beside what is there, as PyTorch demands of its fast steps."""
+    """A step allocates at most the size of the gradients, the limit of PyTorch's foreach steps."""
     params = [nn.Parameter(torch.rand(16, 80, dtype=config.dtype, device="cuda")) for _ in range(10)]
     opt = config.build(params)
     for _ in range(3):
@@ -423,10 +423,10 @@ def test_peak_memory_foreach(config):
     assert torch.cuda.max_memory_allocated() - held <= 2 * size
 
 
-@some("ratio 8", "capturable", "memory host", "universal")
+@over("ratio 8", "capturable", "memory host", "universal")
 @pytest.mark.parametrize("scaled", [True, False])
 def test_fused_does_not_step_if_foundinf(config, scaled):
-    """A GradScaler that finds an infinite gradient leaves weights, moments and counters as they are."""
+    """With a GradScaler, an infinite gradient leaves weights, moments and counters unchanged."""
     task = Regression(config)
     opt = config.build(task.params)
     task.step(opt)

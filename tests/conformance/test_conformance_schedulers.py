@@ -1,4 +1,4 @@
-"""PyTorch's TestLRScheduler and TestSWAUtils, case by case: over Collins a schedule does what it does over AdamW."""
+"""PyTorch's TestLRScheduler and TestSWAUtils, case by case: schedules have the same effect on Collins as on AdamW."""
 
 import copy
 import gc
@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from configurations import CONFIGURATIONS, Regression, some, uncompiled
+from configurations import CONFIGURATIONS, Regression, over, uncompiled
 from helpers import DEVICE, same
 from torch import nn
 from torch.optim import AdamW
@@ -20,10 +20,10 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, ge
 
 from collins import Collins
 
-# A ChainedScheduler in a SequentialLR warns of itself when it is made.
+# A ChainedScheduler in a SequentialLR warns when it is constructed.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
-# What each case of PyTorch's builds: the schedules of an optimizer, all of them stepped.
+# The schedules of each case, which are all stepped.
 CYCLE = {"base_momentum": 0.5, "max_momentum": 0.9}
 TWO = {"base_momentum": [0.5, 0.6], "max_momentum": [0.9, 0.95]}
 
@@ -124,7 +124,7 @@ def advance(schedules, step):
 
 
 def rates(opt):
-    """Of each group, the rate, and the first moment's decay, which some schedules cycle."""
+    """The learning rate and beta1 of each group; some schedules cycle both."""
     return [number for group in opt.param_groups for number in (float(group["lr"]), group["betas"][0])]
 
 
@@ -136,7 +136,7 @@ def rates(opt):
     ],
 )
 def test_schedules_are_adamws(case, in_backward):
-    """Rates, betas and with exact moments the weights too are AdamW's after every step; tensors stay the same ones."""
+    """Rates, betas and, with exact moments, weights equal those of AdamW; tensor rates stay the same objects."""
     config = CONFIGURATIONS["fp64 tables"]
     tasks = Regression(config), Regression(config)
     ours = two_groups(lambda ps, lr: Collins(ps, lr=lr, compress_ratio=1, in_backward=in_backward), tasks[0])
@@ -158,7 +158,7 @@ def test_schedules_are_adamws(case, in_backward):
 @moving
 @uncompiled
 def test_cycle_lr_cycle_momentum_with_beta1_optimizer(config, case):
-    """A beta1 that a schedule moves is the one of the next step: as if it had been set by hand."""
+    """A beta1 that a schedule sets applies to the next step, as if it had been set directly."""
     tasks = Regression(config), Regression(config)
     opt, byhand = (config.build(maybe_named(config, task)) for task in tasks)
     schedules = case(opt) if len(opt.param_groups) == 2 else []
@@ -181,7 +181,7 @@ def maybe_named(config, task):
 
 @cases
 def test_lr_scheduler_state_dict_load(case):
-    """And test_*_state_dict: another schedule over another optimizer goes on from a file where the first one was."""
+    """And test_*_state_dict: another schedule and optimizer resume from a file."""
     task, twin = Regression(CONFIGURATIONS["ratio 8"]), Regression(CONFIGURATIONS["ratio 8"])
     opt, other = (two_groups(lambda ps, lr: CONFIGURATIONS["ratio 8"].build(ps, lr=lr), t) for t in (task, twin))
     first, second = case(opt), case(other)
@@ -207,7 +207,7 @@ def test_lr_scheduler_state_dict_load(case):
         assert same(task.params, twin.params)
 
 
-@some("default", "memory host", "in backward")
+@over("default", "memory host", "in backward")
 def test_no_cyclic_references(config):
     """Dropping the last reference to an optimizer that was scheduled and stepped frees it, and its parameters."""
     gc.collect()
@@ -227,10 +227,10 @@ def test_no_cyclic_references(config):
         gc.enable()
 
 
-@some("default", "memory host", "in backward")
+@over("default", "memory host", "in backward")
 @pytest.mark.parametrize("overridden", [False, True])
 def test_old_pattern_warning(config, overridden):
-    """A schedule stepped before its optimizer is warned of, one stepped after it is not."""
+    """Stepping a schedule before its optimizer gives a warning, stepping it afterwards does not."""
     for old in (True, False):
         task = Regression(config)
         opt = config.build(task.params)
@@ -252,7 +252,7 @@ def test_old_pattern_warning(config, overridden):
 
 
 @pytest.mark.parametrize("min_lr", [0, [1e-5, 1e-4]], ids=["scalar", "list"])
-@some("default", "memory host", "in backward", "named")
+@over("default", "memory host", "in backward", "named")
 def test_add_param_group_does_not_break_reduce_lr_on_plateau(config, min_lr):
     task = Regression(config)
     opt = config.build(maybe_named(config, task))
@@ -299,8 +299,8 @@ def test_cycle_lr_state_dict_picklable():
 # Averages of weights.
 
 
-class Bounded(nn.Module):
-    """A layer whose batch norm is measured again for averaged weights."""
+class Normalized(nn.Module):
+    """A layer with a batch norm whose statistics are recomputed for averaged weights."""
 
     def __init__(self, layer, norm):
         super().__init__()
@@ -312,17 +312,17 @@ class Bounded(nn.Module):
 
 def dnn():
     torch.manual_seed(0)
-    return Bounded(nn.Linear(50, 100), nn.BatchNorm1d(100)).to(DEVICE), torch.rand(40, 50, device=DEVICE)
+    return Normalized(nn.Linear(50, 100), nn.BatchNorm1d(100)).to(DEVICE), torch.rand(40, 50, device=DEVICE)
 
 
 def cnn():
     torch.manual_seed(0)
     x = torch.rand(40, 3, 5, 5, device=DEVICE)
-    return Bounded(nn.Conv2d(3, 40, 3, padding=1), nn.BatchNorm2d(40)).to(DEVICE), x
+    return Normalized(nn.Conv2d(3, 40, 3, padding=1), nn.BatchNorm2d(40)).to(DEVICE), x
 
 
 def trained(config, make, steps, after):
-    """Trains a model; `after` sees it after each step."""
+    """Trains a model and calls `after(model)` after each step."""
     model, x = make()
     opt = config.build([named if config.named else named[1] for named in model.named_parameters()], lr=1e-2)
     for _ in range(steps):
@@ -334,9 +334,9 @@ def trained(config, make, steps, after):
 
 
 @pytest.mark.parametrize("kind", ["swa", "ema", "avg_fn"])
-@some("default", "ratio 8", "universal", "memory host", "in backward", "named")
+@over("default", "ratio 8", "universal", "memory host", "in backward", "named")
 def test_averaged_model_all_devices(config, kind):
-    """And test_averaged_model_exponential: an average of what Collins steps is that of its weights after each step."""
+    """And test_averaged_model_exponential: the average equals that of the weights after each step."""
     averaged, seen = [], []
     functions = {
         "swa": {"multi_avg_fn": get_swa_multi_avg_fn()},
@@ -361,7 +361,7 @@ def test_averaged_model_all_devices(config, kind):
 
 
 def test_averaged_model_state_dict():
-    """And test_averaged_model_default_avg_fn_picklable: the average is saved beside the optimizer, and goes on."""
+    """And test_averaged_model_default_avg_fn_picklable: the average is saved with the optimizer and resumed."""
     averaged = []
 
     def note(model):
@@ -383,9 +383,9 @@ def test_averaged_model_state_dict():
 
 
 @pytest.mark.parametrize("make", [dnn, cnn], ids=["test_update_bn_dnn", "test_update_bn_cnn"])
-@some("default", "memory host", "in backward")
+@over("default", "memory host", "in backward")
 def test_update_bn(config, make):
-    """Statistics of a batch norm are measured anew for averaged weights; gradients and state play no part in it."""
+    """Statistics of a batch norm are recomputed for averaged weights, without gradients and state."""
     averaged = []
 
     def note(model):

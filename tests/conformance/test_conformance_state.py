@@ -1,4 +1,4 @@
-"""PyTorch's TestOptimRenewed over Collins: state dicts, copies and hooks."""
+"""PyTorch's TestOptimRenewed with Collins: state dicts, copies and hooks."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ def without_names(state_dict):
 
 
 def normed(config):
-    """A model whose parameters are of two kinds, and an input."""
+    """A model with parameters of two kinds, and an input."""
     model = nn.Sequential(nn.Conv2d(4, 20, 4, stride=4), nn.BatchNorm2d(20)).to(DEVICE, config.dtype)
     return model, torch.rand(2, 4, 8, 8, dtype=config.dtype, device=DEVICE)
 
@@ -43,7 +43,7 @@ def test_state_dict_deterministic(config, named):
     opt = config.build(maybe_named(task.params, named[0] or config.named))
     for _ in range(3):
         task.step(opt)
-    twin = task.twin()
+    twin = task.copy()
     other = config.build(maybe_named(twin.params, named[1] or config.named))
     given = copy.deepcopy(opt.state_dict())
     kept = copy.deepcopy(given)
@@ -61,7 +61,7 @@ def test_state_dict_deterministic(config, named):
 
 @uncompiled
 def test_can_load_older_state_dict(config):
-    """One saved before options were there: they are then as they were given here."""
+    """A state dict without some options: these keep the values of the constructor."""
     model, x = normed(config)
     opt = config.build(model.parameters())
 
@@ -140,19 +140,19 @@ def test_load_nontensor_step(config):
 @pytest.mark.cuda
 @everywhere
 def test_cpu_load_state_dict(config):
-    """A state that was saved, or mapped, to the CPU comes back to the GPU, its counters where the option says."""
+    """State that was saved on the CPU is loaded to the GPU, with counters on the device of the option."""
     task = Regression(config)
     opt = config.build(task.params)
     task.step(opt)
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)
-    twin = task.twin()
+    twin = task.copy()
     other = config.build(twin.params)
     other.load_state_dict(torch.load(file, map_location="cpu"))
     task.step(opt)
     twin.step(other)
-    if config.options.get("hash") == "universal":  # its sums are atomic on a GPU, in any order
+    if config.options.get("hash") == "universal":  # adds atomically on a GPU, in any order
         torch.testing.assert_close(twin.params, task.params)
     else:
         assert same(task.params, twin.params)
@@ -241,7 +241,7 @@ def test_state_dict_pre_post_hook(config):
     saved = opt.state_dict()
     assert saved["noted"]
     assert "test" not in saved["state"]
-    task.step(opt)  # a key of state that is no parameter is not the steps' business
+    task.step(opt)  # steps ignore keys of state that are not parameters
     assert opt.state["test"] == 1
 
 

@@ -1,4 +1,4 @@
-"""A release as `python -m build` makes it: checked by twine, and installed alone into a new environment.
+"""A release as `python -m build` creates it: checked by twine, and installed into a new environment.
 
 Run by name, `pytest tests/release`: it installs torch into a new environment, and takes about three minutes.
 """
@@ -16,7 +16,7 @@ PLAN = ("plan", "llama-7b", "--device-memory", "24GiB", "--host-memory", "64GiB"
 
 
 def new_environment(folder, *requirements):
-    """The Python of a new virtual environment with these packages, in the versions that the tests use."""
+    """The Python of a new virtual environment with these packages, in the versions of the tests."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     constraints = ROOT / "tests" / "constraints.txt"
@@ -37,12 +37,12 @@ def distributions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(distributions, tmp_path_factory):
-    """The Python of a new environment with the wheel and what it requires, and nothing else."""
+    """The Python of a new environment with only the wheel and its requirements."""
     (wheel,) = distributions.glob("*.whl")
     return new_environment(tmp_path_factory.mktemp("environment") / "venv", wheel)
 
 
-def test_a_release_is_a_source_distribution_and_a_wheel_for_every_python(distributions):
+def test_a_release_consists_of_a_source_distribution_and_a_pure_python_wheel(distributions):
     assert sorted(path.name.split("-", 2)[2] for path in distributions.glob("*.whl")) == ["py3-none-any.whl"]
     assert len(list(distributions.glob("*.tar.gz"))) == 1
 
@@ -59,7 +59,7 @@ def test_the_plan_command_runs_from_the_wheel_alone(python, tmp_path):
     assert "fits" in output_of(python, "-m", "collins", *PLAN, cwd=tmp_path, env=ENVIRONMENT)
 
 
-def test_nothing_is_missing_and_nothing_of_the_tests_is_installed(python, tmp_path):
+def test_the_wheel_installs_its_requirements_and_no_tests(python, tmp_path):
     output_of(python, "-m", "pip", "check", cwd=tmp_path, env=ENVIRONMENT)
     find = "from importlib.util import find_spec as f; print([n for n in ('tests', 'examples', 'compile') if f(n)])"
     assert output_of(python, "-c", find, cwd=tmp_path, env=ENVIRONMENT).strip() == "[]"
@@ -67,8 +67,8 @@ def test_nothing_is_missing_and_nothing_of_the_tests_is_installed(python, tmp_pa
     assert "collins:Collins" in output_of(python, "-c", names, cwd=tmp_path, env=ENVIRONMENT)
 
 
-def test_the_source_distribution_s_tests_run(distributions, tmp_path):
-    """Its tests find everything that they read, with the packages of this environment."""
+def test_tests_run_from_the_source_distribution(distributions, tmp_path):
+    """The tests find all files that they read, with the packages of this environment."""
     (archive,) = distributions.glob("*.tar.gz")
     shutil.unpack_archive(archive, tmp_path, filter="data")
     (tree,) = tmp_path.iterdir()
