@@ -69,8 +69,8 @@ class Collins(Measured, FusedBackward, Optimizer):
         min_K: parameters of at most this many elements keep exact moments; others get at least this many buckets.
         hash: "block" (a bucket is neighbours in memory; one pass, deterministic) or "universal" (Carter-Wegman).
         decode: "residual" (above); "sketch", the published Collins v0.1 update without residual; or "orthogonal" for
-            parameters of role "matrix" with "residual" for all others; use AdamW's weight_decay, 2 to 4 times its best
-            lr and betas=(0.95, ...). Parameters of three dimensions are stacks of matrices; those of more dimensions are
+            parameters of role "matrix" with "residual" for all others; with AdamW's weight_decay, 2 to 4 times its lr
+            and betas=(0.95, ...). Parameters of three dimensions are stacks of matrices; those of more dimensions are
             reshaped to (out, rest). It is meant for pretraining with large batches: its matrix products take 3 % of the
             operations of training a 7B model at 513,000 tokens per step, and 30 % at a tenth of that. DTensors that are
             sharded over several ranks are refused.
