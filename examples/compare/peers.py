@@ -12,7 +12,32 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 
-class Scale(Optimizer):
+class _Groupwise(Optimizer):
+    """An optimizer whose groups are stepped one after another."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            self._step_group(group, params, [p.grad for p in params])
+        return loss
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Steps the parameters of a group that have gradients."""
+        raise NotImplementedError
+
+
+class Scale(_Groupwise):
     r"""SCALE: gradients normalised per output, momentum only in the last layer, no second moment.
 
     For a matrix W that maps inputs to outputs, with gradient g, each column j of one output:
@@ -48,23 +73,9 @@ class Scale(Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "inputs": inputs, "weight_decay": weight_decay, "eps": eps}
         super().__init__(params, defaults)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group)
-        return loss
+    def _step_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        for p, g in zip(params, grads, strict=True):
+            self._update(p, g, group)
 
     def _update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         if group["momentum"]:
@@ -75,7 +86,7 @@ class Scale(Optimizer):
         p.addcdiv_(g, scale, value=-group["lr"])
 
 
-class MasterWeights(Optimizer):
+class MasterWeights(_Groupwise):
     """AdamW on fp32 copies of the weights, which are rounded to nearest after each step: mixed-precision training.
 
     `state[p]` has the copy, `master`, and the moments, all in fp32 and of the shape of p.
@@ -99,41 +110,27 @@ class MasterWeights(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            states = [self.state[p] or self._fill(p) for p in params]
-            beta1, beta2 = group["betas"]
-            adamw(
-                [state["master"] for state in states],
-                [p.grad.float() for p in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            for p, state in zip(params, states, strict=True):
-                p.copy_(state["master"])
-        return loss
+    def _step_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        states = [self.state[p] or self._fill(p) for p in params]
+        beta1, beta2 = group["betas"]
+        adamw(
+            [state["master"] for state in states],
+            [g.float() for g in grads],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for p, state in zip(params, states, strict=True):
+            p.copy_(state["master"])
 
     def _fill(self, p: Tensor) -> dict[str, Tensor]:
         master = p.detach().to(torch.float32, copy=True)
