@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from compare import plots, results
-from compare.arguments import at_least, cache_folder, checker, decay, folders, pairs, rates
+from compare.arguments import add_text, at_least, cache_folder, checker, decay, folders, pairs, rates
 from compare.devices import cpus, gpus, threads
 from compare.digits import DIGITS
 from compare.language import LANGUAGE_TASKS
@@ -83,14 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=cache_folder(),
         help="folder for tokens and pretrained weights (default: %(default)s)",
     )
-    parser.add_argument(
-        "--text",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FOLDER",
-        help="folders with text (default: the installed packages)",
-    )
+    add_text(parser, "the installed packages")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--list", action="store_true", help="only list the tasks, their settings, and the optimizers")
     only.add_argument(

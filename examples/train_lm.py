@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from compare import plots
-from compare.arguments import cache_folder, checker, folders, pairs, rates
+from compare.arguments import add_text, cache_folder, checker, folders, pairs, rates
 from compare.devices import cpus, threads
 from compare.language import LM_SMALL
 from compare.optimizers import Choice
@@ -56,14 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("train_lm.png"), help="PNG file of the loss plot (default: %(default)s)"
     )
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder for tokens (default: %(default)s)")
-    parser.add_argument(
-        "--text",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FOLDER",
-        help="folders with text (default: the standard library)",
-    )
+    add_text(parser, "the standard library")
     args, checked = parser.parse_args(arguments), checker(parser)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: must be cpu, since CUDA is not available; got cuda")

@@ -25,6 +25,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "collins-compare"
 
 
+def add_text(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds `--text`, folders with text to train on, whose default is described as `default`."""
+    help_ = f"folders with text (default: {default})"
+    parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FOLDER", help=help_)
+
+
 def decay(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
