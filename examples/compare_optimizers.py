@@ -34,7 +34,7 @@ from compare.recommender import RECOMMENDER
 from compare.report import tables
 from compare.runs import Run
 from compare.schedule import Outcome, Schedule, grid, run_all
-from compare.tasks import Place, Task
+from compare.tasks import Paths, Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (*LANGUAGE_TASKS, DIGITS, RECOMMENDER)}
 
@@ -97,34 +97,34 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.gpus = checked("gpus", lambda: gpus(args.gpus))
     args.text = checked("text", lambda: folders(args.text))
     changes = checked("set", lambda: pairs(args.set))
-    tasks = checked("set", lambda: [TASKS[name].changed(changes) for name in args.task])
+    tasks = checked("set", lambda: [TASKS[name].with_settings(changes) for name in args.task])
     args.compared = checked("optimizers", lambda: [(task, choices(args.optimizers, task)) for task in tasks])
-    names = [choice.name for _, chosen in args.compared for choice in chosen]
+    names = [choice.name for _, task_choices in args.compared for choice in task_choices]
     args.rates = checked("rates", lambda: rates(args.rates, names))
     checked("results", lambda: results.read(args.results))
     return args
 
 
-def choices(named: list[str] | None, task: Task) -> list[Choice]:
-    return [Choice.of(name) for name in dict.fromkeys(task.optimizers if named is None else named)]
+def choices(names: list[str] | None, task: Task) -> list[Choice]:
+    return [Choice.of(name) for name in dict.fromkeys(task.optimizers if names is None else names)]
 
 
-def planned(args: argparse.Namespace, place: Place, device: torch.device) -> list[Run]:
+def requested_runs(args: argparse.Namespace, paths: Paths, device: torch.device) -> list[Run]:
     """The requested runs, except those whose optimizers cannot be used on the device, for which it prints the reason.
 
     Raises:
         ValueError: for a task whose data cannot be created.
     """
     runs = []
-    for task, chosen in args.compared:
+    for task, task_choices in args.compared:
         usable = []
-        for choice in chosen:
+        for choice in task_choices:
             missing = choice.spec.missing(device)
             if missing is None:
                 usable.append(choice)
             else:
                 print(f"{task.name}: {choice.name} is left out: {missing}")
-        data = task.prepare(place)
+        data = task.prepare(paths)
         runs += grid(task, usable, args.seeds, data=data, device=device.type, rates=args.rates, beta2s=args.beta2)
     return runs
 
@@ -158,7 +158,7 @@ def show(path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Outcome:
-    started = time.time()
+    start = time.time()
     args = parse(arguments)
     if args.list:
         print(listing())
@@ -166,19 +166,19 @@ def main(arguments: list[str] | None = None) -> Outcome:
     if args.report:
         show(args.results)
         return Outcome()
-    place = Place(args.cache.expanduser().resolve(), args.text)
+    paths = Paths(args.cache.expanduser().resolve(), args.text)
     try:
-        runs = planned(args, place, args.gpus[0] if args.gpus else torch.device("cpu"))
+        runs = requested_runs(args, paths, args.gpus[0] if args.gpus else torch.device("cpu"))
     except ValueError as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")
-    cut = results.mend(args.results)
-    if cut:
-        print(f"{args.results}: removed the last line, which was incomplete ({cut} bytes)")
+    removed = results.remove_incomplete_line(args.results)
+    if removed:
+        print(f"{args.results}: removed the last line, which was incomplete ({removed} bytes)")
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    deadline = None if args.time_limit is None else started + args.time_limit
-    schedule = Schedule(runs, args.results, place, deadline)
+    deadline = None if args.time_limit is None else start + args.time_limit
+    schedule = Schedule(runs, args.results, paths, deadline)
     devices = args.gpus or cpus(args.processes, schedule.jobs)
-    finished = len(schedule.outcome.found)
+    finished = len(schedule.outcome.already_finished)
     print(f"{len(runs)} runs, {finished} already finished; devices: {', '.join(map(str, devices))}")
     outcome = run_all(schedule, devices, threads(devices))
     show(args.results)

@@ -26,7 +26,7 @@ from compare.optimizers import Choice
 from compare.report import tables
 from compare.runs import Record
 from compare.schedule import Schedule, grid, run_all
-from compare.tasks import Place
+from compare.tasks import Paths
 
 from collins.offload import MemoryPolicy
 
@@ -61,7 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: must be cpu, since CUDA is not available; got cuda")
     args.text = checked("text", lambda: folders(args.text))
-    args.task = checked("set", lambda: LM_SMALL.changed({**SETTINGS, **pairs(args.set)}))
+    args.task = checked("set", lambda: LM_SMALL.with_settings({**SETTINGS, **pairs(args.set)}))
     args.choices = checked("optimizers", lambda: [Choice.of(name) for name in dict.fromkeys(args.optimizers)])
     args.rates = checked("rates", lambda: rates(args.rates, [choice.name for choice in args.choices]))
     if args.memory is not None:
@@ -79,13 +79,13 @@ def with_memory(choice: Choice, policy: MemoryPolicy) -> Choice:
 def main(arguments: list[str] | None = None) -> list[Record]:
     args = parse(arguments)
     device = torch.device(args.device)
-    place = Place(args.cache.expanduser().resolve(), args.text)
-    data = args.task.prepare(place)
+    paths = Paths(args.cache.expanduser().resolve(), args.text)
+    data = args.task.prepare(paths)
     swept = args.rates if None in args.rates else {**RATES, **args.rates}
     runs = grid(args.task, args.choices, [args.seed], data=data, device=args.device, rates=swept)
     with tempfile.TemporaryDirectory() as folder:
         devices = cpus(None, len(runs)) if device.type == "cpu" else [device]
-        outcome = run_all(Schedule(runs, Path(folder) / "runs.jsonl", place), devices, threads(devices))
+        outcome = run_all(Schedule(runs, Path(folder) / "runs.jsonl", paths), devices, threads(devices))
     for title, failure in outcome.failed.items():
         print(f"failed: {title}\n{failure}")
     records = outcome.finished

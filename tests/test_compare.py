@@ -103,18 +103,18 @@ def test_each_task_runs(command, arguments, task, tmp_path, capsys):
     outcome = command.main(arguments(task, "--rates", "1e-3"))
     assert not outcome.failed
     assert not outcome.out_of_time
-    found = records(tmp_path / "runs.jsonl")
-    assert {record["optimizer"] for record in found} == set(command.TASKS[task].optimizers)
-    for record in found:
+    results = records(tmp_path / "runs.jsonl")
+    assert {record["optimizer"] for record in results} == set(command.TASKS[task].optimizers)
+    for record in results:
         assert record["steps"] == [1, 2]
         assert math.isfinite(record["validation_loss"])
         assert record["validation_loss"] == record["validation"][-1]
         assert record["state_bytes"] > 0
         assert record["state_bytes_7b"] > 1e9
         assert record["precision"] == ("bfloat16" if record["optimizer"].endswith("@bf16") else "float32")
-    shown, table = capsys.readouterr().out, (tmp_path / "runs.md").read_text()
-    assert table in shown
-    for record in found:
+    output, table = capsys.readouterr().out, (tmp_path / "runs.md").read_text()
+    assert table in output
+    for record in results:
         assert f"| {record['optimizer']} |" in table
         assert f"{record['state_bytes']:,}" in table
 
@@ -143,8 +143,8 @@ def test_each_optimizer_learns_and_uses_the_computed_number_of_bytes(compare, na
     torch.manual_seed(0)
     model = compare("llama").Llama(1, 32, 64, 2, 2, 160, checkpointed=False).to(weights)
     setup = optimizers.Setup(model, spec.unit * 1e-2, 0.99 if spec.has_beta2 else None, 0.1, clip=1.0)
-    made = spec.make(setup)
-    drive = spec.drive(model, made, 1.0)
+    opts = spec.make(setup)
+    drive = spec.drive(model, opts, 1.0)
     tokens = torch.randint(160, (4, 9))
 
     def loss():
@@ -154,12 +154,13 @@ def test_each_optimizer_learns_and_uses_the_computed_number_of_bytes(compare, na
     losses = [drive([loss]).item() for _ in range(8)]
     assert losses[-1] < losses[0] - 0.1
     assert drive.times.median() > 0
-    held = training.held_bytes(made)
+    state_bytes = training.state_bytes(opts)
     if spec.computed is not None:
-        assert spec.computed(setup) <= held <= spec.computed(setup) + 512  # Collins has its counters in one tensor
+        # Collins has its counters in one tensor.
+        assert 0 <= state_bytes - spec.computed(setup) <= 512
     parameters = sum(p.numel() for p in model.parameters())
     bound = 12 if name == "adamw-masters" else 8  # bytes per parameter: two fp32 moments, and an fp32 copy
-    assert held <= bound * parameters + 16 * len(list(model.parameters()))
+    assert state_bytes <= bound * parameters + 16 * len(list(model.parameters()))
 
 
 def test_master_weights_step_as_fp32_weights_that_get_the_gradients_of_bf16(compare):
@@ -181,22 +182,23 @@ def test_all_optimizers_are_swept_over_the_same_rates(compare, command):
     task = command.TASKS["lm-60m"]
     names = ("adamw", "collins", "muon", "scale", "collins@bf16")
     runs = schedule.grid(task, [choice(name) for name in names], [0, 1], data="", device="cuda", rates={})
-    tried = {name: {(run.lr, run.beta2) for run in runs if run.choice.name == name} for name in names}
-    assert tried["adamw"] == tried["collins"] == tried["muon"] == tried["collins@bf16"]
-    assert {lr for lr, _ in tried["scale"]} == set(task.rates)
-    assert {beta2 for _, beta2 in tried["adamw"]} == {0.95, 0.99, 0.999}
-    assert {beta2 for _, beta2 in tried["scale"]} == {None}
+    points = {name: {(run.lr, run.beta2) for run in runs if run.choice.name == name} for name in names}
+    assert points["adamw"] == points["collins"] == points["muon"] == points["collins@bf16"]
+    assert {lr for lr, _ in points["scale"]} == set(task.rates)
+    assert {beta2 for _, beta2 in points["adamw"]} == {0.95, 0.99, 0.999}
+    assert {beta2 for _, beta2 in points["scale"]} == {None}
     assert len({run.key for run in runs}) == len(runs) == 2 * (4 * 15 + 5)
-    own = schedule.grid(task, [choice("adamw")], [0], data="", device="cuda", rates={"adamw": [3.0], None: [4.0]})
-    assert {run.lr for run in own} == {3.0}
+    rates = {"adamw": [3.0], None: [4.0]}
+    runs = schedule.grid(task, [choice("adamw")], [0], data="", device="cuda", rates=rates)
+    assert {run.lr for run in runs} == {3.0}
 
 
 def test_a_changed_setting_digest_or_option_is_a_different_run(compare, command):
-    run_of, choice = compare("compare.runs").Run, compare("compare.optimizers").Choice.of
+    make_run, choice = compare("compare.runs").Run, compare("compare.optimizers").Choice.of
     task = command.TASKS["lm-small"]
-    base = run_of(task, choice("collins"), 1e-3, 0.999, 0, "data", "cpu")
+    base = make_run(task, choice("collins"), 1e-3, 0.999, 0, "data", "cpu")
     others = [
-        dataclasses.replace(base, task=task.changed({"clip": "2.0"})),
+        dataclasses.replace(base, task=task.with_settings({"clip": "2.0"})),
         dataclasses.replace(base, choice=choice("collins:min_K=64")),
         dataclasses.replace(base, choice=choice("collins@bf16")),
         dataclasses.replace(base, lr=2e-3),
@@ -214,8 +216,8 @@ def test_a_changed_default_of_collins_is_a_different_run(compare, command, monke
         command.TASKS["lm-small"], optimizers.Choice.of("collins"), 1e-3, 0.999, 0, "data", "cpu"
     )
     before, spec = run.key, optimizers.OPTIMIZERS["collins"]
-    changed = dataclasses.replace(spec, settled={**spec.settled, "rehash_period": 12_345})
-    monkeypatch.setitem(optimizers.OPTIMIZERS, "collins", changed)
+    changed_spec = dataclasses.replace(spec, settled={**spec.settled, "rehash_period": 12_345})
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "collins", changed_spec)
     assert run.key != before
 
 
@@ -226,16 +228,16 @@ def test_a_new_option_of_collins_is_not_a_different_run(command, arguments, tmp_
     before = {**record, "key": "of another version", "options": {**record["options"], "an_old_option": "1"}}
     path.write_text(json.dumps(before) + "\n")
     outcome = command.main(arguments("lm-small", *more))
-    assert len(outcome.found) == 1
+    assert len(outcome.already_finished) == 1
     assert not outcome.finished
     before["options"]["rehash_period"] = "12345"
     path.write_text(json.dumps(before) + "\n")
     assert len(command.main(arguments("lm-small", *more)).finished) == 1
 
 
-def without_times(tables, found):
+def without_times(tables, results):
     """The tables of records whose times are set to zero."""
-    return tables([{**record, "optimizer_ms": 0.0} for record in found])
+    return tables([{**record, "optimizer_ms": 0.0} for record in results])
 
 
 def test_a_killed_comparison_is_resumed_with_the_same_table(command, compare, arguments, tmp_path, capsys):
@@ -246,30 +248,30 @@ def test_a_killed_comparison_is_resumed_with_the_same_table(command, compare, ar
     path.unlink()
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, str(EXAMPLES / "compare_optimizers.py"), *arguments("lm-small", *rates, steps=30)]
-    process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    limit = time.monotonic() + 120
+    command_line = [sys.executable, str(EXAMPLES / "compare_optimizers.py"), *arguments("lm-small", *rates, steps=30)]
+    process = subprocess.Popen(command_line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
     while not (path.exists() and path.read_bytes().count(b"\n") >= 2):
         assert process.poll() is None or path.exists(), process.stderr.read().decode()
-        assert time.monotonic() < limit
+        assert time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
     process.communicate()
 
-    before = path.read_bytes()
-    assert before.endswith(b"\n")
-    done = records(path)
-    path.write_bytes(before + b'{"key": "cut off')  # what a full disk may leave
+    content = path.read_bytes()
+    assert content.endswith(b"\n")
+    finished = records(path)
+    path.write_bytes(content + b'{"key": "cut off')  # what a full disk may leave
     capsys.readouterr()
     outcome = command.main(arguments("lm-small", *rates, steps=30))
-    assert path.read_bytes().startswith(before)
-    assert len(outcome.found) == len(done)
-    assert len(outcome.finished) == 4 - len(done)
-    found = records(path)
-    assert len({record["key"] for record in found}) == len(found) == 4
+    assert path.read_bytes().startswith(content)
+    assert len(outcome.already_finished) == len(finished)
+    assert len(outcome.finished) == 4 - len(finished)
+    results = records(path)
+    assert len({record["key"] for record in results}) == len(results) == 4
     assert "removed the last line, which was incomplete (16 bytes)" in capsys.readouterr().out
     tables = compare("compare.report").tables
-    assert without_times(tables, found) == without_times(tables, uninterrupted)
+    assert without_times(tables, results) == without_times(tables, uninterrupted)
 
 
 def test_workers_share_the_runs_and_a_killed_worker_is_replaced(command, compare, arguments, tmp_path, monkeypatch):
@@ -288,9 +290,9 @@ def test_workers_share_the_runs_and_a_killed_worker_is_replaced(command, compare
     assert "its process ended with exit code -9" in outcome.failed[killed[0]]
     assert len(outcome.finished) == 2
     monkeypatch.undo()
-    again = command.main(arguments("lm-small", *rates, "--processes", "1"))  # what failed is not finished
-    assert len(again.found) == 2
-    assert len(again.finished) == 1
+    retry = command.main(arguments("lm-small", *rates, "--processes", "1"))  # what failed is not finished
+    assert len(retry.already_finished) == 2
+    assert len(retry.finished) == 1
     alone = tmp_path / "alone.jsonl"
     command.main(arguments("lm-small", *rates, "--processes", "1", "--results", str(alone)))
     losses = [{r["lr"]: r["validation"] for r in records(path)} for path in (tmp_path / "runs.jsonl", alone)]
@@ -303,17 +305,17 @@ def test_a_failed_run_is_reported_and_the_others_are_run(command, arguments, tmp
     )
     (title,) = outcome.failed
     assert title == "lm-small: collins:compress_ratio=0.5 lr 0.001 beta2 0.999 seed 0"
-    shown = capsys.readouterr()
-    assert f"failed: {title}" in shown.err
-    assert "compress_ratio must be" in shown.err
+    output = capsys.readouterr()
+    assert f"failed: {title}" in output.err
+    assert "compress_ratio must be" in output.err
     assert [record["optimizer"] for record in records(tmp_path / "runs.jsonl")] == ["adamw"]
 
 
 def test_divergence_is_shown_in_the_table(command, arguments, tmp_path):
     command.main(arguments("lm-small", "--optimizers", "adamw", "--rates", "1e-3", "1e30", steps=4))
-    tried = {record["lr"]: record for record in records(tmp_path / "runs.jsonl")}
-    assert tried[1e30]["diverged"]
-    assert tried[1e30]["validation_loss"] is None
+    results = {record["lr"]: record for record in records(tmp_path / "runs.jsonl")}
+    assert results[1e30]["diverged"]
+    assert results[1e30]["validation_loss"] is None
     assert "| adamw | 0.999 | **" in (tmp_path / "runs.md").read_text()
     assert " | diverged |" in (tmp_path / "runs.md").read_text()
 
@@ -333,17 +335,17 @@ def test_runs_that_would_exceed_the_time_limit_are_skipped_and_listed(command, a
     out_of_time = [f"lm-small: adamw lr {lr} beta2 0.999 seed 0" for lr in ("0.001", "0.002")][known:]
     assert outcome.out_of_time == out_of_time
     assert not outcome.finished
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for title in out_of_time:
-        assert f"not finished within the time limit: {title}" in shown
+        assert f"not finished within the time limit: {title}" in output
     assert (path.read_bytes() if path.exists() else None) == before
 
 
 def test_a_run_is_stopped_at_its_deadline(compare, command, arguments, tmp_path):
     workers, messages = compare("compare.workers"), []
-    follower = workers.ProgressReporter(messages.append, time.time() - 1)
+    callback = workers.ProgressReporter(messages.append, time.time() - 1)
     with pytest.raises(compare("compare.training").OutOfTimeError):
-        follower(1)
+        callback(1)
     more = ("--optimizers", "adamw", "--rates", "1e-3", "--time-limit", "3")
     outcome = command.main(arguments("lm-small", *more, steps=1_000_000))
     assert outcome.out_of_time == ["lm-small: adamw lr 0.001 beta2 0.999 seed 0"]
@@ -355,15 +357,15 @@ def test_pretraining_is_run_once_and_not_for_finished_runs(command, compare, arg
     command.main(arguments("finetune-small", *more, settings=["pretraining_rate=3e-3"]))
     assert "finetune-small: pretraining on code: finished" in capsys.readouterr().out
     outcome = command.main(arguments("finetune-small", *more, "--seeds", "0", "1", settings=["pretraining_rate=3e-3"]))
-    assert len(outcome.found) == len(outcome.finished) == 1
+    assert len(outcome.already_finished) == len(outcome.finished) == 1
     assert "pretraining on code" not in capsys.readouterr().out
 
 
 def test_runs_whose_pretraining_failed_are_reported(command, compare, arguments, monkeypatch):
-    def make(*_):
+    def pretrain(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(compare("compare.language").Finetune, "make", make)
+    monkeypatch.setattr(compare("compare.language").Finetune, "pretrain", pretrain)
     more = ("--optimizers", "adamw", "--rates", "1e-3", "--seeds", "0", "1")
     outcome = command.main(arguments("finetune-small", *more, settings=["pretraining_rate=5e-3"]))
     assert list(outcome.failed) == [
@@ -491,26 +493,26 @@ def test_an_optimizer_that_is_not_installed_is_reported_and_skipped(command, arg
         )
     )
     assert [record["optimizer"] for record in outcome.finished] == ["adamw"]
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for line in (
         f"lm-small: muon is left out: torch {torch.__version__} has no torch.optim.Muon",
         "lm-small: torchao-4bit is left out: torchao is not installed: pip install torchao",
         "lm-small: apollo-mini is left out: apollo_torch is not installed: pip install apollo-torch",
         "lm-small: bitsandbytes-8bit is left out: bitsandbytes is not installed: pip install bitsandbytes",
     ):
-        assert line in shown
+        assert line in output
 
 
 @pytest.mark.parametrize(
-    ("task", "package", "named"),
+    ("task", "package", "message"),
     [
         ("digits", "sklearn", "digits needs scikit-learn, which contains the images: pip install scikit-learn"),
         ("lm-small", "tokenizers", "language tasks need the package `tokenizers`: pip install tokenizers"),
     ],
 )
-def test_a_task_names_a_missing_package(command, arguments, monkeypatch, tmp_path, task, package, named):
+def test_a_task_names_a_missing_package(command, arguments, monkeypatch, tmp_path, task, package, message):
     hide(monkeypatch, package)
-    with pytest.raises(SystemExit, match=named):
+    with pytest.raises(SystemExit, match=message):
         command.main(arguments(task, "--cache", str(tmp_path / "new")))
 
 
@@ -522,7 +524,7 @@ def test_too_little_text_is_rejected(command, arguments, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "named"),
+    ("bad_arguments", "message"),
     [
         (["--task", "imagenet"], "argument --task: invalid choice: 'imagenet'"),
         (["--optimizers", "sgd"], "argument --optimizers: 'sgd' is not an optimizer: choose from adamw, collins"),
@@ -554,10 +556,10 @@ def test_too_little_text_is_rejected(command, arguments, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_invalid_arguments_are_rejected_by_name(command, capsys, wrong, named):
+def test_invalid_arguments_are_rejected_by_name(command, capsys, bad_arguments, message):
     with pytest.raises(SystemExit):
-        command.main(wrong)
-    assert named in " ".join(capsys.readouterr().err.split())
+        command.main(bad_arguments)
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_file_of_another_kind_is_not_appended_to(command, arguments, tmp_path, capsys):
@@ -571,9 +573,9 @@ def test_a_file_of_another_kind_is_not_appended_to(command, arguments, tmp_path,
 
 def test_the_list_names_every_task_and_optimizer(command, compare, capsys):
     command.main(["--list"])
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in (*command.TASKS, *compare("compare.optimizers").OPTIMIZERS):
-        assert f"\n  {name}: " in shown
+        assert f"\n  {name}: " in output
 
 
 class Terminal(io.StringIO):
@@ -583,7 +585,7 @@ class Terminal(io.StringIO):
 
 def test_the_progress_bar_is_shown_on_a_terminal_only(command, arguments, monkeypatch, tmp_path):
     pytest.importorskip("tqdm")
-    shown = []
+    output = []
     for number, stream in enumerate((io.StringIO(), Terminal())):
         monkeypatch.setattr(sys, "stderr", stream)
         command.main(
@@ -591,32 +593,32 @@ def test_the_progress_bar_is_shown_on_a_terminal_only(command, arguments, monkey
                 "lm-small", "--optimizers", "adamw", "--rates", "1e-3", "--results", str(tmp_path / f"{number}.jsonl")
             )
         )
-        shown.append(stream.getvalue())
-    assert shown[0] == ""
-    assert "2/2" in shown[1]
-    assert "step" in shown[1]
+        output.append(stream.getvalue())
+    assert output[0] == ""
+    assert "2/2" in output[1]
+    assert "step" in output[1]
 
 
 def test_it_runs_without_tqdm(command, arguments, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     outcome = command.main(arguments("lm-small", "--optimizers", "adamw", "--rates", "1e-3"))
     assert len(outcome.finished) == 1
-    shown = capsys.readouterr()
-    assert "lm-small: adamw lr 0.001 beta2 0.999 seed 0: " in shown.out
-    assert shown.err == ""
+    output = capsys.readouterr()
+    assert "lm-small: adamw lr 0.001 beta2 0.999 seed 0: " in output.out
+    assert output.err == ""
 
 
 def test_text_is_identified_by_content_and_not_by_path(compare, text, tmp_path, cache):
     corpus = compare("compare.text").Corpus
-    moved = tmp_path / "moved"
-    (moved / "deep").mkdir(parents=True)
+    copy = tmp_path / "moved"
+    (copy / "deep").mkdir(parents=True)
     for number, path in enumerate(sorted(text.iterdir())):
-        for folder in (moved, moved / "deep"):  # each content twice
+        for folder in (copy, copy / "deep"):  # each content twice
             (folder / f"other{number}{path.suffix}").write_bytes(path.read_bytes())
-    (moved / "short.py").write_text("x = 1\n")
-    (moved / "data.py").write_text("0123456789" * 100)
-    (moved / "latin.py").write_bytes("é ".encode("latin-1") * 400)
-    first, second = (corpus(300, (root,), (root,)).tokens(cache) for root in (text, moved))
+    (copy / "short.py").write_text("x = 1\n")
+    (copy / "data.py").write_text("0123456789" * 100)
+    (copy / "latin.py").write_bytes("é ".encode("latin-1") * 400)
+    first, second = (corpus(300, (root,), (root,)).tokens(cache) for root in (text, copy))
     assert first.folder != second.folder
     assert first.digests == second.digests
     assert first.digest() == second.digest()
@@ -633,8 +635,8 @@ def test_text_for_finetuning_is_prose_that_is_not_in_the_code(compare, tmp_path,
     def sentence(count):
         return " ".join(generator.choices(words, k=count))
 
-    corpus = module.Corpus(300, (tmp_path,), (tmp_path,), apart=True)
-    apart = 0
+    corpus = module.Corpus(300, (tmp_path,), (tmp_path,), disjoint=True)
+    docstring_sources = 0
     for number in range(200):
         docstring = sentence(80)
         path = tmp_path / f"{number}.py"
@@ -642,14 +644,14 @@ def test_text_for_finetuning_is_prose_that_is_not_in_the_code(compare, tmp_path,
         path.write_text(f'"""{docstring}"""\nx = {number}\n\n{function}')
         file = module.File(path, bytes([number % 256] * 32), path.read_text())
         code, prose = corpus._code(file), corpus._prose(file)
-        apart += file.is_apart
-        assert (code, prose) == (("", f"{docstring}\n\n{docstring}") if file.is_apart else (file.text, ""))
-    assert 0 < apart < 100
+        docstring_sources += file.is_docstring_source
+        assert (code, prose) == (("", f"{docstring}\n\n{docstring}") if file.is_docstring_source else (file.text, ""))
+    assert 0 < docstring_sources < 100
     (tmp_path / "METADATA").write_text(f"Name: collins\nRequires: torch\n\n{sentence(100)}")
     (tmp_path / "data.txt").write_text(" ".join(map(str, range(500))))
-    of = {path.name: module.File(path, bytes(32), path.read_text()) for path in tmp_path.iterdir()}
-    assert corpus._prose(of["METADATA"]) == of["METADATA"].text.split("\n\n", 1)[1]
-    assert corpus._prose(of["data.txt"]) == ""
+    files = {path.name: module.File(path, bytes(32), path.read_text()) for path in tmp_path.iterdir()}
+    assert corpus._prose(files["METADATA"]) == files["METADATA"].text.split("\n\n", 1)[1]
+    assert corpus._prose(files["data.txt"]) == ""
     tokens = corpus.tokens(cache)
     assert tokens.kinds == ("code", "prose")
     assert min(tokens.count(part, kind) for part in ("train", "valid") for kind in tokens.kinds) > 0
@@ -658,10 +660,10 @@ def test_text_for_finetuning_is_prose_that_is_not_in_the_code(compare, tmp_path,
 def test_tokens_are_cached(compare, text, cache, monkeypatch):
     module = compare("compare.text")
     corpus = module.Corpus(310, (text,))
-    made = corpus.tokens(cache)
-    assert made.kinds == ("code",)
+    tokens = corpus.tokens(cache)
+    assert tokens.kinds == ("code",)
     monkeypatch.setattr(module, "_texts", None)
-    assert corpus.tokens(cache) == made
+    assert corpus.tokens(cache) == tokens
 
 
 def test_an_interrupted_tokenization_leaves_no_files(compare, text, tmp_path, monkeypatch):
@@ -677,7 +679,7 @@ def test_an_interrupted_tokenization_leaves_no_files(compare, text, tmp_path, mo
 
 
 def test_installed_text_includes_the_standard_library_and_the_packages_of_this_interpreter(compare):
-    roots = compare("compare.text").installed()
+    roots = compare("compare.text").installed_folders()
     assert any((root / "torch").is_dir() for root in roots)
     assert any((root / "dataclasses.py").is_file() for root in roots)
 
@@ -687,14 +689,14 @@ def test_the_loss_in_chunks_equals_cross_entropy(compare):
     generator = torch.Generator().manual_seed(0)
     features, head = (torch.randn(n, 16, generator=generator) for n in (300, 50))
     targets = torch.randint(50, (300,), generator=generator)
-    sides = []
+    results = []
     for loss in (language.head_loss, language.HeadLoss.apply):
         leaves = [t.clone().requires_grad_() for t in (features, 20 * head)]  # most probabilities underflow
         value = loss(*leaves, targets)
         (3 * value).backward()
-        sides.append((value, *(leaf.grad for leaf in leaves)))
-    for plain, mine in zip(*sides, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
+        results.append((value, *(leaf.grad for leaf in leaves)))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_scale_follows_its_formulas(compare):
@@ -728,7 +730,7 @@ def test_the_rate_has_a_linear_warmup_and_a_cosine_decay(compare):
 
 def test_an_optimizer_may_step_in_backward(compare):
     training = compare("compare.training")
-    ends, x = [], torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    results, x = [], torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     for in_backward in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
@@ -737,33 +739,33 @@ def test_an_optimizer_may_step_in_backward(compare):
         for _ in range(3):
             drive([lambda model=model: model(x).square().mean()])
         assert all(p.grad is None for p in model.parameters())
-        ends.append([p.detach().clone() for p in model.parameters()])
-    assert all(map(torch.equal, *ends))
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *results))
 
 
 def test_a_run_in_backward_takes_partial_steps(command, compare, arguments, tmp_path, monkeypatch):
-    taken, optimizers = [], compare("compare.optimizers")
+    calls, optimizers = [], compare("compare.optimizers")
     monkeypatch.setattr(
-        optimizers, "Collins", lambda *args, **options: taken.append(options) or Collins(*args, **options)
+        optimizers, "Collins", lambda *args, **options: calls.append(options) or Collins(*args, **options)
     )
     path = tmp_path / "results.jsonl"
     more = ("--optimizers", "collins-in-backward", "--rates", "1e-3", "--results", str(path))
     command.main(arguments("lm-small", *more, steps=2, settings=["accumulate=2"]))
-    assert taken[0]["accumulation_steps"] == 2
+    assert calls[0]["accumulation_steps"] == 2
     assert records(path)[0]["validation_loss"] is not None
 
 
 def test_accumulated_steps_equal_those_of_the_whole_batch(command, arguments, tmp_path):
-    ends = []
+    losses = []
     for parts in (1, 2):
         path = tmp_path / f"{parts}.jsonl"
         more = ("--optimizers", "adamw", "--rates", "1e-3", "--results", str(path))
         command.main(arguments("lm-small", *more, steps=5, settings=[f"accumulate={parts}"]))
-        ends.append(records(path)[0]["validation_loss"])
-    assert ends[0] == pytest.approx(ends[1], rel=1e-5)
+        losses.append(records(path)[0]["validation_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_held_bytes_finds_nested_tensors_and_counts_storages_once(compare):
+def test_state_bytes_finds_nested_tensors_and_counts_storages_once(compare):
     class Projector:
         def __init__(self):
             self.matrix, self.state = torch.zeros(10), self  # which refers to itself
@@ -772,12 +774,12 @@ def test_held_bytes_finds_nested_tensors_and_counts_storages_once(compare):
     opt = torch.optim.SGD([p], lr=1.0)
     shared = torch.zeros(100)
     opt.state[p] = {"a": shared[:50], "b": shared[50:], "c": [torch.zeros(3), {"d": torch.zeros(2)}], "e": Projector()}
-    assert compare("compare.training").held_bytes([opt]) == 4 * (100 + 3 + 2 + 10)
+    assert compare("compare.training").state_bytes([opt]) == 4 * (100 + 3 + 2 + 10)
 
 
 def test_interactions_follow_zipf_and_can_be_learned(compare, command):
     module = compare("compare.recommender")
-    settings = command.TASKS["recommender"].changed({"users": "500", "items": "500"}).settings
+    settings = command.TASKS["recommender"].with_settings({"users": "500", "items": "500"}).settings
     train, held_out, floor = module.interactions(settings)
     assert len(train) == 500 * (settings.interactions - settings.held_out)
     assert len(held_out) == 500 * settings.held_out
@@ -795,8 +797,8 @@ def test_digits_are_shifted_by_at_most_one_pixel(compare):
     batch = torch.zeros(2, 65, dtype=torch.long)
     batch[:, 9 * 3] = 7
     batch[:, -1] = 4
-    moved = digits._moved(batch, torch.tensor([[[1], [1]], [[0], [2]]]))
-    assert torch.equal(moved[0], batch[0])
-    assert moved[1, :-1].view(8, 8)[4, 2] == 7
-    assert moved[1, :-1].sum() == 7
-    assert moved[1, -1] == 4
+    shifted = digits._shifted(batch, torch.tensor([[[1], [1]], [[0], [2]]]))
+    assert torch.equal(shifted[0], batch[0])
+    assert shifted[1, :-1].view(8, 8)[4, 2] == 7
+    assert shifted[1, :-1].sum() == 7
+    assert shifted[1, -1] == 4

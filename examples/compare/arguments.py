@@ -45,31 +45,31 @@ def at_least(least: float, value: float) -> None:
 
 def pairs(texts: Iterable[str]) -> dict[str, str]:
     """Parses texts of the form NAME=VALUE."""
-    found = {}
+    values = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"must be NAME=VALUE, got {text!r}")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def rates(texts: Iterable[str], names: list[str]) -> dict[str | None, list[float]]:
     """Parses learning rates by optimizer: `collins=8e-3` is for that optimizer, `3e-3` for all without their own."""
-    found: dict[str | None, list[float]] = {}
+    lists: dict[str | None, list[float]] = {}
     for text in texts:
         name, _, value = text.rpartition("=")
         if name and name not in names:
-            compared = ", ".join(dict.fromkeys(names))
-            raise ValueError(f"NAME must be an optimizer that is compared ({compared}), got {text!r}")
+            accepted = ", ".join(dict.fromkeys(names))
+            raise ValueError(f"NAME must be an optimizer that is compared ({accepted}), got {text!r}")
         try:
             rate = float(value)
         except ValueError:
             rate = float("nan")
         if not 0 < rate < float("inf"):
             raise ValueError(f"must be a positive finite number, or NAME=NUMBER, got {text!r}")
-        found.setdefault(name or None, []).append(rate)
-    return found
+        lists.setdefault(name or None, []).append(rate)
+    return lists
 
 
 def folders(paths: list[Path]) -> tuple[Path, ...]:

@@ -10,25 +10,25 @@ import torch
 _MOST_PROCESSES = 8  # on a CPU; each process uses memory for a model, its data and a copy of torch
 
 
-def gpus(named: Sequence[str]) -> list[torch.device]:
+def gpus(names: Sequence[str]) -> list[torch.device]:
     """The selected GPUs.
 
     Args:
-        named: "all", "none", or the numbers of GPUs.
+        names: "all", "none", or the numbers of GPUs.
 
     Raises:
         ValueError: for a number without a GPU, and for any other text.
     """
     count = torch.cuda.device_count()
-    if list(named) == ["all"]:
+    if list(names) == ["all"]:
         return [torch.device("cuda", number) for number in range(count)]
-    if list(named) == ["none"]:
+    if list(names) == ["none"]:
         return []
-    for text in named:
+    for text in names:
         if not (text.isdecimal() and int(text) < count):
             accepted = f"0 to {count - 1}" if count else "this machine has none"
             raise ValueError(f"must be all, none or numbers of GPUs ({accepted}), got {text!r}")
-    return [torch.device("cuda", int(text)) for text in dict.fromkeys(named)]
+    return [torch.device("cuda", int(text)) for text in dict.fromkeys(names)]
 
 
 def cores() -> int:

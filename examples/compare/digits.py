@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compare.tasks import Place, Settings, Task, TaskError, Workload
+from compare.tasks import Paths, Settings, Task, TaskError, Workload
 
 _SIDE, _PATCH, _CLASSES, _HELD_OUT = 8, 2, 10, 360
 
@@ -51,8 +51,8 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(hidden, _CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        cut = images.unfold(1, _PATCH, _PATCH).unfold(2, _PATCH, _PATCH).flatten(3).flatten(1, 2)
-        x = self.blocks(self.patches(cut) + self.positions)
+        patches = images.unfold(1, _PATCH, _PATCH).unfold(2, _PATCH, _PATCH).flatten(3).flatten(1, 2)
+        x = self.blocks(self.patches(patches) + self.positions)
         logits: Tensor = self.head(self.norm(x.mean(1)))
         return logits
 
@@ -76,17 +76,17 @@ class DigitsWorkload(Workload):
         for _ in range(self.settings.steps):
             while len(order) < self.settings.batch:
                 order = torch.cat((order, torch.randperm(len(self.train), generator=generator)))
-            chosen, order = order[: self.settings.batch], order[self.settings.batch :]
-            moves = torch.randint(3, (len(chosen), 2, 1), generator=generator).to(self.train.device)
-            yield _moved(self.train[chosen.to(self.train.device)], moves)
+            indices, order = order[: self.settings.batch], order[self.settings.batch :]
+            offsets = torch.randint(3, (len(indices), 2, 1), generator=generator).to(self.train.device)
+            yield _shifted(self.train[indices.to(self.train.device)], offsets)
 
     def loss(self, batch: Tensor) -> Tensor:
         return functional.cross_entropy(self._logits(batch), batch[:, -1])
 
     def measure(self) -> dict[str, float]:
         logits, classes = self._logits(self.held_out), self.held_out[:, -1]
-        right = (logits.argmax(1) == classes).float().mean()
-        return {"loss": functional.cross_entropy(logits, classes).item(), "accuracy": right.item()}
+        correct = (logits.argmax(1) == classes).float().mean()
+        return {"loss": functional.cross_entropy(logits, classes).item(), "accuracy": correct.item()}
 
     def _logits(self, batch: Tensor) -> Tensor:
         images = batch[:, :-1].view(-1, _SIDE, _SIDE).to(self.weights) / 8 - 1  # from 0 to 16, to [-1, 1]
@@ -94,12 +94,12 @@ class DigitsWorkload(Workload):
         return logits
 
 
-def _moved(batch: Tensor, moves: Tensor) -> Tensor:
-    """Images padded with one empty pixel on each side, then cropped at the offsets `moves`, 0 to 2, (batch, 2, 1)."""
-    framed = functional.pad(batch[:, :-1].view(-1, _SIDE, _SIDE), (1, 1, 1, 1))
+def _shifted(batch: Tensor, offsets: Tensor) -> Tensor:
+    """Images padded with one empty pixel on each side, then cropped at `offsets`, 0 to 2, (batch, 2, 1)."""
+    padded = functional.pad(batch[:, :-1].view(-1, _SIDE, _SIDE), (1, 1, 1, 1))
     span = torch.arange(_SIDE, device=batch.device)
-    rows, columns = (moves[:, 0] + span)[:, :, None], (moves[:, 1] + span)[:, None, :]
-    images = framed[torch.arange(len(batch), device=batch.device)[:, None, None], rows, columns]
+    rows, columns = (offsets[:, 0] + span)[:, :, None], (offsets[:, 1] + span)[:, None, :]
+    images = padded[torch.arange(len(batch), device=batch.device)[:, None, None], rows, columns]
     return torch.cat((images.flatten(1), batch[:, -1:]), 1)
 
 
@@ -108,8 +108,8 @@ def _digits() -> Tensor:
     """All images and classes, int64 (1797, 65), shuffled with a fixed seed."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    data = torch.cat((torch.from_numpy(found.data), torch.from_numpy(found.target)[:, None]), 1).long()
+    dataset = load_digits()
+    data = torch.cat((torch.from_numpy(dataset.data), torch.from_numpy(dataset.target)[:, None]), 1).long()
     return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
 
 
@@ -119,12 +119,12 @@ class Digits(Task):
 
     settings: DigitsSettings
 
-    def prepare(self, place: Place) -> str:
+    def prepare(self, paths: Paths) -> str:
         if importlib.util.find_spec("sklearn") is None:
             raise TaskError(f"{self.name} needs scikit-learn, which contains the images: pip install scikit-learn")
         return ""
 
-    def workload(self, place: Place, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
+    def workload(self, paths: Paths, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
         return DigitsWorkload(self.settings, device, weights, seed)
 
 

@@ -16,12 +16,12 @@ from llama import Llama
 from torch import Tensor
 from torch.nn import functional
 
-from compare.tasks import Place, Preparation, Settings, Task, TaskError, Workload
-from compare.text import Corpus, Tokens, installed, standard_library
-from compare.training import AfterBackward, Follower, train
+from compare.tasks import Paths, PretrainingPlan, Settings, Task, TaskError, Workload
+from compare.text import Corpus, Tokens, installed_folders, standard_library
+from compare.training import AfterBackward, StepCallback, train
 
 _ROTARY_BASE = 10_000.0  # enough for contexts of a few hundred tokens
-_PIECE = 128  # tokens
+_CHUNK = 128  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,23 +98,23 @@ def _compiled_head_loss() -> Callable[..., Tensor]:
 
 
 class HeadLoss(torch.autograd.Function):
-    """`head_loss` on a CPU in half the time: in pieces that fit into its cache, with gradients computed in forward."""
+    """`head_loss` on a CPU in half the time: in chunks that fit into its cache, with gradients computed in forward."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
+        needs_grad = any(ctx.needs_input_grad)
         losses, grads = [], []
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if wanted else None
-        for x, target in zip(features.split(_PIECE), targets.split(_PIECE), strict=True):
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_grad else None
+        for x, target in zip(features.split(_CHUNK), targets.split(_CHUNK), strict=True):
             logits = functional.linear(x, head).float()
-            p = logits.softmax(1)
+            probs = logits.softmax(1)
             rows = torch.arange(len(x))
             # The normaliser is computed from the most probable token, whose probability does not underflow.
-            losses.append(logits.amax(1) - p.amax(1).log() - logits[rows, target])
+            losses.append(logits.amax(1) - probs.amax(1).log() - logits[rows, target])
             if grad_head is not None:
-                p[rows, target] -= 1
-                grads.append(p.to(head.dtype) @ head)
-                grad_head.addmm_(p.T, x.float())
+                probs[rows, target] -= 1
+                grads.append(probs.to(head.dtype) @ head)
+                grad_head.addmm_(probs.T, x.float())
         if grad_head is not None:
             ctx.save_for_backward(torch.cat(grads), grad_head.to(head.dtype))
         return torch.cat(losses).mean()
@@ -139,23 +139,23 @@ class LanguageModel(Task):
     packages: bool
     unit: str = "nats per token"
 
-    def corpus(self, place: Place) -> Corpus:
-        if place.text:
-            return Corpus(self.settings.vocabulary, place.text, place.text)
-        roots = installed() if self.packages else (standard_library(),)
+    def corpus(self, paths: Paths) -> Corpus:
+        if paths.text:
+            return Corpus(self.settings.vocabulary, paths.text, paths.text)
+        roots = installed_folders() if self.packages else (standard_library(),)
         return Corpus(self.settings.vocabulary, roots, roots if self.packages else ())
 
-    def tokens(self, place: Place) -> Tokens:
-        return self.corpus(place).tokens(place.cache)
+    def tokens(self, paths: Paths) -> Tokens:
+        return self.corpus(paths).tokens(paths.cache)
 
-    def text(self, place: Place, kinds: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    def token_tensors(self, paths: Paths, kinds: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
         """The tokens for training and for validation."""
-        tokens = self.tokens(place)
+        tokens = self.tokens(paths)
         train, valid = (tokens.load(part, kinds, device) for part in ("train", "valid"))
         return train, valid
 
-    def prepare(self, place: Place) -> str:
-        tokens = self.tokens(place)
+    def prepare(self, paths: Paths) -> str:
+        tokens = self.tokens(paths)
         for kind in tokens.kinds:
             count = min(tokens.count(part, kind) for part in ("train", "valid"))
             if count <= self.settings.context:
@@ -165,9 +165,9 @@ class LanguageModel(Task):
                 )
         return tokens.digest()
 
-    def workload(self, place: Place, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
-        text = self.text(place, self.tokens(place).kinds, device)
-        return LanguageWorkload(self.settings, self.settings.decoder(weights, device, seed), text)
+    def workload(self, paths: Paths, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
+        token_tensors = self.token_tensors(paths, self.tokens(paths).kinds, device)
+        return LanguageWorkload(self.settings, self.settings.decoder(weights, device, seed), token_tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,38 +191,38 @@ class Finetune(LanguageModel):
         "collins-in-backward@bf16",
     )
 
-    def corpus(self, place: Place) -> Corpus:
-        corpus = super().corpus(place)
-        return replace(corpus, prose=corpus.prose or installed(), apart=True)
+    def corpus(self, paths: Paths) -> Corpus:
+        corpus = super().corpus(paths)
+        return replace(corpus, prose=corpus.prose or installed_folders(), disjoint=True)
 
-    def preparation(self, place: Place) -> Preparation:
-        s = self._pretraining()
-        identity = json.dumps([asdict(s), self.settings.pretraining_rate, self.tokens(place).digest()], sort_keys=True)
+    def pretraining_plan(self, paths: Paths) -> PretrainingPlan:
+        s = self._pretraining_settings()
+        identity = json.dumps([asdict(s), self.settings.pretraining_rate, self.tokens(paths).digest()], sort_keys=True)
         name = f"{self.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.pt"
-        return Preparation(f"{self.name}: pretraining on code", place.cache / name, s.steps)
+        return PretrainingPlan(f"{self.name}: pretraining on code", paths.cache / name, s.steps)
 
-    def make(self, place: Place, device: torch.device, follower: Follower) -> None:
-        s, path = self._pretraining(), self.preparation(place).path
+    def pretrain(self, paths: Paths, device: torch.device, callback: StepCallback) -> None:
+        s, path = self._pretraining_settings(), self.pretraining_plan(paths).path
         model = s.decoder(torch.float32, device, seed=0)
-        workload = LanguageWorkload(s, model, self.text(place, ("code",), device))
-        decay = [p for p in model.parameters() if p.dim() > 1]
-        rest = [p for p in model.parameters() if p.dim() <= 1]
-        groups: list[dict[str, Any]] = [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
+        workload = LanguageWorkload(s, model, self.token_tensors(paths, ("code",), device))
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        vectors = [p for p in model.parameters() if p.dim() <= 1]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         adamw = torch.optim.AdamW(groups, self.settings.pretraining_rate, weight_decay=s.weight_decay, fused=True)
-        precision = torch.bfloat16 if self.casts(device, torch.float32) else None
-        train(workload, s, AfterBackward(model, [adamw], s.clip), seed=0, autocast=precision, follower=follower)
-        scratch = path.with_suffix(".making")
-        torch.save({name: value.cpu() for name, value in model.state_dict().items()}, scratch)
-        scratch.replace(path)
+        precision = torch.bfloat16 if self.uses_autocast(device, torch.float32) else None
+        train(workload, s, AfterBackward(model, [adamw], s.clip), seed=0, autocast=precision, callback=callback)
+        temporary = path.with_suffix(".tmp")
+        torch.save({name: value.cpu() for name, value in model.state_dict().items()}, temporary)
+        temporary.replace(path)
 
-    def workload(self, place: Place, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
+    def workload(self, paths: Paths, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
         model = self.settings.decoder(torch.float32, device, seed)
-        model.load_state_dict(torch.load(self.preparation(place).path, weights_only=True))
-        return LanguageWorkload(self.settings, model.to(weights), self.text(place, ("prose",), device))
+        model.load_state_dict(torch.load(self.pretraining_plan(paths).path, weights_only=True))
+        return LanguageWorkload(self.settings, model.to(weights), self.token_tensors(paths, ("prose",), device))
 
-    def _pretraining(self) -> LanguageSettings:
-        known = {field.name: getattr(self.settings, field.name) for field in fields(LanguageSettings)}
-        return LanguageSettings(**{**known, "steps": self.settings.pretraining_steps})
+    def _pretraining_settings(self) -> LanguageSettings:
+        settings = {field.name: getattr(self.settings, field.name) for field in fields(LanguageSettings)}
+        return LanguageSettings(**{**settings, "steps": self.settings.pretraining_steps})
 
 
 _SMALL = {

@@ -81,9 +81,9 @@ class Scale(_Groupwise):
         if group["momentum"]:
             m = self.state[p].setdefault("momentum", torch.zeros_like(g))
             g = m.lerp_(g, 1 - group["momentum"])
-        scale = g.square().mean(group["inputs"], keepdim=True).sqrt_().clamp_min_(group["eps"])
+        rms = g.square().mean(group["inputs"], keepdim=True).sqrt_().clamp_min_(group["eps"])
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.addcdiv_(g, scale, value=-group["lr"])
+        p.addcdiv_(g, rms, value=-group["lr"])
 
 
 class MasterWeights(_Groupwise):
@@ -111,7 +111,7 @@ class MasterWeights(_Groupwise):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        states = [self.state[p] or self._fill(p) for p in params]
+        states = [self.state[p] or self._init_state(p) for p in params]
         beta1, beta2 = group["betas"]
         adamw(
             [state["master"] for state in states],
@@ -132,7 +132,7 @@ class MasterWeights(_Groupwise):
         for p, state in zip(params, states, strict=True):
             p.copy_(state["master"])
 
-    def _fill(self, p: Tensor) -> dict[str, Tensor]:
+    def _init_state(self, p: Tensor) -> dict[str, Tensor]:
         master = p.detach().to(torch.float32, copy=True)
         state: dict[str, Tensor] = self.state[p]
         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)

@@ -26,8 +26,8 @@ def figures(records: Iterable[Record], stem: Path) -> list[Path]:
     paths: list[Path] = []
     for group in grouped(records):
         name = f"{stem.name}-{re.sub(r'[^a-z0-9]+', '-', group.task)}"
-        again = sum(path.stem.startswith(name) for path in paths)
-        path = stem.with_name(f"{name}{f'-{again + 1}' if again else ''}.png")
+        earlier = sum(path.stem.startswith(name) for path in paths)
+        path = stem.with_name(f"{name}{f'-{earlier + 1}' if earlier else ''}.png")
         figure, axes = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
         curves(axes[0], group)
         against_bytes(axes[1], group)
@@ -76,7 +76,7 @@ def against_bytes(axes: Any, group: Group) -> None:
 def against_rates(axes: Any, group: Group) -> None:
     for name in group.optimizers:
         best = group.best(name)
-        cells = [cell for cell in group.of(name) if cell.beta2 == best.beta2 and cell.mean < float("inf")]
+        cells = [cell for cell in group.cells_of(name) if cell.beta2 == best.beta2 and cell.mean < float("inf")]
         axes.plot(
             [cell.lr for cell in cells], [cell.mean for cell in cells], marker="o", label=_label(best, rate=False)
         )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compare.tasks import Place, Settings, Task, Workload
+from compare.tasks import Paths, Settings, Task, Workload
 
 _SEED = 20_261_126  # a fixed seed: the same interactions in every run
 _CHUNK = 1024  # the number of users whose interactions are sampled at once
@@ -48,8 +48,8 @@ class Recommender(nn.Module):
         for table in (self.user, self.item):
             nn.init.normal_(table.weight, std=0.1)
 
-    def forward(self, user: Tensor, before: Tensor) -> Tensor:
-        query = self.network(torch.cat((self.user(user), self.item(before)), 1))
+    def forward(self, user: Tensor, previous: Tensor) -> Tensor:
+        query = self.network(torch.cat((self.user(user), self.item(previous)), 1))
         return functional.linear(query, self.item.weight, self.popularity)
 
 
@@ -68,16 +68,16 @@ class RecommenderWorkload(Workload):
     def batches(self, seed: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(self.settings.steps):
-            chosen = torch.randint(len(self.train), (self.settings.batch,), generator=generator)
-            yield self.train[chosen.to(self.train.device)]
+            indices = torch.randint(len(self.train), (self.settings.batch,), generator=generator)
+            yield self.train[indices.to(self.train.device)]
 
     def loss(self, batch: Tensor) -> Tensor:
-        user, before, taken = batch.unbind(1)
-        return functional.cross_entropy(self.model(user, before).float(), taken)
+        user, previous, targets = batch.unbind(1)
+        return functional.cross_entropy(self.model(user, previous).float(), targets)
 
     def measure(self) -> dict[str, float]:
-        parts = self.held_out.split(self.settings.batch)
-        total = sum(self.loss(part).item() * len(part) for part in parts)
+        batches = self.held_out.split(self.settings.batch)
+        total = sum(self.loss(batch).item() * len(batch) for batch in batches)
         return {"loss": total / len(self.held_out), "floor": self.floor}
 
 
@@ -85,18 +85,18 @@ class RecommenderWorkload(Workload):
 def interactions(settings: RecommenderSettings) -> tuple[Tensor, Tensor, float]:
     """Rows (user, previous item, next item) for training and for validation, and the `floor` of the latter."""
     generator = torch.Generator().manual_seed(_SEED)
-    items = torch.randn(settings.items, settings.rank, generator=generator)
+    item_vectors = torch.randn(settings.items, settings.rank, generator=generator)
     popularity = -(torch.arange(settings.items, dtype=torch.float32) + 10).log()
     train, held_out, floors = [], [], []
-    for first in range(0, settings.users, _CHUNK):
-        users = torch.arange(first, min(first + _CHUNK, settings.users))
-        tastes = torch.randn(len(users), settings.rank, generator=generator) / settings.rank**0.5
-        logits = torch.log_softmax(settings.affinity * tastes @ items.T + popularity, 1)
-        drawn = torch.multinomial(logits.exp(), settings.interactions + 1, replacement=True, generator=generator)
-        rows = torch.stack((users[:, None].expand_as(drawn[:, 1:]), drawn[:, :-1], drawn[:, 1:]), 2)
+    for start in range(0, settings.users, _CHUNK):
+        users = torch.arange(start, min(start + _CHUNK, settings.users))
+        user_vectors = torch.randn(len(users), settings.rank, generator=generator) / settings.rank**0.5
+        logits = torch.log_softmax(settings.affinity * user_vectors @ item_vectors.T + popularity, 1)
+        samples = torch.multinomial(logits.exp(), settings.interactions + 1, replacement=True, generator=generator)
+        rows = torch.stack((users[:, None].expand_as(samples[:, 1:]), samples[:, :-1], samples[:, 1:]), 2)
         train.append(rows[:, settings.held_out :].flatten(0, 1))
         held_out.append(rows[:, : settings.held_out].flatten(0, 1))
-        floors.append(-logits.gather(1, drawn[:, 1 : 1 + settings.held_out]).flatten())
+        floors.append(-logits.gather(1, samples[:, 1 : 1 + settings.held_out]).flatten())
     return torch.cat(train), torch.cat(held_out), torch.cat(floors).mean().item()
 
 
@@ -106,7 +106,7 @@ class Recommendation(Task):
 
     settings: RecommenderSettings
 
-    def workload(self, place: Place, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
+    def workload(self, paths: Paths, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
         return RecommenderWorkload(self.settings, device, weights, seed)
 
 

@@ -24,22 +24,22 @@ class Cell:
     @property
     def losses(self) -> list[float]:
         """The validation loss of each seed; infinite if it diverged."""
-        found = [record["validation_loss"] for record in self.records]
-        return [float("inf") if loss is None else loss for loss in found]
+        losses = [record["validation_loss"] for record in self.records]
+        return [float("inf") if loss is None else loss for loss in losses]
 
     @property
     def mean(self) -> float:
         return statistics.fmean(self.losses)
 
     @property
-    def shown(self) -> str:
+    def loss_text(self) -> str:
         return "diverged" if self.mean == float("inf") else f"{self.mean:.3f}"
 
     @property
     def spread(self) -> str:
         """The standard deviation over seeds, if there are several."""
-        several = len(self.losses) > 1 and self.mean < float("inf")
-        return f"{statistics.stdev(self.losses):.3f}" if several else ""
+        has_spread = len(self.losses) > 1 and self.mean < float("inf")
+        return f"{statistics.stdev(self.losses):.3f}" if has_spread else ""
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,21 @@ class Group:
     settings: Record
     data: str
     cells: tuple[Cell, ...]
-    left_out: int = 0  # the number of runs with other options, or another precision, than the optimizer's last run
+    runs_left_out: int = 0  # the runs with other options, or another precision, than the optimizer's last run
 
     @property
     def optimizers(self) -> list[str]:
         """The names of the optimizers, in the order of their first runs."""
         return list(dict.fromkeys(cell.optimizer for cell in self.cells))
 
-    def of(self, optimizer: str) -> list[Cell]:
+    def cells_of(self, optimizer: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.optimizer == optimizer]
 
     def best(self, optimizer: str) -> Cell:
         """The cell with the lowest mean among those with the most seeds: fewer seeds may be lower by chance."""
-        cells = self.of(optimizer)
-        most = max(len(cell.records) for cell in cells)
-        return min((cell for cell in cells if len(cell.records) == most), key=lambda cell: cell.mean)
+        cells = self.cells_of(optimizer)
+        most_seeds = max(len(cell.records) for cell in cells)
+        return min((cell for cell in cells if len(cell.records) == most_seeds), key=lambda cell: cell.mean)
 
     @property
     def title(self) -> str:
@@ -86,20 +86,20 @@ def grouped(records: Iterable[Record]) -> list[Group]:
 
 
 def _group(records: Sequence[Record]) -> Group:
-    made = {record["optimizer"]: _made(record) for record in records}  # those of the last run of each optimizer
+    latest = {record["optimizer"]: _variant(record) for record in records}  # those of the last run of each optimizer
     cells: dict[tuple[str, float | None, float], list[Record]] = {}
     for record in sorted(records, key=lambda record: record["seed"]):
-        if _made(record) == made[record["optimizer"]]:
+        if _variant(record) == latest[record["optimizer"]]:
             cells.setdefault((record["optimizer"], record["beta2"], record["lr"]), []).append(record)
-    found = [Cell(*cell, tuple(members)) for cell, members in cells.items()]
-    order = list(made)
-    found.sort(key=lambda cell: (order.index(cell.optimizer), cell.beta2 or 0.0, cell.lr))
-    shown = sum(len(cell.records) for cell in found)
+    cell_list = [Cell(*cell, tuple(members)) for cell, members in cells.items()]
+    order = list(latest)
+    cell_list.sort(key=lambda cell: (order.index(cell.optimizer), cell.beta2 or 0.0, cell.lr))
+    count = sum(len(cell.records) for cell in cell_list)
     first = records[0]
-    return Group(first["task"], first["settings"], first["data"], tuple(found), len(records) - shown)
+    return Group(first["task"], first["settings"], first["data"], tuple(cell_list), len(records) - count)
 
 
-def _made(record: Record) -> tuple[Record, str]:
+def _variant(record: Record) -> tuple[Record, str]:
     """The options and the precision of a run, which may differ between versions for the same name of an optimizer."""
     return record["options"], record["precision"]
 
@@ -110,13 +110,14 @@ def tables(records: Iterable[Record]) -> str:
 
 
 def _tables(group: Group) -> str:
-    note = f"\nNot shown, since their options or precision differ from those of the last run: {group.left_out} runs.\n"
-    return f"## {group.title}\n\n{best_of(group)}\n{rates_of(group)}{note if group.left_out else ''}"
+    count = group.runs_left_out
+    note = f"\nNot shown, since their options or precision differ from those of the last run: {count} runs.\n"
+    return f"## {group.title}\n\n{best_table(group)}\n{rates_table(group)}{note if count else ''}"
 
 
-def best_of(group: Group) -> str:
+def best_table(group: Group) -> str:
     """The table of each optimizer at its best learning rate and beta2, by ascending loss."""
-    heads = (
+    header = (
         "optimizer",
         "beta2",
         "lr",
@@ -132,19 +133,19 @@ def best_of(group: Group) -> str:
     )
     best = sorted((group.best(name) for name in group.optimizers), key=lambda cell: cell.mean)
     reference = next((cell.mean for cell in best if cell.optimizer == _REFERENCE), None)
-    lines = []
+    rows = []
     for cell in best:
         record = cell.records[-1]
-        known = reference is not None and max(cell.mean, reference) < float("inf")
-        lines.append(
+        comparable = reference is not None and max(cell.mean, reference) < float("inf")
+        rows.append(
             (
                 cell.optimizer,
                 "" if cell.beta2 is None else f"{cell.beta2:g}",
                 f"{cell.lr:g}",
                 str(len(cell.records)),
-                cell.shown,
+                cell.loss_text,
                 cell.spread,
-                f"{cell.mean - (reference or 0):+.3f}" if known else "",
+                f"{cell.mean - (reference or 0):+.3f}" if comparable else "",
                 f"{record['state_bytes']:,}",
                 f"{record['state_bytes'] / record['parameters']:.2f}",
                 "" if record["state_bytes_7b"] is None else f"{record['state_bytes_7b'] / 1e9:.2f} GB",
@@ -152,22 +153,22 @@ def best_of(group: Group) -> str:
                 f"{statistics.median(record['optimizer_ms'] for record in cell.records):.1f}",
             )
         )
-    return markdown(heads, lines)
+    return markdown(header, rows)
 
 
-def rates_of(group: Group) -> str:
+def rates_table(group: Group) -> str:
     """The table of the mean loss of each optimizer and beta2 at each learning rate, the optimizer's best in bold."""
     rates = sorted({cell.lr for cell in group.cells})
-    lines = []
+    rows = []
     for name in group.optimizers:
         best = group.best(name)
-        for beta2 in dict.fromkeys(cell.beta2 for cell in group.of(name)):
-            row = {cell.lr: cell for cell in group.of(name) if cell.beta2 == beta2}
-            shown = {lr: f"**{cell.shown}**" if cell is best else cell.shown for lr, cell in row.items()}
-            lines.append((name, "" if beta2 is None else f"{beta2:g}", *(shown.get(lr, "") for lr in rates)))
-    return markdown(("optimizer", "beta2", *(f"{lr:g}" for lr in rates)), lines)
+        for beta2 in dict.fromkeys(cell.beta2 for cell in group.cells_of(name)):
+            row = {cell.lr: cell for cell in group.cells_of(name) if cell.beta2 == beta2}
+            texts = {lr: f"**{cell.loss_text}**" if cell is best else cell.loss_text for lr, cell in row.items()}
+            rows.append((name, "" if beta2 is None else f"{beta2:g}", *(texts.get(lr, "") for lr in rates)))
+    return markdown(("optimizer", "beta2", *(f"{lr:g}" for lr in rates)), rows)
 
 
-def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    all_rows = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in all_rows)

@@ -38,18 +38,18 @@ def _record(path: Path, number: int, line: bytes) -> Record:
     return {**record, "key": key_of(record)}
 
 
-def mend(path: Path) -> int:
+def remove_incomplete_line(path: Path) -> int:
     """Removes an incomplete last line, so that lines can be appended; returns the number of bytes removed."""
     if not path.exists():
         return 0
     with path.open("r+b") as file:
         content = file.read()
-        whole = content.rfind(b"\n") + 1
-        file.truncate(whole)
-    return len(content) - whole
+        end = content.rfind(b"\n") + 1
+        file.truncate(end)
+    return len(content) - end
 
 
-def add(path: Path, record: Record) -> None:
+def append(path: Path, record: Record) -> None:
     """Appends a line in one write and syncs it to disk, so that a killed process leaves only complete lines."""
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

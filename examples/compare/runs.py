@@ -16,8 +16,8 @@ from llama import Llama
 
 import collins
 from compare.optimizers import Choice, Setup
-from compare.tasks import Place, Task
-from compare.training import Follower, held_bytes, train
+from compare.tasks import Paths, Task
+from compare.training import StepCallback, state_bytes, train
 
 Record = dict[str, Any]  # the result of a finished run, a line of JSON
 IDENTITY = ("task", "optimizer", "lr", "beta2", "seed", "settings", "data", "precision", "options")
@@ -69,11 +69,11 @@ class Run:
     def steps(self) -> int:
         return self.task.settings.steps
 
-    def perform(self, place: Place, device: torch.device, follower: Follower) -> Record:
+    def perform(self, paths: Paths, device: torch.device, callback: StepCallback) -> Record:
         """Trains, and returns the record of the run."""
-        started = time.monotonic()
+        start = time.monotonic()
         task, settings, spec = self.task, self.task.settings, self.choice.spec
-        workload = task.workload(place, device, self.choice.weights, self.seed)
+        workload = task.workload(paths, device, self.choice.weights, self.seed)
         decay = settings.weight_decay / spec.unit
         setup = Setup(
             workload.model,
@@ -87,10 +87,10 @@ class Run:
         )
         optimizers = spec.make(setup)
         drive = spec.drive(workload.model, optimizers, settings.clip)
-        autocast = torch.bfloat16 if task.casts(device, self.choice.weights) else None
-        curve = train(workload, settings, drive, seed=self.seed, autocast=autocast, follower=follower)
+        autocast = torch.bfloat16 if task.uses_autocast(device, self.choice.weights) else None
+        curve = train(workload, settings, drive, seed=self.seed, autocast=autocast, callback=callback)
         parameters = sum(p.numel() for p in workload.model.parameters())
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - start
         return {
             "key": self.key,
             **self.identity,
@@ -102,7 +102,7 @@ class Run:
             "validation": _finite(curve.validation),
             "parameters": parameters,
             "weight_bytes": sum(p.nbytes for p in workload.model.parameters()),
-            "state_bytes": held_bytes(optimizers),
+            "state_bytes": state_bytes(optimizers),
             "state_bytes_7b": state_bytes_7b(self.choice),
             "optimizer_ms": round(drive.times.median(), 3),
             "seconds": round(seconds, 2),

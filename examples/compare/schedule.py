@@ -15,7 +15,7 @@ from compare.language import Finetune
 from compare.optimizers import Choice
 from compare.progress import Progress
 from compare.runs import Record, Run
-from compare.tasks import Place, Task
+from compare.tasks import Paths, Task
 from compare.workers import Job, JobEnd, Message, Pretraining, StepsTaken, Worker, perform, ready_workers, set_up
 
 
@@ -40,9 +40,9 @@ def grid(
     for seed in seeds:
         for choice in choices:
             spec = choice.spec
-            own = rates.get(choice.name) or rates.get(None) or [rate * spec.unit for rate in task.rates]
+            lrs = rates.get(choice.name) or rates.get(None) or [rate * spec.unit for rate in task.rates]
             decays = (beta2s or task.beta2s) if spec.has_beta2 else (None,)
-            runs += [Run(task, choice, lr, beta2, seed, data, device) for beta2 in decays for lr in own]
+            runs += [Run(task, choice, lr, beta2, seed, data, device) for beta2 in decays for lr in lrs]
     return runs
 
 
@@ -50,7 +50,7 @@ def grid(
 class Outcome:
     """The outcome of the requested runs."""
 
-    found: list[Record] = field(default_factory=list)  # finished by an earlier command
+    already_finished: list[Record] = field(default_factory=list)  # finished by an earlier command
     finished: list[Record] = field(default_factory=list)
     out_of_time: list[str] = field(default_factory=list)  # titles of jobs that the deadline prevented or stopped
     failed: dict[str, str] = field(default_factory=dict)  # error messages, by title
@@ -85,33 +85,33 @@ class Schedule:
     Args:
         runs: all requested runs.
         path: the results file, which contains finished runs and to which results are appended.
-        place: the folders of data.
+        paths: the folders of data.
         deadline: a value of `time.time`. A job that is expected to end later is not started, and a job that has not
             ended by then is stopped.
     """
 
-    def __init__(self, runs: Sequence[Run], path: Path, place: Place, deadline: float | None = None) -> None:
-        self.path, self.place, self.deadline = path, place, deadline
+    def __init__(self, runs: Sequence[Run], path: Path, paths: Paths, deadline: float | None = None) -> None:
+        self.path, self.paths, self.deadline = path, paths, deadline
         self.outcome = Outcome()
         before = results.latest(results.read(path))
         self.estimates = Estimates(before)
-        known = {record["key"]: record for record in before}
+        record_of = {record["key"]: record for record in before}
         runs = list({run.key: run for run in runs}.values())
-        self.outcome.found = [known[run.key] for run in runs if run.key in known]
-        pending = [run for run in runs if run.key not in known]
+        self.outcome.already_finished = [record_of[run.key] for run in runs if run.key in record_of]
+        pending = [run for run in runs if run.key not in record_of]
         self._waiting: list[Job] = [*self._pretrainings(pending), *pending]
-        self._unprepared = {job.task.name for job in self._waiting if isinstance(job, Pretraining)}
-        self._unpreparable: set[str] = set()
+        self._pretraining_pending = {job.task.name for job in self._waiting if isinstance(job, Pretraining)}
+        self._pretraining_failed: set[str] = set()
         self.total = sum(job.steps for job in self._waiting)
 
     def _pretrainings(self, pending: Sequence[Run]) -> list[Pretraining]:
         tasks = {run.task.name: run.task for run in pending}
         pretrainings = []
         for task in tasks.values():
-            preparation = task.preparation(self.place)
-            if preparation is not None and not preparation.path.exists():
+            plan = task.pretraining_plan(self.paths)
+            if plan is not None and not plan.path.exists():
                 assert isinstance(task, Finetune)
-                pretrainings.append(Pretraining(task, preparation))
+                pretrainings.append(Pretraining(task, plan))
         return pretrainings
 
     @property
@@ -122,10 +122,10 @@ class Schedule:
     def next(self) -> Job | None:
         """The next job to start, or None. Jobs that would end after the deadline are counted in `out_of_time`."""
         for job in list(self._waiting):
-            if isinstance(job, Run) and job.task.name in self._unprepared:
+            if isinstance(job, Run) and job.task.name in self._pretraining_pending:
                 continue
             self._waiting.remove(job)
-            if isinstance(job, Run) and job.task.name in self._unpreparable:
+            if isinstance(job, Run) and job.task.name in self._pretraining_failed:
                 self.outcome.failed[job.title] = "not started: its pretraining failed"
             elif self._would_exceed_deadline(job):
                 self._mark_out_of_time(job)
@@ -141,7 +141,7 @@ class Schedule:
     def _mark_out_of_time(self, job: Job) -> None:
         self.outcome.out_of_time.append(job.title)
         if isinstance(job, Pretraining):  # the runs that need its weights cannot be started
-            self._unprepared.discard(job.task.name)
+            self._pretraining_pending.discard(job.task.name)
             for run in [run for run in self._waiting if run.task.name == job.task.name]:
                 self._waiting.remove(run)
                 self.outcome.out_of_time.append(run.title)
@@ -153,13 +153,13 @@ class Schedule:
         elif done.failure is not None:
             self.outcome.failed[job.title] = done.failure
             if isinstance(job, Pretraining):
-                self._unpreparable.add(job.task.name)
+                self._pretraining_failed.add(job.task.name)
         elif done.record is not None:
-            results.add(self.path, done.record)
+            results.append(self.path, done.record)
             self.estimates.add(done.record)
             self.outcome.finished.append(done.record)
         if isinstance(job, Pretraining):
-            self._unprepared.discard(job.task.name)
+            self._pretraining_pending.discard(job.task.name)
         progress.write(f"{job.title}: {_description(done)}")
 
 
@@ -190,7 +190,7 @@ def _run_in_this_process(schedule: Schedule, device: torch.device, threads: int,
     try:
         while (job := schedule.next()) is not None:
             progress_of = _JobProgress(progress, job.steps)
-            done = perform(job, schedule.place, device, schedule.deadline, progress_of.update)
+            done = perform(job, schedule.paths, device, schedule.deadline, progress_of.update)
             progress_of.finish()
             schedule.end(job, done, progress)
     finally:
@@ -198,8 +198,8 @@ def _run_in_this_process(schedule: Schedule, device: torch.device, threads: int,
 
 
 def _run_in_workers(schedule: Schedule, devices: Sequence[torch.device], threads: int, progress: Progress) -> None:
-    workers = [Worker(schedule.place, device, threads) for device in devices[: schedule.jobs]]
-    placed = dict(zip(workers, devices, strict=False))
+    workers = [Worker(schedule.paths, device, threads) for device in devices[: schedule.jobs]]
+    device_of = dict(zip(workers, devices, strict=False))
     progress_of: dict[Worker, _JobProgress] = {}
     try:
         while True:
@@ -221,8 +221,8 @@ def _run_in_workers(schedule: Schedule, devices: Sequence[torch.device], threads
                 schedule.end(job, message, progress)
                 if worker.has_ended and schedule.jobs:
                     workers.remove(worker)
-                    workers.append(Worker(schedule.place, placed[worker], threads))
-                    placed[workers[-1]] = placed.pop(worker)
+                    workers.append(Worker(schedule.paths, device_of[worker], threads))
+                    device_of[workers[-1]] = device_of.pop(worker)
     finally:
         for worker in workers:
             worker.stop()
@@ -232,12 +232,12 @@ class _JobProgress:
     """The progress of one job. `finish` counts its remaining steps, which a diverged or failed job does not take."""
 
     def __init__(self, progress: Progress, steps: int) -> None:
-        self._progress, self._left = progress, steps
+        self._progress, self._remaining = progress, steps
 
     def update(self, message: Message) -> None:
         if isinstance(message, StepsTaken):
-            self._left -= message.count
+            self._remaining -= message.count
             self._progress.advance(message.count)
 
     def finish(self) -> None:
-        self._progress.advance(self._left)
+        self._progress.advance(self._remaining)

@@ -40,20 +40,25 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            shares, whole = name in _SHARES, isinstance(value, int)
-            accepted = "0 to 1" if shares else "at least 1" if whole else "above 0" if name == "clip" else "at least 0"
-            least = value > 0 if whole or name == "clip" else value >= 0
-            if not (math.isfinite(value) and least and (value <= 1 or not shares)):
+            is_fraction, is_integer = name in _FRACTIONS, isinstance(value, int)
+            if is_fraction:
+                accepted = "0 to 1"
+            elif is_integer:
+                accepted = "at least 1"
+            else:
+                accepted = "above 0" if name == "clip" else "at least 0"
+            in_range = value > 0 if is_integer or name == "clip" else value >= 0
+            if not (math.isfinite(value) and in_range and (value <= 1 or not is_fraction)):
                 raise ValueError(f"{name} must be {accepted}, got {value}")
         if self.batch % self.accumulate:
             raise ValueError(f"batch must be a multiple of accumulate, got {self.batch} and {self.accumulate}")
 
 
-_SHARES = ("warmup", "final")
+_FRACTIONS = ("warmup", "final")
 
 
 @dataclass(frozen=True)
-class Place:
+class Paths:
     """The folders that a task reads and writes.
 
     Args:
@@ -84,7 +89,7 @@ class Workload(ABC):
 
 
 @dataclass(frozen=True)
-class Preparation:
+class PretrainingPlan:
     """The pretraining that all runs of a task need: its title, the file of its weights in the cache, and its steps."""
 
     title: str
@@ -116,7 +121,7 @@ class Task(ABC):
     optimizers: tuple[str, ...] = ("adamw", "collins")
     autocast: bool = False
 
-    def prepare(self, place: Place) -> str:
+    def prepare(self, paths: Paths) -> str:
         """Creates the data if it is not in the cache, and returns its digest; "" if the data never changes.
 
         Raises:
@@ -124,38 +129,38 @@ class Task(ABC):
         """
         return ""
 
-    def preparation(self, place: Place) -> Preparation | None:
+    def pretraining_plan(self, paths: Paths) -> PretrainingPlan | None:
         """The pretraining that is done once before all runs of this task, or None."""
         return None
 
     @abstractmethod
-    def workload(self, place: Place, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
+    def workload(self, paths: Paths, device: torch.device, weights: torch.dtype, seed: int) -> Workload:
         """A model whose initial weights depend only on the seed, and its data."""
 
-    def changed(self, values: Mapping[str, str]) -> Task:
+    def with_settings(self, values: Mapping[str, str]) -> Task:
         """The task with some settings changed, by name, to values in the texts of a command line.
 
         Raises:
             ValueError: for an unknown name or an invalid value.
         """
-        known = dataclasses.asdict(self.settings)
-        found: dict[str, Any] = {}
+        settings = dataclasses.asdict(self.settings)
+        changes: dict[str, Any] = {}
         for name, text in values.items():
-            if name not in known:
-                raise ValueError(f"{self.name} has no setting {name!r}, only {', '.join(known)}")
-            kind = type(known[name])
+            if name not in settings:
+                raise ValueError(f"{self.name} has no setting {name!r}, only {', '.join(settings)}")
+            type_ = type(settings[name])
             try:
-                found[name] = kind(text)
+                changes[name] = type_(text)
             except ValueError:
-                raise ValueError(f"{name} of {self.name} must be {_KINDS[kind]}, got {text!r}") from None
-        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **found))
+                raise ValueError(f"{name} of {self.name} must be {_TYPE_NAMES[type_]}, got {text!r}") from None
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **changes))
 
     def precision(self, device: torch.device, weights: torch.dtype) -> str:
         """The dtype of the weights, and of matrix products if it is another one."""
-        stored = str(weights).removeprefix("torch.")
-        return f"{stored}, products in bfloat16" if self.casts(device, weights) else stored
+        dtype = str(weights).removeprefix("torch.")
+        return f"{dtype}, products in bfloat16" if self.uses_autocast(device, weights) else dtype
 
-    def casts(self, device: torch.device, weights: torch.dtype) -> bool:
+    def uses_autocast(self, device: torch.device, weights: torch.dtype) -> bool:
         return self.autocast and device.type == "cuda" and weights == torch.float32
 
 
@@ -163,4 +168,4 @@ class TaskError(ValueError):
     """A task cannot be run on this machine; the message names what is missing and the remedy."""
 
 
-_KINDS = {int: "a whole number", float: "a number"}
+_TYPE_NAMES = {int: "a whole number", float: "a number"}

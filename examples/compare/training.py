@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from compare.tasks import Settings, Workload
 
-_SMOOTHED = 0.05  # the weight of a step's loss in the moving average of the training loss
+_SMOOTHING = 0.05  # the weight of a step's loss in the moving average of the training loss
 
 
 class OutOfTimeError(Exception):
     """A run was not finished by its deadline."""
 
 
-class Follower(Protocol):
+class StepCallback(Protocol):
     """A callback that is called with the number of new steps; it raises OutOfTimeError to stop the run."""
 
     def __call__(self, steps: int) -> None: ...
@@ -96,16 +96,16 @@ class StepTimes:
         self._events: list[tuple[Any, Any]] = []
         self._seconds: list[float] = []
         self._on_gpu = device.type == "cuda"
-        self._started: Any = None
+        self._start: Any = None
 
     def __enter__(self) -> None:
-        self._started = self._now()
+        self._start = self._now()
 
     def __exit__(self, *_: object) -> None:
         if self._on_gpu:
-            self._events.append((self._started, self._now()))
+            self._events.append((self._start, self._now()))
         else:
-            self._seconds.append(self._now() - self._started)
+            self._seconds.append(self._now() - self._start)
 
     def _now(self) -> Any:
         if not self._on_gpu:
@@ -118,7 +118,7 @@ class StepTimes:
         """Milliseconds of the median step, without the first quarter, which includes allocation and compilation."""
         if self._events:
             torch.cuda.synchronize()
-            times = [begun.elapsed_time(ended) for begun, ended in self._events]
+            times = [start.elapsed_time(end) for start, end in self._events]
         else:
             times = [1e3 * seconds for seconds in self._seconds]
         return statistics.median(times[len(times) // 4 :]) if times else 0.0
@@ -142,26 +142,26 @@ def train(
     *,
     seed: int,
     autocast: torch.dtype | None,
-    follower: Follower,
+    callback: StepCallback,
 ) -> Curve:
     """Trains with a linear warm-up, a cosine schedule and regular validation, until the end or a non-finite loss."""
-    curve, smoothed = Curve(), None
+    curve, average = Curve(), None
     device = next(workload.model.parameters()).device
     groups = [group for optimizer in drive.optimizers for group in optimizer.param_groups]
     peaks = [float(group["lr"]) for group in groups]
-    every = max(settings.steps // settings.points, 1)
+    interval = max(settings.steps // settings.points, 1)
     for step, batch in enumerate(workload.batches(seed), 1):
         for group, peak in zip(groups, peaks, strict=True):
             set_rate(group, peak * rate_at(step - 1, settings))
         loss = drive([_loss(workload, part, autocast) for part in batch.chunk(settings.accumulate)]).float()
-        smoothed = loss if smoothed is None else smoothed.lerp(loss, _SMOOTHED)
-        if step % every == 0 or step == settings.steps:
-            curve.last = _measured(workload, autocast)
+        average = loss if average is None else average.lerp(loss, _SMOOTHING)
+        if step % interval == 0 or step == settings.steps:
+            curve.last = _validate(workload, autocast)
             curve.steps.append(step)
-            curve.training.append(smoothed.item())
+            curve.training.append(average.item())
             curve.validation.append(curve.last["loss"])
             curve.diverged = not all(map(math.isfinite, (curve.training[-1], curve.validation[-1])))
-        follower(1)
+        callback(1)
         if curve.diverged:
             break
     if device.type == "cuda":
@@ -171,30 +171,30 @@ def train(
 
 def _loss(workload: Workload, batch: Tensor, autocast: torch.dtype | None) -> Callable[[], Tensor]:
     def loss() -> Tensor:
-        with _products(batch.device, autocast):
+        with _autocast(batch.device, autocast):
             return workload.loss(batch)
 
     return loss
 
 
-def _products(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def _measured(workload: Workload, autocast: torch.dtype | None) -> dict[str, float]:
+def _validate(workload: Workload, autocast: torch.dtype | None) -> dict[str, float]:
     workload.model.eval()
-    with torch.no_grad(), _products(next(workload.model.parameters()).device, autocast):
-        measured = workload.measure()
+    with torch.no_grad(), _autocast(next(workload.model.parameters()).device, autocast):
+        metrics = workload.measure()
     workload.model.train()
-    return measured
+    return metrics
 
 
 def rate_at(step: int, settings: Settings) -> float:
     """The learning rate of step number `step`, counted from 0, as a fraction of its peak."""
-    warm = max(round(settings.warmup * settings.steps), 1)
-    progress = max(step - warm, 0) / max(settings.steps - warm, 1)
+    warmup_steps = max(round(settings.warmup * settings.steps), 1)
+    progress = max(step - warmup_steps, 0) / max(settings.steps - warmup_steps, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return min((step + 1) / warm, 1.0) * (settings.final + (1 - settings.final) * cosine)
+    return min((step + 1) / warmup_steps, 1.0) * (settings.final + (1 - settings.final) * cosine)
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:
@@ -204,15 +204,15 @@ def set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
-def held_bytes(optimizers: Sequence[torch.optim.Optimizer]) -> int:
+def state_bytes(optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Bytes of all tensors in the optimizers' state, however deeply nested; shared storages are counted once."""
     storages: dict[tuple[torch.device, int], int] = {}
-    seen: set[int] = set()
+    visited: set[int] = set()
 
     def visit(value: Any) -> None:
-        if id(value) in seen:
+        if id(value) in visited:
             return
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, Tensor):
             inner = getattr(value, "__tensor_flatten__", None)  # of tensor subclasses with inner tensors, as torchao's
             if inner is not None:

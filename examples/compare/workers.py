@@ -15,7 +15,7 @@ import torch
 
 from compare.language import Finetune
 from compare.runs import Record, Run
-from compare.tasks import Place, Preparation
+from compare.tasks import Paths, PretrainingPlan
 from compare.training import OutOfTimeError
 
 _REPORT_INTERVAL = 0.5  # seconds between progress reports
@@ -26,18 +26,18 @@ class Pretraining:
     """The job of pretraining the weights that the runs of a task need."""
 
     task: Finetune
-    preparation: Preparation
+    plan: PretrainingPlan
 
     @property
     def title(self) -> str:
-        return self.preparation.title
+        return self.plan.title
 
     @property
     def steps(self) -> int:
-        return self.preparation.steps
+        return self.plan.steps
 
-    def perform(self, place: Place, device: torch.device, follower: Any) -> None:
-        self.task.make(place, device, follower)
+    def perform(self, paths: Paths, device: torch.device, callback: Any) -> None:
+        self.task.pretrain(paths, device, callback)
 
 
 Job = Run | Pretraining
@@ -87,12 +87,12 @@ class ProgressReporter:
         self._count, self._last = 0, time.monotonic()
 
 
-def perform(job: Job, place: Place, device: torch.device, deadline: float | None, send: Any) -> JobEnd:
+def perform(job: Job, paths: Paths, device: torch.device, deadline: float | None, send: Any) -> JobEnd:
     """Performs a job in this process. Its exceptions, except KeyboardInterrupt, are returned as a failure."""
-    follower = ProgressReporter(send, deadline)
+    callback = ProgressReporter(send, deadline)
     try:
-        record = job.perform(place, device, follower)
-        follower.flush()
+        record = job.perform(paths, device, callback)
+        callback.flush()
         return JobEnd(record)
     except OutOfTimeError:
         return JobEnd(out_of_time=True)
@@ -106,12 +106,12 @@ def perform(job: Job, place: Place, device: torch.device, deadline: float | None
 class Worker:
     """A worker process for one device."""
 
-    def __init__(self, place: Place, device: torch.device, threads: int) -> None:
+    def __init__(self, paths: Paths, device: torch.device, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, place, device, threads), daemon=True)
+        self.connection, worker_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(worker_end, paths, device, threads), daemon=True)
         self.process.start()
-        theirs.close()
+        worker_end.close()
         self.job: Job | None = None
 
     def begin(self, job: Job, deadline: float | None) -> None:
@@ -145,16 +145,16 @@ def ready_workers(workers: Sequence[Worker], timeout: float) -> Iterator[Worker]
         yield by_connection[connection]
 
 
-def _work(connection: Connection, place: Place, device: torch.device, threads: int) -> None:
+def _work(connection: Connection, paths: Paths, device: torch.device, threads: int) -> None:
     set_up(device, threads)
-    previous = None
+    previous_kind = None
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:
             job, deadline = connection.recv()
-            if previous not in (None, kind_of(job)):
+            if previous_kind not in (None, kind_of(job)):
                 torch.compiler.reset()  # graphs of other shapes and dtypes count towards the recompilation limit
-            previous = kind_of(job)
-            connection.send(perform(job, place, device, deadline, connection.send))
+            previous_kind = kind_of(job)
+            connection.send(perform(job, paths, device, deadline, connection.send))
 
 
 def kind_of(job: Job) -> tuple[str, torch.dtype]:
