@@ -49,7 +49,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         params: tensors, (name, tensor) pairs, or dicts of parameter groups, as for `torch.optim.AdamW`; or a module,
             whose named parameters are used, with the roles that follow from its submodules. fp64, fp32, bf16 and fp16,
             any shape and strides.
-        lr: learning rate, a float or a one-element tensor. Start with 1.4 to 2 times the best rate of AdamW.
+        lr: learning rate, a float or a one-element tensor. Start with 2 to 4 times the best rate of AdamW.
         betas: decay rates of the two moments, each in [0, 1): any sequence of two numbers, kept as a tuple of floats.
         eps: added to the denominator.
         weight_decay: decoupled decay, per unit of lr.
@@ -74,7 +74,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         row_parts: under decode="orthogonal", the number of matrices into which each one is cut by rows, or the rows of
             each: 3 for a weight that consists of Q, K and V, (4096, 1024, 1024) if K and V have fewer rows.
         residual_weight: rho; None for 0.3, for 0.6 under decode="orthogonal", and for sqrt((1 - beta1) / (1 + beta1))
-            under "residual".
+            under "residual". To fine-tune, use 0.8 and 1 to 1.4 times AdamW's lr.
         residual_square: kappa.
         rehash_period: steps T after which a bucket of hash="block" draws new signs and restarts M_b; None for never.
         table_dtype: None for formats by role. Otherwise the dtype of all tables: torch.float32, torch.bfloat16
