@@ -42,13 +42,13 @@ class Repeater:
         optimizer.register_step_post_hook(self._repeat)  # runs after a closure, which computes the gradients
 
     def _repeat(self, *_):
-        for group, own in zip(self.first.param_groups, self.second.param_groups, strict=True):
-            own["lr"] = group["lr"]
-            for p, q in zip(group["params"], own["params"], strict=True):
+        for group, copied_group in zip(self.first.param_groups, self.second.param_groups, strict=True):
+            copied_group["lr"] = group["lr"]
+            for p, q in zip(group["params"], copied_group["params"], strict=True):
                 q.grad = None if p.grad is None else p.grad.clone()
-        found = [q.grad for group in self.second.param_groups for q in group["params"] if q.grad is not None]
-        self.norms.append(torch.nn.utils.get_total_norm(found).item())
-        self.gradients = self.gradients or found
+        grads = [q.grad for group in self.second.param_groups for q in group["params"] if q.grad is not None]
+        self.norms.append(torch.nn.utils.get_total_norm(grads).item())
+        self.gradients = self.gradients or grads
         self.second.step()
 
     @property
@@ -56,8 +56,8 @@ class Repeater:
         """Whether parameters and state of both are bitwise equal, after at least one step."""
         pairs = [
             (p, q)
-            for group, own in zip(self.first.param_groups, self.second.param_groups, strict=True)
-            for p, q in zip(group["params"], own["params"], strict=True)
+            for group, copied_group in zip(self.first.param_groups, self.second.param_groups, strict=True)
+            for p, q in zip(group["params"], copied_group["params"], strict=True)
         ]
         are_equal = all(torch.equal(p, q) and same(self.first.state[p], self.second.state[q]) for p, q in pairs)
         return are_equal and len(self.norms) > 0
@@ -77,9 +77,9 @@ class StatisticsCalls:
         self.read, self.measured = [], []
         statistics = Collins.statistics
 
-        def recorded(opt, updates=False):
-            taken = {int(state["step"]) for state in opt.state.values()}
-            (self.measured if updates else self.read).append(max(taken, default=0))
+        def record(opt, updates=False):
+            steps = {int(state["step"]) for state in opt.state.values()}
+            (self.measured if updates else self.read).append(max(steps, default=0))
             return statistics(opt, updates)
 
-        monkeypatch.setattr(Collins, "statistics", recorded)
+        monkeypatch.setattr(Collins, "statistics", record)

@@ -41,10 +41,10 @@ def pytest_cmdline_main(config):
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
-    absent = pytest.mark.skip(reason="no CUDA device")
+    skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if "cuda" in item.keywords:
-            item.add_marker(absent)
+            item.add_marker(skip)
 
 
 def pytest_collection_finish():
@@ -65,9 +65,9 @@ def _short_programs():
     if "TRITON_INTERPRET" not in os.environ or importlib.util.find_spec("triton") is None:
         yield
         return
-    with pytest.MonkeyPatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patch:
         for name in ("kernels", "multi_tensor"):
-            patched.setattr(f"collins.compile.{name}.SPAN", 8192)
+            patch.setattr(f"collins.compile.{name}.SPAN", 8192)
         yield
 
 
@@ -114,9 +114,9 @@ def stand_in(monkeypatch):
             module.__path__ = []
             monkeypatch.setitem(sys.modules, module.__name__, module)
         vars(module).update(contents)
-        ours = f"collins.integrations.{parts[0]}"
-        monkeypatch.setitem(sys.modules, ours, None)  # so that monkeypatch restores the original entry
-        del sys.modules[ours]
+        integration = f"collins.integrations.{parts[0]}"
+        monkeypatch.setitem(sys.modules, integration, None)  # so that monkeypatch restores the original entry
+        del sys.modules[integration]
         return module
 
     return install

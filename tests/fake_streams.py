@@ -30,37 +30,37 @@ class FreedMemoryError(Exception):
 
 
 class Stream:
-    """A queue of operations, each a pair (position to wait for or None, function). `given` counts all operations,
-    `done` those that have run."""
+    """A queue of operations, each a pair (position to wait for or None, function). `enqueued` counts all operations,
+    `completed` those that have run."""
 
     def __init__(self, name):
-        self.name, self.given, self.done = name, 0, 0
+        self.name, self.enqueued, self.completed = name, 0, 0
         self._pending = deque()
 
     @property
     def head(self):
         return self._pending[0] if self._pending else None
 
-    def give(self, operation):
+    def enqueue(self, operation):
         self._pending.append(operation)
-        self.given += 1
+        self.enqueued += 1
 
     def ready(self):
         if self.head is None:
             return False
         mark = self.head[0]
-        return mark is None or mark[0].done >= mark[1]
+        return mark is None or mark[0].completed >= mark[1]
 
     def run_one(self):
         mark, work = self.head
         if mark is not None:
             mark[0].run_to(mark[1])
         self._pending.popleft()
-        self.done += 1
+        self.completed += 1
         work()
 
     def run_to(self, position):
-        while self.done < position:
+        while self.completed < position:
             self.run_one()
 
 
@@ -74,14 +74,14 @@ class Region:
     def __init__(self, nbytes, stream):
         self.data, self.stream = bytearray(nbytes), stream
         self.start = ctypes.addressof((ctypes.c_char * nbytes).from_buffer(self.data))
-        self.held_by, self.freed = {stream}, False
+        self.users, self.freed = {stream}, False
         self.poison(0, nbytes)
 
-    def poison(self, first, count):
-        ctypes.memset(self.start + first, 0xFF, count)
+    def poison(self, start, count):
+        ctypes.memset(self.start + start, 0xFF, count)
 
     def check(self, stream):
-        if self.freed and stream not in self.held_by:
+        if self.freed and stream not in self.users:
             raise FreedMemoryError("device memory was freed before this work on it had run")
 
 
@@ -125,7 +125,7 @@ class FakeStreams:
 
     def record(self, event, kind):
         stream = self._stream(kind)
-        event.mark = (stream, stream.given)
+        event.mark = (stream, stream.enqueued)
 
     def wait(self, kind, event, rule):
         if rule not in self.drop and event.mark is not None:
@@ -156,7 +156,7 @@ class FakeStreams:
 
     def hold(self, tensor, kind):
         if self.holds:
-            self._region(tensor).held_by.add(self._stream(kind))
+            self._region(tensor).users.add(self._stream(kind))
 
     # What tests use.
 
@@ -195,7 +195,7 @@ class FakeStreams:
 
     def finish_everything(self):
         for stream in self.streams:
-            stream.run_to(stream.given)
+            stream.run_to(stream.enqueued)
 
     def _stream(self, kind):
         if kind is StreamKind.CURRENT:
@@ -208,17 +208,17 @@ class FakeStreams:
 
     def _region_view(self, tensor):
         region = self._region(tensor)
-        first = tensor.data_ptr() - region.start
-        flat = torch.frombuffer(region.data, dtype=torch.uint8)[first : first + tensor.nbytes]
+        start = tensor.data_ptr() - region.start
+        flat = torch.frombuffer(region.data, dtype=torch.uint8)[start : start + tensor.nbytes]
         return flat.view(tensor.dtype).view(tensor.shape), region
 
     def _enqueue(self, stream, work, mark=None):
-        stream.give((mark, work))
+        stream.enqueue((mark, work))
         if self.mode == "late":
             return
         if isinstance(self.mode, int):
             for _ in range(self.rng.randrange(4)):
-                ready = [one for one in self.streams if one.ready()]
+                ready = [one_stream for one_stream in self.streams if one_stream.ready()]
                 if ready:
                     self.rng.choice(ready).run_one()
             return
@@ -226,11 +226,11 @@ class FakeStreams:
         while True:
             eager = self.streams
             if self.mode == "current":
-                eager = [one for one in eager if one not in self.kinds.values()]
+                eager = [one_stream for one_stream in eager if one_stream not in self.kinds.values()]
             elif kind is not None:
                 eager = [self.kinds[kind]]
-            ready = [one for one in eager if one.ready()]
+            ready = [one_stream for one_stream in eager if one_stream.ready()]
             if not ready:
                 return
-            for one in ready:
-                one.run_one()
+            for one_stream in ready:
+                one_stream.run_one()

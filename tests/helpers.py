@@ -68,16 +68,16 @@ def moments(opt, p):
     return [value for name, value in opt.state[p].items() if name not in ("step", "layout")]
 
 
-def same(ours, theirs):
+def same(a, b):
     """Whether two nested values have the same structure and equal tensors, dtypes and numbers."""
-    if isinstance(ours, torch.Tensor):
-        are_equal = isinstance(theirs, torch.Tensor) and ours.dtype == theirs.dtype
-        return are_equal and torch.equal(ours, theirs.to(ours.device))
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, (list, tuple)):
-        return type(ours) is type(theirs) and len(ours) == len(theirs) and all(map(same, ours, theirs))
-    return ours == theirs
+    if isinstance(a, torch.Tensor):
+        are_equal = isinstance(b, torch.Tensor) and a.dtype == b.dtype
+        return are_equal and torch.equal(a, b.to(a.device))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 def bits(t):
@@ -89,16 +89,16 @@ def bits(t):
 def snapshot(ps, opt):
     """A copy of the weights and the state of each parameter."""
     states = opt.state_dict()["state"]
-    return [[p.detach().clone(), copy.deepcopy(states.get(place, {}))] for place, p in enumerate(ps)]
+    return [[p.detach().clone(), copy.deepcopy(states.get(index, {}))] for index, p in enumerate(ps)]
 
 
-def same_snapshots(some, others):
+def same_snapshots(first, second):
     """Whether weights and state of one parameter are bitwise equal in two snapshots."""
-    (p, state), (q, other) = some, others
+    (p, p_state), (q, q_state) = first, second
     return (
         torch.equal(bits(p), bits(q))
-        and state.keys() == other.keys()
-        and all(torch.equal(bits(state[name]), bits(other[name])) for name in state)
+        and p_state.keys() == q_state.keys()
+        and all(torch.equal(bits(p_state[name]), bits(q_state[name])) for name in p_state)
     )
 
 
@@ -142,11 +142,11 @@ class Allocations(TorchDispatchMode):
         self._allocated = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        argument_storages = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         result = function(*args, **(kwargs or {}))
         for t in _tensors(result):
             storage = t.untyped_storage()
-            if storage._cdata not in given:
+            if storage._cdata not in argument_storages:
                 self.shapes.append(tuple(t.shape))
                 self._allocated[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
             if t.dtype == torch.int64:
@@ -173,12 +173,12 @@ def threads(count):
 
 def environment(**changes):
     """The environment of a process that imports the same Collins as this process; a variable set to None is removed."""
-    changed = {**os.environ, "PYTHONPATH": str(Path(collins.__file__).parent.parent), **changes}
-    return {name: value for name, value in changed.items() if value is not None}
+    variables = {**os.environ, "PYTHONPATH": str(Path(collins.__file__).parent.parent), **changes}
+    return {name: value for name, value in variables.items() if value is not None}
 
 
 def output_of(*command, cwd=None, env=None):
     """The standard output of a command. If the command fails, so does the test, with the output of the command."""
-    ran = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
+    process = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout

@@ -24,7 +24,7 @@ VALUES = [
 
 
 class Cases:
-    """The cases of one kind: counts how they ended, and adds the seed to the error of a failing case.
+    """The cases of one kind: counts how they end, and adds the seed to the error of a failing case.
 
     Args:
         kind: the beginning of their seeds.
@@ -33,7 +33,7 @@ class Cases:
     def __init__(self, *kind, count):
         self.kind = "/".join(kind)
         self.count = count
-        self.ended = dict.fromkeys(("refused", "accepted"), 0)
+        self.counts = dict.fromkeys(("refused", "accepted"), 0)
 
     def __iter__(self):
         seeds = (f"{self.kind}/{number}" for number in range(self.count))
@@ -43,10 +43,10 @@ class Cases:
     def case(self, seed):
         """Runs a case, whose body uses a mutated value and must end within `TIME_LIMIT`; yields a random generator."""
 
-        def timed_out(*_):
+        def fail(*_):
             raise AssertionError(f"no end after {TIME_LIMIT} s")
 
-        before = signal.signal(signal.SIGALRM, timed_out)
+        before = signal.signal(signal.SIGALRM, fail)
         signal.alarm(TIME_LIMIT)
         try:
             yield random.Random(seed)
@@ -59,8 +59,8 @@ class Cases:
 
     def end(self):
         """Prints the counts, and fails if no case was rejected, since the mutations then have no effect."""
-        print(f"{self.kind}: {self.ended}")
-        assert ONLY or self.ended["refused"]
+        print(f"{self.kind}: {self.counts}")
+        assert ONLY or self.counts["refused"]
 
 
 def random_value(rng):
@@ -81,14 +81,14 @@ def random_key(rng):
 
 def random_entry(tree, rng):
     """A random container in a tree of containers, and one of its keys; None if there is none."""
-    found, at = None, tree
-    while isinstance(at, dict | list | tuple) and len(at):
-        keys = list(at) if isinstance(at, dict) else range(len(at))
+    entry, node = None, tree
+    while isinstance(node, dict | list | tuple) and len(node):
+        keys = list(node) if isinstance(node, dict) else range(len(node))
         key = rng.choice(keys)
-        found, at = (at, key), at[key]
+        entry, node = (node, key), node[key]
         if rng.random() < 0.25:
             break
-    return found
+    return entry
 
 
 def mutated(tree, rng):
@@ -127,12 +127,12 @@ def _mutated_once(tree, rng):
     return tree
 
 
-def _exchange(container, key, other, at, both):
-    """Copies `other[at]` to `container[key]`; exchanges the two if `both`."""
-    here, there = container[key], other[at]
-    container[key] = there if both else copy.deepcopy(there)
+def _exchange(container, key, other, other_key, both):
+    """Copies `other[other_key]` to `container[key]`; exchanges the two if `both`."""
+    value, other_value = container[key], other[other_key]
+    container[key] = other_value if both else copy.deepcopy(other_value)
     if both and not isinstance(other, tuple):
-        other[at] = here
+        other[other_key] = value
 
 
 def almost_valid(value, rng):
@@ -146,20 +146,20 @@ def almost_valid(value, rng):
         return not value
     if isinstance(value, int):
         as_float = float(value) if abs(value) < 2**1000 else math.inf
-        others = [value + 1, -value, value * 2, as_float, str(value), value ^ (1 << rng.randrange(96))]
+        candidates = [value + 1, -value, value * 2, as_float, str(value), value ^ (1 << rng.randrange(96))]
     elif isinstance(value, float):
-        others = [value * 2, -value, value + 1, str(value), (value,)]
+        candidates = [value * 2, -value, value + 1, str(value), (value,)]
     elif isinstance(value, str):
-        others = [value + "x", value[:-1], value.upper(), value.encode(), [value]]
+        candidates = [value + "x", value[:-1], value.upper(), value.encode(), [value]]
     elif isinstance(value, list):
-        others = [tuple(value), value[::-1], value[:-1], value + value, dict(enumerate(value))]
+        candidates = [tuple(value), value[::-1], value[:-1], value + value, dict(enumerate(value))]
     elif isinstance(value, tuple):
-        others = [list(value), value[::-1], value[:-1], (*value, *value)]
+        candidates = [list(value), value[::-1], value[:-1], (*value, *value)]
     elif isinstance(value, dict):
-        others = [list(value.items()), list(value), dict(list(value.items())[:-1])]
+        candidates = [list(value.items()), list(value), dict(list(value.items())[:-1])]
     else:
-        others = [random_value(rng)]
-    return rng.choice(others)
+        candidates = [random_value(rng)]
+    return rng.choice(candidates)
 
 
 def tensor_like(t, rng):
@@ -185,23 +185,23 @@ def damaged_bytes(data, rng, parts=()):
         kind = rng.choice(kinds)
         if parts and kind != "swap" and rng.random() < 0.5:
             start, end = rng.choice(parts)
-            at = min(rng.randrange(start, end), len(data))
+            position = min(rng.randrange(start, end), len(data))
         else:
-            at = rng.randrange(len(data) + 1)
+            position = rng.randrange(len(data) + 1)
         count = rng.choice([1, 2, 8, 64])
-        if kind == "flip" and at < len(data):
-            data[at] ^= 1 << rng.randrange(8)
+        if kind == "flip" and position < len(data):
+            data[position] ^= 1 << rng.randrange(8)
         elif kind == "cut":
-            del data[at:]
+            del data[position:]
         elif kind == "insert":
-            data[at:at] = rng.randbytes(count)
+            data[position:position] = rng.randbytes(count)
         elif kind == "delete":
-            del data[at : at + count]
+            del data[position : position + count]
         elif kind == "zeros":
-            data[at : at + count] = bytes(len(data[at : at + count]))
+            data[position : position + count] = bytes(len(data[position : position + count]))
         elif kind == "copy":
             other = rng.randrange(len(data) + 1)
-            data[at : at + count] = data[other : other + count]
+            data[position : position + count] = data[other : other + count]
         elif kind == "swap":
             (a, b), (c, d) = sorted(rng.choices(parts, k=2))
             if b <= c:  # parts do not overlap: these are two different ones

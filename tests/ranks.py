@@ -33,10 +33,10 @@ def run(world, function, *args, folder, timeout=120, backend="gloo", device="cpu
     ]
     for process in ranks:
         process.start()
-    end = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     try:
         while any(process.is_alive() for process in ranks) and not list(folder.glob("*.failed")):
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 pytest.fail(f"{function.__name__} took more than {timeout} s on {world} ranks")
             if kill_at is not None and kill_at.exists():
                 return None

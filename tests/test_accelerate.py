@@ -42,7 +42,7 @@ class Run:
                 self.optimizer.zero_grad()
         return self
 
-    def end(self):
+    def state(self):
         return self.model.state_dict(), self.collins.state_dict(), self.schedule.state_dict()
 
 
@@ -72,26 +72,26 @@ def test_accumulated_gradients_are_the_mean_of_their_batches():
 @pytest.mark.parametrize("memory", MEMORY, ids=str)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_training_resumes_bitwise_from_a_loaded_state(tmp_path, precision, memory):
-    whole = Run(precision, memory=memory).train(0, STEPS // 2)
-    whole.accelerator.save_state(str(tmp_path))
-    halfway = pickle.loads(pickle.dumps(whole.end()))
-    expected = whole.train(STEPS // 2).end()
+    uninterrupted = Run(precision, memory=memory).train(0, STEPS // 2)
+    uninterrupted.accelerator.save_state(str(tmp_path))
+    halfway = pickle.loads(pickle.dumps(uninterrupted.state()))
+    expected = uninterrupted.train(STEPS // 2).state()
     resumed = Run(precision, memory=memory)
     resumed.accelerator.load_state(str(tmp_path))
-    assert same(resumed.end(), halfway)
-    assert same(resumed.train(STEPS // 2).end(), expected)
+    assert same(resumed.state(), halfway)
+    assert same(resumed.train(STEPS // 2).state(), expected)
     assert not same(halfway, expected)
 
 
 def test_loading_into_an_optimizer_that_has_stepped_keeps_its_tensors(tmp_path):
     run = Run().train(0, 2)
     run.accelerator.save_state(str(tmp_path))
-    saved = pickle.loads(pickle.dumps(run.end()))
+    saved = pickle.loads(pickle.dumps(run.state()))
     table = run.collins.state[run.model[0].weight]["m_table"]
     run.train(2, 4)
-    assert not same(run.end(), saved)
+    assert not same(run.state(), saved)
     run.accelerator.load_state(str(tmp_path))
-    assert same(run.end(), saved)
+    assert same(run.state(), saved)
     assert run.collins.state[run.model[0].weight]["m_table"] is table
 
 
@@ -108,8 +108,8 @@ def test_a_prepared_optimizer_can_be_pickled():
 
 
 def test_steps_in_backward_equal_steps_after_backward():
-    after, within = (Run(rounds=1, clip=None, in_backward=in_backward) for in_backward in (False, True))
-    assert same(within.train().end()[:1], after.train().end()[:1])
+    after_backward, within = (Run(rounds=1, clip=None, in_backward=in_backward) for in_backward in (False, True))
+    assert same(within.train().state()[:1], after_backward.train().state()[:1])
     assert steps_taken(within.collins) == STEPS
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from helpers import OPTIONS, bits, moments, parameters, same, with_kernel
 from reference import DECODES, Block, Reference, Universal
-from training import TIERS, backward, made, same_bits
+from training import TIERS, backward, make_model, same_bits
 
 from collins import Collins
 from collins.clipping import LAST_NORM
 from collins.hashing import UniversalHash
 
 SHAPES, PARTS = [(32, 64), (33, 37), (12,)], 3
-OWN = {**OPTIONS, "in_backward": True, "accumulation_steps": PARTS}
+PARTIAL_STEPS = {**OPTIONS, "in_backward": True, "accumulation_steps": PARTS}
 
 
 def gradients(step, ps, parts=PARTS):
@@ -30,9 +30,9 @@ def backward_with(ps, grads):
     sum((p * g).sum() for p, g in zip(ps, grads, strict=True) if g is not None).backward()
 
 
-def stepped(steps=4, dtype=torch.float32, kernel=False, shapes=SHAPES, **options):
+def run_steps(steps=4, dtype=torch.float32, kernel=False, shapes=SHAPES, **options):
     ps = parameters(dtype, shapes)
-    opt = Collins(ps, **{**OWN, **options})
+    opt = Collins(ps, **{**PARTIAL_STEPS, **options})
     opt = with_kernel(opt) if kernel else opt
     for step in range(steps):
         for grads in gradients(step, ps):
@@ -42,7 +42,7 @@ def stepped(steps=4, dtype=torch.float32, kernel=False, shapes=SHAPES, **options
     return ps, opt
 
 
-def kept(ps, opt):
+def weights_and_moments(ps, opt):
     opt.state_dict()  # waits for moments on their way to the host
     return [t.detach().clone() for p in ps for t in (p, *moments(opt, p))]
 
@@ -52,49 +52,49 @@ def kept(ps, opt):
 def test_partial_steps_equal_the_float64_reference(hash, decode):
     ps = parameters(torch.float64, SHAPES)
     options = {"hash": hash, "decode": decode, "compress_ratio": 8, "table_dtype": torch.float64, "weight_decay": 0.1}
-    opt = Collins(ps, **{**OWN, **options})
-    twins = []
+    opt = Collins(ps, **{**PARTIAL_STEPS, **options})
+    references = []
     for key, p in enumerate(ps):
-        found, twin = opt.hash_of(p), None
-        if isinstance(found, UniversalHash):
-            twin = Universal(p.numel(), found.buckets, *found.coefficients)
-        elif found is not None:
-            twin = Block(p.numel(), 8, 0, key, 3)
-        twins.append(Reference(p.detach().numpy(), twin, decode, lr=1e-2, weight_decay=0.1))
-    assert sum(twin.hash is None for twin in twins) == 1
+        hash_of_p, reference_hash = opt.hash_of(p), None
+        if isinstance(hash_of_p, UniversalHash):
+            reference_hash = Universal(p.numel(), hash_of_p.buckets, *hash_of_p.coefficients)
+        elif hash_of_p is not None:
+            reference_hash = Block(p.numel(), 8, 0, key, 3)
+        references.append(Reference(p.detach().numpy(), reference_hash, decode, lr=1e-2, weight_decay=0.1))
+    assert sum(reference.hash is None for reference in references) == 1
     for step in range(5):
-        found = gradients(step, ps)
+        micro_batches = gradients(step, ps)
         if step == 3:
-            found = found[:-1]  # a step of fewer backward passes than were expected
-        for grads in found:
+            micro_batches = micro_batches[:-1]  # a step of fewer backward passes than were expected
+        for grads in micro_batches:
             backward_with(ps, grads)
         opt.step()
-        for number, twin in enumerate(twins):
-            twin.accumulate([grads[number].numpy() for grads in found], PARTS)
+        for number, reference in enumerate(references):
+            reference.accumulate([grads[number].numpy() for grads in micro_batches], PARTS)
     assert all(state["step"] == 5 for state in opt.state.values())
-    for p, twin in zip(ps, twins, strict=True):
-        np.testing.assert_allclose(p.detach().numpy().reshape(-1), twin.p, rtol=1e-9, atol=1e-12)
+    for p, reference in zip(ps, references, strict=True):
+        np.testing.assert_allclose(p.detach().numpy().reshape(-1), reference.p, rtol=1e-9, atol=1e-12)
 
 
 def test_first_moments_and_numerators_equal_those_of_the_whole_gradient():
     """A large eps gives all passes the same denominator; the weights then equal those of true accumulation, too."""
     options = {"eps": 1e9, "lr": 1e8, "weight_decay": 1e-10, "compress_ratio": 8, "table_dtype": torch.float64}
-    ps, opt = stepped(dtype=torch.float64, **options)
-    others = parameters(torch.float64, SHAPES)
-    other = Collins(others, **{**OPTIONS, **options})
+    ps, opt = run_steps(dtype=torch.float64, **options)
+    other_ps = parameters(torch.float64, SHAPES)
+    other = Collins(other_ps, **{**OPTIONS, **options})
     for step in range(4):
-        for p, parts in zip(others, zip(*gradients(step, others), strict=True), strict=True):
+        for p, parts in zip(other_ps, zip(*gradients(step, other_ps), strict=True), strict=True):
             p.grad = sum(parts)
         other.step()
     assert all((p - old).abs().max() > 1e-2 for p, old in zip(ps, parameters(torch.float64, SHAPES), strict=True))
-    for p, q in zip(ps, others, strict=True):
+    for p, q in zip(ps, other_ps, strict=True):
         torch.testing.assert_close(moments(opt, p)[0], moments(other, q)[0], rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
 def test_with_independent_noise_second_moments_equal_those_of_the_sum_on_average():
     p, q = (torch.nn.Parameter(torch.zeros(256, 256)) for _ in range(2))
-    opt, other = Collins([p], **OWN), Collins([q], **OPTIONS)
+    opt, other = Collins([p], **PARTIAL_STEPS), Collins([q], **OPTIONS)
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         q.grad = torch.zeros_like(q)
@@ -104,7 +104,7 @@ def test_with_independent_noise_second_moments_equal_those_of_the_sum_on_average
             q.grad += g
         opt.step()
         other.step()
-    sums = [moments(one, t)[-1].sum().item() for one, t in ((opt, p), (other, q))]
+    sums = [moments(o, t)[-1].sum().item() for o, t in ((opt, p), (other, q))]
     assert sums[0] == pytest.approx(sums[1], rel=0.01)
 
 
@@ -118,49 +118,53 @@ def test_partial_steps_of_kernel_and_graphs_equal_eager_ones(dtype, options, way
     if "kernel" in way:
         pytest.importorskip("triton")
     same_runs = {"shapes": [(64, 64), (40,)], "dtype": dtype, "steps": 3, **options}
-    rough = 2.0**-7 if dtype == torch.bfloat16 else 2e-6
-    for ours, theirs in zip(
-        kept(*stepped(**same_runs, **way)), kept(*stepped(**same_runs, compile=False)), strict=True
+    tolerance = 2.0**-7 if dtype == torch.bfloat16 else 2e-6
+    for actual, expected in zip(
+        weights_and_moments(*run_steps(**same_runs, **way)),
+        weights_and_moments(*run_steps(**same_runs, compile=False)),
+        strict=True,
     ):
-        if ours.dtype in (torch.int8, torch.uint8):
-            assert (ours != theirs).float().mean() < 0.02
+        if actual.dtype in (torch.int8, torch.uint8):
+            assert (actual != expected).float().mean() < 0.02
         else:
-            torch.testing.assert_close(ours, theirs, rtol=2 * rough, atol=2 * rough)
+            torch.testing.assert_close(actual, expected, rtol=2 * tolerance, atol=2 * tolerance)
 
 
 @pytest.mark.parametrize("memory", TIERS.values(), ids=TIERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_tier_gives_bitwise_the_same_result(memory, dtype):
-    sides = []
-    for own in (None, memory):
-        model = made(dtype)
-        opt = Collins(model.parameters(), **OWN, memory=own)
+    results = []
+    for policy in (None, memory):
+        model = make_model(dtype)
+        opt = Collins(model.parameters(), **PARTIAL_STEPS, memory=policy)
         for step in range(5):
             for part in range(PARTS):  # every second one leaves some parameters without a gradient
                 backward(model, PARTS * step + part)
             opt.step()
-        sides.append((model, opt))
-    assert same_bits(*sides)
-    counts = {int(state["step"]) for state in sides[0][1].state.values()}
+        results.append((model, opt))
+    assert same_bits(*results)
+    counts = {int(state["step"]) for state in results[0][1].state.values()}
     assert counts == {5}
 
 
 def test_a_counter_on_the_device_gives_bitwise_the_same_result():
-    assert same(kept(*stepped(capturable=True)), kept(*stepped()))
+    assert same(weights_and_moments(*run_steps(capturable=True)), weights_and_moments(*run_steps()))
 
 
 def test_a_step_of_one_backward_pass_equals_an_ordinary_step():
-    assert same(kept(*stepped(accumulation_steps=1, steps=0)), kept(*stepped(steps=0)))
-    ends = []
+    assert same(
+        weights_and_moments(*run_steps(accumulation_steps=1, steps=0)), weights_and_moments(*run_steps(steps=0))
+    )
+    results = []
     for options in ({}, {"accumulation_steps": 1}, {"accumulation_steps": "1"}):
         ps = parameters(torch.float32, SHAPES)
         opt = Collins(ps, **OPTIONS, in_backward=True, **options)
         for step in range(3):
             backward_with(ps, gradients(step, ps)[0])
             opt.step()
-        ends.append(kept(ps, opt))
-    assert same(ends[0], ends[1])
-    assert same(ends[0], ends[2])
+        results.append(weights_and_moments(ps, opt))
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
 
 
 def test_rounding_is_independent_between_partial_steps():
@@ -175,12 +179,12 @@ def test_rounding_is_independent_between_partial_steps():
 
 
 def test_training_resumes_bitwise_from_a_state_dict():
-    whole, parted = stepped(steps=4), stepped(steps=2)
+    uninterrupted, interrupted = run_steps(steps=4), run_steps(steps=2)
     saved = io.BytesIO()
-    torch.save(parted[1].state_dict(), saved)
+    torch.save(interrupted[1].state_dict(), saved)
     saved.seek(0)
-    ps = [torch.nn.Parameter(p.detach().clone()) for p in parted[0]]
-    opt = Collins(ps, **OWN)
+    ps = [torch.nn.Parameter(p.detach().clone()) for p in interrupted[0]]
+    opt = Collins(ps, **PARTIAL_STEPS)
     opt.load_state_dict(torch.load(saved, weights_only=True))
     opt = copy.deepcopy({"opt": opt, "ps": ps})
     ps, opt = opt["ps"], opt["opt"]
@@ -188,17 +192,17 @@ def test_training_resumes_bitwise_from_a_state_dict():
         for grads in gradients(step, ps):
             backward_with(ps, grads)
         opt.step()
-    assert same(kept(ps, opt), kept(*whole))
+    assert same(weights_and_moments(ps, opt), weights_and_moments(*uninterrupted))
 
 
 def test_saving_copying_and_loading_are_rejected_in_the_middle_of_a_step():
-    ps, opt = stepped(steps=1)
+    ps, opt = run_steps(steps=1)
     saved = opt.state_dict()
     backward_with(ps, gradients(1, ps)[0])
     before = [bits(p).clone() for p in ps]
-    for what in (opt.state_dict, lambda: copy.deepcopy(opt), lambda: opt.load_state_dict(saved)):
+    for call in (opt.state_dict, lambda: copy.deepcopy(opt), lambda: opt.load_state_dict(saved)):
         with pytest.raises(RuntimeError, match=r"in the middle of a step, after 1 of accumulation_steps=3.*step\(\)"):
-            what()
+            call()
     assert all(map(torch.equal, map(bits, ps), before))
     opt.step()
     opt.load_state_dict(opt.state_dict())
@@ -206,7 +210,7 @@ def test_saving_copying_and_loading_are_rejected_in_the_middle_of_a_step():
 
 
 def test_more_backward_passes_than_accumulation_steps_are_rejected():
-    ps, opt = stepped(steps=1)
+    ps, opt = run_steps(steps=1)
     first = gradients(1, ps)
     for grads in first:
         backward_with(ps, grads)
@@ -215,52 +219,52 @@ def test_more_backward_passes_than_accumulation_steps_are_rejected():
         backward_with(ps, first[0])
     assert all(map(torch.equal, map(bits, ps), before))
     opt.step()
-    ps_after, opt_after = stepped(steps=2)
-    assert same(kept(ps, opt), kept(ps_after, opt_after))
+    ps_after, opt_after = run_steps(steps=2)
+    assert same(weights_and_moments(ps, opt), weights_and_moments(ps_after, opt_after))
 
 
 def test_nonfinite_gradients_are_skipped_in_their_backward_pass_only():
-    ends = []
-    for wrong in (False, True):
+    results = []
+    for nonfinite in (False, True):
         ps = parameters(torch.float32, SHAPES)
-        opt = Collins(ps, **OWN, nonfinite="skip", table_dtype=torch.float32, compress_ratio=8)
+        opt = Collins(ps, **PARTIAL_STEPS, nonfinite="skip", table_dtype=torch.float32, compress_ratio=8)
         for step in range(2):
-            found = gradients(step, ps)
+            micro_batches = gradients(step, ps)
             if step == 1:
-                for grads in found[1:]:
+                for grads in micro_batches[1:]:
                     for g in grads:
-                        g.view(-1)[:8] = math.nan if wrong else 0
-            for grads in found:
+                        g.view(-1)[:8] = math.nan if nonfinite else 0
+            for grads in micro_batches:
                 backward_with(ps, grads)
             opt.step()
-        ends.append((kept(ps, opt), opt.statistics()["skipped_buckets"]))
-    assert int(ends[0][1]) == 0
-    assert int(ends[1][1]) == 2 * (1 + 1 + 8)  # two backward passes; a bucket of each table, 8 exact elements
-    for ours, theirs in zip(ends[1][0], ends[0][0], strict=True):  # without and with skipped gradients
-        assert ours.isfinite().all()
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        results.append((weights_and_moments(ps, opt), opt.statistics()["skipped_buckets"]))
+    assert int(results[0][1]) == 0
+    assert int(results[1][1]) == 2 * (1 + 1 + 8)  # two backward passes; a bucket of each table, 8 exact elements
+    for actual, expected in zip(results[1][0], results[0][0], strict=True):  # without and with skipped gradients
+        assert actual.isfinite().all()
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_norms_of_passes_add_as_if_orthogonal_and_clip_each_gradient_on_arrival():
     ps = parameters(torch.float64, [(12,)])
-    opt = Collins(ps, **OWN, max_grad_norm=0.5)
-    twin = Reference(ps[0].detach().numpy(), lr=1e-2)
-    last = 0.0
+    opt = Collins(ps, **PARTIAL_STEPS, max_grad_norm=0.5)
+    reference = Reference(ps[0].detach().numpy(), lr=1e-2)
+    last_norm = 0.0
     for step in range(3):
-        arrived = 0.0
+        norm = 0.0
         for part, (g,) in enumerate(gradients(step, ps)):
             backward_with(ps, [g])
-            arrived = math.hypot(arrived, g.norm().item())
-            twin.step(g.numpy(), min(1, 0.5 / (max(last, arrived) + 1e-6)), part, PARTS)
+            norm = math.hypot(norm, g.norm().item())
+            reference.step(g.numpy(), min(1, 0.5 / (max(last_norm, norm) + 1e-6)), part, PARTS)
         opt.step()
-        assert float(opt.grad_norm) == pytest.approx(arrived)
-        last = arrived
-    assert float(opt.param_groups[0][LAST_NORM]) == pytest.approx(last)
-    np.testing.assert_allclose(ps[0].detach().numpy(), twin.p, rtol=1e-9)
+        assert float(opt.grad_norm) == pytest.approx(norm)
+        last_norm = norm
+    assert float(opt.param_groups[0][LAST_NORM]) == pytest.approx(last_norm)
+    np.testing.assert_allclose(ps[0].detach().numpy(), reference.p, rtol=1e-9)
 
 
 def test_a_cleared_state_starts_from_zero():
-    ps, opt = stepped(steps=1)
+    ps, opt = run_steps(steps=1)
     backward_with(ps, gradients(1, ps)[0])
     opt.step()
     opt.state.clear()
@@ -282,8 +286,8 @@ def test_accumulation_steps_is_rejected_where_it_has_no_meaning():
     with pytest.raises(ValueError, match=r"accumulation_steps must be 1 without in_backward=True.*add up.*got 3"):
         Collins(ps, accumulation_steps=3)
     with pytest.raises(ValueError, match=r"accumulation_steps must be 1 for decode='orthogonal', got 3"):
-        Collins(ps, **{**OWN, "decode": "orthogonal"})
-    opt = Collins(ps, **OWN)
+        Collins(ps, **{**PARTIAL_STEPS, "decode": "orthogonal"})
+    opt = Collins(ps, **PARTIAL_STEPS)
     with pytest.raises(ValueError, match="accumulation_steps must be 1 for decode='orthogonal'"):
         opt.add_param_group({"params": parameters(torch.float32, [(64, 64)]), "decode": "orthogonal"})
     with pytest.raises(ValueError, match="accumulation_steps is an option of the whole optimizer"):
@@ -299,10 +303,10 @@ def test_accumulation_steps_is_rejected_where_it_has_no_meaning():
 
 def test_tables_on_the_host_are_copied_once_for_each_backward_pass():
     """Every pass uses all tables in the order of the first: they are prefetched, and written back once per pass."""
-    copied = []
+    link_bytes = []
     for parts in (1, PARTS):
-        model = made()
-        opt = Collins(model.parameters(), **{**OWN, "accumulation_steps": parts}, memory=TIERS["host"])
+        model = make_model()
+        opt = Collins(model.parameters(), **{**PARTIAL_STEPS, "accumulation_steps": parts}, memory=TIERS["host"])
         counts = []
         for step in range(3):
             for part in range(parts):
@@ -310,5 +314,5 @@ def test_tables_on_the_host_are_copied_once_for_each_backward_pass():
             opt.step()
             opt.state_dict()
             counts.append(opt.statistics()["link_bytes"])
-        copied.append(counts[2] - counts[1])
-    assert copied[1] <= PARTS * copied[0]
+        link_bytes.append(counts[2] - counts[1])
+    assert link_bytes[1] <= PARTS * link_bytes[0]

@@ -12,15 +12,15 @@ from collins import Collins
 SHAPES = ((33, 37), (5,), (), (2, 3, 4, 5))
 
 
-def both(dtype, device="cpu"):
+def parameter_copies(dtype, device="cpu"):
     """The same parameters twice."""
     return parameters(dtype, SHAPES, device), parameters(dtype, SHAPES, device)
 
 
-def close(ours, theirs, dtype):
-    tight = {"rtol": 1e-12, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 1e-6}
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p.detach(), q.detach(), **tight)
+def assert_close(actual, expected, dtype):
+    tolerances = {"rtol": 1e-12, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 1e-6}
+    for p, q in zip(actual, expected, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), **tolerances)
 
 
 @pytest.mark.parametrize(
@@ -32,14 +32,14 @@ def close(ours, theirs, dtype):
     ids=str,
 )
 def test_ratio_one_equals_adamw_over_100_steps(options, dtype, compile, device):
-    ours, theirs = both(dtype, device)
-    opts = Collins(ours, **options, compress_ratio=1, compile=compile), torch.optim.AdamW(theirs, **options)
+    collins_ps, adamw_ps = parameter_copies(dtype, device)
+    opts = Collins(collins_ps, **options, compress_ratio=1, compile=compile), torch.optim.AdamW(adamw_ps, **options)
     for step in range(100):
-        give_gradients(step, ours, theirs)
+        give_gradients(step, collins_ps, adamw_ps)
         for opt in opts:
             opt.step()
-    close(ours, theirs, dtype)
-    for p, q in zip(ours, theirs, strict=True):
+    assert_close(collins_ps, adamw_ps, dtype)
+    for p, q in zip(collins_ps, adamw_ps, strict=True):
         assert opts[0].state[p].keys() == opts[1].state[q].keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert opts[0].state[p]["step"].item() == 100
 
@@ -75,17 +75,17 @@ def test_every_scheduler_is_tested():
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler(name, tensor_lr):
-    ours, theirs = both(torch.float64)
+    collins_ps, adamw_ps = parameter_copies(torch.float64)
     rates = [torch.tensor(1e-2, dtype=torch.float64) if tensor_lr else 1e-2 for _ in range(2)]
-    opts = Collins(ours, lr=rates[0], compress_ratio=1), torch.optim.AdamW(theirs, lr=rates[1])
+    opts = Collins(collins_ps, lr=rates[0], compress_ratio=1), torch.optim.AdamW(adamw_ps, lr=rates[1])
     schedules = [SCHEDULERS[name](opt) for opt in opts]
     for step in range(10):
-        give_gradients(step, ours, theirs)
+        give_gradients(step, collins_ps, adamw_ps)
         for opt, schedule in zip(opts, schedules, strict=True):
             opt.step()
             schedule.step(1.0) if name == "ReduceLROnPlateau" else schedule.step()
         assert float(opts[0].param_groups[0]["lr"]) == pytest.approx(float(opts[1].param_groups[0]["lr"]))
-    close(ours, theirs, torch.float64)
+    assert_close(collins_ps, adamw_ps, torch.float64)
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
@@ -97,8 +97,11 @@ def test_no_scheduler_recompiles(hash, tensor_lr):
     opt.step()
     graphs = opt._stepper.engine.graphs
     with torch.compiler.set_stance("fail_on_recompile"):
-        for name, made in {**SCHEDULERS, "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.05)}.items():
-            schedule = made(opt)
+        for name, make_schedule in {
+            **SCHEDULERS,
+            "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.05),
+        }.items():
+            schedule = make_schedule(opt)
             for step in range(8):
                 give_gradients(step, ps)
                 opt.step()
@@ -107,15 +110,15 @@ def test_no_scheduler_recompiles(hash, tensor_lr):
 
 
 def test_swa_utils_and_swalr():
-    ours, theirs = both(torch.float64)
-    opts = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
+    collins_ps, adamw_ps = parameter_copies(torch.float64)
+    opts = Collins(collins_ps, compress_ratio=1), torch.optim.AdamW(adamw_ps)
     schedules = [torch.optim.swa_utils.SWALR(opt, swa_lr=0.05, anneal_epochs=3) for opt in opts]
     for step in range(6):
-        give_gradients(step, ours, theirs)
+        give_gradients(step, collins_ps, adamw_ps)
         for opt, schedule in zip(opts, schedules, strict=True):
             opt.step()
             schedule.step()
-    close(ours, theirs, torch.float64)
+    assert_close(collins_ps, adamw_ps, torch.float64)
 
 
 def test_groups_names_and_groups_added_later():
@@ -124,36 +127,36 @@ def test_groups_names_and_groups_added_later():
         opt = make([{"params": [("a", ps[0])], "lr": 1e-2}, {"params": [("b", ps[1])], "weight_decay": 0.5}], **exact)
         return ps, opt
 
-    ours, opt = build(Collins, compress_ratio=1)
-    theirs, adamw = build(torch.optim.AdamW)
+    collins_ps, opt = build(Collins, compress_ratio=1)
+    adamw_ps, adamw = build(torch.optim.AdamW)
     for step in range(20):
         if step == 5:
-            for ps, o in ((ours, opt), (theirs, adamw)):
+            for ps, o in ((collins_ps, opt), (adamw_ps, adamw)):
                 o.add_param_group({"params": [("c", ps[2]), ("d", ps[3])], "betas": (0.5, 0.6)})
-        give_gradients(step, ours, theirs)
+        give_gradients(step, collins_ps, adamw_ps)
         opt.step()
         adamw.step()
-    close(ours, theirs, torch.float64)
+    assert_close(collins_ps, adamw_ps, torch.float64)
     assert [group["param_names"] for group in opt.param_groups] == [["a"], ["b"], ["c", "d"]]
 
 
 def test_gradients_that_are_absent_in_some_steps():
-    ours, theirs = both(torch.float64)
-    opts = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
+    collins_ps, adamw_ps = parameter_copies(torch.float64)
+    opts = Collins(collins_ps, compress_ratio=1), torch.optim.AdamW(adamw_ps)
     for step in range(12):
-        give_gradients(step, ours, theirs)
-        absent = step % len(ours)
-        ours[absent].grad = theirs[absent].grad = None
+        give_gradients(step, collins_ps, adamw_ps)
+        absent = step % len(collins_ps)
+        collins_ps[absent].grad = adamw_ps[absent].grad = None
         for opt in opts:
             opt.step()
-    close(ours, theirs, torch.float64)
+    assert_close(collins_ps, adamw_ps, torch.float64)
 
 
 def test_closure_and_its_loss():
-    ours, theirs = both(torch.float64)
-    opts = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
+    collins_ps, adamw_ps = parameter_copies(torch.float64)
+    opts = Collins(collins_ps, compress_ratio=1), torch.optim.AdamW(adamw_ps)
     losses = []
-    for ps, opt in zip((ours, theirs), opts, strict=True):
+    for ps, opt in zip((collins_ps, adamw_ps), opts, strict=True):
 
         def closure(ps=ps, opt=opt):
             opt.zero_grad()
@@ -163,21 +166,21 @@ def test_closure_and_its_loss():
 
         losses.append([opt.step(closure).item() for _ in range(5)])
     assert losses[0] == pytest.approx(losses[1])
-    close(ours, theirs, torch.float64)
+    assert_close(collins_ps, adamw_ps, torch.float64)
 
 
 def test_adamw_state_loads_into_exact_moments_and_back():
-    ours, theirs = both(torch.float64)
-    opt, adamw = Collins(ours, compress_ratio=1), torch.optim.AdamW(theirs)
-    give_gradients(0, ours, theirs)
+    collins_ps, adamw_ps = parameter_copies(torch.float64)
+    opt, adamw = Collins(collins_ps, compress_ratio=1), torch.optim.AdamW(adamw_ps)
+    give_gradients(0, collins_ps, adamw_ps)
     adamw.step()
-    for p, q in zip(ours, theirs, strict=True):
+    for p, q in zip(collins_ps, adamw_ps, strict=True):
         p.data.copy_(q.data)
     loaded = copy.deepcopy(adamw.state_dict())
     for group in loaded["param_groups"]:
         group["compress_ratio"] = 1
     opt.load_state_dict(loaded)
-    give_gradients(1, ours, theirs)
+    give_gradients(1, collins_ps, adamw_ps)
     opt.step()
     adamw.step()
-    close(ours, theirs, torch.float64)
+    assert_close(collins_ps, adamw_ps, torch.float64)

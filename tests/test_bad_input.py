@@ -118,7 +118,7 @@ BETAS = [[0.5, 0.75], Pair([0.5, 0.75]), np.array([0.5, 0.75]), (np.float32(0.5)
 @pytest.mark.parametrize("betas", BETAS, ids=lambda betas: type(betas).__name__)
 @pytest.mark.parametrize("where", ["argument", "group", "later"])
 def test_betas_are_any_sequence_of_two_and_kept_as_a_tuple_of_floats(betas, where):
-    def stepped(betas):
+    def step_with(betas):
         p = torch.nn.Parameter(torch.linspace(-1, 1, 4096).view(64, 64))
         p.grad = p.detach().sin()
         opt = Collins([{"params": [p], **({"betas": betas} if where == "group" else {})}], min_K=16,
@@ -128,11 +128,11 @@ def test_betas_are_any_sequence_of_two_and_kept_as_a_tuple_of_floats(betas, wher
         opt.step()
         return p.detach(), opt
 
-    (p, opt), (q, _) = stepped(betas), stepped((0.5, 0.75))
+    (p, opt), (q, _) = step_with(betas), step_with((0.5, 0.75))
     assert torch.equal(p, q)
-    kept = opt.param_groups[0]["betas"]
-    assert kept == (0.5, 0.75)
-    assert [type(kept), *map(type, kept)] == [tuple, float, float]
+    betas_of_group = opt.param_groups[0]["betas"]
+    assert betas_of_group == (0.5, 0.75)
+    assert [type(betas_of_group), *map(type, betas_of_group)] == [tuple, float, float]
 
 
 def test_numbers_of_numpy_are_kept_as_pythons(tmp_path):
@@ -143,9 +143,11 @@ def test_numbers_of_numpy_are_kept_as_pythons(tmp_path):
         **{name: np.int64(value) for name, value in ints.items()},
         **{name: np.float32(value) for name, value in floats.items()},
     )
-    kept = {"seed": opt.seed, **opt.param_groups[0]}
-    assert {name: (type(kept[name]), kept[name]) for name in ints} == {name: (int, ints[name]) for name in ints}
-    assert {name: (type(kept[name]), kept[name]) for name in floats} == {name: (float, floats[name]) for name in floats}
+    options = {"seed": opt.seed, **opt.param_groups[0]}
+    assert {name: (type(options[name]), options[name]) for name in ints} == {name: (int, ints[name]) for name in ints}
+    assert {name: (type(options[name]), options[name]) for name in floats} == {
+        name: (float, floats[name]) for name in floats
+    }
     torch.save(opt.state_dict(), tmp_path / "state")
     torch.load(tmp_path / "state", weights_only=True)
 
@@ -178,7 +180,7 @@ def test_a_group_may_have_keys_that_are_not_options():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_float64_tables_require_float64_parameters(dtype):
-    p, q = (torch.nn.Parameter(torch.randn(64, 64, dtype=wide)) for wide in (dtype, torch.float64))
+    p, q = (torch.nn.Parameter(torch.randn(64, 64, dtype=d)) for d in (dtype, torch.float64))
     text = f"table_dtype must be torch.float32 or torch.bfloat16 for parameter 1 of {dtype}, got torch.float64"
     with pytest.raises(ValueError, match=text):
         Collins([q, p], table_dtype=torch.float64)
@@ -207,15 +209,15 @@ BAD_PARAMETERS = [
 ]
 
 
-@pytest.mark.parametrize(("bad", "error", "text"), BAD_PARAMETERS)
-def test_a_parameter_that_cannot_be_optimized(bad, error, text):
+@pytest.mark.parametrize(("bad_param", "error", "text"), BAD_PARAMETERS)
+def test_a_parameter_that_cannot_be_optimized(bad_param, error, text):
     with pytest.raises(error, match=text):
-        Collins([param(3), bad])
+        Collins([param(3), bad_param])
     with pytest.raises(error, match=text.replace("parameter 1", "parameter 'w'")):
-        Collins([("v", param(3)), ("w", bad)])
+        Collins([("v", param(3)), ("w", bad_param)])
     opt = Collins([param(3)])
     with pytest.raises(error):
-        opt.add_param_group({"params": [param(2), bad]})
+        opt.add_param_group({"params": [param(2), bad_param]})
     assert len(opt.param_groups) == 1
 
 
@@ -257,11 +259,11 @@ class AnyGradient(torch.nn.Parameter):
 
     @property
     def grad(self):
-        return self.given
+        return self.value
 
     @grad.setter
     def grad(self, value):
-        self.given = value
+        self.value = value
 
 
 @pytest.mark.parametrize("kind", ["sparse", "shape", "dtype", "device"])
@@ -361,10 +363,10 @@ def test_moments_are_moved_with_their_parameter_by_a_state_dict():
     p.grad = torch.ones_like(p)
     opt.step()
     opt.state[p].update({name: opt.state[p][name].to("meta") for name in ("m_table", "v_table")})
-    kept = opt.state_dict()
-    for moments in kept["state"].values():
+    state_dict = opt.state_dict()
+    for moments in state_dict["state"].values():
         moments.update(m_table=torch.ones(64, 2), v_table=torch.ones(64, 2))
-    opt.load_state_dict(kept)
+    opt.load_state_dict(state_dict)
     assert opt.state[p]["m_table"].device == p.device
     opt.step()
 

@@ -25,12 +25,12 @@ from torch import nn
 from collins import Collins
 from collins.clipping import LAST_NORM
 
-SHAPES, FEW = STEP_SHAPES, FEW_STEP_SHAPES
+SHAPES, FEW_SHAPES = STEP_SHAPES, FEW_STEP_SHAPES
 CLIP = 0.5
 WAYS = STEP_WAYS
 
 
-def built(way, ps, **options):
+def make_optimizer(way, ps, **options):
     if way == "kernel":
         pytest.importorskip("triton")
     opt = Collins(ps, **{**OPTIONS, "table_dtype": torch.float32, **WAYS[way], **options})
@@ -38,10 +38,10 @@ def built(way, ps, **options):
 
 
 def shapes(way):
-    return FEW if way in ("compiled", "kernel") else SHAPES
+    return FEW_SHAPES if way in ("compiled", "kernel") else SHAPES
 
 
-def kept(opt, ps):
+def weights_and_moments(opt, ps):
     opt.state_dict()  # waits for moments on their way to the host
     return [t.detach().clone() for p in ps for t in (p, *moments(opt, p))]
 
@@ -53,19 +53,22 @@ def norm_of(grads):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_equals_one_after_clip_grad_norm(way):
     ps, copies = parameters(torch.float32, shapes(way)), parameters(torch.float32, shapes(way))
-    opt, other = built(way, ps, max_grad_norm=CLIP), built("eager", copies, hash=WAYS[way].get("hash", "block"))
+    opt, other = (
+        make_optimizer(way, ps, max_grad_norm=CLIP),
+        make_optimizer("eager", copies, hash=WAYS[way].get("hash", "block")),
+    )
     assert opt.grad_norm is None
     for step in range(3):
         give_gradients(step, ps, copies)
-        given = [p.grad.clone() for p in ps]
+        grads = [p.grad.clone() for p in ps]
         norm = nn.utils.clip_grad_norm_(copies, CLIP)
         opt.step()
         other.step()
         assert float(norm) > CLIP
         assert torch.equal(opt.grad_norm, norm)
-        assert all(torch.equal(p.grad, g) for p, g in zip(ps, given, strict=True))  # nothing is written to them
-    for ours, theirs in zip(kept(opt, ps), kept(other, copies), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(p.grad, g) for p, g in zip(ps, grads, strict=True))  # nothing is written to them
+    for actual, expected in zip(weights_and_moments(opt, ps), weights_and_moments(other, copies), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_norm_of_bf16_gradients_is_not_rounded_to_bf16():
@@ -89,24 +92,24 @@ LIMITS = [(way, 1e6) for way in WAYS] + [("eager", math.inf)]
 @pytest.mark.parametrize("in_backward", [False, True])
 @pytest.mark.parametrize(("way", "limit"), LIMITS)
 def test_a_factor_of_one_changes_no_bit(way, limit, in_backward):
-    sides = []
+    results = []
     for max_norm in (None, limit):
         # The interpreter is slow for bfloat16.
         ps = parameters(torch.float32 if way == "kernel" else torch.bfloat16, shapes(way))
-        opt = built(way, ps, max_grad_norm=max_norm, in_backward=in_backward)
+        opt = make_optimizer(way, ps, max_grad_norm=max_norm, in_backward=in_backward)
         for step in range(2):
-            arrive(ps, step, in_backward)
+            set_gradients(ps, step, in_backward)
             opt.step()
-        sides.append(kept(opt, ps))
-    assert same(*sides)
+        results.append(weights_and_moments(opt, ps))
+    assert same(*results)
     assert float(opt.grad_norm) == pytest.approx(norm_of([gradient(p, 1, i) for i, p in enumerate(ps)]), rel=1e-6)
 
 
-def gradient(p, step, place, scale=1.0):
-    return (scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + place))).to(p)
+def gradient(p, step, index, scale=1.0):
+    return (scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + index))).to(p)
 
 
-def arrive(ps, step, in_backward=True, scale=1.0):
+def set_gradients(ps, step, in_backward=True, scale=1.0):
     """Sets or computes the gradients of step `step` in the order of backward: the last parameter first."""
     if not in_backward:
         for i, p in enumerate(ps):
@@ -122,23 +125,23 @@ def test_steps_equal_the_float64_reference(in_backward, max_norm):
     """The factors are computed here: those of `clip_grad_norm_`, and those defined for backward."""
     ps = parameters(torch.float64, SHAPES, "cpu")
     opt = Collins(ps, **OPTIONS, table_dtype=torch.float64, max_grad_norm=max_norm, in_backward=in_backward)
-    twins = []
+    references = []
     for key, p in enumerate(ps):
         hash = opt.hash_of(p)
-        twin = None if hash is None else Block(p.numel(), hash.block, 0, key, OPTIONS["rehash_period"])
-        twins.append(Reference(p.detach().numpy(), twin, lr=OPTIONS["lr"]))
+        reference = None if hash is None else Block(p.numel(), hash.block, 0, key, OPTIONS["rehash_period"])
+        references.append(Reference(p.detach().numpy(), reference, lr=OPTIONS["lr"]))
     last, factors = 0.0, []
     for step, scale in enumerate((1.0, 1.0, 30.0, 1.0, 0.001, 1.0)):
         grads = [gradient(p, step, i, scale) for i, p in enumerate(ps)]
-        arrive(ps, step, in_backward, scale)
+        set_gradients(ps, step, in_backward, scale)
         opt.step()
         squares = 0.0
-        for p, g, twin in reversed(list(zip(ps, grads, twins, strict=True))):
+        for p, g, reference in reversed(list(zip(ps, grads, references, strict=True))):
             squares += float(g.square().sum())
             norm = max(last, math.sqrt(squares)) if in_backward else norm_of(grads)
             factors.append(min(1.0, max_norm / (norm + 1e-6)))
-            twin.step(g.numpy(), factors[-1])
-            np.testing.assert_allclose(p.detach().numpy().reshape(-1), twin.p, rtol=1e-9, atol=1e-12)
+            reference.step(g.numpy(), factors[-1])
+            np.testing.assert_allclose(p.detach().numpy().reshape(-1), reference.p, rtol=1e-9, atol=1e-12)
         last = norm_of(grads)
         assert opt.grad_norm.dtype == torch.float64
         assert float(opt.grad_norm) == pytest.approx(last)
@@ -151,40 +154,40 @@ def test_an_exploding_gradient_is_bounded_in_backward():
     ps = parameters(torch.float64, [(64,)] * 40, "cpu")
     opt = Collins(ps, lr=1.0, weight_decay=0, betas=(0, 0), min_K=1, compress_ratio=1, eps=1.0, max_grad_norm=CLIP,
                   in_backward=True, table_dtype=torch.float64)  # fmt: skip
-    arrive(ps, 0, scale=1e-3)
+    set_gradients(ps, 0, scale=1e-3)
     opt.step()
-    arrive(ps, 1, scale=1e4)
+    set_gradients(ps, 1, scale=1e4)
     opt.step()
-    used = math.sqrt(sum(opt.state[p]["exp_avg"].square().sum().item() for p in ps))
-    first = norm_of([gradient(ps[-1], 1, len(ps) - 1, 1e4)])
-    bound = CLIP * math.sqrt(1 + 2 * math.log(float(opt.grad_norm) / first))
-    assert CLIP < used <= bound < 3 * CLIP
+    applied_norm = math.sqrt(sum(opt.state[p]["exp_avg"].square().sum().item() for p in ps))
+    first_norm = norm_of([gradient(ps[-1], 1, len(ps) - 1, 1e4)])
+    bound = CLIP * math.sqrt(1 + 2 * math.log(float(opt.grad_norm) / first_norm))
+    assert CLIP < applied_norm <= bound < 3 * CLIP
 
 
 @pytest.mark.parametrize("way", ["compiled", "kernel", "host"])
 def test_in_backward_every_executor_equals_the_eager_one(way):
-    sides = []
-    for each in ("eager", way):
+    results = []
+    for executor in ("eager", way):
         ps = parameters(torch.float32, shapes(way))
-        opt = built(each, ps, max_grad_norm=CLIP, in_backward=True)
+        opt = make_optimizer(executor, ps, max_grad_norm=CLIP, in_backward=True)
         for step in range(3):
-            arrive(ps, step, scale=10.0**step)
+            set_gradients(ps, step, scale=10.0**step)
             opt.step()
-        sides.append([*kept(opt, ps), opt.grad_norm])
-    for ours, theirs in zip(*sides, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert way != "host" or same(*sides)
+        results.append([*weights_and_moments(opt, ps), opt.grad_norm])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert way != "host" or same(*results)
 
 
-def through_file(ps, opt, fresh):
+def load_from_file(ps, opt, new_opt):
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)
-    fresh.load_state_dict(torch.load(file))
-    return fresh
+    new_opt.load_state_dict(torch.load(file))
+    return new_opt
 
 
-def by_torch(ps, opt, fresh, tmp_path, flat):
+def load_with_dcp(ps, opt, new_opt, tmp_path, flat):
     """torch.distributed.checkpoint, in both forms of its state dicts."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
@@ -193,13 +196,15 @@ def by_torch(ps, opt, fresh, tmp_path, flat):
         set_optimizer_state_dict,
     )
 
-    form = StateDictOptions(flatten_optimizer_state_dict=flat)
-    model, other = (nn.ParameterDict({str(i): p for i, p in enumerate(own)}) for own in (ps, list(_params(fresh))))
-    dcp.save(get_optimizer_state_dict(model, opt, options=form), checkpoint_id=tmp_path, no_dist=True)
-    read = get_optimizer_state_dict(other, fresh, options=form)
-    dcp.load(read, checkpoint_id=tmp_path, no_dist=True)
-    set_optimizer_state_dict(other, fresh, read, options=form)
-    return fresh
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, other = (
+        nn.ParameterDict({str(i): p for i, p in enumerate(params)}) for params in (ps, list(_params(new_opt)))
+    )
+    dcp.save(get_optimizer_state_dict(model, opt, options=options), checkpoint_id=tmp_path, no_dist=True)
+    state_dict = get_optimizer_state_dict(other, new_opt, options=options)
+    dcp.load(state_dict, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(other, new_opt, state_dict, options=options)
+    return new_opt
 
 
 def _params(opt):
@@ -211,34 +216,34 @@ def _params(opt):
 def test_training_resumes_bitwise(way, tmp_path):
     """In backward the next factor depends on the last norm."""
 
-    def made():
+    def make_run():
         ps = parameters(torch.float32, SHAPES)
         groups = [{"params": ps[:2]}, {"params": ps[2:], "lr": 3e-3}]
         return ps, Collins(groups, **OPTIONS, max_grad_norm=CLIP, in_backward=True)
 
     def run(ps, opt, first, last):
         for step in range(first, last):
-            arrive(ps, step, scale=3.0 ** (5 - step))
+            set_gradients(ps, step, scale=3.0 ** (5 - step))
             opt.step()
-        return [*kept(opt, ps), opt.grad_norm]
+        return [*weights_and_moments(opt, ps), opt.grad_norm]
 
-    ps, opt = made()
+    ps, opt = make_run()
     run(ps, opt, 0, 3)
     last = float(opt.grad_norm)
     if way in ("deepcopy", "pickle"):
-        both = copy.deepcopy((ps, opt)) if way == "deepcopy" else pickle.loads(pickle.dumps((ps, opt)))
-        resumed_ps, resumed = both
+        copied = copy.deepcopy((ps, opt)) if way == "deepcopy" else pickle.loads(pickle.dumps((ps, opt)))
+        resumed_ps, resumed = copied
     else:
-        resumed_ps, resumed = made()
+        resumed_ps, resumed = make_run()
         if way == "load into a used one":
             run(resumed_ps, resumed, 0, 2)
         with torch.no_grad():
             for p, q in zip(resumed_ps, ps, strict=True):
                 p.copy_(q)
         if "dcp" in way:
-            by_torch(ps, opt, resumed, tmp_path, "flat" in way)
+            load_with_dcp(ps, opt, resumed, tmp_path, "flat" in way)
         else:
-            through_file(ps, opt, resumed)
+            load_from_file(ps, opt, resumed)
     assert {float(group[LAST_NORM]) for group in resumed.state_dict()["param_groups"]} == {last}
     assert type(resumed.state_dict()["param_groups"][0][LAST_NORM]) is float
     expected = run(ps, opt, 3, 5)
@@ -247,20 +252,20 @@ def test_training_resumes_bitwise(way, tmp_path):
 
 def test_after_a_state_dict_without_a_norm_a_step_clips_like_the_first_step():
     """Such as a state dict of version 0.2, or of a run without clipping."""
-    sides = []
-    for used in (False, True):
+    results = []
+    for has_stepped in (False, True):
         ps = parameters(torch.float32, SHAPES)
-        plain = Collins(ps, **OPTIONS)
-        arrive(ps, 0, in_backward=False)
-        plain.step()
-        saved = copy.deepcopy(plain.state_dict())
+        unclipped = Collins(ps, **OPTIONS)
+        set_gradients(ps, 0, in_backward=False)
+        unclipped.step()
+        saved = copy.deepcopy(unclipped.state_dict())
         assert all(LAST_NORM not in group for group in saved["param_groups"])
         opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, in_backward=True)
         before = [p.detach().clone() for p in ps]
-        if used:
+        if has_stepped:
             for p in ps:
                 p.grad = None
-            arrive(ps, 1, scale=1e3)
+            set_gradients(ps, 1, scale=1e3)
             opt.step()
             with torch.no_grad():
                 for p, q in zip(ps, before, strict=True):
@@ -268,10 +273,10 @@ def test_after_a_state_dict_without_a_norm_a_step_clips_like_the_first_step():
         opt.load_state_dict(saved)
         for p in ps:
             p.grad = None
-        arrive(ps, 2)
+        set_gradients(ps, 2)
         opt.step()
-        sides.append(kept(opt, ps))
-    assert same(*sides)
+        results.append(weights_and_moments(opt, ps))
+    assert same(*results)
 
 
 @pytest.mark.parametrize(
@@ -280,64 +285,64 @@ def test_after_a_state_dict_without_a_norm_a_step_clips_like_the_first_step():
 def test_a_malformed_norm_is_rejected_and_nothing_changes(value):
     ps = parameters(torch.float32, SHAPES)
     opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, in_backward=True)
-    arrive(ps, 0)
+    set_gradients(ps, 0)
     opt.step()
     saved = copy.deepcopy(opt.state_dict())
-    before = kept(opt, ps)
+    before = weights_and_moments(opt, ps)
     saved["param_groups"][0][LAST_NORM] = value
     saved["param_groups"][0]["lr"] = 7.0
     with pytest.raises(ValueError, match=LAST_NORM):
         opt.load_state_dict(saved)
-    assert same(kept(opt, ps), before)
+    assert same(weights_and_moments(opt, ps), before)
     assert opt.param_groups[0]["lr"] == OPTIONS["lr"]
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-@pytest.mark.parametrize("wrong", [math.inf, math.nan, 1e30])
-def test_a_nonfinite_norm_has_no_effect_with_skip(wrong, in_backward):
+@pytest.mark.parametrize("bad_value", [math.inf, math.nan, 1e30])
+def test_a_nonfinite_norm_has_no_effect_with_skip(bad_value, in_backward):
     """The step - in backward that of one parameter - is skipped; the next one is unaffected."""
     ps = parameters(torch.float32, SHAPES)
     opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, nonfinite="skip", in_backward=in_backward)
     for step in range(2):
-        arrive(ps, step, in_backward)
+        set_gradients(ps, step, in_backward)
         opt.step()
     before, last = [p.detach().clone() for p in ps], float(opt.grad_norm)
     for i, p in reversed(list(enumerate(ps))):
         g = gradient(p, 2, i)
         if i == 1:
-            g[5, 7] = wrong
+            g[5, 7] = bad_value
         if in_backward:
             (p * g).sum().backward()
         else:
             p.grad = g
     opt.step()
     assert not opt.grad_norm.isfinite()
-    stood_still = [torch.equal(p, old) for p, old in zip(ps, before, strict=True)]
-    assert stood_still == ([False, True, False, False, False] if in_backward else [True] * 5)
-    assert all(t.isfinite().all() for t in kept(opt, ps))
+    unchanged = [torch.equal(p, old) for p, old in zip(ps, before, strict=True)]
+    assert unchanged == ([False, True, False, False, False] if in_backward else [True] * 5)
+    assert all(t.isfinite().all() for t in weights_and_moments(opt, ps))
     if in_backward:
         assert [float(group[LAST_NORM]) for group in opt.param_groups] == [pytest.approx(last)]
-    arrive(ps, 3, in_backward)
+    set_gradients(ps, 3, in_backward)
     opt.step()
     assert opt.grad_norm.isfinite()
     assert not any(torch.equal(p, old) for p, old in zip(ps, before, strict=True))
-    assert all(t.isfinite().all() for t in kept(opt, ps))
+    assert all(t.isfinite().all() for t in weights_and_moments(opt, ps))
 
 
-@pytest.mark.parametrize("wrong", [math.inf, math.nan])
-def test_without_skip_a_nonfinite_norm_has_the_effect_of_clip_grad_norm(wrong):
-    sides = []
+@pytest.mark.parametrize("bad_value", [math.inf, math.nan])
+def test_without_skip_a_nonfinite_norm_has_the_effect_of_clip_grad_norm(bad_value):
+    results = []
     for clips in (False, True):
         ps = parameters(torch.float32, SHAPES)
         opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP if clips else None)
         give_gradients(0, ps)
-        ps[1].grad[5, 7] = wrong
+        ps[1].grad[5, 7] = bad_value
         if not clips:
             nn.utils.clip_grad_norm_(ps, CLIP)
         opt.step()
-        sides.append([p.detach().isfinite() for p in ps])
-    assert same(*sides)
-    assert sides[0][0].all() == (wrong == math.inf)
+        results.append([p.detach().isfinite() for p in ps])
+    assert same(*results)
+    assert results[0][0].all() == (bad_value == math.inf)
 
 
 def test_in_backward_a_nonfinite_norm_does_not_affect_the_next_step():
@@ -362,11 +367,11 @@ def test_parameters_without_gradients_and_steps_without_any():
     assert opt.grad_norm is None
     ps[1].grad = torch.full_like(ps[1], 2.0)
     opt.step()
-    found = opt.grad_norm
-    assert float(found) == pytest.approx(2 * math.sqrt(40))
+    norm = opt.grad_norm
+    assert float(norm) == pytest.approx(2 * math.sqrt(40))
     ps[1].grad = torch.zeros_like(ps[1])
     opt.step()
-    assert float(found) == pytest.approx(2 * math.sqrt(40))  # a copy
+    assert float(norm) == pytest.approx(2 * math.sqrt(40))  # a copy
     assert float(opt.grad_norm) == 0
     ps[1].grad = None
     opt.step()
@@ -374,7 +379,7 @@ def test_parameters_without_gradients_and_steps_without_any():
 
 
 def test_closures_and_compiled_steps_clip():
-    sides = []
+    results = []
     for way in ("plain", "closure", "compiled"):
         torch.manual_seed(0)
         net = nn.Linear(32, 64)
@@ -393,14 +398,14 @@ def test_closures_and_compiled_steps_clip():
             else:
                 loss()
                 step()
-        sides.append([*kept(opt, list(net.parameters())), opt.grad_norm])
-    assert same(sides[0], sides[1])
-    assert same(sides[0], sides[2])
+        results.append([*weights_and_moments(opt, list(net.parameters())), opt.grad_norm])
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
     assert float(opt.grad_norm) > 0.01
 
 
 def test_gradients_are_clipped_after_a_grad_scaler_has_unscaled_them():
-    sides = []
+    results = []
     for scale in (1.0, 2.0**10):
         torch.manual_seed(0)
         net = nn.Linear(64, 64)
@@ -411,8 +416,8 @@ def test_gradients_are_clipped_after_a_grad_scaler_has_unscaled_them():
             scaler.scale(net(x).square().mean()).backward()
             scaler.step(opt)
             scaler.update()
-        sides.append([*kept(opt, list(net.parameters())), opt.grad_norm])
-    assert same(*sides)  # a power of two leaves no rounding
+        results.append([*weights_and_moments(opt, list(net.parameters())), opt.grad_norm])
+    assert same(*results)  # a power of two leaves no rounding
     assert float(opt.grad_norm) > 0.01
 
 
@@ -431,10 +436,10 @@ def test_invalid_limits_are_rejected(value):
 
 
 def test_the_limit_may_change_between_steps():
-    sides = []
+    results = []
     for way in ("changed", "by hand"):
         ps = parameters(torch.float32, SHAPES)
-        opt = built("eager", ps, max_grad_norm=1.0 if way == "changed" else None)
+        opt = make_optimizer("eager", ps, max_grad_norm=1.0 if way == "changed" else None)
         for step, limit in enumerate((1.0, 0.1, 10.0)):
             give_gradients(step, ps)
             if way == "changed":
@@ -442,9 +447,9 @@ def test_the_limit_may_change_between_steps():
             else:
                 nn.utils.clip_grad_norm_(ps, limit)
             opt.step()
-        sides.append(kept(opt, ps))
-    for ours, theirs in zip(*sides, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        results.append(weights_and_moments(opt, ps))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 class _Settings:
@@ -469,7 +474,7 @@ TRAINERS = {
 
 @pytest.mark.parametrize("package", TRAINERS)
 def test_ineffective_clipping_by_a_trainer_is_warned_of_once(package):
-    def stepped(norm, **options):
+    def take_steps(norm, **options):
         p = nn.Parameter(torch.ones(4))
         opt = Collins([p], in_backward=True, **options)
         trainer = TRAINERS[package](norm)
@@ -478,51 +483,51 @@ def test_ineffective_clipping_by_a_trainer_is_warned_of_once(package):
             trainer.train(opt)
 
     with pytest.warns(UserWarning, match="Trainer clips gradients to the norm 1.5, which does nothing") as warned:
-        stepped(1.5)
+        take_steps(1.5)
     assert len(warned) == 1
     for norm in (0, 0.0, None, math.inf):  # where any warning is an error
-        stepped(norm)
-    stepped(1.5, max_grad_norm=0.5)
-    stepped(1.5, max_grad_norm=math.inf)
+        take_steps(norm)
+    take_steps(1.5, max_grad_norm=0.5)
+    take_steps(1.5, max_grad_norm=math.inf)
     TRAINERS[package](1.5).train(Collins([nn.Parameter(torch.ones(4))]))
     _trainer(package).train(Collins([nn.Parameter(torch.ones(4))], in_backward=True))
 
 
 def test_the_norm_of_whole_matrices_is_clipped_as_well():
     """With decode="orthogonal", the norm of a gradient matters relative to the momentum."""
-    sides = []
-    for inside in (True, False):
+    results = []
+    for in_step in (True, False):
         ps = parameters(torch.float32, [(64, 64), (32, 64)])
-        opt = built("eager", ps, decode="orthogonal", max_grad_norm=CLIP if inside else None)
+        opt = make_optimizer("eager", ps, decode="orthogonal", max_grad_norm=CLIP if in_step else None)
         for step in range(3):
-            arrive(ps, step, in_backward=False, scale=10.0**step)
-            if not inside:
+            set_gradients(ps, step, in_backward=False, scale=10.0**step)
+            if not in_step:
                 nn.utils.clip_grad_norm_(ps, CLIP)
             opt.step()
-        sides.append([m for p in ps for m in moments(opt, p)])
-    for ours, theirs in zip(*sides, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        results.append([m for p in ps for m in moments(opt, p)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.cuda
 def test_a_captured_step_clips_by_the_norm_of_each_replay():
-    sides = []
+    results = []
     for captured in (False, True):
         ps = parameters(torch.float32, [(96, 64)], "cuda")
         opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, capturable=True)
-        held = torch.ones_like(ps[0])
+        scale = torch.ones_like(ps[0])
 
-        def step(ps=ps, opt=opt, held=held):
+        def step(ps=ps, opt=opt, scale=scale):
             opt.zero_grad(set_to_none=False)
-            (ps[0] * held).sum().backward()
+            (ps[0] * scale).sum().backward()
             opt.step()
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             for _ in range(3):
                 step()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(side_stream)
         run = step
         if captured:
             graph = torch.cuda.CUDAGraph()
@@ -531,12 +536,12 @@ def test_a_captured_step_clips_by_the_norm_of_each_replay():
             run = graph.replay
         norms = []
         for number in range(3):
-            held.fill_(10.0**number)
+            scale.fill_(10.0**number)
             run()
             norms.append(float(opt.grad_norm))
         assert norms == pytest.approx([10.0**number * math.sqrt(96 * 64) for number in range(3)])
-        sides.append([t.detach().clone() for t in (ps[0], *moments(opt, ps[0]))])
-    for a, b in zip(*sides, strict=True):
+        results.append([t.detach().clone() for t in (ps[0], *moments(opt, ps[0]))])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -547,7 +552,7 @@ def test_the_norm_is_over_all_devices(in_backward):
     ps = [parameters(torch.float32, [(64, 64)], device)[0] for device in devices]
     opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, in_backward=in_backward)
     for number in range(2):
-        arrive(ps, number, in_backward)
+        set_gradients(ps, number, in_backward)
         opt.step()
         exact = norm_of([gradient(p, number, i) for i, p in enumerate(ps)])
         assert float(opt.grad_norm) == pytest.approx(exact, rel=1e-6)

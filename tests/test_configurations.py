@@ -48,8 +48,8 @@ def test_torchtune_builds_an_optimizer_for_each_parameter_and_hashes_differ():
     optimizers = in_backward(model, TUNE, **{**OPTIONS, "lr": "1e-2", "table_dtype": "bfloat16"})
     assert all(type(opt) is Collins for opt in optimizers.values())
     index = torch.arange(64 * 64)
-    one, other = (optimizers[name].hash_of(model.get_parameter(name)) for name in ("0.weight", "2.weight"))
-    assert not torch.equal(one.sign(index), other.sign(index))
+    first, second = (optimizers[name].hash_of(model.get_parameter(name)) for name in ("0.weight", "2.weight"))
+    assert not torch.equal(first.sign(index), second.sign(index))
     for step in range(3):
         model(inputs(step)).square().mean().backward()
     assert all(p.grad is None for p in model.parameters())
@@ -57,32 +57,32 @@ def test_torchtune_builds_an_optimizer_for_each_parameter_and_hashes_differ():
 
 
 def test_torchtune_in_backward_equals_one_optimizer_and_resumes_bitwise(monkeypatch):
-    def created():
+    def make_run():
         """A new model and its optimizers, as another process would create them."""
         monkeypatch.setattr("collins.integrations.torchtune._numbers", itertools.count())
         model = network()
         return model, in_backward(model, TUNE, **OPTIONS)
 
-    sides = []
+    results = []
     for resumed in (False, True):
-        model, optimizers = created()
+        model, optimizers = make_run()
         for step in range(6):
             if resumed and step == 3:
                 saved, weights = {name: opt.state_dict() for name, opt in optimizers.items()}, model.state_dict()
-                model, optimizers = created()
+                model, optimizers = make_run()
                 model.load_state_dict(weights)
                 for name, opt in optimizers.items():
                     opt.load_state_dict(saved[name])
             model(inputs(step)).square().mean().backward()
-        sides.append((model.state_dict(), {name: opt.state_dict()["state"] for name, opt in optimizers.items()}))
-    assert same(*sides)
+        results.append((model.state_dict(), {name: opt.state_dict()["state"] for name, opt in optimizers.items()}))
+    assert same(*results)
     model = network()
-    together = Collins([(f"parameter {i}", p) for i, p in enumerate(model.parameters())], **OPTIONS)
+    single_opt = Collins([(f"parameter {i}", p) for i, p in enumerate(model.parameters())], **OPTIONS)
     for step in range(6):
         model(inputs(step)).square().mean().backward()
-        together.step()
-        together.zero_grad()
-    assert same(model.state_dict(), sides[0][0])
+        single_opt.step()
+        single_opt.zero_grad()
+    assert same(model.state_dict(), results[0][0])
 
 
 # NeMo Automodel 0.7.0: components/optim/optimizer.py, `OptimizerFromFactoryConfig.build` calls what `_target_` names
@@ -95,8 +95,8 @@ def test_nemo_automodel_calls_the_target_with_parameters_by_keyword():
     opt = target(params=list(model.parameters()), lr=1e-2, betas=[0.9, 0.95], compress_ratio=16, min_K=16)
     assert opt.param_groups[0]["betas"] == (0.9, 0.95)
     biases = [p for p in model.parameters() if p.ndim == 1]
-    others = [p for p in model.parameters() if p.ndim > 1]
-    groups = [{"params": others}, {"params": biases, "lr_mult": 0.1, "wd_mult": 0.0}]
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    groups = [{"params": weights}, {"params": biases, "lr_mult": 0.1, "wd_mult": 0.0}]
     opt = target(params=groups, lr=1e-2)
     model(inputs(0)).square().mean().backward()
     opt.step()
@@ -114,9 +114,9 @@ def test_llm_foundry_calls_the_class_with_views_of_parameters():
     assert isinstance(Collins, type)
     assert issubclass(Collins, torch.optim.Optimizer)
     assert len(Collins(params=model.parameters(), lr=1e-2).param_groups[0]["params"]) == 4
-    named = dict(model.named_parameters())
-    biases = [named.pop(name) for name in list(named) if "bias" in name]
-    opt = Collins(params=[{"params": named.values()}, {"params": biases, "weight_decay": 0.0}], lr=1e-2)
+    params_by_name = dict(model.named_parameters())
+    biases = [params_by_name.pop(name) for name in list(params_by_name) if "bias" in name]
+    opt = Collins(params=[{"params": params_by_name.values()}, {"params": biases, "weight_decay": 0.0}], lr=1e-2)
     assert [len(group["params"]) for group in opt.param_groups] == [2, 2]
 
 
@@ -170,8 +170,8 @@ def test_timm_registers_collins(stand_in):
     )
     assert type(opt) is Collins
     (group,) = opt.param_groups
-    found = [group[name] for name in ("lr", "betas", "eps", "compress_ratio", "weight_decay")]
-    assert found == [1e-2, (0.9, 0.95), 1e-6, 16, 0.0]
+    options = [group[name] for name in ("lr", "betas", "eps", "compress_ratio", "weight_decay")]
+    assert options == [1e-2, (0.9, 0.95), 1e-6, 16, 0.0]
 
 
 def test_timm_without_a_registry_raises_an_error_that_names_an_alternative(stand_in):

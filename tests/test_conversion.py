@@ -19,7 +19,7 @@ def gradients(seed=0):
     return [torch.randn(SHAPE, generator=generator, dtype=torch.float64) + 0.1 for _ in range(STEPS)]
 
 
-def stepped(make, dtype=torch.float64):
+def run_steps(make, dtype=torch.float64):
     p = torch.nn.Parameter(torch.ones(SHAPE, dtype=dtype))
     opt = make([p])
     for g in gradients():
@@ -32,17 +32,17 @@ def collins(**options):
     return lambda ps: Collins(ps, **{"min_K": 8, "table_dtype": torch.float64, **options})
 
 
-def twin_hash(hash, period=None):
+def reference_hash(hash, period=None):
     if isinstance(hash, BlockHash):
         return Block(hash.numel, hash.block, hash.seed, hash.key, period)
     return Universal(hash.numel, hash.buckets, hash.a, hash.b, hash.c, hash.d)
 
 
-def run(hash):
-    twin = Reference(np.ones(SHAPE), hash)
+def run_reference(hash):
+    reference = Reference(np.ones(SHAPE), hash)
     for g in gradients():
-        twin.step(g.numpy())
-    return twin
+        reference.step(g.numpy())
+    return reference
 
 
 def tables(state_dict):
@@ -55,42 +55,42 @@ HASHES = [{"compress_ratio": c} for c in (2, 32, 128)] + [{"hash": "universal"}]
 
 @pytest.mark.parametrize("options", HASHES, ids=str)
 def test_moments_of_adamw_become_the_tables_of_the_same_gradients(options):
-    _, adamw = stepped(torch.optim.AdamW)
-    p, opt = stepped(collins(rehash_period=None, **options))
+    _, adamw = run_steps(torch.optim.AdamW)
+    p, opt = run_steps(collins(rehash_period=None, **options))
     M, V = tables(convert(adamw.state_dict(), opt))
-    twin = run(twin_hash(opt.hash_of(p)))
-    np.testing.assert_allclose(M, twin.M, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(V, twin.V, rtol=1e-9)
+    reference = run_reference(reference_hash(opt.hash_of(p)))
+    np.testing.assert_allclose(M, reference.M, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(V, reference.V, rtol=1e-9)
 
 
 @pytest.mark.parametrize("options", HASHES, ids=str)
 def test_converted_signs_are_those_of_the_next_step(options):
-    q, adamw = stepped(torch.optim.AdamW)
-    p, opt = stepped(collins(rehash_period=5, **options))
+    q, adamw = run_steps(torch.optim.AdamW)
+    p, opt = run_steps(collins(rehash_period=5, **options))
     converted = convert(adamw.state_dict(), opt)
     M, _ = tables(converted)
-    hash = twin_hash(opt.hash_of(p), 5)
+    hash = reference_hash(opt.hash_of(p), 5)
     m = adamw.state[q]["exp_avg"].reshape(-1).numpy()
     expected, loads = np.zeros(hash.K), [hash.load(b) for b in range(hash.K)]
     for i, value in enumerate(m):
         expected[hash.h(i)] += hash.s(i, STEPS) * value / loads[hash.h(i)]
     np.testing.assert_allclose(M, expected, rtol=1e-9, atol=1e-12)
-    steady = [i for i in range(m.size) if not hash.fresh(hash.h(i), STEPS + 1)]
-    assert steady
-    assert all(hash.s(i, STEPS) == hash.s(i, STEPS + 1) for i in steady)
+    unchanged = [i for i in range(m.size) if not hash.fresh(hash.h(i), STEPS + 1)]
+    assert unchanged
+    assert all(hash.s(i, STEPS) == hash.s(i, STEPS + 1) for i in unchanged)
     # The next steps equal those of the other optimizer.
-    twin = Reference(p.detach().numpy(), hash)
-    twin.M, twin.V, twin.t = *tables(converted), STEPS
+    reference = Reference(p.detach().numpy(), hash)
+    reference.M, reference.V, reference.t = *tables(converted), STEPS
     opt.load_state_dict(converted)
     p.grad = gradients(1)[0]
     opt.step()
-    twin.step(p.grad.numpy())
-    np.testing.assert_allclose(p.detach().numpy().reshape(-1), twin.p, rtol=1e-9)
-    np.testing.assert_allclose(tables(opt.state_dict())[0], twin.M, rtol=1e-9, atol=1e-12)
+    reference.step(p.grad.numpy())
+    np.testing.assert_allclose(p.detach().numpy().reshape(-1), reference.p, rtol=1e-9)
+    np.testing.assert_allclose(tables(opt.state_dict())[0], reference.M, rtol=1e-9, atol=1e-12)
 
 
 def test_the_decode_of_a_converted_first_moment_is_unbiased():
-    q, adamw = stepped(torch.optim.AdamW)
+    q, adamw = run_steps(torch.optim.AdamW)
     m = adamw.state[q]["exp_avg"].reshape(-1)
     index, decoded = torch.arange(m.numel()), []
     for seed in range(400):
@@ -101,32 +101,32 @@ def test_the_decode_of_a_converted_first_moment_is_unbiased():
         decoded.append(hash.load(bucket) * hash.sign(index, STEPS) * M[bucket])
     decoded = torch.stack(decoded)
     error = decoded.std(0) / 400**0.5
-    whole = index < hash.block * (hash.buckets - 1)
-    assert ((decoded.mean(0) - m).abs() < 5.5 * error + 1e-12)[whole].all()
-    assert error[whole].min() > 0  # or nothing was averaged
+    in_full_bucket = index < hash.block * (hash.buckets - 1)
+    assert ((decoded.mean(0) - m).abs() < 5.5 * error + 1e-12)[in_full_bucket].all()
+    assert error[in_full_bucket].min() > 0  # or nothing was averaged
 
 
 @pytest.mark.parametrize(("fine", "coarse"), [(2, 4), (2, 128), (8, 32), (32, 64)])
 def test_coarser_second_moments_are_exact_and_first_moments_restart(fine, coarse):
-    _, source = stepped(collins(compress_ratio=fine))
-    p, opt = stepped(collins(compress_ratio=coarse, seed=3, rehash_period=7))
-    before = copy.deepcopy(source.state_dict())
-    converted = convert(source.state_dict(), opt)
+    _, source_opt = run_steps(collins(compress_ratio=fine))
+    p, opt = run_steps(collins(compress_ratio=coarse, seed=3, rehash_period=7))
+    before = copy.deepcopy(source_opt.state_dict())
+    converted = convert(source_opt.state_dict(), opt)
     M, V = tables(converted)
-    hash = twin_hash(opt.hash_of(p), 7)
-    twin = run(hash)
-    np.testing.assert_allclose(V, twin.V, rtol=1e-12)
+    hash = reference_hash(opt.hash_of(p), 7)
+    reference = run_reference(hash)
+    np.testing.assert_allclose(V, reference.V, rtol=1e-12)
     assert not M.any()
     assert converted["state"][0]["step"] == STEPS
-    assert torch.equal(source.state_dict()["state"][0]["v_table"], before["state"][0]["v_table"])
+    assert torch.equal(source_opt.state_dict()["state"][0]["v_table"], before["state"][0]["v_table"])
     opt.load_state_dict(converted)
-    twin.M[:] = 0
-    twin.p = p.detach().numpy().reshape(-1).copy()
+    reference.M[:] = 0
+    reference.p = p.detach().numpy().reshape(-1).copy()
     for g in gradients(2):
         p.grad = g
         opt.step()
-        twin.step(g.numpy())
-    np.testing.assert_allclose(p.detach().numpy().reshape(-1), twin.p, rtol=1e-9)
+        reference.step(g.numpy())
+    np.testing.assert_allclose(p.detach().numpy().reshape(-1), reference.p, rtol=1e-9)
 
 
 def test_encoding_a_decoded_sketch_again_has_noise_of_sqrt_c():
@@ -136,12 +136,12 @@ def test_encoding_a_decoded_sketch_again_has_noise_of_sqrt_c():
     draw = np.random.default_rng(1)
     s, t = (draw.choice([-1.0, 1.0], size=m.shape) for _ in range(2))
     decoded = c * s * (s * m).mean(1, keepdims=True)
-    again, true = (t * decoded).mean(1), (t * m).mean(1)
-    assert np.sqrt((again**2).mean() / (true**2).mean()) == pytest.approx(np.sqrt(c), rel=0.05)
+    encoded, exact = (t * decoded).mean(1), (t * m).mean(1)
+    assert np.sqrt((encoded**2).mean() / (exact**2).mean()) == pytest.approx(np.sqrt(c), rel=0.05)
 
 
 def test_tables_of_the_same_hash_are_kept_bitwise_and_may_change_their_dtype():
-    _, source = stepped(collins(table_dtype=torch.float32), torch.bfloat16)
+    _, source = run_steps(collins(table_dtype=torch.float32), torch.bfloat16)
     q = torch.nn.Parameter(torch.ones(SHAPE, dtype=torch.float64))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         opt = collins(table_dtype=dtype)([q])
@@ -152,7 +152,7 @@ def test_tables_of_the_same_hash_are_kept_bitwise_and_may_change_their_dtype():
 
 
 def test_dense_moments_may_change_their_dtype():
-    _, adamw = stepped(torch.optim.AdamW, torch.bfloat16)
+    _, adamw = run_steps(torch.optim.AdamW, torch.bfloat16)
     p = torch.nn.Parameter(torch.ones(SHAPE, dtype=torch.bfloat16))
     opt = Collins([p], compress_ratio=1)
     opt.load_state_dict(convert(adamw.state_dict(), opt))
@@ -189,8 +189,8 @@ def test_groups_and_schedules_are_converted():
     assert opt.state[net[0].weight]["step"] == 2
 
 
-def changed(change):
-    _, adamw = stepped(torch.optim.AdamW)
+def edited_state_dict(change):
+    _, adamw = run_steps(torch.optim.AdamW)
     state = copy.deepcopy(adamw.state_dict())
     change(state)
     return state
@@ -209,20 +209,20 @@ WRONG_FORMS = [
 
 @pytest.mark.parametrize(("change", "text"), WRONG_FORMS, ids=[text[:30] for _, text in WRONG_FORMS])
 def test_a_value_of_the_wrong_type_is_rejected_by_name(change, text):
-    _, opt = stepped(collins())
+    _, opt = run_steps(collins())
     with pytest.raises(ValueError, match=text):
-        convert(changed(change), opt)
+        convert(edited_state_dict(change), opt)
 
 
 def test_the_target_of_a_conversion_must_be_collins():
-    _, adamw = stepped(torch.optim.AdamW)
+    _, adamw = run_steps(torch.optim.AdamW)
     with pytest.raises(TypeError, match="optimizer must be a Collins, got AdamW"):
         convert(adamw.state_dict(), adamw)
 
 
 def test_additional_state_of_a_wrapper_is_converted():
-    _, opt = stepped(collins())
-    converted = convert(changed(lambda s: s["state"][0].update(slow=torch.arange(3), turn=7)), opt)
+    _, opt = run_steps(collins())
+    converted = convert(edited_state_dict(lambda s: s["state"][0].update(slow=torch.arange(3), turn=7)), opt)
     opt.load_state_dict(converted)
     state = next(iter(opt.state.values()))
     assert torch.equal(state["slow"], torch.arange(3))
@@ -230,12 +230,12 @@ def test_additional_state_of_a_wrapper_is_converted():
 
 
 def test_an_invalid_fingerprint_is_rejected():
-    _, fine = stepped(collins(compress_ratio=2))
-    _, opt = stepped(collins(compress_ratio=32))
-    wrong = copy.deepcopy(fine.state_dict())
-    wrong["state"][0]["layout"] -= 1 << 64 * 5  # the load c, which no longer makes so many buckets
+    _, fine = run_steps(collins(compress_ratio=2))
+    _, opt = run_steps(collins(compress_ratio=32))
+    state_dict = copy.deepcopy(fine.state_dict())
+    state_dict["state"][0]["layout"] -= 1 << 64 * 5  # the load c, which no longer makes so many buckets
     with pytest.raises(ValueError, match="parameter 0 in state_dict: layout must be a fingerprint"):
-        convert(wrong, opt)
+        convert(state_dict, opt)
 
 
 REFUSED = [
@@ -279,8 +279,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("source", "target", "text"), REFUSED, ids=[text[:40] for _, _, text in REFUSED])
 def test_impossible_conversions_are_rejected_with_the_reason(source, target, text):
-    _, saved = stepped(source)
-    _, opt = stepped(target)
+    _, saved = run_steps(source)
+    _, opt = run_steps(target)
     before = copy.deepcopy(opt.state_dict())
     with pytest.raises(ValueError, match=text):
         convert(saved.state_dict(), opt)
@@ -290,38 +290,38 @@ def test_impossible_conversions_are_rejected_with_the_reason(source, target, tex
 @pytest.mark.parametrize("source", [torch.optim.AdamW, collins()], ids=["dense", "tables"])
 def test_an_empty_second_moment_is_rejected(source):
     """A second moment of any load has at least one element."""
-    _, saved = stepped(source)
-    _, opt = stepped(collins())
-    given = saved.state_dict()
-    (name,) = given["state"][0].keys() & {"exp_avg_sq", "v_table"}
-    given["state"][0][name] = torch.zeros(0)
+    _, saved = run_steps(source)
+    _, opt = run_steps(collins())
+    saved_state = saved.state_dict()
+    (name,) = saved_state["state"][0].keys() & {"exp_avg_sq", "v_table"}
+    saved_state["state"][0][name] = torch.zeros(0)
     with pytest.raises(ValueError, match=rf"state_dict holds .*'{name}': \(0,\)"):
-        convert(given, opt)
+        convert(saved_state, opt)
 
 
 def test_tables_without_a_fingerprint_are_rejected():
-    _, saved = stepped(collins())
-    _, opt = stepped(collins())
-    given = saved.state_dict()
-    del given["state"][0]["layout"]
+    _, saved = run_steps(collins())
+    _, opt = run_steps(collins())
+    saved_state = saved.state_dict()
+    del saved_state["state"][0]["layout"]
     expected = "parameter 0 has tables in state_dict without the 'layout' entry that says how"
     with pytest.raises(ValueError, match=expected):
-        convert(given, opt)
+        convert(saved_state, opt)
 
 
 def test_a_second_moment_with_a_larger_load_is_rejected():
     """Dense moments with one second moment for four elements, for an optimizer with one for each element."""
-    _, adamw = stepped(torch.optim.AdamW)
-    given = adamw.state_dict()
-    given["state"][0]["exp_avg_sq"] = torch.ones(-(-SHAPE[0] * SHAPE[1] // 4))
+    _, adamw = run_steps(torch.optim.AdamW)
+    saved_state = adamw.state_dict()
+    saved_state["state"][0]["exp_avg_sq"] = torch.ones(-(-SHAPE[0] * SHAPE[1] // 4))
     for target in (collins(compress_ratio=1), collins(hash="universal")):
-        _, opt = stepped(target)
+        _, opt = run_steps(target)
         with pytest.raises(ValueError, match=r"a second moment for each 4 elements.*buckets cannot be divided"):
-            convert(given, opt)
+            convert(saved_state, opt)
 
 
 def test_tables_of_another_parameter_are_rejected():
-    _, saved = stepped(collins())
+    _, saved = run_steps(collins())
     p = torch.nn.Parameter(torch.ones(SHAPE[0] + 1, SHAPE[1], dtype=torch.float64))
     opt = collins()([p])
     p.grad = torch.ones_like(p)
@@ -331,15 +331,15 @@ def test_tables_of_another_parameter_are_rejected():
 
 
 def test_universal_tables_of_the_same_hash_are_kept():
-    _, saved = stepped(collins(hash="universal"))
-    _, opt = stepped(collins(hash="universal"))
+    _, saved = run_steps(collins(hash="universal"))
+    _, opt = run_steps(collins(hash="universal"))
     opt.load_state_dict(convert(saved.state_dict(), opt))
-    for ours, theirs in zip(tables(opt.state_dict()), tables(saved.state_dict()), strict=True):
-        assert np.array_equal(ours, theirs)
+    for actual, expected in zip(tables(opt.state_dict()), tables(saved.state_dict()), strict=True):
+        assert np.array_equal(actual, expected)
 
 
 def test_another_shape_is_rejected():
-    _, adamw = stepped(torch.optim.AdamW)
+    _, adamw = run_steps(torch.optim.AdamW)
     opt = collins(table_dtype=torch.float32)([torch.nn.Parameter(torch.ones(37, 33))])
     with pytest.raises(
         ValueError, match=re.escape("has the shape (37, 33); state_dict holds exp_avg of the shape (33,")
@@ -351,6 +351,6 @@ def test_another_shape_is_rejected():
 
 
 def test_adam_without_decay_is_converted_like_adamw():
-    _, adam = stepped(torch.optim.Adam)
-    _, opt = stepped(collins())
+    _, adam = run_steps(torch.optim.Adam)
+    _, opt = run_steps(collins())
     opt.load_state_dict(convert(adam.state_dict(), opt))

@@ -14,17 +14,17 @@ def names(root):
     return sorted(path.name for path in root.iterdir())
 
 
-def made(path, rank, meanwhile=lambda folder: None, **options):
+def make_folder(path, rank, meanwhile=lambda folder: None, **options):
     with whole_folder(path, **options) as folder:
         (folder / str(rank)).write_text("")
         meanwhile(folder)
 
 
 def test_a_folder_appears_atomically_and_flushed(tmp_path, monkeypatch):
-    done = []
+    calls = []
     rename, fsync = os.rename, os.fsync
-    monkeypatch.setattr(os, "rename", lambda *args: (done.append("rename"), rename(*args)))
-    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(os, "rename", lambda *args: (calls.append("rename"), rename(*args)))
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(os.fstat(handle).st_ino), fsync(handle)))
     with whole_folder(tmp_path / "step-1") as folder:
         assert folder.parent == tmp_path
         assert not list(folder.iterdir())
@@ -34,17 +34,17 @@ def test_a_folder_appears_atomically_and_flushed(tmp_path, monkeypatch):
         assert not list(tmp_path.glob("step*"))
     assert names(tmp_path) == ["step-1"]
     assert (tmp_path / "step-1/inner/b").read_text() == "inner/b"
-    written = {path.stat().st_ino for path in (tmp_path / "step-1", *(tmp_path / "step-1").rglob("*"))}
-    assert len(written) == 4
-    assert set(done[: done.index("rename")]) == written
-    assert done[-2:] == ["rename", tmp_path.stat().st_ino]
+    inodes = {path.stat().st_ino for path in (tmp_path / "step-1", *(tmp_path / "step-1").rglob("*"))}
+    assert len(inodes) == 4
+    assert set(calls[: calls.index("rename")]) == inodes
+    assert calls[-2:] == ["rename", tmp_path.stat().st_ino]
 
 
 def test_an_error_leaves_no_files_and_the_next_attempt_starts_again(tmp_path):
     with pytest.raises(KeyError):
-        made(str(tmp_path / "step-1"), "old", {}.__getitem__)
+        make_folder(str(tmp_path / "step-1"), "old", {}.__getitem__)
     assert names(tmp_path) == [".step-1.partial"]
-    made(tmp_path / "step-1", "new")
+    make_folder(tmp_path / "step-1", "new")
     assert names(tmp_path) == ["step-1"]
     assert names(tmp_path / "step-1") == ["new"]
 
@@ -77,7 +77,7 @@ def test_a_folder_that_cannot_be_created_raises(tmp_path):
 
 def write_together(rank, root):
     root = Path(root)
-    made(root / "step-1", rank)
+    make_folder(root / "step-1", rank)
     assert names(root / "step-1") == ["0", "1"]
 
     def fail_on_one(folder):
@@ -85,25 +85,25 @@ def write_together(rank, root):
             raise KeyError
 
     with pytest.raises(KeyError if rank else RuntimeError, match=None if rank else "another rank has failed"):
-        made(root / "step-2", rank, fail_on_one)
+        make_folder(root / "step-2", rank, fail_on_one)
     with pytest.raises(ValueError, match=r"path must be the same on all ranks, got \["):
-        made(root / f"step-{3 + rank}", rank)
+        make_folder(root / f"step-{3 + rank}", rank)
     with pytest.raises(FileExistsError):
-        made(root / "step-1", rank)
+        make_folder(root / "step-1", rank)
 
-    def take_the_place(folder):
+    def create_the_path(folder):
         dist.barrier()  # until both have found that the path is free
         (root / "step-5").write_text("somebody else's")
 
     with pytest.raises(RuntimeError if rank else OSError, match="first rank has failed to flush" if rank else None):
-        made(root / "step-5", rank, take_the_place)
+        make_folder(root / "step-5", rank, create_the_path)
     assert (root / "step-5").is_file()
     group = dist.new_group([0])
     if rank:
         with pytest.raises(ValueError, match="group must be None, or a group that contains this process"):
-            made(root / "step-6", rank, group=group)
+            make_folder(root / "step-6", rank, group=group)
     else:
-        made(root / "step-6", rank, group=group)
+        make_folder(root / "step-6", rank, group=group)
 
 
 def test_ranks_create_a_folder_together_or_not_at_all(tmp_path):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import OPTIONS, bits, same
-from training import TIERS, backward, made, same_bits, stepped
+from training import TIERS, backward, make_model, same_bits, take_steps
 
 from collins import Collins
 
@@ -31,7 +31,7 @@ def hosted(model, opt, first=0):
 def pair(memory, schedule=False, **options):
     sides = []
     for _ in range(2):
-        model = made()
+        model = make_model()
         opt = Collins(model.named_parameters(), **{**OPTIONS, "memory": memory, **options})
         rate = torch.optim.lr_scheduler.LinearLR(opt, total_iters=STEPS) if schedule else None
         sides.append((model, opt, rate))
@@ -43,7 +43,7 @@ def pair(memory, schedule=False, **options):
 def test_steps_in_hooks_of_a_program_equal_steps_after_backward(memory, calls_step):
     """The model uses some parameters in every second pass only, and the learning rate changes."""
     (model, opt, rate), (other, theirs, their_rate) = pair(memory, schedule=True)
-    stepped(model, opt, range(STEPS), rate)
+    take_steps(model, opt, range(STEPS), rate)
     hosted(other, theirs)
     for step in range(STEPS):
         backward(other, step)
@@ -58,16 +58,16 @@ def test_steps_in_hooks_of_a_program_equal_steps_after_backward(memory, calls_st
 
 def test_some_parameters_may_be_stepped_by_step():
     (model, opt, _), (other, theirs, _) = pair(None)
-    stepped(model, opt, range(STEPS))
+    take_steps(model, opt, range(STEPS))
     for handle in hosted(other, theirs)[::2]:
         handle.remove()
-    stepped(other, theirs, range(STEPS))
+    take_steps(other, theirs, range(STEPS))
     assert same_bits((model, opt), (other, theirs))
 
 
 def test_a_loaded_state_is_used_by_the_next_step():
     (model, opt, _), (other, theirs, _) = pair(None)
-    stepped(model, opt, range(3))
+    take_steps(model, opt, range(3))
     saved, weights = copy.deepcopy(opt.state_dict()), copy.deepcopy(model.state_dict())
     hosted(other, theirs)
     backward(other, 50)  # no call marks the end of this step
@@ -75,7 +75,7 @@ def test_a_loaded_state_is_used_by_the_next_step():
     other.load_state_dict(weights)
     for step in range(3, STEPS):
         backward(other, step)
-    stepped(model, opt, range(3, STEPS))
+    take_steps(model, opt, range(3, STEPS))
     assert same_bits((model, opt), (other, theirs))
 
 
@@ -100,7 +100,7 @@ def test_statistics_of_a_step_in_hooks_include_all_parameters():
     for step in range(3):
         for each in (opt, theirs):
             each.statistics(updates=True)
-        stepped(model, opt, [step])
+        take_steps(model, opt, [step])
         backward(other, step)
         if step == 1:
             theirs.step()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import OPTIONS, bits
 from torch import nn
-from training import TIERS, backward, made, same_bits, stepped, trained
+from training import TIERS, backward, make_model, same_bits, take_steps, train_model
 
 from collins import Collins
 from collins.compile import Engine
@@ -39,8 +39,8 @@ SCHEDULES = {
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_groups_and_schedules(memory, schedule, device):
     options = {"params": groups, "schedule": schedule, "memory": memory, "model": {"device": device}}
-    housed = trained(**options, in_backward=True)
-    assert same_bits(trained(**options), housed)
+    housed = train_model(**options, in_backward=True)
+    assert same_bits(train_model(**options), housed)
     tiers = {row.tier for plan in housed[1].placement for row in plan.rows}
     assert len(tiers) == {"resident": 0, "device": 1, "host": 1, "mixed": 2}[_name(memory)]
 
@@ -65,7 +65,7 @@ def _name(memory):
 )
 def test_shapes_of_graphs(memory, model, device):
     model = {**model, "device": device}
-    assert same_bits(trained(model=model, memory=memory), trained(model=model, memory=memory, in_backward=True))
+    assert same_bits(train_model(model=model, memory=memory), train_model(model=model, memory=memory, in_backward=True))
 
 
 @pytest.mark.cuda
@@ -73,12 +73,12 @@ def test_shapes_of_graphs(memory, model, device):
 @pytest.mark.parametrize("checkpointed", [None, False])
 def test_blocks_compiled_by_inductor(checkpointed):
     model = {"compiled": "inductor", "checkpointed": checkpointed, "device": "cuda"}
-    assert same_bits(trained(model=model), trained(model=model, in_backward=True, memory=TIERS["host"]))
+    assert same_bits(train_model(model=model), train_model(model=model, in_backward=True, memory=TIERS["host"]))
 
 
 @tiers
 def test_gradients_are_freed_when_they_have_been_used(memory):
-    model = made()
+    model = make_model()
     opt = Collins(model.parameters(), **OPTIONS, memory=memory, in_backward=True)
     held = []
 
@@ -123,7 +123,7 @@ def test_gradients_never_accumulate(memory):
 def test_a_group_that_is_added_later(memory):
     sides = []
     for in_backward in (False, True):
-        model = made()
+        model = make_model()
         opt = Collins(model.blocks.parameters(), **OPTIONS, memory=memory, in_backward=in_backward)
         for extra in (None, model.tokens, model.head):
             if extra is not None:
@@ -140,13 +140,13 @@ def test_a_group_that_is_added_later(memory):
 def test_parameters_that_are_frozen_and_unfrozen(memory):
     sides = []
     for in_backward in (False, True):
-        model = made()
+        model = make_model()
         model.head.weight.requires_grad_(False)
         opt = Collins(model.parameters(), **OPTIONS, memory=memory, in_backward=in_backward)
         for phase in range(3):
             model.head.weight.requires_grad_(phase % 2 == 1)
             model.tokens.weight.requires_grad_(phase % 2 == 0)
-            stepped(model, opt, range(3))
+            take_steps(model, opt, range(3))
         model.head.weight.requires_grad_(True)
         backward(model, 0)
         assert (model.head.weight.grad is None) == in_backward  # frozen when the optimizer was built
@@ -158,10 +158,10 @@ def test_parameters_that_are_frozen_and_unfrozen(memory):
 def test_a_layer_that_is_moved_and_cast():
     sides = []
     for in_backward in (False, True):
-        model = made()
+        model = make_model()
         opt = Collins(model.parameters(), **OPTIONS, in_backward=in_backward)
         model.bfloat16()
-        stepped(model, opt, range(3))
+        take_steps(model, opt, range(3))
         sides.append((model, opt))
     assert same_bits(*sides)
 
@@ -173,18 +173,18 @@ def test_clipping_tensor_by_tensor(memory):
 
     sides = []
     for in_backward in (False, True):
-        model = made()
+        model = make_model()
         for p in model.parameters():
             p.register_hook(clipped)
         opt = Collins(model.parameters(), **OPTIONS, memory=memory, in_backward=in_backward)
-        stepped(model, opt, range(4))
+        take_steps(model, opt, range(4))
         sides.append((model, opt))
     assert same_bits(*sides)
 
 
 def test_clipping_by_the_global_norm_finds_no_gradients():
     """The documentation warns of this."""
-    model, opt = trained(steps=1, in_backward=True)
+    model, opt = train_model(steps=1, in_backward=True)
     backward(model, 1)
     assert nn.utils.clip_grad_norm_(model.parameters(), 1e-3) == 0
     opt.step()
@@ -238,7 +238,7 @@ def unchanged(model, opt, before):
 
 @tiers
 def test_accumulation_without_accumulation_steps_is_rejected(memory):
-    model, opt = trained(memory=memory, in_backward=True)
+    model, opt = train_model(memory=memory, in_backward=True)
     backward(model, 8)
     before = snapshot(model, opt)
     with pytest.raises(
@@ -249,9 +249,9 @@ def test_accumulation_without_accumulation_steps_is_rejected(memory):
     unchanged(model, opt, before)
     assert all(p.grad is None for p in model.parameters())
     opt.step()
-    other, other_opt = trained(memory=memory)
-    stepped(other, other_opt, [8, 10])
-    stepped(model, opt, [10])
+    other, other_opt = train_model(memory=memory)
+    take_steps(other, other_opt, [8, 10])
+    take_steps(model, opt, [10])
     assert same_bits((model, opt), (other, other_opt))
 
 
@@ -276,7 +276,7 @@ def test_a_gradient_is_counted_once_if_statistics_fail_after_its_step(monkeypatc
 
 
 def test_a_parameter_in_two_reentrant_checkpoints_is_rejected():
-    model = made(checkpointed=True)
+    model = make_model(checkpointed=True)
     model.blocks[2] = model.blocks[1]
     opt = Collins(model.parameters(), **OPTIONS, in_backward=True)
     with pytest.raises(RuntimeError, match=r"arrived twice.*use_reentrant=False"):
@@ -286,7 +286,7 @@ def test_a_parameter_in_two_reentrant_checkpoints_is_rejected():
 
 
 def test_a_gradient_that_is_set_after_the_step_is_rejected():
-    model, opt = trained(in_backward=True)
+    model, opt = train_model(in_backward=True)
     backward(model, 8)
     model.head.weight.grad = torch.ones_like(model.head.weight)
     before = snapshot(model, opt)
@@ -298,7 +298,7 @@ def test_a_gradient_that_is_set_after_the_step_is_rejected():
 
 
 def test_a_closure_is_rejected():
-    model, opt = trained(in_backward=True)
+    model, opt = train_model(in_backward=True)
     before = snapshot(model, opt)
     with pytest.raises(RuntimeError, match=r"closure must be None with in_backward=True.*in_backward=False"):
         opt.step(lambda: backward(model, 0))
@@ -307,7 +307,7 @@ def test_a_closure_is_rejected():
 
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_a_grad_scaler_is_rejected(unscaled):
-    model, opt = trained(steps=1, in_backward=True)
+    model, opt = train_model(steps=1, in_backward=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.zeros(()))
     backward(model, 1)
@@ -328,13 +328,13 @@ def test_in_backward_must_be_a_bool():
 
 
 def test_two_optimizers_of_one_parameter_are_rejected():
-    model, opt = trained(in_backward=True)
+    model, opt = train_model(in_backward=True)
     with pytest.raises(ValueError, match="parameter 0 is stepped in backward by another optimizer already"):
         Collins(model.parameters(), in_backward=True)
     with pytest.raises(ValueError, match="by another optimizer already"):
         copy.copy(opt)
-    stepped(model, opt, [7])
-    other, other_opt = trained(steps=8)
+    take_steps(model, opt, [7])
+    other, other_opt = train_model(steps=8)
     assert same_bits((model, opt), (other, other_opt))
     del opt
     assert Collins(model.parameters(), in_backward=True)
@@ -342,7 +342,7 @@ def test_two_optimizers_of_one_parameter_are_rejected():
 
 @tiers
 def test_an_option_out_of_range_changes_nothing(memory):
-    model, opt = trained(memory=memory, in_backward=True)
+    model, opt = train_model(memory=memory, in_backward=True)
     before = snapshot(model, opt)
     opt.param_groups[0]["lr"] = -1.0
     with pytest.raises(ValueError, match=r"lr must be finite and at least 0, got -1\.0"):
@@ -350,9 +350,9 @@ def test_an_option_out_of_range_changes_nothing(memory):
     unchanged(model, opt, before)
     model.zero_grad()
     opt.param_groups[0]["lr"] = OPTIONS["lr"]
-    other, other_opt = trained(memory=memory)
+    other, other_opt = train_model(memory=memory)
     for side in ((model, opt), (other, other_opt)):
-        stepped(*side, [7])
+        take_steps(*side, [7])
     assert same_bits((model, opt), (other, other_opt))
 
 
@@ -368,7 +368,7 @@ def test_a_sparse_gradient_changes_nothing():
 @tiers
 @pytest.mark.parametrize("first", [True, False])
 def test_a_step_that_fails_is_not_counted(memory, first, monkeypatch):
-    model, opt = trained(steps=0 if first else 3, memory=memory, in_backward=True)
+    model, opt = train_model(steps=0 if first else 3, memory=memory, in_backward=True)
     before = snapshot(model, opt)
 
     def fail(self, tasks, *_):
@@ -383,9 +383,9 @@ def test_a_step_that_fails_is_not_counted(memory, first, monkeypatch):
     unchanged(model, opt, before)
     model.zero_grad()
     opt.step()
-    stepped(model, opt, [4])
-    other, other_opt = trained(steps=0 if first else 3, memory=memory)
-    stepped(other, other_opt, [4])
+    take_steps(model, opt, [4])
+    other, other_opt = train_model(steps=0 if first else 3, memory=memory)
+    take_steps(other, other_opt, [4])
     assert same_bits((model, opt), (other, other_opt))
 
 
@@ -398,7 +398,7 @@ def hooks(model):
 
 @tiers
 def test_hooks_are_removed_with_their_optimizer(memory):
-    model, opt = trained(memory=memory, in_backward=True)
+    model, opt = train_model(memory=memory, in_backward=True)
     assert set(hooks(model)) == {1}
     known = weakref.ref(opt)
     del opt
@@ -409,7 +409,7 @@ def test_hooks_are_removed_with_their_optimizer(memory):
 
 
 def test_hooks_are_removed_with_an_optimizer_in_a_reference_cycle():
-    model = made()
+    model = make_model()
     opt = Collins(model.parameters(), **OPTIONS, in_backward=True)
     schedule = torch.optim.lr_scheduler.ConstantLR(opt)
     known = weakref.ref(opt)
@@ -420,7 +420,7 @@ def test_hooks_are_removed_with_an_optimizer_in_a_reference_cycle():
 
 
 def test_a_rejected_optimizer_leaves_no_hooks():
-    model = made()
+    model = make_model()
     with pytest.raises(ValueError, match="eps"):
         Collins(
             [{"params": model.head.parameters()}, {"params": model.tokens.parameters(), "eps": -1}], in_backward=True
@@ -446,40 +446,40 @@ def _saved(pair):
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("steps", [0, 3])
 def test_copies_are_stepped_independently(memory, duplicate, steps):
-    model, opt = pair = trained(steps=steps, memory=memory, in_backward=True)
+    model, opt = pair = train_model(steps=steps, memory=memory, in_backward=True)
     copied, copied_opt = duplicate(pair)
     assert same_bits(pair, (copied, copied_opt))
     assert hooks(copied) == hooks(model)
     assert set(hooks(copied)) == {1}
     before = snapshot(model, opt)
-    stepped(copied, copied_opt, range(steps, 5))
+    take_steps(copied, copied_opt, range(steps, 5))
     unchanged(model, opt, before)
-    stepped(model, opt, range(steps, 5))
-    reference = trained(steps=5)
+    take_steps(model, opt, range(steps, 5))
+    reference = train_model(steps=5)
     assert same_bits((copied, copied_opt), reference)
     assert same_bits(pair, reference)
 
 
 def test_a_copy_of_the_model_alone_has_no_hooks():
-    model, _opt = trained(in_backward=True)
+    model, _opt = train_model(in_backward=True)
     assert set(hooks(copy.deepcopy(model))) == {0}
 
 
 @tiers
 def test_resumes_between_backward_and_step(memory):
-    model, opt = trained(memory=memory, in_backward=True)
+    model, opt = train_model(memory=memory, in_backward=True)
     backward(model, 7)
     weights, state = snapshot(model, opt)
     opt.step()
-    resumed = made()
+    resumed = make_model()
     resumed.load_state_dict(weights)
     resumed_opt = Collins(resumed.parameters(), **OPTIONS, memory=memory, in_backward=True)
     resumed_opt.load_state_dict(state)
     opt.load_state_dict(opt.state_dict())
     for side in ((model, opt), (resumed, resumed_opt)):
-        stepped(*side, range(8, 11))
+        take_steps(*side, range(8, 11))
     assert same_bits((model, opt), (resumed, resumed_opt))
-    assert same_bits((model, opt), trained(steps=11))
+    assert same_bits((model, opt), train_model(steps=11))
 
 
 def test_options_loaded_within_a_step_apply_to_the_rest_of_it():

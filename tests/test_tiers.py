@@ -9,7 +9,7 @@ import torch
 from fake_streams import MODES, FakeStreams, FreedMemoryError
 from helpers import OPTIONS, on_machine
 from torch import nn
-from training import TIERS, backward, made, same_bits, stepped, trained
+from training import TIERS, backward, make_model, same_bits, take_steps, train_model
 
 from collins import Collins
 from collins.compile import Engine
@@ -55,10 +55,10 @@ def test_every_tier_gives_bitwise_the_same_result(dtype, options, tier, in_backw
     policy = TIERS[tier]
     options = {**options, "model": {"dtype": dtype, "device": device, "odd": dtype == torch.float32}}
     if tier == "mixed":
-        sizes = trained(steps=0, **options)[1].memory_report().rows
+        sizes = train_model(steps=0, **options)[1].memory_report().rows
         policy = {**policy, "device_budget": 4 * sum(row.state_bytes - 4 for row in sizes) // 5}
-    resident = trained(**options)
-    housed = trained(**options, memory=policy, in_backward=in_backward)
+    resident = train_model(**options)
+    housed = train_model(**options, memory=policy, in_backward=in_backward)
     assert same_bits(resident, housed)
     assert set(tiers_of(housed[1])) == ({"device", "host"} if tier == "mixed" else {tier})
 
@@ -125,8 +125,8 @@ def on_fake_device(opt, fake):
 @pytest.mark.parametrize("mode", MODES)
 def test_every_copy_is_awaited(mode, in_backward):
     """A whole optimizer on a simulated device that runs work as late or in as unusual an order as its waits allow."""
-    fake, resident = FakeStreams(mode), trained()
-    model = made()
+    fake, resident = FakeStreams(mode), train_model()
+    model = make_model()
     opt = on_fake_device(Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=in_backward), fake)
     for step in range(7):
         backward(model, step)
@@ -176,7 +176,7 @@ def test_pending_gradients_are_read_once_computed_and_freed_once_read(hook, righ
 
         with monkeypatch.context() as patched:
             patched.setattr(Collins, "_update_one", received)
-            model = made()
+            model = make_model()
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(arrive)
             opt = on_fake_device(Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=True), fake)
@@ -193,13 +193,13 @@ def test_pending_gradients_are_read_once_computed_and_freed_once_read(hook, righ
         except FreedMemoryError:
             return False
 
-    resident = trained(steps=3)
+    resident = train_model(steps=3)
     assert all(map(goes_right, MODES)) == right
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 def test_nothing_is_decided_before_the_first_step(in_backward):
-    model = made()
+    model = make_model()
     opt = Collins(model.parameters(), **OPTIONS, memory="host", in_backward=in_backward)
     loss = model(torch.zeros(1, 2, dtype=torch.long), seldom=True).sum()
     assert opt.placement == ()
@@ -207,7 +207,7 @@ def test_nothing_is_decided_before_the_first_step(in_backward):
     opt.step()
     (plan,) = opt.placement
     assert [row.bytes for row in plan.rows] == [row.state_bytes - 4 for row in opt.memory_report().rows]
-    stepped(model, opt, range(3))
+    take_steps(model, opt, range(3))
     assert opt.placement == (plan,)
 
 
@@ -215,8 +215,8 @@ def test_nothing_is_decided_before_the_first_step(in_backward):
 @pytest.mark.parametrize("saved", ["resident", "host", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_checkpoints_are_loaded_into_other_tiers(saved, loaded, dtype):
-    model, opt = trained(model={"dtype": dtype}, memory=TIERS[saved])
-    other = made(dtype)
+    model, opt = train_model(model={"dtype": dtype}, memory=TIERS[saved])
+    other = make_model(dtype)
     other.load_state_dict(model.state_dict())
     other_opt = Collins(other.parameters(), **OPTIONS, memory=TIERS.get(loaded, loaded), in_backward=True)
     other_opt.load_state_dict(opt.state_dict())
@@ -226,16 +226,16 @@ def test_checkpoints_are_loaded_into_other_tiers(saved, loaded, dtype):
     else:
         assert bool(other_opt.placement) == (loaded == "host")  # measurements would not change it
     for side in ((model, opt), (other, other_opt)):
-        stepped(*side, range(7, 10))
+        take_steps(*side, range(7, 10))
     assert same_bits((model, opt), (other, other_opt))
     assert bool(other_opt.placement) == (loaded != "resident")
 
 
 def test_the_memory_of_a_table_stays_while_its_values_change():
-    model, opt = trained(steps=1, memory="host")
+    model, opt = train_model(steps=1, memory="host")
     places = [state[key].data_ptr() for state in opt.state.values() for key in state if key not in ("step", "layout")]
     opt.load_state_dict(opt.state_dict())
-    stepped(model, opt, range(1, 4))
+    take_steps(model, opt, range(1, 4))
     assert places == [
         state[key].data_ptr() for state in opt.state.values() for key in state if key not in ("step", "layout")
     ]
@@ -251,7 +251,7 @@ def test_host_memory_is_freed_with_the_optimizer(in_backward, monkeypatch):
             made_slabs.add(self)
 
     monkeypatch.setattr(staging, "Slab", Slab)
-    model, opt = trained(memory=TIERS["host"], in_backward=in_backward)
+    model, opt = train_model(memory=TIERS["host"], in_backward=in_backward)
     assert len(made_slabs) > 5
     del opt
     gc.collect()
@@ -261,7 +261,7 @@ def test_host_memory_is_freed_with_the_optimizer(in_backward, monkeypatch):
 
 def test_gradients_left_to_step_do_not_disturb_the_prefetch_order(monkeypatch):
     """A gradient without a hook is stepped at the end, and tables of the others are prefetched in their order."""
-    model = made()
+    model = make_model()
     opt = Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=True)
     stage, fetched = staging.Pipeline._stage, []
     monkeypatch.setattr(staging.Pipeline, "_stage", lambda self, b, slot: (fetched.append(b), stage(self, b, slot)))
@@ -280,8 +280,8 @@ def test_gradients_left_to_step_do_not_disturb_the_prefetch_order(monkeypatch):
         ahead = fetched[-2:]  # the slots of the ring
         opt.zero_grad()
     assert len(in_backward) == len(set(in_backward)) > 5  # every transfer was copied once, and none needlessly
-    other, other_opt = trained(steps=0)
-    stepped(other, other_opt, range(0, 8, 2))
+    other, other_opt = train_model(steps=0)
+    take_steps(other, other_opt, range(0, 8, 2))
     assert same_bits((model, opt), (other, other_opt))
 
 
@@ -292,7 +292,7 @@ def first_step_refused(model, opt, match):
     """Checks that a step raises and leaves everything unchanged."""
     weights = copy.deepcopy(model.state_dict())
     with pytest.raises(MemoryError, match=match):
-        stepped(model, opt, [0])
+        take_steps(model, opt, [0])
     assert opt.placement == ()
     assert not opt.state
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -319,10 +319,10 @@ def test_tables_spill_to_the_host(after, in_backward):
     with pytest.warns(
         UserWarning, match=r"(?s)Collins moves tables to the host: the device ran out of memory.*\nhost: "
     ):
-        model, opt = trained(
+        model, opt = train_model(
             memory={"transfer_size": 900, "staging_slots": 2}, in_backward=in_backward, machine=machine
         )
-    assert same_bits((model, opt), trained())
+    assert same_bits((model, opt), train_model())
     tiers = tiers_of(opt)
     assert tiers == sorted(tiers)
     assert tiers.count("device") <= after // 2
@@ -331,13 +331,13 @@ def test_tables_spill_to_the_host(after, in_backward):
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 def test_a_forced_device_that_runs_out_changes_nothing(in_backward):
-    model = made()
+    model = make_model()
     opt = Collins(model.parameters(), **OPTIONS, memory="device", in_backward=in_backward)
     on_machine(opt, allocate=failing_allocator(5))
     first_step_refused(model, opt, r"ran out of memory while placing parameter 2 of .*KiB.*tier='auto'")
     on_machine(opt)
-    stepped(model, opt, range(7))
-    assert same_bits((model, opt), trained())
+    take_steps(model, opt, range(7))
+    assert same_bits((model, opt), train_model())
 
 
 def failing_ring(monkeypatch):
@@ -363,30 +363,30 @@ def failing_ring(monkeypatch):
 def test_tables_on_the_device_make_room_for_the_ring(in_backward, monkeypatch):
     machine = {"allocate": failing_ring(monkeypatch)}
     with pytest.warns(UserWarning, match="Collins moves tables to the host"):
-        pair = trained(memory=TIERS["mixed"], in_backward=in_backward, machine=machine)
+        pair = train_model(memory=TIERS["mixed"], in_backward=in_backward, machine=machine)
     assert set(tiers_of(pair[1])) == {"host"}
-    assert same_bits(pair, trained())
+    assert same_bits(pair, train_model())
 
 
 def test_nothing_is_placed_if_the_ring_does_not_fit(monkeypatch):
     allocate = failing_ring(monkeypatch)
-    model = made()
+    model = make_model()
     opt = on_machine(Collins(model.parameters(), **OPTIONS, memory=TIERS["host"]), allocate=allocate)
     first_step_refused(model, opt, r"cpu has no room for the staging ring of .*2 slots of .*staging_slots")
-    stepped(model, opt, range(7))
-    assert same_bits((model, opt), trained())
+    take_steps(model, opt, range(7))
+    assert same_bits((model, opt), train_model())
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 @pytest.mark.parametrize("tier", ["auto", "host", "device"])
 def test_neither_tier_can_hold_the_tables(tier, in_backward):
-    model = made()
+    model = make_model()
     opt = Collins(model.parameters(), **OPTIONS, memory=tier, in_backward=in_backward)
     on_machine(opt, host_free=lambda: 3000)
     first_step_refused(model, opt, rf"tier='{tier}'\. The device may give 2\.9 KiB.*The host may give")
     on_machine(opt)
-    stepped(model, opt, range(7))
-    assert same_bits((model, opt), trained())
+    take_steps(model, opt, range(7))
+    assert same_bits((model, opt), train_model())
 
 
 def test_nothing_is_placed_if_the_tables_of_one_device_do_not_fit():
@@ -404,10 +404,10 @@ def test_nothing_is_placed_if_the_tables_of_one_device_do_not_fit():
 
 
 def test_the_pin_limit_of_the_policy_is_applied():
-    trained(steps=1, memory={"tier": "host", "pin_limit": "3KiB"})
+    train_model(steps=1, memory={"tier": "host", "pin_limit": "3KiB"})
     assert slabs._pins.limit == 3072
     slabs._pins.warned = True
-    trained(steps=1, memory="host")  # neither another optimizer's limit nor its warning
+    train_model(steps=1, memory="host")  # neither another optimizer's limit nor its warning
     assert slabs._pins.limit is None
     assert not slabs._pins.warned
 
@@ -417,9 +417,9 @@ def test_pinned_memory_stays_within_the_policy():
     gc.collect()
     before = pinned_bytes()
     with pytest.warns(UserWarning, match="pageable host memory"):
-        pair = trained(memory={**TIERS["host"], "pin_limit": before + 3000}, model={"device": "cuda"})
+        pair = train_model(memory={**TIERS["host"], "pin_limit": before + 3000}, model={"device": "cuda"})
     assert before < pinned_bytes() <= before + 3000
-    assert same_bits(pair, trained(model={"device": "cuda"}))
+    assert same_bits(pair, train_model(model={"device": "cuda"}))
     del pair
     gc.collect()
     assert pinned_bytes() == before
@@ -427,7 +427,7 @@ def test_pinned_memory_stays_within_the_policy():
 
 @pytest.mark.cuda
 def test_the_device_tier_stays_within_free_memory():
-    model = made(device="cuda")
+    model = make_model(device="cuda")
     opt = Collins(model.parameters(), **OPTIONS, memory={"device_reserve": "100%"}, in_backward=True)
     with pytest.raises(MemoryError, match="device_reserve 100%"):
         backward(model, 0)
@@ -439,13 +439,13 @@ def shrinking(monkeypatch):
     """Returns a function that reduces the device memory of this process after a plan has been made."""
 
     def shrink(room, planned=tiers.planned):
-        def made(*args):
+        def make_model(*args):
             given = planned(*args)
             held = torch.cuda.memory_reserved() + room
             torch.cuda.set_per_process_memory_fraction(held / torch.cuda.mem_get_info()[1])
             return given
 
-        monkeypatch.setattr(tiers, "planned", made)
+        monkeypatch.setattr(tiers, "planned", make_model)
 
     gc.collect()
     torch.cuda.empty_cache()
@@ -494,7 +494,7 @@ def test_tables_spill_when_a_real_device_is_full(in_backward, room, shrinking):
 def test_a_plan_made_within_backward_is_marked(in_backward, monkeypatch):
     planned, early = tiers.planned, []
     monkeypatch.setattr(tiers, "planned", lambda *args: (early.append(args[-2]), planned(*args))[1])
-    trained(memory="auto", in_backward=in_backward)
+    train_model(memory="auto", in_backward=in_backward)
     assert early == [in_backward]
 
 
@@ -524,7 +524,7 @@ def test_a_device_with_space_only_for_the_ring_uses_the_host_tier(early, tier):
 
 def test_the_first_step_logs_the_placement_and_its_reason(caplog):
     with caplog.at_level("INFO", logger="collins"):
-        _, opt = trained(steps=2, memory=TIERS["mixed"])
+        _, opt = train_model(steps=2, memory=TIERS["mixed"])
     (record,) = caplog.records
     assert record.getMessage() == f"Where the tables are, and why:\n{opt.placement[0].summary()}"
     assert "first within the device's 6.0 KiB" in record.getMessage()

@@ -34,7 +34,7 @@ class Model(nn.Module):
         width = 21 if odd else 24
         self.tokens = nn.Embedding(61, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(3))
-        self.seldom = Block(width)
+        self.optional = Block(width)
         self.head = nn.Linear(width, 61, bias=False)
         if tied:
             self.head.weight = self.tokens.weight
@@ -42,14 +42,14 @@ class Model(nn.Module):
         for block in self.blocks if compiled else ():
             block.compile(backend=compiled)
 
-    def forward(self, tokens, seldom):
+    def forward(self, tokens, optional):
         x = self.tokens(tokens)
         for block in self.blocks:
             x = block(x) if self.checkpointed is None else checkpoint(block, x, use_reentrant=self.checkpointed)
-        return self.head(self.seldom(x) if seldom else x)
+        return self.head(self.optional(x) if optional else x)
 
 
-def made(dtype=torch.float32, device="cpu", **model):
+def make_model(dtype=torch.float32, device="cpu", **model):
     torch.manual_seed(0)
     return Model(**model).to(device, dtype)
 
@@ -59,13 +59,13 @@ def backward(model, step):
     model."""
     device = next(model.parameters()).device
     tokens = torch.randint(61, (4, 7), generator=torch.Generator().manual_seed(step)).to(device)
-    logits = model(tokens[:, :-1], seldom=step % 2 == 0).float()
+    logits = model(tokens[:, :-1], optional=step % 2 == 0).float()
     loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
     return loss.item()
 
 
-def stepped(model, opt, steps, schedule=None):
+def take_steps(model, opt, steps, schedule=None):
     for step in steps:
         backward(model, step)
         opt.step()
@@ -74,19 +74,19 @@ def stepped(model, opt, steps, schedule=None):
             schedule.step()
 
 
-def trained(steps=7, params=lambda model: model.parameters(), schedule=None, model=None, machine=None, **options):
+def train_model(steps=7, params=lambda model: model.parameters(), schedule=None, model=None, machine=None, **options):
     """A model after some steps, and its optimizer, on a machine with the given properties (see `on_machine`)."""
-    model = made(**(model or {}))
+    model = make_model(**(model or {}))
     opt = Collins(params(model), **{**OPTIONS, **options})
     if machine is not None:
         on_machine(opt, **machine)
-    stepped(model, opt, range(steps), None if schedule is None else schedule(opt))
+    take_steps(model, opt, range(steps), None if schedule is None else schedule(opt))
     return model, opt
 
 
-def same_bits(some, others):
+def same_bits(first, second):
     """Whether two (model, optimizer) pairs are bitwise equal in weights and state."""
-    (model, opt), (other_model, other_opt) = some, others
+    (model, opt), (other_model, other_opt) = first, second
     states, other_states = opt.state_dict()["state"], other_opt.state_dict()["state"]
     assert states.keys() == other_states.keys()
     pairs = list(zip(model.parameters(), other_model.parameters(), strict=True))
