@@ -71,17 +71,17 @@ def test_train_lm_compares_the_optimizers(train_lm, small, tmp_path, capsys):
         assert record["validation"][-1] < record["validation"][0] < 6.1  # nats; a uniform guess has 5.99
     assert records[1]["state_bytes"] < records[0]["state_bytes"] / 2
     assert picture.read_bytes().startswith(b"\x89PNG")
-    shown, drawn = capsys.readouterr()
-    assert drawn == ""  # no progress bar without a terminal
+    output, errors = capsys.readouterr()
+    assert errors == ""  # no progress bar without a terminal
     for record in records:
-        assert f"{record['state_bytes']:,}" in shown
-        assert f"{record['validation_loss']:.3f}" in shown
+        assert f"{record['state_bytes']:,}" in output
+        assert f"{record['validation_loss']:.3f}" in output
 
 
 def test_train_lm_sweeps_both_optimizers_at_as_many_rates(train_lm, small, tmp_path):
     records = train_lm.main(small(1, "--out", str(tmp_path / "loss.png")))
-    tried = {name: [r["lr"] for r in records if r["optimizer"] == name] for name in ("adamw", "collins")}
-    assert tried == {"adamw": [1e-3, 2e-3, 4e-3], "collins": [2e-3, 4e-3, 8e-3]}
+    rates = {name: [r["lr"] for r in records if r["optimizer"] == name] for name in ("adamw", "collins")}
+    assert rates == {"adamw": [1e-3, 2e-3, 4e-3], "collins": [2e-3, 4e-3, 8e-3]}
     assert train_lm.LM_SMALL.settings.vocabulary == 8192
     assert train_lm.LM_SMALL.settings.steps == 300
 
@@ -93,7 +93,7 @@ def test_train_lm_is_repeatable_and_accepts_a_subset_of_optimizers(train_lm, sma
 
 
 @pytest.mark.parametrize(
-    ("wrong", "named"),
+    ("bad_arguments", "message"),
     [
         (["--set", "hidden=65"], "hidden must be a multiple of twice heads, got 65 and 3"),
         (["--rates", "sgd=1"], "NAME must be an optimizer that is compared (adamw, collins), got 'sgd=1'"),
@@ -105,21 +105,21 @@ def test_train_lm_is_repeatable_and_accepts_a_subset_of_optimizers(train_lm, sma
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_train_lm_rejects_invalid_arguments(train_lm, wrong, named, capsys):
+def test_train_lm_rejects_invalid_arguments(train_lm, bad_arguments, message, capsys):
     with pytest.raises(SystemExit):
-        train_lm.main(wrong)
-    assert named in " ".join(capsys.readouterr().err.split())
+        train_lm.main(bad_arguments)
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_train_lm_accepts_a_policy_file_with_the_same_result(train_lm, small, tmp_path, capsys):
     policy = tmp_path / "policy.toml"
     policy.write_text('[collins.memory]\ntier = "host"\ntransfer_size = "8KiB"\n')
     arguments = small(5, "--optimizers", "collins", "--rates", "1e-2", "--out", str(tmp_path / "loss.png"))
-    (resident,), (housed,) = train_lm.main(arguments), train_lm.main([*arguments, "--memory", str(policy)])
-    assert housed["validation"] == resident["validation"]
-    assert housed["optimizer"] == resident["optimizer"] == "collins"
-    assert resident["placement"] == []
-    (plan,) = housed["placement"]
+    (resident_run,), (host_run,) = train_lm.main(arguments), train_lm.main([*arguments, "--memory", str(policy)])
+    assert host_run["validation"] == resident_run["validation"]
+    assert host_run["optimizer"] == resident_run["optimizer"] == "collins"
+    assert resident_run["placement"] == []
+    (plan,) = host_run["placement"]
     assert "host" in plan
     assert f"collins, lr 0.01: placement of its tables\n{plan}" in capsys.readouterr().out
 
@@ -134,16 +134,16 @@ def test_one_card_learns_and_reports(one_card, tier, code, capsys):
     assert len(run.steps) == len(run.passes) == 10
     assert run.added > 0
     assert run.pinned == 0  # nothing is, on the CPU
-    shown, drawn = capsys.readouterr()
-    assert drawn == ""  # no progress bar without a terminal
+    output, errors = capsys.readouterr()
+    assert errors == ""  # no progress bar without a terminal
     (outcome,) = run.trial.outcomes()
-    assert outcome.plan.summary().splitlines()[-1] in shown
-    assert shown.index("staging ring") < shown.index("tokens/s")
-    assert f"{run.losses[-1]:.3f}" in shown
-    (placed,) = run.placement
-    placed, planned = ([(r.shape, r.bytes, r.tier) for r in plan.rows] for plan in (placed, outcome.plan))
-    assert placed == planned
-    report = json.loads(shown.splitlines()[-1])
+    assert outcome.plan.summary().splitlines()[-1] in output
+    assert output.index("staging ring") < output.index("tokens/s")
+    assert f"{run.losses[-1]:.3f}" in output
+    (placement,) = run.placement
+    placement, planned_shapes = ([(r.shape, r.bytes, r.tier) for r in plan.rows] for plan in (placement, outcome.plan))
+    assert placement == planned_shapes
+    report = json.loads(output.splitlines()[-1])
     assert report["losses"] == run.losses
     assert report["tokens_per_s"] == pytest.approx(8 * 32 / report["step_s"])
     assert report["optimizer_adds"] == pytest.approx(report["step_s"] / report["forward_backward_s"] - 1)
@@ -174,7 +174,7 @@ def test_one_card_has_the_same_losses_with_compiled_layers(one_card):
 
 
 @pytest.mark.parametrize(
-    ("named", "count"),
+    ("name", "count"),
     [
         ("7b", 6_738_415_616),
         ("8b", 8_030_261_248),
@@ -183,16 +183,16 @@ def test_one_card_has_the_same_losses_with_compiled_layers(one_card):
         ("70b --vocab 32000", 68_976_648_192),
     ],
 )
-def test_one_card_has_the_real_shapes(load, one_card, named, count, monkeypatch):
+def test_one_card_has_the_real_shapes(load, one_card, name, count, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    args = one_card.parse(named.split())
+    args = one_card.parse(name.split())
     shape = args.shape
     with torch.device("meta"):
         model = load("llama").Llama(shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.vocab)
     assert sum(p.numel() for p in model.parameters()) == count
-    planned = one_card.shapes_of(args)
-    assert [tuple(p.shape) for p in model.parameters()] == planned.shapes
-    assert args.policy.tier == ("host" if "70b" in named else "auto")
+    planned_shapes = one_card.shapes_of(args)
+    assert [tuple(p.shape) for p in model.parameters()] == planned_shapes.shapes
+    assert args.policy.tier == ("host" if "70b" in name else "auto")
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -211,7 +211,7 @@ def test_the_chunked_loss_equals_cross_entropy(load):
     generator = torch.Generator().manual_seed(0)
     x, head = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (13, 40))
     targets = torch.randint(40, (13,), generator=generator)
-    sides = []
+    results = []
     for chunked in (False, True):
         leaves = [t.clone().requires_grad_() for t in (x, head)]
         if chunked:
@@ -219,9 +219,9 @@ def test_the_chunked_loss_equals_cross_entropy(load):
         else:
             loss = functional.cross_entropy(leaves[0] @ leaves[1].T, targets)
         (3 * loss).backward()
-        sides.append((loss.double(), *(leaf.grad for leaf in leaves)))
-    for plain, mine in zip(*sides, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+        results.append((loss.double(), *(leaf.grad for leaf in leaves)))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_chunked_loss_allocates_one_gradient_of_the_head(load):
@@ -229,14 +229,14 @@ def test_the_chunked_loss_allocates_one_gradient_of_the_head(load):
     x, head = torch.randn(64, 4).requires_grad_(), torch.randn(1000, 4).requires_grad_()
     targets = torch.zeros(64, dtype=torch.long)
     loss = load("chunked_loss").chunked_loss(x, head, targets, 8)
-    with Allocations() as seen:
+    with Allocations() as allocations:
         loss.backward()
-    assert seen.shapes.count((1000, 4)) == 1
-    assert max(torch.Size(shape).numel() for shape in seen.shapes) == 8 * 1000
+    assert allocations.shapes.count((1000, 4)) == 1
+    assert max(torch.Size(shape).numel() for shape in allocations.shapes) == 8 * 1000
 
 
 @pytest.mark.parametrize(
-    ("wrong", "named"),
+    ("bad_arguments", "message"),
     [
         (["--layers", "0"], "--layers must be at least 1, got 0"),
         (["--hidden", "66"], "--hidden must be a multiple of twice --heads, got 66 and 4"),
@@ -249,10 +249,10 @@ def test_the_chunked_loss_allocates_one_gradient_of_the_head(load):
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_one_card_rejects_invalid_arguments(one_card, wrong, named, capsys):
+def test_one_card_rejects_invalid_arguments(one_card, bad_arguments, message, capsys):
     with pytest.raises(SystemExit):
-        one_card.main([*TINY_CARD, *wrong])
-    assert re.sub(r"\s+", " ", named) in re.sub(r"\s+", " ", capsys.readouterr().err)
+        one_card.main([*TINY_CARD, *bad_arguments])
+    assert re.sub(r"\s+", " ", message) in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
 def test_one_card_rejects_files_that_are_not_models(one_card, capsys):
@@ -263,17 +263,17 @@ def test_one_card_rejects_files_that_are_not_models(one_card, capsys):
 
 def test_one_card_reports_insufficient_memory(one_card, load, monkeypatch, capsys):
     monkeypatch.setattr(load("finetuning.forecast"), "host_memory_free", lambda: 10_000)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         one_card.main([*TINY_CARD, "--policy", "host"])
-    assert ended.value.code == 1
+    assert exit_info.value.code == 1
     assert "out of memory: the weights take 244.6 KiB, and 9.8 KiB are free" in capsys.readouterr().err
 
 
 @pytest.mark.cuda
 def test_one_card_emulates_a_smaller_device(one_card, capsys):
-    given = [*TINY_CARD, "--device", "cuda", "--code", "own", "--steps", "2", "--memory-limit", "2GiB"]
+    args = [*TINY_CARD, "--device", "cuda", "--code", "own", "--steps", "2", "--memory-limit", "2GiB"]
     try:
-        run = one_card.main(given)
+        run = one_card.main(args)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert run.trial.machine.device_free <= 2 << 30

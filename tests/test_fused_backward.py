@@ -13,7 +13,7 @@ STEPS = 7
 tiers = pytest.mark.parametrize("memory", TIERS.values(), ids=TIERS)
 
 
-def hosted(model, opt, first=0):
+def register_hooks(model, opt, first=0):
     """Hooks as OneTrainer registers them (modules/trainer/GenericTrainer.py, commit 23df383, 2026-08-19)."""
     assert opt.supports_fused_back_pass
     handles = []
@@ -28,55 +28,55 @@ def hosted(model, opt, first=0):
     return handles
 
 
-def pair(memory, schedule=False, **options):
-    sides = []
+def make_pair(memory, schedule=False, **options):
+    pairs = []
     for _ in range(2):
         model = make_model()
         opt = Collins(model.named_parameters(), **{**OPTIONS, "memory": memory, **options})
         rate = torch.optim.lr_scheduler.LinearLR(opt, total_iters=STEPS) if schedule else None
-        sides.append((model, opt, rate))
-    return sides
+        pairs.append((model, opt, rate))
+    return pairs
 
 
 @tiers
 @pytest.mark.parametrize("calls_step", [True, False], ids=["step follows", "no step follows"])
 def test_steps_in_hooks_of_a_program_equal_steps_after_backward(memory, calls_step):
     """The model uses some parameters in every second pass only, and the learning rate changes."""
-    (model, opt, rate), (other, theirs, their_rate) = pair(memory, schedule=True)
+    (model, opt, rate), (other, other_opt, other_rate) = make_pair(memory, schedule=True)
     take_steps(model, opt, range(STEPS), rate)
-    hosted(other, theirs)
+    register_hooks(other, other_opt)
     for step in range(STEPS):
         backward(other, step)
         assert all(p.grad is None for p in other.parameters())
         if calls_step:
-            theirs.step()
+            other_opt.step()
         else:
-            theirs._opt_called = True  # schedules check this, which such a program does not set
-        their_rate.step()
-    assert same_bits((model, opt), (other, theirs))
+            other_opt._opt_called = True  # schedules check this, which such a program does not set
+        other_rate.step()
+    assert same_bits((model, opt), (other, other_opt))
 
 
 def test_some_parameters_may_be_stepped_by_step():
-    (model, opt, _), (other, theirs, _) = pair(None)
+    (model, opt, _), (other, other_opt, _) = make_pair(None)
     take_steps(model, opt, range(STEPS))
-    for handle in hosted(other, theirs)[::2]:
+    for handle in register_hooks(other, other_opt)[::2]:
         handle.remove()
-    take_steps(other, theirs, range(STEPS))
-    assert same_bits((model, opt), (other, theirs))
+    take_steps(other, other_opt, range(STEPS))
+    assert same_bits((model, opt), (other, other_opt))
 
 
 def test_a_loaded_state_is_used_by_the_next_step():
-    (model, opt, _), (other, theirs, _) = pair(None)
+    (model, opt, _), (other, other_opt, _) = make_pair(None)
     take_steps(model, opt, range(3))
     saved, weights = copy.deepcopy(opt.state_dict()), copy.deepcopy(model.state_dict())
-    hosted(other, theirs)
+    register_hooks(other, other_opt)
     backward(other, 50)  # no call marks the end of this step
-    theirs.load_state_dict(saved)
+    other_opt.load_state_dict(saved)
     other.load_state_dict(weights)
     for step in range(3, STEPS):
         backward(other, step)
     take_steps(model, opt, range(3, STEPS))
-    assert same_bits((model, opt), (other, theirs))
+    assert same_bits((model, opt), (other, other_opt))
 
 
 def test_a_parameter_without_a_gradient_is_unchanged_and_an_added_one_is_stepped():
@@ -89,26 +89,26 @@ def test_a_parameter_without_a_gradient_is_unchanged_and_an_added_one_is_stepped
     opt.step_parameter(p, opt.param_groups[0], 0)
     opt.add_param_group({"params": [q], "lr": 1e-2})
     opt.step_parameter(q)
-    assert [int(opt.state[each]["step"]) for each in (p, q)] == [1, 1]
-    moved = [float((1 - each.detach()).mean()) for each in (p, q)]
-    assert moved[1] == pytest.approx(10 * moved[0], rel=1e-3)
+    assert [int(opt.state[o]["step"]) for o in (p, q)] == [1, 1]
+    changes = [float((1 - o.detach()).mean()) for o in (p, q)]
+    assert changes[1] == pytest.approx(10 * changes[0], rel=1e-3)
 
 
 def test_statistics_of_a_step_in_hooks_include_all_parameters():
-    (model, opt, _), (other, theirs, _) = pair(None, nonfinite="skip")
-    hosted(other, theirs)
+    (model, opt, _), (other, other_opt, _) = make_pair(None, nonfinite="skip")
+    register_hooks(other, other_opt)
     for step in range(3):
-        for each in (opt, theirs):
-            each.statistics(updates=True)
+        for o in (opt, other_opt):
+            o.statistics(updates=True)
         take_steps(model, opt, [step])
         backward(other, step)
         if step == 1:
-            theirs.step()
+            other_opt.step()
     backward(other, 3)  # this ends the previous step
-    known, found = opt.statistics(), theirs.statistics()
-    assert known.keys() == found.keys() >= {"update_rms/0", "weight_rms/0", "skipped_steps"}
+    expected, actual = opt.statistics(), other_opt.statistics()
+    assert expected.keys() == actual.keys() >= {"update_rms/0", "weight_rms/0", "skipped_steps"}
     for name in ("update_rms/0", "weight_rms/0", "skipped_buckets", "skipped_steps"):
-        torch.testing.assert_close(found[name], known[name])
+        torch.testing.assert_close(actual[name], expected[name])
 
 
 @pytest.mark.parametrize("change", ["option", "gradient", "stranger", "in_backward", "max_grad_norm"])
@@ -120,21 +120,21 @@ def test_an_unsupported_step_is_rejected_and_nothing_changes(change):
         opt.step_parameter(p)
     opt.max_grad_norm = 1.0 if change == "max_grad_norm" else None
     before, state = p.detach().clone(), copy.deepcopy(opt.state_dict())
-    error, text, of = ValueError, "p must be a parameter of this optimizer", stranger
+    error, text, parameter = ValueError, "p must be a parameter of this optimizer", stranger
     if change == "option":
         opt.param_groups[0]["decode"] = "raw"
-        error, text, of = ValueError, "decode must be", p
+        error, text, parameter = ValueError, "decode must be", p
     elif change == "gradient":
         p.grad = p.grad.to_sparse()
-        error, text, of = TypeError, "sparse", p
+        error, text, parameter = TypeError, "sparse", p
     elif change == "in_backward":
         assert not opt.supports_fused_back_pass
-        error, text, of = RuntimeError, "in_backward=True", p
+        error, text, parameter = RuntimeError, "in_backward=True", p
     elif change == "max_grad_norm":
         assert not opt.supports_fused_back_pass
-        error, text, of = RuntimeError, "max_grad_norm must be None for step_parameter, got 1", p
+        error, text, parameter = RuntimeError, "max_grad_norm must be None for step_parameter, got 1", p
     with pytest.raises(error, match=text):
-        opt.step_parameter(of)
+        opt.step_parameter(parameter)
     opt.param_groups[0]["decode"] = state["param_groups"][0]["decode"]
     assert torch.equal(bits(p), bits(before))
     assert same(opt.state_dict(), state)

@@ -31,9 +31,9 @@ def family(name, numel, buckets, seed=0, key=0):
 def test_universal_hash_is_the_carter_wegman_formula(index, a, b, buckets):
     hash = UniversalHash(2**41, buckets)
     hash.a, hash.b, hash.c, hash.d = a, b, a, b
-    twin = Universal(2**41, buckets, a, b, a, b)
-    assert hash.bucket(torch.tensor(index)).tolist() == [twin.h(i) for i in index]
-    assert hash.sign(torch.tensor(index)).tolist() == [twin.s(i, 1) for i in index]
+    reference = Universal(2**41, buckets, a, b, a, b)
+    assert hash.bucket(torch.tensor(index)).tolist() == [reference.h(i) for i in index]
+    assert hash.sign(torch.tensor(index)).tolist() == [reference.s(i, 1) for i in index]
 
 
 @pytest.mark.parametrize("name", "abcd")
@@ -42,9 +42,9 @@ def test_universal_coefficients_are_readable_settable_and_bounded(name):
     assert 0 <= getattr(hash, name) < PRIME
     setattr(hash, name, 5)
     assert getattr(hash, name) == 5
-    for wrong in (-1, PRIME, 0.5):
-        with pytest.raises(ValueError, match=rf"{name} must be an int in .*, got {wrong}"):
-            setattr(hash, name, wrong)
+    for value in (-1, PRIME, 0.5):
+        with pytest.raises(ValueError, match=rf"{name} must be an int in .*, got {value}"):
+            setattr(hash, name, value)
     assert getattr(hash, name) == 5
 
 
@@ -53,26 +53,26 @@ def test_universal_coefficients_are_readable_settable_and_bounded(name):
 @pytest.mark.parametrize("tail", [0, 1, 5])
 def test_block_hash_is_the_formula(block, period, tail):
     numel = 6 * block + min(tail, block - 1)
-    hash, twin = BlockHash(numel, block, 3, 4, period), Block(numel, block, 3, 4, period)
+    hash, reference = BlockHash(numel, block, 3, 4, period), Block(numel, block, 3, 4, period)
     index, bucket = torch.arange(numel), torch.arange(hash.buckets)
-    assert hash.buckets == twin.K
-    assert hash.bucket(index).tolist() == [twin.h(i) for i in range(numel)]
-    assert hash.load(bucket).tolist() == [twin.load(b) for b in range(twin.K)]
+    assert hash.buckets == reference.K
+    assert hash.bucket(index).tolist() == [reference.h(i) for i in range(numel)]
+    assert hash.load(bucket).tolist() == [reference.load(b) for b in range(reference.K)]
     for step in range(1, 16):
-        assert hash.sign(index, step).tolist() == [twin.s(i, step) for i in range(numel)]
-        assert hash.fresh(bucket, step).tolist() == [twin.fresh(b, step) for b in range(twin.K)]
+        assert hash.sign(index, step).tolist() == [reference.s(i, step) for i in range(numel)]
+        assert hash.fresh(bucket, step).tolist() == [reference.fresh(b, step) for b in range(reference.K)]
 
 
 @pytest.mark.parametrize("block", [32, 128])
 def test_tensors_of_more_than_2_31_elements_hash_correctly(block):
     index = torch.tensor(FAR)
-    hash, twin = BlockHash(2**35, block), Block(2**35, block)
-    assert hash.bucket(index).tolist() == [twin.h(i) for i in FAR]
-    assert hash.sign(index, 250).tolist() == [twin.s(i, 250) for i in FAR]
+    hash, reference = BlockHash(2**35, block), Block(2**35, block)
+    assert hash.bucket(index).tolist() == [reference.h(i) for i in FAR]
+    assert hash.sign(index, 250).tolist() == [reference.s(i, 250) for i in FAR]
     universal = UniversalHash(2**35, 2**30)
-    twin = Universal(2**35, 2**30, universal.a, universal.b, universal.c, universal.d)
-    assert universal.bucket(index).tolist() == [twin.h(i) for i in FAR]
-    assert universal.sign(index).tolist() == [twin.s(i, 1) for i in FAR]
+    reference = Universal(2**35, 2**30, universal.a, universal.b, universal.c, universal.d)
+    assert universal.bucket(index).tolist() == [reference.h(i) for i in FAR]
+    assert universal.sign(index).tolist() == [reference.s(i, 1) for i in FAR]
 
 
 @pytest.mark.parametrize("name", ["block", "universal"])
@@ -92,14 +92,14 @@ def test_any_integer_index_of_any_shape(name, dtype):
 def test_pairwise_collision_rate_is_at_most_one_in_k(name):
     numel, buckets, pairs, seeds = 4096, 128, 400, 250
     generator = torch.Generator().manual_seed(0)
-    hits = 0
+    collisions = 0
     for seed in range(seeds):
         i = torch.randint(numel, (pairs,), generator=generator)
         j = (i + torch.randint(1, numel, (pairs,), generator=generator)) % numel
         hash = family(name, numel, buckets, seed=seed)
-        hits += int((hash.bucket(i) == hash.bucket(j)).sum())
-    tried = pairs * seeds
-    assert hits / tried <= 1 / buckets + 4 * math.sqrt(1 / buckets / tried)
+        collisions += int((hash.bucket(i) == hash.bucket(j)).sum())
+    count = pairs * seeds
+    assert collisions / count <= 1 / buckets + 4 * math.sqrt(1 / buckets / count)
 
 
 @pytest.mark.parametrize("name", ["block", "universal"])
@@ -121,14 +121,14 @@ def test_signs_of_a_pair_are_independent(name, i, j):
 def test_signs_of_parameters_seeds_and_epochs_are_independent(name):
     index, size = torch.arange(2**16), 2**16
     hashes = [family(name, size, 2048, seed=seed, key=key) for seed in range(3) for key in range(3)]
-    drawn = [hash.sign(index) for hash in hashes]
+    signs = [hash.sign(index) for hash in hashes]
     if name == "block":  # and from one epoch to the next
-        drawn += [hashes[0].sign(index, step) for step in (101, 201, 301)]
-    for one, other in itertools.combinations(drawn, 2):
-        assert abs((one * other).mean().item()) < 5 / math.sqrt(size)
+        signs += [hashes[0].sign(index, step) for step in (101, 201, 301)]
+    for first, second in itertools.combinations(signs, 2):
+        assert abs((first * second).mean().item()) < 5 / math.sqrt(size)
     if name == "universal":
-        for one, other in itertools.combinations(hashes, 2):
-            agreeing = (one.bucket(index) == other.bucket(index)).float().mean().item()
+        for first, second in itertools.combinations(hashes, 2):
+            agreeing = (first.bucket(index) == second.bucket(index)).float().mean().item()
             assert agreeing < 1 / 2048 + 5 * math.sqrt(1 / 2048 / size)
 
 
@@ -137,8 +137,8 @@ def test_each_bucket_redraws_once_per_period_at_its_own_phase():
     bucket, index = torch.arange(hash.buckets), torch.arange(2**15)
     fresh = torch.stack([hash.fresh(bucket, step) for step in range(1, 151)])
     assert torch.equal(fresh.sum(0), torch.full((hash.buckets,), 3))
-    share = fresh.float().mean(1)  # of buckets, at each step
-    assert (share - 1 / 50).abs().max() < 5 * math.sqrt(1 / 50 / hash.buckets)
+    fraction = fresh.float().mean(1)  # of buckets, at each step
+    assert (fraction - 1 / 50).abs().max() < 5 * math.sqrt(1 / 50 / hash.buckets)
     for step in range(2, 60):
         changed = hash.sign(index, step) != hash.sign(index, step - 1)
         renewed = hash.fresh(hash.bucket(index), step)
@@ -148,9 +148,9 @@ def test_each_bucket_redraws_once_per_period_at_its_own_phase():
 
 def test_signs_never_change_without_a_period_and_in_a_bucket_of_one():
     index = torch.arange(33)
-    still = BlockHash(33, 32, period=None)
-    assert all(torch.equal(still.sign(index, step), still.sign(index)) for step in range(1, 300))
-    assert not any(still.fresh(torch.tensor([0, 1]), step).any() for step in range(1, 300))
+    constant = BlockHash(33, 32, period=None)
+    assert all(torch.equal(constant.sign(index, step), constant.sign(index)) for step in range(1, 300))
+    assert not any(constant.fresh(torch.tensor([0, 1]), step).any() for step in range(1, 300))
     rolling = BlockHash(33, 32, period=3)  # bucket 1 holds element 32 alone
     assert len({rolling.sign(torch.tensor(32), step).item() for step in range(1, 300)}) == 1
     assert not any(rolling.fresh(torch.tensor(1), step) for step in range(1, 300))
