@@ -24,7 +24,7 @@ VALUES = [
 
 
 class Cases:
-    """The cases of one kind: counts how they end, and adds the seed to the error of a failing case.
+    """The cases of one kind: counts how they ended, and adds the seed to the error of a failing case.
 
     Args:
         kind: the beginning of their seeds.
@@ -33,7 +33,7 @@ class Cases:
     def __init__(self, *kind, count):
         self.kind = "/".join(kind)
         self.count = count
-        self.counts = dict.fromkeys(("refused", "accepted"), 0)
+        self.ended = dict.fromkeys(("refused", "accepted"), 0)
 
     def __iter__(self):
         seeds = (f"{self.kind}/{number}" for number in range(self.count))
@@ -59,8 +59,8 @@ class Cases:
 
     def end(self):
         """Prints the counts, and fails if no case was rejected, since the mutations then have no effect."""
-        print(f"{self.kind}: {self.counts}")
-        assert ONLY or self.counts["refused"]
+        print(f"{self.kind}: {self.ended}")
+        assert ONLY or self.ended["refused"]
 
 
 def random_value(rng):

@@ -1,7 +1,7 @@
 """Whatever fails in the middle of a step, each parameter is stepped or as it was, to the bit, and training goes on.
 
 The step is made to fail at every allocation, at lines spread over all the code that steps, in copies between host and
-device, and in hooks of backward. What is there afterwards is compared with twins that nothing befell.
+device, and in hooks of backward. The state afterwards is compared with that of an optimizer whose steps did not fail.
 """
 
 import copy
@@ -31,7 +31,7 @@ from collins import Collins, whole_folder
 from collins.offload import Slab, pinned_bytes, set_pin_limit, slabs, staging
 from collins.offload.streams import HostStreams
 
-PLACES = 100 if settings.get_current_profile_name() == "thorough" else 10
+POINTS = 100 if settings.get_current_profile_name() == "thorough" else 10
 SHAPES = [(64, 64), (40,), (33, 37), (24, 64)]
 WAYS = {
     "resident": {},
@@ -46,11 +46,11 @@ WAYS = {
     "orthogonal host": {"decode": "orthogonal", "memory": {"tier": "host", "transfer_size": 1500, "staging_slots": 2}},
     "host in_backward": {"memory": {"tier": "host", "transfer_size": 1500, "staging_slots": 2}, "in_backward": True},
 }
-in_every_way = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+in_every_configuration = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 at_either_step = pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
 
 
-def made(options, steps):
+def make_optimizer(options, steps):
     ps = parameters(torch.float32, SHAPES, "cpu")
     opt = Collins(ps, lr=1e-2, min_K=16, rehash_period=3, **options)
     for number in range(steps):
@@ -58,10 +58,10 @@ def made(options, steps):
     return ps, opt
 
 
-def step(ps, opt, number, among=None):
-    """With gradients for all, or for those `among` whose numbers these are."""
+def step(ps, opt, number, indices=None):
+    """With gradients for all parameters, or for those with these indices."""
     give_gradients(number, ps)
-    grads = [p.grad if among is None or i in among else None for i, p in enumerate(ps)]
+    grads = [p.grad if indices is None or i in indices else None for i, p in enumerate(ps)]
     try:
         if opt.in_backward:
             for p in ps:
@@ -89,29 +89,29 @@ class Fault:
         self.after = snapshot(ps, opt)
 
     def new(self):
-        return made(self.options, self.number)
+        return make_optimizer(self.options, self.number)
 
-    def leaves_all_whole(self, ps, opt):
-        """The step of this optimizer has just failed."""
-        found = snapshot(ps, opt)
-        done = {i for i, (now, then) in enumerate(zip(found, self.after, strict=True)) if same_snapshots(now, then)}
-        rest = set(range(len(ps))) - done
-        assert all(same_snapshots(found[i], self.before[i]) for i in rest), (done, rest)
+    def check_after_failure(self, ps, opt):
+        """Checks an optimizer whose step has just failed; returns the indices of the parameters that were stepped."""
+        actual = snapshot(ps, opt)
+        stepped = {i for i, after in enumerate(self.after) if same_snapshots(actual[i], after)}
+        unstepped = set(range(len(ps))) - stepped
+        assert all(same_snapshots(actual[i], self.before[i]) for i in unstepped), (stepped, unstepped)
         if opt.in_backward:
             opt.step()  # ends it
         step(ps, opt, self.number + 1)
-        twins, twin = self.new()
-        step(twins, twin, self.number, done)
-        step(twins, twin, self.number + 1)
-        assert all(map(same_snapshots, snapshot(ps, opt), snapshot(twins, twin)))
-        return done
+        reference_ps, reference_opt = self.new()
+        step(reference_ps, reference_opt, self.number, stepped)
+        step(reference_ps, reference_opt, self.number + 1)
+        assert all(map(same_snapshots, snapshot(ps, opt), snapshot(reference_ps, reference_opt)))
+        return stepped
 
 
 def failed_steps(fault, owner, name, error, monkeypatch):
     """Steps in which the first call of a function fails, then the second one, and so on until no call is left."""
     original = getattr(owner, name)
 
-    def fails(*args):
+    def fail(*args):
         calls.append(args)
         if len(calls) == failing:
             raise error
@@ -119,8 +119,8 @@ def failed_steps(fault, owner, name, error, monkeypatch):
 
     for failing in range(1, 30):  # noqa: B007
         (ps, opt), calls = fault.new(), []
-        with monkeypatch.context() as patched:
-            patched.setattr(owner, name, fails)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
             try:
                 step(ps, opt, fault.number)
             except type(error) as raised:
@@ -134,7 +134,7 @@ def failed_steps(fault, owner, name, error, monkeypatch):
 # Memory.
 
 
-class Allocates(TorchDispatchMode):
+class FailingAllocations(TorchDispatchMode):
     """The operation that makes new memory for the `failing`-th time finds none."""
 
     def __init__(self, failing=None):
@@ -143,8 +143,8 @@ class Allocates(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
-        if any(t.untyped_storage()._cdata not in given for t in tensors(result)):
+        argument_storages = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+        if any(t.untyped_storage()._cdata not in argument_storages for t in tensors(result)):
             self.count += 1
             if self.count == self.failing:
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -155,33 +155,33 @@ def tensors(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-@in_every_way
+@in_every_configuration
 @at_either_step
 def test_memory_that_runs_out_at_any_allocation_of_a_step(options, first):
     fault = Fault(options, first)
     ps, opt = fault.new()
-    with Allocates() as seen:
+    with FailingAllocations() as allocations:
         step(ps, opt, fault.number)
-    assert seen.count > 10
-    stride = max(seen.count // PLACES, 1)
-    for failing in range(1, seen.count + 1, stride):
+    assert allocations.count > 10
+    stride = max(allocations.count // POINTS, 1)
+    for failing in range(1, allocations.count + 1, stride):
         ps, opt = fault.new()
         try:
-            with Allocates(failing):
+            with FailingAllocations(failing):
                 step(ps, opt, fault.number)
         except torch.OutOfMemoryError:
-            fault.leaves_all_whole(ps, opt)
+            fault.check_after_failure(ps, opt)
         else:  # a table went to the host instead
             assert all(map(same_snapshots, snapshot(ps, opt), fault.after))
 
 
-@in_every_way
+@in_every_configuration
 @at_either_step
 def test_memory_that_runs_out_at_any_allocation_of_a_load(options, first):
     """Of a state under other keys, which are those of its parameters' names."""
 
-    def fresh():
-        ps, opt = made(options, 0 if first else 3)
+    def new_optimizer():
+        ps, opt = make_optimizer(options, 0 if first else 3)
         return ps, opt, snapshot(ps, opt)
 
     qs = parameters(torch.float32, SHAPES, "cpu")
@@ -189,35 +189,35 @@ def test_memory_that_runs_out_at_any_allocation_of_a_load(options, first):
     for number in range(2):
         step(qs, source, number)
     saved = source.state_dict()
-    ps, opt, _ = fresh()
-    with Allocates() as seen:
+    ps, opt, _ = new_optimizer()
+    with FailingAllocations() as allocations:
         opt.load_state_dict(copy.deepcopy(saved))
-    for failing in range(1, seen.count + 1, max(seen.count // PLACES, 1)):
-        ps, opt, before = fresh()
-        given = copy.deepcopy(saved)
+    for failing in range(1, allocations.count + 1, max(allocations.count // POINTS, 1)):
+        ps, opt, before = new_optimizer()
+        state_dict = copy.deepcopy(saved)
         try:
-            with Allocates(failing):
-                opt.load_state_dict(given)
+            with FailingAllocations(failing):
+                opt.load_state_dict(state_dict)
         except (torch.OutOfMemoryError, MemoryError):  # of the staging ring
             assert all(map(same_snapshots, snapshot(ps, opt), before))
-            twins, twin, _ = fresh()
-            for each, one in ((ps, opt), (twins, twin)):
-                step(each, one, 3)
-            assert all(map(same_snapshots, snapshot(ps, opt), snapshot(twins, twin)))
+            reference_ps, reference_opt, _ = new_optimizer()
+            for params, optimizer in ((ps, opt), (reference_ps, reference_opt)):
+                step(params, optimizer, 3)
+            assert all(map(same_snapshots, snapshot(ps, opt), snapshot(reference_ps, reference_opt)))
         else:  # a table went to the host instead
             assert same_snapshots([ps[0], opt.state_dict()["state"][0]], [ps[0], saved["state"][0]])
 
 
 def test_what_is_mixed_is_on_both_tiers():
-    _, opt = made(WAYS["mixed"], 1)
+    _, opt = make_optimizer(WAYS["mixed"], 1)
     assert [row.tier for plan in opt.placement for row in plan.rows] == ["device", "host", "host", "host"]
 
 
-class Joined(Fault):
+class LaterUnfrozen(Fault):
     """A later step, the first one after some parameters were frozen."""
 
     def new(self):
-        ps, opt = made(self.options, 0)
+        ps, opt = make_optimizer(self.options, 0)
         for p in ps[2:]:
             p.requires_grad_(False)
         for number in range(self.number):
@@ -231,15 +231,15 @@ class Joined(Fault):
     ("kind", "way"),
     [
         *((Fault, way) for way in ("host", "mixed", "host in_backward", "orthogonal host")),
-        *((Joined, way) for way in ("host", "host in_backward", "orthogonal host")),
+        *((LaterUnfrozen, way) for way in ("host", "host in_backward", "orthogonal host")),
     ],
 )
 def test_host_memory_that_runs_out_at_any_slab(kind, way, monkeypatch):
-    fault, failed = kind(WAYS[way], first=kind is Fault), 0
+    fault, count = kind(WAYS[way], first=kind is Fault), 0
     error = OSError(errno.ENOMEM, "Cannot allocate memory")
-    for failed, (ps, opt) in enumerate(failed_steps(fault, slabs, "_mapped", error, monkeypatch), 1):  # noqa: B007
-        assert not fault.leaves_all_whole(ps, opt) or kind is Joined
-    assert failed > 0
+    for count, (ps, opt) in enumerate(failed_steps(fault, slabs, "_mapped", error, monkeypatch), 1):  # noqa: B007
+        assert not fault.check_after_failure(ps, opt) or kind is LaterUnfrozen
+    assert count > 0
 
 
 @pytest.mark.parametrize("way", ["host", "mixed", "host in_backward"])
@@ -247,21 +247,21 @@ def test_pages_that_cannot_be_locked_change_no_bit(way, monkeypatch):
     """At any slab of the first step: that one stays pageable, which one warning says."""
     fault, before = Fault(WAYS[way], first=True), pinned_bytes()
     for failing in range(1, 20):
-        runtime = Refusing(failing)
-        with monkeypatch.context() as patched:
-            patched.setattr(slabs, "torch", runtime)
-            patched.setattr(staging, "Slab", lambda parts, pin: Slab(parts, pin=True))
+        runtime = RuntimeWithLockFailure(failing)
+        with monkeypatch.context() as patch:
+            patch.setattr(slabs, "torch", runtime)
+            patch.setattr(staging, "Slab", lambda parts, pin: Slab(parts, pin=True))
             set_pin_limit(None)  # which warns anew
             ps, opt = fault.new()
-            with warnings.catch_warnings(record=True) as said:
+            with warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always")
                 step(ps, opt, fault.number)
             assert all(map(same_snapshots, snapshot(ps, opt), fault.after))
             if runtime.calls < failing:
                 assert failing > 1
-                assert not said
+                assert not warned
             else:
-                (warning,) = said
+                (warning,) = warned
                 assert "failed with error 2 (out of memory)" in str(warning.message)
             assert len(runtime.locked) == runtime.calls - (runtime.calls >= failing)
             assert pinned_bytes() - before == sum(runtime.locked.values())
@@ -274,7 +274,7 @@ def test_pages_that_cannot_be_locked_change_no_bit(way, monkeypatch):
     raise AssertionError
 
 
-class Refusing:
+class RuntimeWithLockFailure:
     """PyTorch with a CUDA runtime that cannot lock the pages of the `failing`-th block."""
 
     def __init__(self, failing):
@@ -307,7 +307,7 @@ class Refusing:
 # Interruptions.
 
 ROOT = Path(collins.__file__).parent
-FILES = {
+TRACED_FILES = {
     str(file)
     for folder in (ROOT, *map(Path, (sys.modules[f"collins.{room}"].__path__[0] for room in ("compile", "offload"))))
     for file in folder.glob("*.py")
@@ -323,27 +323,27 @@ class Lines:
 
     def __enter__(self):
         self.before = sys.gettrace()
-        sys.settrace(self.called)
+        sys.settrace(self.trace_call)
 
     def __exit__(self, *_):
         sys.settrace(self.before)
 
-    def called(self, frame, event, arg):
-        return self.line if frame.f_code.co_filename in FILES else None
+    def trace_call(self, frame, event, arg):
+        return self.trace_line if frame.f_code.co_filename in TRACED_FILES else None
 
-    def line(self, frame, event, arg):
+    def trace_line(self, frame, event, arg):
         if event == "line":
             self.count += 1
             if self.count == self.failing:
                 self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
                 self.fail()
-        return self.line
+        return self.trace_line
 
     def fail(self):
         raise KeyboardInterrupt
 
 
-def interrupted(fault, failing):
+def step_interrupted_at(fault, failing):
     ps, opt = fault.new()
     lines = Lines(failing)
     try:
@@ -354,18 +354,18 @@ def interrupted(fault, failing):
     return ps, opt, lines
 
 
-@in_every_way
+@in_every_configuration
 @at_either_step
 def test_an_interruption_at_any_line_of_a_step(options, first):
     fault = Fault(options, first)
-    *_, lines = interrupted(fault, None)
-    stride = max(lines.count // PLACES, 1)
+    *_, lines = step_interrupted_at(fault, None)
+    stride = max(lines.count // POINTS, 1)
     for failing in range(1, lines.count + 1, stride):
-        ps, opt, now = interrupted(fault, failing)
+        ps, opt, trace = step_interrupted_at(fault, failing)
         try:
-            fault.leaves_all_whole(ps, opt)
+            fault.check_after_failure(ps, opt)
         except BaseException as error:
-            error.add_note(f"interrupted before {now.where}, line {failing} of {lines.count}")
+            error.add_note(f"interrupted before {trace.where}, line {failing} of {lines.count}")
             raise
 
 
@@ -376,27 +376,27 @@ def test_an_interruption_at_any_line_of_a_step(options, first):
 @at_either_step
 def test_a_copy_that_fails(in_backward, first, monkeypatch):
     """Between host and device, on the way there or on the way back."""
-    fault, failed = Fault({**WAYS["host"], "in_backward": in_backward}, first), 0
+    fault, count = Fault({**WAYS["host"], "in_backward": in_backward}, first), 0
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
-    for failed, (ps, opt) in enumerate(failed_steps(fault, HostStreams, "copy", error, monkeypatch), 1):  # noqa: B007
-        fault.leaves_all_whole(ps, opt)
-    assert failed > 1
+    for count, (ps, opt) in enumerate(failed_steps(fault, HostStreams, "copy", error, monkeypatch), 1):  # noqa: B007
+        fault.check_after_failure(ps, opt)
+    assert count > 1
 
 
 @pytest.mark.parametrize("memory", [None, WAYS["host"]["memory"]], ids=["resident", "host"])
-@pytest.mark.parametrize("place", range(len(SHAPES)))
-def test_a_hook_that_fails_in_backward(place, memory):
+@pytest.mark.parametrize("index", range(len(SHAPES)))
+def test_a_hook_that_fails_in_backward(index, memory):
     fault = Fault({"memory": memory, "in_backward": True}, first=False)
     ps, opt = fault.new()
 
-    def fails(p):
+    def fail(p):
         raise ZeroDivisionError
 
-    handle = ps[place].register_post_accumulate_grad_hook(fails)
+    handle = ps[index].register_post_accumulate_grad_hook(fail)
     with pytest.raises(ZeroDivisionError):
         step(ps, opt, fault.number)
     handle.remove()
-    assert place in fault.leaves_all_whole(ps, opt)  # its own hook came first
+    assert index in fault.check_after_failure(ps, opt)  # its own hook came first
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -405,23 +405,23 @@ def test_an_optimizer_that_is_collected_while_copies_are_in_flight(mode):
     from test_tiers import on_fake_device
 
     fake, options = FakeStreams(mode), WAYS["host"]
-    ps, opt = made(options, 0)
+    ps, opt = make_optimizer(options, 0)
     on_fake_device(opt, fake)
     give_gradients(0, ps)
     opt.step()
-    there = weakref.ref(opt)
+    reference = weakref.ref(opt)
     del opt
     gc.collect()
     fake.finish_everything()
-    assert there() is None
-    twins, _ = made({}, 1)
-    assert all(map(torch.equal, ps, twins))
+    assert reference() is None
+    reference_ps, _ = make_optimizer({}, 1)
+    assert all(map(torch.equal, ps, reference_ps))
 
 
 # Files.
 
 
-class Full(io.BytesIO):
+class FullDisk(io.BytesIO):
     """A disk with so much room."""
 
     room = 0
@@ -432,25 +432,25 @@ class Full(io.BytesIO):
         return super().write(data)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_a_disk_that_is_full_leaves_the_checkpoint_and_the_optimizer_as_they_were(share, tmp_path, monkeypatch):
-    ps, opt = made(WAYS["host"], 3)
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.99])
+def test_a_disk_that_is_full_leaves_the_checkpoint_and_the_optimizer_as_they_were(fraction, tmp_path, monkeypatch):
+    ps, opt = make_optimizer(WAYS["host"], 3)
     path, before = tmp_path / "last.pt", snapshot(ps, opt)
     collins.save(path, opt=opt)
-    whole = path.read_bytes()
+    content = path.read_bytes()
     step(ps, opt, 3)
     after = snapshot(ps, opt)
-    Full.room = int(share * len(whole))
+    FullDisk.room = int(fraction * len(content))
 
-    def opened(name, mode="r"):
+    def open_full(name, mode="r"):
         Path(name).touch()
-        return Full()
+        return FullDisk()
 
-    with monkeypatch.context() as patched:
-        patched.setattr(collins.files, "open", opened, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(collins.files, "open", open_full, raising=False)
         with pytest.raises((OSError, RuntimeError)):
             collins.save(path, opt=opt)
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
     assert all(map(same_snapshots, snapshot(ps, opt), after))
     collins.load(path, opt=opt)
@@ -460,7 +460,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_and_the_optimizer_as_they_wer
 
 
 @contextmanager
-def room_for(nbytes):
+def file_size_limit(nbytes):
     """No file that is written meanwhile can be larger: the system refuses, as where a disk is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
@@ -472,39 +472,39 @@ def room_for(nbytes):
 
 def test_files_that_the_system_refuses_to_write_on_leave_the_checkpoint_as_it_was(tmp_path):
     """At 100 places, random ones but for the first and the last byte."""
-    _, opt = made({}, 3)
-    path, chance = tmp_path / "last.pt", random.Random(0)
+    _, opt = make_optimizer({}, 3)
+    path, rng = tmp_path / "last.pt", random.Random(0)
     collins.save(path, opt=opt, epoch=1)
-    whole = path.read_bytes()
-    for room in [0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(98))]:
-        with pytest.raises((OSError, RuntimeError)), room_for(room):
+    content = path.read_bytes()
+    for nbytes in [0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(98))]:
+        with pytest.raises((OSError, RuntimeError)), file_size_limit(nbytes):
             collins.save(path, opt=opt, epoch=2)
-        assert path.read_bytes() == whole, room
+        assert path.read_bytes() == content, nbytes
         assert list(tmp_path.iterdir()) == [path]
-    with room_for(len(whole)):
+    with file_size_limit(len(content)):
         collins.save(path, opt=opt, epoch=2)
     assert collins.load(path, opt=opt) == {"epoch": 2}
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # it is: one process saves
 def test_folders_that_the_system_refuses_to_write_on_are_not_there(tmp_path):
-    ps, opt = made({}, 3)
+    ps, opt = make_optimizer({}, 3)
     before, content = snapshot(ps, opt), {"opt": opt.state_dict()}
 
     def save():
         with whole_folder(tmp_path / "step-3") as folder:
             dcp.save(content, checkpoint_id=folder, no_dist=True)
 
-    sizes, chance = [], random.Random(0)
+    sizes, rng = [], random.Random(0)
     save()
     for file in (tmp_path / "step-3").iterdir():
         sizes.append(file.stat().st_size)
         file.unlink()
     (tmp_path / "step-3").rmdir()
-    for room in [0, max(sizes) - 1, *(chance.randrange(max(sizes)) for _ in range(98))]:
+    for nbytes in [0, max(sizes) - 1, *(rng.randrange(max(sizes)) for _ in range(98))]:
         with (
             pytest.raises(BaseException, match="File too large"),
-            room_for(room),
+            file_size_limit(nbytes),
         ):  # CheckpointException is no Exception
             save()
         assert [path.name for path in tmp_path.iterdir()] in ([], [".step-3.partial"])

@@ -58,10 +58,10 @@ def test_all_parts_are_loaded(memory, tmp_path):
     extra = {"epoch": 3, "rng": torch.get_rng_state(), "history": [(1, 0.5), (2, None)], "note": "warm"}
     collins.save(path, **source.parts, **extra)
     target = Training(seed=1, memory=memory).train(1)
-    rest = collins.load(path, **target.parts)
+    other_values = collins.load(path, **target.parts)
     assert same(target.values(), source.values())
-    assert rest.keys() == extra.keys()
-    assert same(rest, extra)
+    assert other_values.keys() == extra.keys()
+    assert same(other_values, extra)
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
     assert torch.load(path, weights_only=True)["epoch"] == 3  # torch.load alone can read it
     target.train(2)  # no loaded tensor uses memory of the file
@@ -72,14 +72,14 @@ def test_all_parts_are_loaded(memory, tmp_path):
 def test_a_file_may_be_replaced_after_it_has_been_loaded(tmp_path):
     path = tmp_path / "last.pt"
     collins.save(path, t=torch.ones(1000))
-    held = collins.load(path)["t"]
+    t = collins.load(path)["t"]
     collins.save(path, t=torch.zeros(1000))
-    assert held.sum() == 1000
+    assert t.sum() == 1000
     assert collins.load(path)["t"].sum() == 0
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def valid_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "whole.pt"
     collins.save(path, **Training().train(3).parts)
     return path.read_bytes()
@@ -87,20 +87,22 @@ def whole(tmp_path_factory):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_a_damaged_file_is_rejected_and_nothing_changes(whole, tmp_path_factory, data):
-    at = data.draw(st.integers(0, len(whole) - 1))
+def test_a_damaged_file_is_rejected_and_nothing_changes(valid_file, tmp_path_factory, data):
+    offset = data.draw(st.integers(0, len(valid_file) - 1))
     damage = data.draw(st.sampled_from(["cut", "flip", "insert", "zero the rest"]))
-    wrong = {
-        "cut": whole[:at],
-        "flip": whole[:at] + bytes([whole[at] ^ 1 << data.draw(st.integers(0, 7))]) + whole[at + 1 :],
-        "insert": whole[:at] + b"x" + whole[at:],
-        "zero the rest": whole[:at] + bytes(len(whole) - at - 1) + b"\x01",
+    contents = {
+        "cut": valid_file[:offset],
+        "flip": valid_file[:offset]
+        + bytes([valid_file[offset] ^ 1 << data.draw(st.integers(0, 7))])
+        + valid_file[offset + 1 :],
+        "insert": valid_file[:offset] + b"x" + valid_file[offset:],
+        "zero the rest": valid_file[:offset] + bytes(len(valid_file) - offset - 1) + b"\x01",
     }[damage]
     path = tmp_path_factory.getbasetemp() / "damaged.pt"
-    path.write_bytes(wrong)
+    path.write_bytes(contents)
     target = Training(seed=1).train(1)
     before = target.values()
-    if wrong == whole:
+    if contents == valid_file:
         return
     with pytest.raises(CheckpointError, match=r"damaged\.pt (is corrupted|does not end with the trailer)"):
         collins.load(path, **target.parts)
@@ -126,34 +128,34 @@ def sealed(data):
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda whole: b"not what torch.save writes", "cannot read"),
-        (lambda whole: whole[: len(whole) // 2], "cannot read"),
-        (lambda whole: whole.replace(b"PK\x01\x02", b"PK\x09\x09"), "cannot read"),
-        (lambda whole: serialized([1, 2]), "must hold a dict of parts, got one list"),
-        (lambda whole: serialized(torch.ones(3)), "must hold a dict of parts, got one Tensor"),
+        (lambda valid_file: b"not what torch.save writes", "cannot read"),
+        (lambda valid_file: valid_file[: len(valid_file) // 2], "cannot read"),
+        (lambda valid_file: valid_file.replace(b"PK\x01\x02", b"PK\x09\x09"), "cannot read"),
+        (lambda valid_file: serialized([1, 2]), "must hold a dict of parts, got one list"),
+        (lambda valid_file: serialized(torch.ones(3)), "must hold a dict of parts, got one Tensor"),
     ],
 )
-def test_a_file_with_a_valid_seal_and_invalid_content_is_rejected(whole, tmp_path, damage, text):
+def test_a_file_with_a_valid_seal_and_invalid_content_is_rejected(valid_file, tmp_path, damage, text):
     path, target = tmp_path / "sealed.pt", Training(seed=1).train(1)
-    path.write_bytes(sealed(damage(whole[: -collins.files._TRAILER])))
+    path.write_bytes(sealed(damage(valid_file[: -collins.files._TRAILER])))
     before = target.values()
     with pytest.raises(CheckpointError, match=text):
         collins.load(path, **target.parts)
     assert same(target.values(), before)
 
 
-@pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, CheckpointError), (errno.EIO, OSError)])
-def test_an_offset_outside_the_file_is_damage_and_a_disk_error_is_not(tmp_path, monkeypatch, number, raised):
+@pytest.mark.parametrize(("number", "error"), [(errno.EINVAL, CheckpointError), (errno.EIO, OSError)])
+def test_an_offset_outside_the_file_is_damage_and_a_disk_error_is_not(tmp_path, monkeypatch, number, error):
     path = tmp_path / "last.pt"
     collins.save(path, epoch=1)
 
-    def fails(*_, **__):
+    def fail(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(torch, "load", fails)
-    with pytest.raises(raised) as caught:
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(error) as caught:
         collins.load(path)
-    assert type(caught.value) is raised
+    assert type(caught.value) is error
 
 
 def serialized(value):
@@ -162,7 +164,7 @@ def serialized(value):
     return file.getvalue()
 
 
-class Stubborn:
+class IgnoresLoading:
     """A part whose `load_state_dict` does nothing."""
 
     def state_dict(self):
@@ -173,13 +175,13 @@ class Stubborn:
             raise KeyError("kept")
 
 
-MISFITS = [
+MISMATCHES = [
     (lambda: {"model": torch.nn.Linear(64, 64)}, "model of .* the file lacks"),
     (lambda: {"model": Training(width=96).model}, r"model of .* 0.weight must have its shape .*96.* got .*64"),
     (lambda: {"model": Training().model.double()}, r"model of .* must have its dtype torch.float64, got torch.float32"),
     (lambda: {"optimizer": Training(seed=1, compress_ratio=8).optimizer}, "optimizer of .* has moments"),
     (lambda: {"optimizer": torch.optim.SGD(torch.nn.Linear(2, 2).parameters())}, r"optimizer of .* groups of \[4\]"),
-    (lambda: {"scaler": Stubborn()}, "scaler of .* cannot be loaded: 'kept'"),
+    (lambda: {"scaler": IgnoresLoading()}, "scaler of .* cannot be loaded: 'kept'"),
     (
         lambda: {"ema": Training().model},
         r"holds the parts \['model', 'optimizer', 'scheduler', 'scaler'\]; it has no 'ema'",
@@ -187,14 +189,14 @@ MISFITS = [
 ]
 
 
-@pytest.mark.parametrize(("misfit", "text"), MISFITS, ids=[text[:30] for _, text in MISFITS])
-def test_a_part_that_does_not_match_leaves_all_parts_unchanged(whole, tmp_path, misfit, text):
+@pytest.mark.parametrize(("build", "text"), MISMATCHES, ids=[text[:30] for _, text in MISMATCHES])
+def test_a_part_that_does_not_match_leaves_all_parts_unchanged(valid_file, tmp_path, build, text):
     path = tmp_path / "whole.pt"
-    path.write_bytes(whole)
+    path.write_bytes(valid_file)
     target = Training(seed=1, lr=0.5).train(1)
     before = target.values()
     with pytest.raises(CheckpointError, match=text):
-        collins.load(path, **{**target.parts, **misfit()})
+        collins.load(path, **{**target.parts, **build()})
     assert same(target.values(), before)
 
 
@@ -212,14 +214,14 @@ class Counting(torch.nn.Linear):
         self.count = state["count"]
 
 
-def spoilt(change):
+def edited_content(change):
     """The contents of a checkpoint, one of them changed."""
     content = Training().train(3).values()
     change(content)
     return content
 
 
-UNFIT = {
+INVALID_PARTS = {
     "sparse weight": lambda c: c["model"].update({"1.weight": c["model"]["1.weight"].to_sparse()}),
     "no model": lambda c: c.update(model=3),
     "weight: list": lambda c: c["model"].update({"1.weight": [1.0]}),
@@ -232,10 +234,10 @@ UNFIT = {
 }
 
 
-@pytest.mark.parametrize("unfit", UNFIT)
-def test_a_part_of_the_wrong_type_leaves_all_parts_unchanged(unfit, tmp_path):
+@pytest.mark.parametrize("case", INVALID_PARTS)
+def test_a_part_of_the_wrong_type_leaves_all_parts_unchanged(case, tmp_path):
     path = tmp_path / "last.pt"
-    collins.save(path, **spoilt(UNFIT[unfit]))
+    collins.save(path, **edited_content(INVALID_PARTS[case]))
     target = Training(seed=1, lr=0.5).train(1)
     before = target.values()
     with pytest.raises(CheckpointError, match=r"^(model|optimizer|scheduler) of .* cannot be loaded"):
@@ -247,7 +249,7 @@ def without_step(state):
     del state["state"][1]["step"]
 
 
-OTHERS = {
+EDITS = {
     "state: list": lambda state: state.update(state=[0]),
     "one state: list": lambda state: state["state"].update({0: [1]}),
     "group: no params": lambda state: state["param_groups"].__setitem__(0, {}),
@@ -256,9 +258,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("wrong", OTHERS)
-def test_a_state_that_another_optimizer_rejects_leaves_all_parts_unchanged(wrong, tmp_path):
-    def trained(seed):
+@pytest.mark.parametrize("case", EDITS)
+def test_a_state_that_another_optimizer_rejects_leaves_all_parts_unchanged(case, tmp_path):
+    def train_parts(seed):
         torch.manual_seed(seed)
         net = torch.nn.Linear(4, 4)
         adamw = torch.optim.AdamW(net.parameters())
@@ -269,20 +271,20 @@ def test_a_state_that_another_optimizer_rejects_leaves_all_parts_unchanged(wrong
     def values(parts):
         return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
 
-    path, source, target = tmp_path / "last.pt", trained(0), trained(1)
+    path, source, target = tmp_path / "last.pt", train_parts(0), train_parts(1)
     content = values(source)
-    OTHERS[wrong](content["optimizer"])
+    EDITS[case](content["optimizer"])
     collins.save(path, **content)
-    if wrong == "a hook":
-        target["optimizer"].register_load_state_dict_post_hook(refuse)
-    before, held = values(target), target["optimizer"].state
+    if case == "a hook":
+        target["optimizer"].register_load_state_dict_post_hook(raise_locked)
+    before, state = values(target), target["optimizer"].state
     with pytest.raises(CheckpointError, match=r"^optimizer of .* cannot be loaded"):
         collins.load(path, **target)
     assert same(values(target), before)
-    assert target["optimizer"].state is held
+    assert target["optimizer"].state is state
 
 
-def refuse(optimizer):
+def raise_locked(optimizer):
     raise AssertionError("locked")
 
 
@@ -297,7 +299,7 @@ def test_extra_state_of_a_model_is_restored_after_an_error(tmp_path):
     assert same({name: part.state_dict() for name, part in target.items()}, before)
 
 
-def offloaded():
+def meta_model():
     return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, device="meta"))
 
 
@@ -307,32 +309,32 @@ def test_weights_without_data_are_not_written(tmp_path):
     with pytest.raises(
         TypeError, match=r"model\['1.weight'\] must be a tensor with data, got a tensor on the meta dev"
     ):
-        collins.save(path, model=offloaded())
+        collins.save(path, model=meta_model())
     assert collins.load(path) == {"epoch": 1}
 
 
-def expanded():
+def expanded_model():
     net = torch.nn.Linear(4, 4)
     del net.bias
     net.register_buffer("bias", torch.zeros(1).expand(4))
     return net
 
 
-def inferring():
+def inference_model():
     with torch.inference_mode():
         net = torch.nn.Linear(4, 4)
     return net
 
 
-@pytest.mark.parametrize("made", [lambda: torch.nn.Linear(4, 4, device="meta"), expanded, inferring])
-def test_a_model_that_cannot_be_written_to_is_detected_before_any_part_is_loaded(made, tmp_path):
+@pytest.mark.parametrize("build_model", [lambda: torch.nn.Linear(4, 4, device="meta"), expanded_model, inference_model])
+def test_a_model_that_cannot_be_written_to_is_detected_before_any_part_is_loaded(build_model, tmp_path):
     path, first = tmp_path / "last.pt", torch.nn.Linear(4, 4)
     collins.save(path, a=torch.nn.Linear(4, 4), b=torch.nn.Linear(4, 4))
     before = copy.deepcopy(first.state_dict())
     with pytest.raises(
         CheckpointError, match=r"b of .* (bias|weight) (must be a tensor with data|cannot be written to)"
     ):
-        collins.load(path, a=first, b=made())
+        collins.load(path, a=first, b=build_model())
     assert same(dict(first.state_dict()), dict(before))
 
 
@@ -353,12 +355,12 @@ def test_a_part_must_have_load_state_dict(tmp_path):
 def test_objects_that_cannot_be_loaded_again_are_not_saved(tmp_path):
     path = tmp_path / "last.pt"
     collins.save(path, epoch=1)
-    with pytest.raises(TypeError, match=r"callback must have a state_dict, or consist of tensors.* got Stranger"):
-        collins.save(path, epoch=2, callback=Stranger())
+    with pytest.raises(TypeError, match=r"callback must have a state_dict, or consist of tensors.* got Unserializable"):
+        collins.save(path, epoch=2, callback=Unserializable())
     assert collins.load(path) == {"epoch": 1}
 
 
-class Stranger:
+class Unserializable:
     pass
 
 
@@ -367,11 +369,11 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_files(tmp_path, mon
     path = tmp_path / "last.pt"
     collins.save(path, epoch=1)
 
-    def full(*_):
+    def raise_disk_full(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, full)
+        patch.setattr(os, call, raise_disk_full)
         with pytest.raises(OSError, match="No space left"):
             collins.save(path, epoch=2)
     assert collins.load(path) == {"epoch": 1}
@@ -410,23 +412,23 @@ collins.save(path, epoch=2, t=torch.full((100_000,), 2.0))
 """
 
 
-@pytest.mark.parametrize(("where", "epoch"), [("in the middle", 1), ("before the rename", 1), ("after the rename", 2)])
-def test_a_process_killed_while_saving_leaves_a_complete_file(tmp_path, where, epoch):
+@pytest.mark.parametrize(("moment", "epoch"), [("in the middle", 1), ("before the rename", 1), ("after the rename", 2)])
+def test_a_process_killed_while_saving_leaves_a_complete_file(tmp_path, moment, epoch):
     path = tmp_path / "last.pt"
     with subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path), where], stdout=subprocess.PIPE, env=environment(), text=True
+        [sys.executable, "-c", WRITER, str(path), moment], stdout=subprocess.PIPE, env=environment(), text=True
     ) as writer:
         assert writer.stdout.readline() == "there\n"
         writer.send_signal(signal.SIGKILL)
-    held = collins.load(path)
-    assert held["epoch"] == epoch
-    assert torch.equal(held["t"], torch.full((100_000,), float(epoch)))
-    left = [file for file in tmp_path.iterdir() if file != path]
-    assert len(left) == (where != "after the rename")
-    for partial in left:
+    content = collins.load(path)
+    assert content["epoch"] == epoch
+    assert torch.equal(content["t"], torch.full((100_000,), float(epoch)))
+    partial_files = [file for file in tmp_path.iterdir() if file != path]
+    assert len(partial_files) == (moment != "after the rename")
+    for partial in partial_files:
         assert partial.name.startswith(".last.pt.")
         assert partial.suffix == ".partial"
-        if where == "in the middle":
+        if moment == "in the middle":
             with pytest.raises(CheckpointError):
                 collins.load(partial)
     collins.save(path, epoch=3)  # remaining temporary files do not prevent the next save

@@ -80,8 +80,8 @@ def tiny_tokenizer(template=TEMPLATE):
 
 def tiny_model(kind, dtype=torch.bfloat16, **more):
     """A random model of an architecture."""
-    own = CONFIGURED[kind]
-    values = own if "text_config" in own else {**COMMON, **OLDER.get(kind, {}), **own, **more}
+    overrides = CONFIGURED[kind]
+    values = overrides if "text_config" in overrides else {**COMMON, **OLDER.get(kind, {}), **overrides, **more}
     config = transformers.CONFIG_MAPPING[kind](**values)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -120,7 +120,7 @@ def finetune(load):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def data_folder(tmp_path_factory):
     """A folder with the data, and models, which are created on demand."""
     folder = tmp_path_factory.mktemp("finetune")
     lines(folder / "data.jsonl", *[TEXT, COMPLETION, CHAT] * 8)
@@ -128,37 +128,37 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def source(place):
-    def made(kind, **more):
-        folder = place / "-".join([kind, *more])
+def source(data_folder):
+    def make_folder(kind, **more):
+        folder = data_folder / "-".join([kind, *more])
         return folder if folder.exists() else tiny_folder(folder, kind, **more)
 
-    return made
+    return make_folder
 
 
-def arguments(place, model, out, *more):
+def arguments(data_folder, model, out, *more):
     return [
-        *(str(model), "--data", str(place / "data.jsonl"), "--out", str(out), "--device", "cpu"),
+        *(str(model), "--data", str(data_folder / "data.jsonl"), "--out", str(out), "--device", "cpu"),
         *("--steps", str(STEPS), "--batch-size", "2", "--seq-len", "64", "--lr", "1e-2", "--eval-fraction", "0.1"),
         *("--save-every", str(EVERY), "--max-grad-norm", "1", *more),
     ]
 
 
 @pytest.fixture(scope="module")
-def trained(finetune, place, source):
+def finetuned(finetune, data_folder, source):
     """An uninterrupted run, its folder, and its model at the end."""
-    made = {}
+    outcomes = {}
 
     def run(kind, **more):
         key = (kind, *more.items())
-        if key not in made:
-            kept = []
+        if key not in outcomes:
+            models = []
             with pytest.MonkeyPatch.context() as patch:
                 load = finetune.loaded
-                patch.setattr(finetune, "loaded", lambda job: kept.append(load(job)) or kept[0])
-                out = place / f"{'-'.join(map(str, key))}-out"
-                made[key] = finetune.main(arguments(place, source(kind, **more), out)), out, kept[0]
-        return made[key]
+                patch.setattr(finetune, "loaded", lambda job: models.append(load(job)) or models[0])
+                out = data_folder / f"{'-'.join(map(str, key))}-out"
+                outcomes[key] = finetune.main(arguments(data_folder, source(kind, **more), out)), out, models[0]
+        return outcomes[key]
 
     return run
 
@@ -168,17 +168,17 @@ def files(folder):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_it_fine_tunes_and_saves_what_transformers_loads(trained, source, kind):
-    run, out, language_model = trained(kind)
+def test_it_fine_tunes_and_saves_what_transformers_loads(finetuned, source, kind):
+    run, out, language_model = finetuned(kind)
     assert list(run.losses) == list(range(1, STEPS + 1))
     assert run.losses[1] == pytest.approx(math.log(VOCABULARY), abs=0.3)
     assert list(run.held_out) == [0, STEPS]
     assert run.held_out[STEPS] < run.held_out[0] - 0.5
     assert run.packed
 
-    saved, found = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not found["missing_keys"]
-    assert not found["unexpected_keys"]
+    saved, loading_info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not loading_info["missing_keys"]
+    assert not loading_info["unexpected_keys"]
     assert saved.dtype == torch.bfloat16
     batch = probe(language_model)
     with torch.no_grad():
@@ -188,16 +188,16 @@ def test_it_fine_tunes_and_saves_what_transformers_loads(trained, source, kind):
     assert tokenizer.apply_chat_template(CHAT["messages"], tokenize=False) == tiny_tokenizer().apply_chat_template(
         CHAT["messages"], tokenize=False
     )
-    copied = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-    for name in copied:
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    for name in names:
         assert (out / name).read_bytes() == (source(kind) / name).read_bytes()
 
 
 def probe(language_model, length=16):
     """A batch of one row with one document; the target of each token is the next one."""
     tokens = torch.arange(length) * 13 % VOCABULARY
-    trained = torch.arange(length - 1)
-    return type_of_batch(language_model)(tokens[None], torch.arange(length)[None], trained, tokens[1:])
+    target_indices = torch.arange(length - 1)
+    return type_of_batch(language_model)(tokens[None], torch.arange(length)[None], target_indices, tokens[1:])
 
 
 def type_of_batch(language_model):
@@ -213,26 +213,26 @@ class StopError(Exception):
     [*((kind, {}) for kind in (*CONFIGS, "gemma3")), ("gpt2", {"resid_pdrop": 0.3})],
     ids=lambda value: str(value),
 )
-def test_a_stopped_run_resumes_bitwise(finetune, trained, place, source, tmp_path, monkeypatch, kind, more):
-    whole, expected, _ = trained(kind, **more)
-    given = arguments(place, source(kind, **more), tmp_path / "out", "--resume")
+def test_a_stopped_run_resumes_bitwise(finetune, finetuned, data_folder, source, tmp_path, monkeypatch, kind, more):
+    uninterrupted, expected, _ = finetuned(kind, **more)
+    args = arguments(data_folder, source(kind, **more), tmp_path / "out", "--resume")
     rows = sys.modules["finetuning.packing"].Rows
     batch = rows.batch
 
-    def stopping(self, step):
+    def stop_at_step(self, step):
         if step == STOP:
             raise StopError
         return batch(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rows, "batch", stopping)
+        patch.setattr(rows, "batch", stop_at_step)
         with pytest.raises(StopError):
-            finetune.main(given)  # there is nothing to resume from
+            finetune.main(args)  # there is nothing to resume from
     assert sorted(path.name for path in (tmp_path / "out.checkpoints").iterdir()) == [f"step-{EVERY}"]
     assert not (tmp_path / "out").exists()
-    run = finetune.main(given)
+    run = finetune.main(args)
     assert run.first == EVERY
-    assert run.losses == {step: loss for step, loss in whole.losses.items() if step > EVERY}
+    assert run.losses == {step: loss for step, loss in uninterrupted.losses.items() if step > EVERY}
     assert files(tmp_path / "out") == files(expected)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out.checkpoints" / f"step-{2 * EVERY}")
 
@@ -255,16 +255,16 @@ finetune.main(sys.argv[2:])
 """
 
 
-def test_a_run_killed_while_it_saves_resumes_bitwise(finetune, trained, place, source, tmp_path):
-    _, expected, _ = trained("llama")
-    given, said = arguments(place, source("llama"), tmp_path / "out"), tmp_path / "said"
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(said), *given]
+def test_a_run_killed_while_it_saves_resumes_bitwise(finetune, finetuned, data_folder, source, tmp_path):
+    _, expected, _ = finetuned("llama")
+    args, marker = arguments(data_folder, source("llama"), tmp_path / "out"), tmp_path / "said"
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(marker), *args]
     process = subprocess.Popen(command, env=environment(OMP_NUM_THREADS=str(torch.get_num_threads())))
     try:
-        until = time.monotonic() + 120
-        while not said.exists():
+        deadline = time.monotonic() + 120
+        while not marker.exists():
             assert process.poll() is None
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -273,8 +273,8 @@ def test_a_run_killed_while_it_saves_resumes_bitwise(finetune, trained, place, s
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == [f".step-{2 * EVERY}.partial", f"step-{EVERY}"]
     with pytest.raises(SystemExit):  # only with --resume
-        finetune.main(given)
-    assert finetune.main([*given, "--resume"]).first == EVERY
+        finetune.main(args)
+    assert finetune.main([*args, "--resume"]).first == EVERY
     assert files(tmp_path / "out") == files(expected)
 
 
@@ -288,32 +288,32 @@ def test_older_checkpoints_are_removed_and_others_kept(load, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changed",
+    "changes",
     [
         *(["--lr", "1e-3"], ["--batch-size", "3"], ["--steps", "13"], ["--data", "other"]),
         ["--accumulation-steps", "2"],
     ],
 )
-def test_a_run_is_resumed_with_its_settings_only(finetune, place, source, tmp_path, changed, capsys, monkeypatch):
+def test_a_run_is_resumed_with_its_settings_only(finetune, data_folder, source, tmp_path, changes, capsys, monkeypatch):
     other = lines(tmp_path / "other.jsonl", *[TEXT, COMPLETION] * 8)
-    given = arguments(place, source("llama"), tmp_path / "out", "--save-every", "1", "--resume")
+    args = arguments(data_folder, source("llama"), tmp_path / "out", "--save-every", "1", "--resume")
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Rows, "batch", once(finetune.Rows.batch))
+        patch.setattr(finetune.Rows, "batch", stop_after_first(finetune.Rows.batch))
         with pytest.raises(StopError):
-            finetune.main(given)
-    changed = [str(other) if value == "other" else value for value in changed]
-    refused(finetune, [*given, *changed], capsys, f"{changed[0]} must be", "--resume")
+            finetune.main(args)
+    changes = [str(other) if value == "other" else value for value in changes]
+    assert_refused(finetune, [*args, *changes], capsys, f"{changes[0]} must be", "--resume")
 
 
-def test_a_run_is_resumed_with_its_original_packing(finetune, load, place, source, tmp_path, capsys, monkeypatch):
-    given = arguments(place, source("llama"), tmp_path / "out", "--save-every", "1", "--resume")
+def test_a_run_is_resumed_with_its_original_packing(finetune, load, data_folder, source, tmp_path, capsys, monkeypatch):
+    args = arguments(data_folder, source("llama"), tmp_path / "out", "--save-every", "1", "--resume")
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Rows, "batch", once(finetune.Rows.batch))
+        patch.setattr(finetune.Rows, "batch", stop_after_first(finetune.Rows.batch))
         with pytest.raises(StopError):
-            finetune.main(given)
-    every = torch.ones(8, dtype=torch.bool)
-    monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "_influences", lambda *_: every & (every.cumsum(0) == 1))
-    refused(finetune, given, capsys, "whether documents share rows must be True, as in the run that")
+            finetune.main(args)
+    mask = torch.ones(8, dtype=torch.bool)
+    monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "_influences", lambda *_: mask & (mask.cumsum(0) == 1))
+    assert_refused(finetune, args, capsys, "whether documents share rows must be True, as in the run that")
 
 
 def test_a_run_of_a_version_without_accumulation_is_resumed_without_it(load, tmp_path):
@@ -324,22 +324,22 @@ def test_a_run_of_a_version_without_accumulation_is_resumed_without_it(load, tmp
         refuse_others(tmp_path, {"--lr": 1.0, "--accumulation-steps": 2})
 
 
-def once(batch):
-    def first_alone(self, step):
+def stop_after_first(batch):
+    def first_batch_only(self, step):
         if step > 1:
             raise StopError
         return batch(self, step)
 
-    return first_alone
+    return first_batch_only
 
 
-def refused(finetune, given, capsys, *named):
-    with pytest.raises(SystemExit) as ended:
-        finetune.main(given)
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    for text in named:
-        assert text in said
+def assert_refused(finetune, args, capsys, *messages):
+    with pytest.raises(SystemExit) as exit_info:
+        finetune.main(args)
+    assert exit_info.value.code == 2
+    errors = capsys.readouterr().err
+    for text in messages:
+        assert text in errors
 
 
 # Steps of several batches
@@ -347,28 +347,28 @@ def refused(finetune, given, capsys, *named):
 
 def test_the_gradient_of_a_step_of_several_batches_is_that_of_the_mean_over_all_targets(finetune, load, tmp_path):
     """Gradients and loss equal those of all rows in one batch, also with unequal numbers of targets per batch."""
-    found, _ = documents_of(load, tmp_path, TEXT, COMPLETION, CHAT)
+    documents, _ = documents_of(load, tmp_path, TEXT, COMPLETION, CHAT)
     model = tiny_model("llama", torch.float32)
     language_model = load("finetuning.causal_lm").CausalLM(model, chunks=2)
     shape = {"seq_len": 64, "packed": False, "seed": 0}
-    rows, together = (load("finetuning.packing").Rows(found, **shape, batch_size=size) for size in (1, 3))
+    rows, packed = (load("finetuning.packing").Rows(documents, **shape, batch_size=size) for size in (1, 3))
     batches = [rows.batch(number) for number in (1, 2, 3)]
     assert len({len(batch.targets) for batch in batches}) == 3
-    whole = language_model.loss(together.batch(1))
-    expected = gradients(model, whole)
+    loss = language_model.loss(packed.batch(1))
+    expected = gradients(model, loss)
     model.zero_grad()
-    torch.testing.assert_close(finetune.accumulated(language_model, batches, torch.device("cpu")), whole.detach())
-    found = {name: p.grad for name, p in model.named_parameters()}
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(finetune.accumulated(language_model, batches, torch.device("cpu")), loss.detach())
+    actual = {name: p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_that_is_stopped_between_the_batches_of_a_step_resumes_bitwise(
-    finetune, load, place, source, tmp_path, monkeypatch, capsys
+    finetune, load, data_folder, source, tmp_path, monkeypatch, capsys
 ):
     """Steps are counted, not batches, and each batch is used exactly once, also if their number is odd."""
     language_model, rows = load("finetuning.causal_lm").CausalLM, finetune.Rows
-    loss, batch, taken, rates = language_model.loss, rows.batch, [], []
-    monkeypatch.setattr(rows, "batch", lambda self, number: taken.append(number) or batch(self, number))
+    loss, batch, batch_numbers, rates = language_model.loss, rows.batch, [], []
+    monkeypatch.setattr(rows, "batch", lambda self, number: batch_numbers.append(number) or batch(self, number))
 
     class Rated(finetune.Collins):
         def step(self):
@@ -377,69 +377,71 @@ def test_a_run_that_is_stopped_between_the_batches_of_a_step_resumes_bitwise(
 
     monkeypatch.setattr(finetune, "Collins", Rated)
 
-    def given(out):
+    def arguments_for(out):
         more = ["--accumulation-steps", "2", "--resume", "--save-every", "2", "--eval-every", "3", "--warmup", "0.3"]
-        kept = arguments(place, source("llama"), out, *more)
-        place_of_steps = kept.index("--steps")
-        kept[place_of_steps : place_of_steps + 2] = ["--epochs", "1.4"]
-        return kept
+        args = arguments(data_folder, source("llama"), out, *more)
+        index = args.index("--steps")
+        args[index : index + 2] = ["--epochs", "1.4"]
+        return args
 
-    whole = finetune.main(given(tmp_path / "whole"))
-    count, steps = len(taken), whole.steps
-    assert taken == list(range(1, count + 1))
+    uninterrupted = finetune.main(arguments_for(tmp_path / "whole"))
+    count, steps = len(batch_numbers), uninterrupted.steps
+    assert batch_numbers == list(range(1, count + 1))
     assert steps == (count + 1) / 2 >= 5
     assert f"{steps} steps of 2 batches of 2 x 64 tokens, the last step of 1\n" in capsys.readouterr().out
-    assert list(whole.losses) == list(range(1, steps + 1))
-    assert list(whole.held_out) == sorted({0, *range(3, steps, 3), steps})
+    assert list(uninterrupted.losses) == list(range(1, steps + 1))
+    assert list(uninterrupted.held_out) == sorted({0, *range(3, steps, 3), steps})
     rate = load("finetuning.running").Rate(steps, warmup=0.3, least=0.1)
     assert rates == [pytest.approx(1e-2 * rate(step)) for step in range(steps)]
 
     calls = []
 
-    def stopping(self, batch):
+    def stop_at_batch(self, batch):
         calls.extend([None] * torch.is_grad_enabled())  # those of evaluation are not counted
         if len(calls) == 8:
             raise StopError  # at the second batch of step 4
         return loss(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(language_model, "loss", stopping)
+        patch.setattr(language_model, "loss", stop_at_batch)
         with pytest.raises(StopError):
-            finetune.main(given(tmp_path / "out"))
+            finetune.main(arguments_for(tmp_path / "out"))
     assert [path.name for path in (tmp_path / "out.checkpoints").iterdir()] == ["step-2"]
-    taken.clear()
-    run = finetune.main(given(tmp_path / "out"))
-    assert taken == list(range(5, count + 1))
-    assert run.losses == {step: loss for step, loss in whole.losses.items() if step > 2}
+    batch_numbers.clear()
+    run = finetune.main(arguments_for(tmp_path / "out"))
+    assert batch_numbers == list(range(5, count + 1))
+    assert run.losses == {step: loss for step, loss in uninterrupted.losses.items() if step > 2}
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_a_step_of_one_batch_equals_backward_and_step(finetune, trained, place, source, tmp_path, monkeypatch):
+def test_a_step_of_one_batch_equals_backward_and_step(finetune, finetuned, data_folder, source, tmp_path, monkeypatch):
     """Bitwise: neither weights of batches nor partial steps are involved."""
-    whole, expected, _ = trained("llama")
+    uninterrupted, expected, _ = finetuned("llama")
 
-    def plain(language_model, batches, device):
+    def backward_of_one_batch(language_model, batches, device):
         (batch,) = batches
         loss = language_model.loss(batch.to(device))
         loss.backward()
         return loss.detach()
 
-    def built(*args, accumulation_steps, **options):
+    def make_optimizer(*args, accumulation_steps, **options):
         assert accumulation_steps == 1
         return collins.Collins(*args, **options)
 
-    monkeypatch.setattr(finetune, "accumulated", plain)
-    monkeypatch.setattr(finetune, "Collins", built)
-    assert finetune.main(arguments(place, source("llama"), tmp_path / "out")).losses == whole.losses
+    monkeypatch.setattr(finetune, "accumulated", backward_of_one_batch)
+    monkeypatch.setattr(finetune, "Collins", make_optimizer)
+    assert finetune.main(arguments(data_folder, source("llama"), tmp_path / "out")).losses == uninterrupted.losses
     assert files(tmp_path / "out") == files(expected)
 
 
-def test_the_memory_plan_is_for_one_batch(finetune, place, source, tmp_path, monkeypatch):
+def test_the_memory_plan_is_for_one_batch(finetune, data_folder, source, tmp_path, monkeypatch):
     machine = Machine(GIB, GIB, GIB, GIB)
     monkeypatch.setattr(finetune, "machine_of", lambda device: machine)
     plans = []
     for parts in ("1", "8"):
-        args = finetune.parse(None, arguments(place, source("llama"), tmp_path / "out", "--accumulation-steps", parts))
+        args = finetune.parse(
+            None, arguments(data_folder, source("llama"), tmp_path / "out", "--accumulation-steps", parts)
+        )
         trial = finetune.prepared(args).trial
         plans.append((trial.training, finetune.figures("model", trial)))
     assert plans[0] == plans[1]
@@ -471,26 +473,26 @@ def test_the_loss_in_chunks_equals_that_of_whole_logits(load, kind):
     language_model.check(rows=2)
     batch = probe(language_model)
     batch = type(batch)(batch.tokens, batch.positions, batch.trained[3:], batch.targets[3:])
-    full = full_loss(language_model, batch)
-    expected = gradients(model, full)
+    expected_loss = full_loss(language_model, batch)
+    expected = gradients(model, expected_loss)
     language_model.prepare()
     chunked = language_model.loss(batch)
-    torch.testing.assert_close(chunked, full)
+    torch.testing.assert_close(chunked, expected_loss)
     torch.testing.assert_close(gradients(model, chunked), expected, rtol=1e-4, atol=1e-6)
     assert expected[next(iter(expected))].any()
 
 
 def test_layers_keep_only_their_input(load):
     language_model = load("finetuning.causal_lm").CausalLM(tiny_model("llama", num_hidden_layers=4), chunks=2)
-    saved = {}
+    saved_bytes = {}
     for checkpointed in (False, True):
         if checkpointed:
             language_model.prepare()
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t):
             language_model.loss(probe(language_model))
-        saved[checkpointed] = sum(kept)
-    assert saved[True] < saved[False] / 4
+        saved_bytes[checkpointed] = sum(sizes)
+    assert saved_bytes[True] < saved_bytes[False] / 4
 
 
 def test_each_gradient_is_computed_once(load):
@@ -498,11 +500,11 @@ def test_each_gradient_is_computed_once(load):
     model = tiny_model("qwen2")
     language_model = load("finetuning.causal_lm").CausalLM(model, chunks=4)
     language_model.prepare()
-    arrived = []
+    names = []
     for name, p in model.named_parameters():
-        p.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+        p.register_post_accumulate_grad_hook(lambda _, name=name: names.append(name))
     language_model.loss(probe(language_model)).backward()
-    assert sorted(arrived) == sorted(name for name, _ in model.named_parameters())
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile's own look at its inputs
@@ -536,33 +538,35 @@ def test_a_packed_row_has_the_loss_of_its_documents(load, kind):
     language_model.check(rows=2)
     assert language_model.separates_documents
     shape = {"batch_size": 1, "seed": 0}
-    (together,) = packing.Rows(documents, seq_len=40, packed=True, **shape).in_order()
-    alone = list(packing.Rows(documents, seq_len=40, packed=False, **shape).in_order())
-    assert together.tokens.shape == (1, 40)
-    assert [len(batch.targets) for batch in alone] == [19, 2, 13]
+    (packed,) = packing.Rows(documents, seq_len=40, packed=True, **shape).in_order()
+    separate = list(packing.Rows(documents, seq_len=40, packed=False, **shape).in_order())
+    assert packed.tokens.shape == (1, 40)
+    assert [len(batch.targets) for batch in separate] == [19, 2, 13]
     with torch.no_grad():
-        losses = torch.stack([language_model.loss(batch) * len(batch.targets) for batch in alone])
-        torch.testing.assert_close(language_model.loss(together), losses.sum() / 34)
-        crossing = type(together)(together.tokens, torch.arange(40)[None], together.trained, together.targets)
-        assert abs(language_model.loss(crossing) - losses.sum() / 34) > 1e-4  # if documents were not separated
+        losses = torch.stack([language_model.loss(batch) * len(batch.targets) for batch in separate])
+        torch.testing.assert_close(language_model.loss(packed), losses.sum() / 34)
+        unseparated = type(packed)(packed.tokens, torch.arange(40)[None], packed.trained, packed.targets)
+        assert abs(language_model.loss(unseparated) - losses.sum() / 34) > 1e-4  # if documents were not separated
 
 
 @pytest.mark.parametrize("kind", ["opt", "mamba"])
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers")
-def test_a_model_that_does_not_separate_documents_gets_one_per_row(finetune, place, source, tmp_path, kind, capsys):
-    run = finetune.main(arguments(place, source(kind), tmp_path / "out", "--steps", "3"))
+def test_a_model_that_does_not_separate_documents_gets_one_per_row(
+    finetune, data_folder, source, tmp_path, kind, capsys
+):
+    run = finetune.main(arguments(data_folder, source(kind), tmp_path / "out", "--steps", "3"))
     assert not run.packed
     assert "documents that share a row would see each other" in capsys.readouterr().out
 
 
-def test_a_model_that_attends_to_later_tokens_is_rejected(finetune, place, source, tmp_path, capsys):
-    given = arguments(place, source("bert"), tmp_path / "out")
-    refused(finetune, given, capsys, "bert is no causal language model as configured: tokens see later ones")
+def test_a_model_that_attends_to_later_tokens_is_rejected(finetune, data_folder, source, tmp_path, capsys):
+    args = arguments(data_folder, source("bert"), tmp_path / "out")
+    assert_refused(finetune, args, capsys, "bert is no causal language model as configured: tokens see later ones")
 
 
-def test_a_nonfinite_loss_ends_the_run(finetune, place, source, tmp_path):
+def test_a_nonfinite_loss_ends_the_run(finetune, data_folder, source, tmp_path):
     with pytest.raises(FloatingPointError, match="the loss of step 2 is"):
-        finetune.main([*arguments(place, source("llama"), tmp_path / "out", "--log-every", "1"), "--lr", "1e18"])
+        finetune.main([*arguments(data_folder, source("llama"), tmp_path / "out", "--log-every", "1"), "--lr", "1e18"])
     assert not (tmp_path / "out").exists()
 
 
@@ -573,30 +577,30 @@ def documents_of(load, tmp_path, *records, seq_len=64, tokenizer=None):
     """Each document as its tokens and its targets; "·" stands for tokens that are not trained on."""
     tokenizer = tokenizer or tiny_tokenizer()
     path = lines(tmp_path / "data.jsonl", *records)
-    found = load("finetuning.data").read_documents(path, tokenizer, seq_len=seq_len, vocabulary=VOCABULARY)
-    shown = []
-    for start, stop in zip(found.bounds, found.bounds[1:], strict=False):
-        read = tokenizer.decode(found.tokens[start:stop].tolist())
-        predicted = "".join("·" if t < 0 else tokenizer.decode([t]) for t in found.targets[start:stop])
-        shown.append((read, predicted))
-    return found, shown
+    documents = load("finetuning.data").read_documents(path, tokenizer, seq_len=seq_len, vocabulary=VOCABULARY)
+    texts = []
+    for start, stop in zip(documents.bounds, documents.bounds[1:], strict=False):
+        text = tokenizer.decode(documents.tokens[start:stop].tolist())
+        predicted = "".join("·" if t < 0 else tokenizer.decode([t]) for t in documents.targets[start:stop])
+        texts.append((text, predicted))
+    return documents, texts
 
 
 def test_text_is_trained_on_in_full(load, tmp_path):
-    _, shown = documents_of(load, tmp_path, {"text": "a cat", "id": 7})
-    assert shown == [("a cat", " cat</s>")]
+    _, texts = documents_of(load, tmp_path, {"text": "a cat", "id": 7})
+    assert texts == [("a cat", " cat</s>")]
 
 
 def test_a_completion_is_trained_on_without_its_prompt(load, tmp_path):
-    _, shown = documents_of(load, tmp_path, COMPLETION, {"prompt": "is ", "completion": "five"})
-    first, second = shown
+    _, texts = documents_of(load, tmp_path, COMPLETION, {"prompt": "is ", "completion": "five"})
+    first, second = texts
     assert first == ("two and two is four", "·" * 13 + " four</s>")
     assert second == ("is five", "· five</s>")  # the token " f" belongs to both
 
 
 def test_answers_of_the_assistant_in_a_chat_are_trained_on(load, tmp_path):
-    _, ((read, predicted),) = documents_of(load, tmp_path, CHAT, seq_len=99)
-    assert read == "<s><|user|>hello<|end|><|assistant|>good day<|end|><|user|>bye<|end|><|assistant|>so long"
+    _, ((text, predicted),) = documents_of(load, tmp_path, CHAT, seq_len=99)
+    assert text == "<s><|user|>hello<|end|><|assistant|>good day<|end|><|user|>bye<|end|><|assistant|>so long"
     assert predicted == "·" * 8 + "good day<|end|>" + "·" * 6 + "so long<|end|>"
 
 
@@ -628,17 +632,17 @@ def test_with_a_template_without_an_opening_the_role_is_trained_on(load, tmp_pat
 
 def test_long_text_is_cut_into_pieces_without_loss(load, tmp_path):
     text = "abcdefghij" * 5
-    found, shown = documents_of(load, tmp_path, {"text": text}, seq_len=16)
-    assert found.lengths == [16, 16, 16, 2]
-    assert "".join(predicted for _, predicted in shown) == text[1:] + "</s>"
-    assert (found.cut, found.dropped) == (0, 0)
+    documents, texts = documents_of(load, tmp_path, {"text": text}, seq_len=16)
+    assert documents.lengths == [16, 16, 16, 2]
+    assert "".join(predicted for _, predicted in texts) == text[1:] + "</s>"
+    assert (documents.cut, documents.dropped) == (0, 0)
 
 
 def test_the_end_of_a_long_completion_is_dropped_and_counted(load, tmp_path):
-    lost = {"prompt": "p" * 40, "completion": "c"}
-    found, shown = documents_of(load, tmp_path, {"prompt": "pp", "completion": "c" * 30}, lost, seq_len=16)
-    assert shown == [("pp" + "c" * 14, "·" + "c" * 15)]
-    assert (found.cut, found.dropped) == (31 + 1 - 16 + 40 + 1 - 16, 1)
+    dropped = {"prompt": "p" * 40, "completion": "c"}
+    documents, texts = documents_of(load, tmp_path, {"prompt": "pp", "completion": "c" * 30}, dropped, seq_len=16)
+    assert texts == [("pp" + "c" * 14, "·" + "c" * 15)]
+    assert (documents.cut, documents.dropped) == (31 + 1 - 16 + 40 + 1 - 16, 1)
 
 
 def test_packing_uses_every_document_and_most_of_each_row(load):
@@ -654,41 +658,41 @@ def test_packing_uses_every_document_and_most_of_each_row(load):
 
 
 def test_each_epoch_uses_every_row_once_in_a_different_order(load, tmp_path):
-    found, _ = documents_of(load, tmp_path, *[TEXT, COMPLETION, CHAT] * 4)
-    rows = load("finetuning.packing").Rows(found, seq_len=64, batch_size=3, packed=True, seed=5)
+    documents, _ = documents_of(load, tmp_path, *[TEXT, COMPLETION, CHAT] * 4)
+    rows = load("finetuning.packing").Rows(documents, seq_len=64, batch_size=3, packed=True, seed=5)
     count = len(rows)
     assert rows.batches(3.0) == count  # three passes of `count` rows, three rows a batch
-    taken = [tuple(row.tolist()) for step in range(1, count + 1) for row in rows.batch(step).tokens]
-    passes = [taken[i : i + count] for i in range(0, 3 * count, count)]
+    rows_in_order = [tuple(row.tolist()) for step in range(1, count + 1) for row in rows.batch(step).tokens]
+    passes = [rows_in_order[i : i + count] for i in range(0, 3 * count, count)]
     assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
     assert passes[0] != passes[1]
     ordered = list(rows.in_order())
     assert {tuple(batch.tokens.shape) for batch in ordered} == {(3, 64)}
-    assert sum(len(batch.targets) for batch in ordered) == found.trained == sum(t >= 0 for t in found.targets)
+    assert sum(len(batch.targets) for batch in ordered) == documents.trained == sum(t >= 0 for t in documents.targets)
 
 
 def test_dropped_tokens_and_documents_are_reported(finetune, source, tmp_path, capsys):
-    long = {"prompt": "p" * 70, "completion": "c"}
-    lines(tmp_path / "data.jsonl", long, {"prompt": "p", "completion": "c" * 70}, *[TEXT] * 8)
+    too_long = {"prompt": "p" * 70, "completion": "c"}
+    lines(tmp_path / "data.jsonl", too_long, {"prompt": "p", "completion": "c" * 70}, *[TEXT] * 8)
     finetune.main(arguments(tmp_path, source("llama"), tmp_path / "out", "--steps", "1"))
     assert "left out: 14 tokens beyond --seq-len, 1 documents without a target" in capsys.readouterr().out
 
 
 def test_held_out_lines_are_not_trained_on(finetune, load, tmp_path):
     records = [{"text": f"{number:03} " * 40} for number in range(20)]
-    found, _ = documents_of(load, tmp_path, *records, seq_len=16)
+    documents, _ = documents_of(load, tmp_path, *records, seq_len=16)
     args = finetune.parse(None, ["m", "--data", "d", "--out", "o", "--eval-fraction", "0.25"])
-    kept, held_out = finetune._divided(found, args)
+    training, held_out = finetune._divided(documents, args)
     assert len(set(held_out.lines)) == 5
-    assert set(kept.lines) | set(held_out.lines) == set(range(1, 21))
-    assert not set(kept.lines) & set(held_out.lines)
-    assert sorted([*kept.tokens, *held_out.tokens]) == sorted(found.tokens)
+    assert set(training.lines) | set(held_out.lines) == set(range(1, 21))
+    assert not set(training.lines) & set(held_out.lines)
+    assert sorted([*training.tokens, *held_out.tokens]) == sorted(documents.tokens)
 
 
-def test_held_out_data_may_be_in_a_separate_file(finetune, place, source, tmp_path):
+def test_held_out_data_may_be_in_a_separate_file(finetune, data_folder, source, tmp_path):
     held_out = lines(tmp_path / "held-out.jsonl", TEXT)
-    given = arguments(place, source("llama"), tmp_path / "out", "--eval-data", str(held_out), "--eval-every", "1")
-    run = finetune.main([*given, "--steps", "2"])
+    args = arguments(data_folder, source("llama"), tmp_path / "out", "--eval-data", str(held_out), "--eval-every", "1")
+    run = finetune.main([*args, "--steps", "2"])
     assert list(run.held_out) == [0, 1, 2]
 
 
@@ -706,13 +710,13 @@ def test_the_rate_rises_then_falls(load):
 
 
 @pytest.fixture
-def untouched(finetune, monkeypatch):
+def no_model_loading(finetune, monkeypatch):
     """Fails if anything is loaded onto the device."""
     monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("the model was loaded"))
 
 
 @pytest.fixture
-def broken(source, tmp_path):
+def model_copy(source, tmp_path):
     """A copy of a model's folder, which tests modify."""
     return shutil.copytree(source("llama"), tmp_path / "model")
 
@@ -721,12 +725,12 @@ def shards(folder):
     return sorted(folder.glob("*.safetensors"))
 
 
-def cut(file, by):
-    with open(file, "r+b") as opened:
-        opened.truncate(file.stat().st_size - by)
+def truncate(file, by):
+    with open(file, "r+b") as handle:
+        handle.truncate(file.stat().st_size - by)
 
 
-def edited(file, **values):
+def edit_json(file, **values):
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
@@ -743,15 +747,15 @@ FOLDERS = {
     "no JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json: must be JSON"]),
     "no object": (lambda f: (f / "config.json").write_text("[]"), ["config.json: must hold a JSON object, got list"]),
     "quantized": (
-        lambda f: edited(f / "config.json", quantization_config={"quant_method": "gptq"}),
+        lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq"}),
         ["config.json: has a quantization_config"],
     ),
     "unknown model": (
-        lambda f: edited(f / "config.json", model_type="llama9"),
+        lambda f: edit_json(f / "config.json", model_type="llama9"),
         ["config.json: model_type must be one that transformers", "'llama9'"],
     ),
     "no language model": (
-        lambda f: edited(f / "config.json", model_type="t5"),
+        lambda f: edit_json(f / "config.json", model_type="t5"),
         ["config.json: model_type must be that of a causal language model, got 't5'"],
     ),
     "no weights": (without_weights, ["model: must have its weights in model.safetensors", "pytorch_model.bin"]),
@@ -759,9 +763,9 @@ FOLDERS = {
         lambda f: shards(f)[1].unlink(),
         ["model.safetensors.index.json: names the shard model-00002", "not complete"],
     ),
-    "truncated shard": (lambda f: cut(shards(f)[2], 7), ["model-00003-of-", "bytes, by its own header, got"]),
+    "truncated shard": (lambda f: truncate(shards(f)[2], 7), ["model-00003-of-", "bytes, by its own header, got"]),
     "truncated header": (
-        lambda f: cut(shards(f)[0], shards(f)[0].stat().st_size - 40),
+        lambda f: truncate(shards(f)[0], shards(f)[0].stat().st_size - 40),
         ["model-00001-of-", "its header cannot be read, or it is truncated"],
     ),
     "empty shard": (lambda f: shards(f)[0].write_bytes(b""), ["model-00001-of-", "must be a safetensors file"]),
@@ -770,19 +774,19 @@ FOLDERS = {
         ["model-00001-of-", "not written by"],
     ),
     "index of another model": (
-        lambda f: edited(f / "model.safetensors.index.json", weight_map={"odd": shards(f)[0].name}),
+        lambda f: edit_json(f / "model.safetensors.index.json", weight_map={"odd": shards(f)[0].name}),
         ["model-00001-of-", "must hold odd, by model.safetensors.index.json"],
     ),
     "index to elsewhere": (
-        lambda f: edited(f / "model.safetensors.index.json", weight_map={"odd": "../odd.safetensors"}),
+        lambda f: edit_json(f / "model.safetensors.index.json", weight_map={"odd": "../odd.safetensors"}),
         ["shards must be files beside it, got '../odd.safetensors'"],
     ),
     "more layers": (
-        lambda f: edited(f / "config.json", num_hidden_layers=3),
+        lambda f: edit_json(f / "config.json", num_hidden_layers=3),
         ["must have all weights of LlamaForCausalLM; missing: model.layers.2."],
     ),
     "other widths": (
-        lambda f: edited(f / "config.json", intermediate_size=64),
+        lambda f: edit_json(f / "config.json", intermediate_size=64),
         ["must have the shape (32, 64), by config.json, got (32, 48)"],
     ),
     "no tokenizer": (
@@ -792,12 +796,14 @@ FOLDERS = {
 }
 
 
-@pytest.mark.usefixtures("untouched")
+@pytest.mark.usefixtures("no_model_loading")
 @pytest.mark.parametrize("case", FOLDERS)
-def test_a_folder_that_cannot_be_trained_is_rejected(finetune, place, broken, tmp_path, case, capsys):
-    breaks, named = FOLDERS[case]
-    breaks(broken)
-    refused(finetune, arguments(place, broken, tmp_path / "out"), capsys, "finetune.py: error: ", *named)
+def test_a_folder_that_cannot_be_trained_is_rejected(finetune, data_folder, model_copy, tmp_path, case, capsys):
+    break_folder, messages = FOLDERS[case]
+    break_folder(model_copy)
+    assert_refused(
+        finetune, arguments(data_folder, model_copy, tmp_path / "out"), capsys, "finetune.py: error: ", *messages
+    )
     assert not (tmp_path / "out.checkpoints").exists()
 
 
@@ -821,23 +827,23 @@ DATA = {
 }
 
 
-@pytest.mark.usefixtures("untouched")
+@pytest.mark.usefixtures("no_model_loading")
 @pytest.mark.parametrize("case", DATA)
 def test_invalid_data_are_rejected(finetune, source, tmp_path, case, capsys):
-    records, named = DATA[case]
+    records, message = DATA[case]
     path = tmp_path / "data.jsonl"
     if records is not None:
-        path.write_bytes(b"\n".join(r if isinstance(r, bytes) else dumped(r).encode() for r in records))
-    refused(finetune, arguments(tmp_path, source("llama"), tmp_path / "out"), capsys, named)
+        path.write_bytes(b"\n".join(r if isinstance(r, bytes) else as_line(r).encode() for r in records))
+    assert_refused(finetune, arguments(tmp_path, source("llama"), tmp_path / "out"), capsys, message)
 
 
-def dumped(record):
+def as_line(record):
     return record if isinstance(record, str) else json.dumps(record)
 
 
-@pytest.mark.usefixtures("untouched")
+@pytest.mark.usefixtures("no_model_loading")
 @pytest.mark.parametrize(
-    ("template", "named"),
+    ("template", "message"),
     [
         (None, "data.jsonl:1: 'messages' need a chat template, and the tokenizer has none"),
         ("{{ raise_exception('no users here') }}", "data.jsonl:1: 'messages' must suit the tokenizer's chat template"),
@@ -847,31 +853,34 @@ def dumped(record):
         ),
     ],
 )
-def test_a_chat_that_the_template_cannot_format_is_rejected(finetune, broken, tmp_path, template, named, capsys):
-    (broken / "chat_template.jinja").unlink()
-    tiny_tokenizer(template).save_pretrained(broken)
+def test_a_chat_that_the_template_cannot_format_is_rejected(finetune, model_copy, tmp_path, template, message, capsys):
+    (model_copy / "chat_template.jinja").unlink()
+    tiny_tokenizer(template).save_pretrained(model_copy)
     lines(tmp_path / "data.jsonl", CHAT)
-    refused(finetune, arguments(tmp_path, broken, tmp_path / "out"), capsys, named)
+    assert_refused(finetune, arguments(tmp_path, model_copy, tmp_path / "out"), capsys, message)
 
 
-@pytest.mark.usefixtures("untouched")
-def test_a_tokenizer_of_another_model_is_rejected(finetune, place, tmp_path, capsys):
-    small = tiny_folder(tmp_path / "small", "llama", vocab_size=200)
-    refused(
-        finetune, arguments(place, small, tmp_path / "out"), capsys, "its tokenizer has 262 tokens, but its model 200"
+@pytest.mark.usefixtures("no_model_loading")
+def test_a_tokenizer_of_another_model_is_rejected(finetune, data_folder, tmp_path, capsys):
+    small_model = tiny_folder(tmp_path / "small", "llama", vocab_size=200)
+    assert_refused(
+        finetune,
+        arguments(data_folder, small_model, tmp_path / "out"),
+        capsys,
+        "its tokenizer has 262 tokens, but its model 200",
     )
-    added = tiny_folder(tmp_path / "added", "llama")
+    extended_model = tiny_folder(tmp_path / "added", "llama")
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|new|>"])
-    tokenizer.save_pretrained(added)
+    tokenizer.save_pretrained(extended_model)
     lines(tmp_path / "data.jsonl", TEXT, {"text": "a <|new|> token"})
-    named = "data.jsonl:2: becomes token 262, '<|new|>', but the model has 262 embeddings"
-    refused(finetune, arguments(tmp_path, added, tmp_path / "out"), capsys, named)
+    message = "data.jsonl:2: becomes token 262, '<|new|>', but the model has 262 embeddings"
+    assert_refused(finetune, arguments(tmp_path, extended_model, tmp_path / "out"), capsys, message)
 
 
-@pytest.mark.usefixtures("untouched")
+@pytest.mark.usefixtures("no_model_loading")
 @pytest.mark.parametrize(
-    ("changed", "named"),
+    ("bad_arguments", "message"),
     [
         (["--seq-len", "65"], "--seq-len must be at most 64, the positions of "),
         (["--out", "nowhere/out"], "--out must be in an existing folder, got nowhere/out"),
@@ -891,87 +900,95 @@ def test_a_tokenizer_of_another_model_is_rejected(finetune, place, tmp_path, cap
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_invalid_arguments_are_rejected(finetune, place, source, tmp_path, changed, named, capsys):
-    refused(finetune, [*arguments(place, source("llama"), tmp_path / "out"), *changed], capsys, named)
+def test_invalid_arguments_are_rejected(finetune, data_folder, source, tmp_path, bad_arguments, message, capsys):
+    assert_refused(
+        finetune, [*arguments(data_folder, source("llama"), tmp_path / "out"), *bad_arguments], capsys, message
+    )
 
 
-@pytest.mark.usefixtures("untouched")
-def test_an_existing_folder_is_not_overwritten(finetune, place, source, tmp_path, capsys):
+@pytest.mark.usefixtures("no_model_loading")
+def test_an_existing_folder_is_not_overwritten(finetune, data_folder, source, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    named = f"--out must not exist yet, got {tmp_path / 'out'}"
-    refused(finetune, arguments(place, source("llama"), tmp_path / "out"), capsys, named)
+    message = f"--out must not exist yet, got {tmp_path / 'out'}"
+    assert_refused(finetune, arguments(data_folder, source("llama"), tmp_path / "out"), capsys, message)
     assert not list((tmp_path / "out").iterdir())
 
 
 # Output
 
 
-def test_the_files_of_a_published_folder_are_preserved(finetune, place, broken, tmp_path):
+def test_the_files_of_a_published_folder_are_preserved(finetune, data_folder, model_copy, tmp_path):
     """Keys of an older transformers, files that it does not write, and files that do not belong to the model."""
-    config = json.loads((broken / "config.json").read_text())
+    config = json.loads((model_copy / "config.json").read_text())
     theta = config.pop("rope_parameters")["rope_theta"]
     config.pop("dtype")
     config.update(rope_theta=theta, torch_dtype="float32", architectures=["LlamaModel"], odd={"kept": True})
-    (broken / "config.json").write_text(json.dumps(config))
-    (broken / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')  # not to be written now
+    (model_copy / "config.json").write_text(json.dumps(config))
+    (model_copy / "generation_config.json").write_text(
+        '{"temperature": 0.6, "do_sample": false}'
+    )  # not to be written now
     for name in ("LICENSE", "tokenizer.model", "README.md", "optimizer.pt"):
-        (broken / name).write_text(name)
-    finetune.main(arguments(place, broken, tmp_path / "out", "--steps", "1"))
-    found = files(tmp_path / "out")
-    assert json.loads(found["config.json"]) == {
+        (model_copy / name).write_text(name)
+    finetune.main(arguments(data_folder, model_copy, tmp_path / "out", "--steps", "1"))
+    written = files(tmp_path / "out")
+    assert json.loads(written["config.json"]) == {
         **config,
         "architectures": ["LlamaForCausalLM"],
         "torch_dtype": "bfloat16",
     }
     for name in ("generation_config.json", "LICENSE", "tokenizer.model"):
-        assert found[name] == (broken / name).read_bytes()
-    assert not found.keys() & {"README.md", "optimizer.pt"}
+        assert written[name] == (model_copy / name).read_bytes()
+    assert not written.keys() & {"README.md", "optimizer.pt"}
 
 
-def test_large_weights_are_written_in_shards(load, finetune, place, source, tmp_path, monkeypatch):
+def test_large_weights_are_written_in_shards(load, finetune, data_folder, source, tmp_path, monkeypatch):
     monkeypatch.setattr(load("finetuning.folder"), "_SHARD", "20KB")
-    finetune.main(arguments(place, source("llama"), tmp_path / "out", "--steps", "1"))
+    finetune.main(arguments(data_folder, source("llama"), tmp_path / "out", "--steps", "1"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_no_progress_bar_is_drawn_without_a_terminal(finetune, place, source, tmp_path, capsys):
-    finetune.main(arguments(place, source("llama"), tmp_path / "out", "--steps", "2", "--log-every", "1"))
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    assert re.search(r"step 2/2: loss \d\.\d{4}, norm \d\.\d{3}, lr \S+, tokens/s [\d,]+\n", shown.out)
-    assert "\r" not in shown.out
+def test_no_progress_bar_is_drawn_without_a_terminal(finetune, data_folder, source, tmp_path, capsys):
+    finetune.main(arguments(data_folder, source("llama"), tmp_path / "out", "--steps", "2", "--log-every", "1"))
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert re.search(r"step 2/2: loss \d\.\d{4}, norm \d\.\d{3}, lr \S+, tokens/s [\d,]+\n", output.out)
+    assert "\r" not in output.out
 
 
 # Out of memory
 
 
 def test_out_of_memory_is_reported_with_the_plan_and_proposed_changes(
-    finetune, load, place, source, tmp_path, monkeypatch, capsys
+    finetune, load, data_folder, source, tmp_path, monkeypatch, capsys
 ):
-    def full(self, batch):
+    def raise_out_of_memory(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "check", lambda *_: None)  # so that training begins
-    monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "loss", full)
+    monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "loss", raise_out_of_memory)
     monkeypatch.setattr("collins.offload.trial.MOST_LAYERS", 4)  # to look for the largest model among
-    with pytest.raises(SystemExit) as ended:
-        finetune.main(arguments(place, source("llama"), tmp_path / "out"))
-    assert ended.value.code == 1
-    said = capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_info:
+        finetune.main(arguments(data_folder, source("llama"), tmp_path / "out"))
+    assert exit_info.value.code == 1
+    errors = capsys.readouterr().err
     for figure in ("weights", "activations: checkpoints", "staging ring on the device", "largest that fits"):
-        assert figure in said
-    assert said.index("What to change:") < said.index("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert "expandable_segments:True" in said
+        assert figure in errors
+    assert errors.index("What to change:") < errors.index(
+        "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB"
+    )
+    assert "expandable_segments:True" in errors
 
 
-def test_weights_that_exceed_the_device_are_not_loaded(finetune, load, place, source, tmp_path, monkeypatch, capsys):
+def test_weights_that_exceed_the_device_are_not_loaded(
+    finetune, load, data_folder, source, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(load("finetuning.forecast"), "host_memory_free", lambda: 10_000)
     monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    with pytest.raises(SystemExit) as ended:
-        finetune.main(arguments(place, source("llama"), tmp_path / "out"))
-    assert ended.value.code == 1
+    with pytest.raises(SystemExit) as exit_info:
+        finetune.main(arguments(data_folder, source("llama"), tmp_path / "out"))
+    assert exit_info.value.code == 1
     assert "9.8 KiB are free" in capsys.readouterr().err
 
 
@@ -1013,18 +1030,18 @@ def test_proposed_changes_fit_according_to_the_plan(load, batch, seq_len, device
 
 @pytest.mark.cuda
 @pytest.mark.usefixtures("reproducible")
-def test_on_a_gpu_it_is_compiled_and_resumes_bitwise(finetune, place, source, tmp_path, monkeypatch):
-    def given(out):
-        return [*arguments(place, source("llama"), out, "--resume", "--policy", "host"), "--device", "cuda"]
+def test_on_a_gpu_it_is_compiled_and_resumes_bitwise(finetune, data_folder, source, tmp_path, monkeypatch):
+    def arguments_for(out):
+        return [*arguments(data_folder, source("llama"), out, "--resume", "--policy", "host"), "--device", "cuda"]
 
-    whole = finetune.main(given(tmp_path / "whole"))
+    uninterrupted = finetune.main(arguments_for(tmp_path / "whole"))
     with monkeypatch.context() as patch:
         rows, batch = finetune.Rows, finetune.Rows.batch
         patch.setattr(rows, "batch", lambda self, step: batch(self, step) if step < STOP else stop())
         with pytest.raises(StopError):
-            finetune.main(given(tmp_path / "out"))
-    run = finetune.main(given(tmp_path / "out"))
-    assert run.losses == {step: loss for step, loss in whole.losses.items() if step > EVERY}
+            finetune.main(arguments_for(tmp_path / "out"))
+    run = finetune.main(arguments_for(tmp_path / "out"))
+    assert run.losses == {step: loss for step, loss in uninterrupted.losses.items() if step > EVERY}
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 

@@ -31,8 +31,8 @@ import collins
 from collins import CheckpointError, Collins, checkpoint, convert, files, whole_folder
 from collins.offload import MemoryPolicy
 
-COUNT = int(os.environ.get("FUZZ_CASES", 200))
-CLEAN = (ValueError, TypeError)
+CASES = int(os.environ.get("FUZZ_CASES", 200))
+CLEAN_ERRORS = (ValueError, TypeError)
 SHAPES = [(64, 64), (40,), (33, 37), (), (64, 40)]
 HOST = {"tier": "host", "transfer_size": 3000, "staging_slots": 2}
 WAYS = {
@@ -47,24 +47,24 @@ WAYS = {
     "capturable": {"capturable": True, "max_grad_norm": 1.0},
     "named": {},
 }
-over_ways = pytest.mark.parametrize("way", WAYS)
+in_every_configuration = pytest.mark.parametrize("way", WAYS)
 # Warnings of PyTorch about malformed tensors, and of numpy about numbers.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse|.*sparse|Casting complex|overflow encountered|invalid value")
 
 
-def share(of_all, ways=1):
+def case_count(of_all, ways=1):
     """The number of cases of a kind, from its share of all cases and the number of ways it is run in."""
-    return max(round(COUNT * of_all / ways), 1)
+    return max(round(CASES * of_all / ways), 1)
 
 
-class Side:
+class Subject:
     """Parameters, some of them in 16 bits, and their optimizer after `steps` steps."""
 
     def __init__(self, way, steps):
         self.ps = parameters(torch.float32, SHAPES, "cpu")
         self.ps[1].data, self.ps[4].data = self.ps[1].data.bfloat16(), self.ps[4].data.bfloat16()
-        given = [(f"p{i}", p) for i, p in enumerate(self.ps)] if way == "named" else self.ps
-        groups = [{"params": given[:3]}, {"params": given[3:], "lr": torch.tensor(3e-2), "weight_decay": 0.1}]
+        params = [(f"p{i}", p) for i, p in enumerate(self.ps)] if way == "named" else self.ps
+        groups = [{"params": params[:3]}, {"params": params[3:], "lr": torch.tensor(3e-2), "weight_decay": 0.1}]
         self.opt = Collins(groups, lr=1e-2, min_K=16, rehash_period=3, **WAYS[way])
         for number in range(steps):
             self.step(number)
@@ -80,48 +80,48 @@ class Side:
 
     def values(self):
         """Everything that a load may change: weights, tables, counters, options, keys of hashes, hooks."""
-        saved = self.opt.state_dict()
+        state_dict = self.opt.state_dict()
         keys = [getattr(self.opt.hash_of(p), "key", None) for p in self.ps]
         rates = [id(group["lr"]) for group in self.opt.param_groups if isinstance(group["lr"], torch.Tensor)]
         options = {name: value for name, value in vars(self.opt).items() if isinstance(value, int | str | None)}
         hooks = {name: len(value) for name, value in vars(self.opt).items() if isinstance(value, OrderedDict)}
         weights = [p.detach() for p in self.ps]
-        return [copy.deepcopy([weights, saved, keys, options, self.opt.defaults]), rates, hooks]
+        return [copy.deepcopy([weights, state_dict, keys, options, self.opt.defaults]), rates, hooks]
 
 
-def alike(some, others):
+def alike(a, b):
     """Equality in which NaN equals NaN."""
-    if isinstance(some, torch.Tensor):
-        if not isinstance(others, torch.Tensor) or some.dtype != others.dtype or some.shape != others.shape:
+    if isinstance(a, torch.Tensor):
+        if not isinstance(b, torch.Tensor) or a.dtype != b.dtype or a.shape != b.shape:
             return False
-        if some.is_meta or some.layout != torch.strided:  # in what was given alone
-            return (some.device, some.layout) == (others.device, others.layout)
-        return torch.equal(bits(some), bits(others))
-    if isinstance(some, np.ndarray):
-        return np.array_equal(some, others)
-    if isinstance(some, dict):
-        return some.keys() == others.keys() and all(alike(some[key], others[key]) for key in some)
-    if isinstance(some, list | tuple):
-        return len(some) == len(others) and all(map(alike, some, others))
-    return same(some, others) or some is others
+        if a.is_meta or a.layout != torch.strided:  # in what was given alone
+            return (a.device, a.layout) == (b.device, b.layout)
+        return torch.equal(bits(a), bits(b))
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return same(a, b) or a is b
 
 
-def as_saved(state, given):
+def equals_saved(state, saved):
     """Whether a parameter's state equals that of a state dict; counters are tensors here."""
-    if not given:
+    if not saved:
         return not state
     return (
         all(
             float(state[name]) == float(value) if name == "step" else alike(state[name], value)
-            for name, value in given.items()
+            for name, value in saved.items()
             if name in state
         )
-        and {name for name in state if name not in ("step", "layout")} <= given.keys()
+        and {name for name in state if name not in ("step", "layout")} <= saved.keys()
     )
 
 
 @contextlib.contextmanager
-def draws_nothing():
+def unchanged_random_state():
     """Checks that the body does not use the global random generators."""
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
     yield
@@ -130,56 +130,56 @@ def draws_nothing():
     assert before[1:] == after[1:]
 
 
-def loads(side, given):
+def load_and_check(subject, state_dict):
     """Loads a state dict, and checks that the result equals it."""
-    opt, kept = side.opt, copy.deepcopy(given)
+    opt, original = subject.opt, copy.deepcopy(state_dict)
     try:
-        opt.check_state_dict(given)
-    except CLEAN:
-        with pytest.raises(CLEAN):
-            opt.load_state_dict(given)
+        opt.check_state_dict(state_dict)
+    except CLEAN_ERRORS:
+        with pytest.raises(CLEAN_ERRORS):
+            opt.load_state_dict(state_dict)
         raise
-    opt.load_state_dict(given)
+    opt.load_state_dict(state_dict)
     opt.state_dict()  # waits for moments on the host
-    places = [place for group in kept["param_groups"] for place in group["params"]]
-    for p, place in zip([p for group in opt.param_groups for p in group["params"]], places, strict=True):
-        assert as_saved(opt.state.get(p, {}), kept["state"].get(place, {}))
+    indices = [index for group in original["param_groups"] for index in group["params"]]
+    for p, index in zip([p for group in opt.param_groups for p in group["params"]], indices, strict=True):
+        assert equals_saved(opt.state.get(p, {}), original["state"].get(index, {}))
 
 
 @pytest.fixture(scope="module")
 def saved():
     """For each way, the state dict of an optimizer that has stepped."""
-    return {way: Side(way, 3).opt.state_dict() for way in WAYS}
+    return {way: Subject(way, 3).opt.state_dict() for way in WAYS}
 
 
 def try_state_dicts(way, saved, count):
     cases = Cases("state dict", way, count=count)
     for seed in cases:
         with cases.case(seed) as rng:
-            given = mutated(saved[way if rng.random() < 0.8 else rng.choice(list(WAYS))], rng)
+            state_dict = mutated(saved[way if rng.random() < 0.8 else rng.choice(list(WAYS))], rng)
             steps = rng.choice([0, 2])
-            side = Side(way, steps)
-            before = side.values()
+            subject = Subject(way, steps)
+            before = subject.values()
             try:
-                with draws_nothing():
-                    loads(side, given)
-            except CLEAN:
+                with unchanged_random_state():
+                    load_and_check(subject, state_dict)
+            except CLEAN_ERRORS:
                 cases.ended["refused"] += 1
-                assert alike(side.values(), before)
+                assert alike(subject.values(), before)
                 if rng.random() < 0.2:
-                    twin = Side(way, steps)
-                    for each in (side, twin):
-                        each.step(9)
-                    assert alike(side.values()[0][:3], twin.values()[0][:3])  # options hold a number of its own
+                    reference = Subject(way, steps)
+                    for s in (subject, reference):
+                        s.step(9)
+                    assert alike(subject.values()[0][:3], reference.values()[0][:3])  # options hold a number of its own
             else:
                 cases.ended["accepted"] += 1
-                side.step(9)
+                subject.step(9)
     cases.end()
 
 
-@over_ways
+@in_every_configuration
 def test_state_dicts(way, saved):
-    try_state_dicts(way, saved, share(0.4, len(WAYS)))
+    try_state_dicts(way, saved, case_count(0.4, len(WAYS)))
 
 
 @pytest.mark.skipif("FUZZ_CASE" in os.environ, reason="another case is asked for")
@@ -191,28 +191,28 @@ def test_removing_a_check_is_detected(saved, monkeypatch):
     assert "this case alone: FUZZ_CASE='state dict/default/" in caught.value.__notes__[0]
 
 
-@over_ways
+@in_every_configuration
 def test_state_dicts_that_are_converted(way, saved):
-    side = Side(way, 2)
-    adamw = torch.optim.AdamW([{"params": side.ps[:3]}, {"params": side.ps[3:]}], lr=0.0, weight_decay=0.0)
-    give_gradients(0, side.ps)
+    subject = Subject(way, 2)
+    adamw = torch.optim.AdamW([{"params": subject.ps[:3]}, {"params": subject.ps[3:]}], lr=0.0, weight_decay=0.0)
+    give_gradients(0, subject.ps)
     adamw.step()
     adamw.zero_grad()
-    before = side.values()
-    cases = Cases("convert", way, count=share(0.15, len(WAYS)))
+    before = subject.values()
+    cases = Cases("convert", way, count=case_count(0.15, len(WAYS)))
     for seed in cases:
         with cases.case(seed) as rng:
             source = adamw.state_dict() if rng.random() < 0.5 else saved[rng.choice(list(WAYS))]
-            given = mutated(source, rng)
+            state_dict = mutated(source, rng)
             try:
-                with draws_nothing():
-                    found = convert(given, side.opt)
-            except CLEAN:
+                with unchanged_random_state():
+                    converted = convert(state_dict, subject.opt)
+            except CLEAN_ERRORS:
                 cases.ended["refused"] += 1
             else:
                 cases.ended["accepted"] += 1
-                loads(Side(way, 0), found)
-            assert alike(side.values(), before)
+                load_and_check(Subject(way, 0), converted)
+            assert alike(subject.values(), before)
     cases.end()
 
 
@@ -226,27 +226,27 @@ TOML += b'pin_limit = 1000000\ntransfer_size = "64MiB"\n[other]\nx = [1, 2.5, "y
 @pytest.mark.parametrize("kind", ["mapping", "string", "toml"])
 def test_policies(kind, tmp_path):
     path = tmp_path / "policy.toml"
-    cases = Cases("policy", kind, count=share(0.2, 3))
+    cases = Cases("policy", kind, count=case_count(0.2, 3))
     for seed in cases:
         with cases.case(seed) as rng:
             if kind == "toml":
                 path.write_bytes(damaged_bytes(TOML, rng))
-                given = path
+                value = path
             elif kind == "string":
-                given = rng.choice(["auto", "device", "host", "HOST", ".tom", "2GiB"])
-                given = almost_valid(given, rng) if rng.random() < 0.9 else given
+                value = rng.choice(["auto", "device", "host", "HOST", ".tom", "2GiB"])
+                value = almost_valid(value, rng) if rng.random() < 0.9 else value
             else:
-                given = {rng.choice(NAMES): random_value(rng) for _ in range(rng.randrange(4))}
-                given = mutated(rng.choice([POLICY, given]), rng)
+                value = {rng.choice(NAMES): random_value(rng) for _ in range(rng.randrange(4))}
+                value = mutated(rng.choice([POLICY, value]), rng)
             p = torch.nn.Parameter(torch.zeros(3))
-            kept = None if kind == "toml" else copy.deepcopy(given)
+            original = None if kind == "toml" else copy.deepcopy(value)
             try:
-                policy = MemoryPolicy.of(given)
-            except CLEAN:
+                policy = MemoryPolicy.of(value)
+            except CLEAN_ERRORS:
                 cases.ended["refused"] += 1
-                if given is not None:
-                    with pytest.raises(CLEAN):
-                        Collins([p], memory=given, in_backward=True)
+                if value is not None:
+                    with pytest.raises(CLEAN_ERRORS):
+                        Collins([p], memory=value, in_backward=True)
                     assert not p._post_accumulate_grad_hooks
             else:
                 cases.ended["accepted"] += 1
@@ -256,8 +256,8 @@ def test_policies(kind, tmp_path):
                     assert bytes_of(1000) is None or bytes_of(1000) >= 0
                 assert policy.transfer_bytes >= 1
                 assert MemoryPolicy.of(dataclasses.asdict(policy)) == policy
-                Collins([p], memory=given)
-            assert kind == "toml" or alike(given, kept)
+                Collins([p], memory=value)
+            assert kind == "toml" or alike(value, original)
     cases.end()
 
 
@@ -273,7 +273,7 @@ class Counting(torch.nn.Linear):
         self.calls = int(state["calls"])
 
 
-class Program(Side):
+class Program(Subject):
     """The contents of a checkpoint file of a training program."""
 
     def __init__(self, steps):
@@ -306,14 +306,14 @@ def sealed(data):
     return file.getvalue() + seal.trailer()
 
 
-def parts_of(whole):
+def parts_of(content):
     """The records of a file, the table of contents at its end, and its seal, as (start, end)."""
-    cut = len(whole) - files._TRAILER
-    with zipfile.ZipFile(io.BytesIO(whole[:cut])) as archive:
+    end = len(content) - files._TRAILER
+    with zipfile.ZipFile(io.BytesIO(content[:end])) as archive:
         starts = [info.header_offset for info in archive.infolist()]
-        ends = [*starts[1:], archive.start_dir, cut, len(whole)]
-    headers = [(start, start + struct.unpack_from("<H", whole, start + 26)[0] + 30) for start in starts]
-    return [*headers, *zip([*starts, archive.start_dir, cut], ends, strict=True)]
+        ends = [*starts[1:], archive.start_dir, end, len(content)]
+    headers = [(start, start + struct.unpack_from("<H", content, start + 26)[0] + 30) for start in starts]
+    return [*headers, *zip([*starts, archive.start_dir, end], ends, strict=True)]
 
 
 @pytest.mark.parametrize("kind", ["file", "sealed", "content"])
@@ -321,29 +321,29 @@ def test_checkpoint_files(kind, tmp_path):
     """Damaged bytes; damaged bytes with a valid seal; and content that was invalid when it was saved."""
     path = tmp_path / "checkpoint.pt"
     collins.save(path, **Program(3).parts, epoch=3)
-    whole, content = path.read_bytes(), torch.load(path, weights_only=True)
-    seal, parts = len(whole) - files._TRAILER, parts_of(whole)
-    cases = Cases("file", kind, count=share(0.2, 3))
+    valid, content = path.read_bytes(), torch.load(path, weights_only=True)
+    seal, parts = len(valid) - files._TRAILER, parts_of(valid)
+    cases = Cases("file", kind, count=case_count(0.2, 3))
     for seed in cases:
         with cases.case(seed) as rng:
             if kind == "file":
-                found = damaged_bytes(whole, rng, parts)
+                damaged = damaged_bytes(valid, rng, parts)
             elif kind == "sealed":
-                found = sealed(damaged_bytes(whole[:seal], rng, [part for part in parts if part[1] <= seal]))
+                damaged = sealed(damaged_bytes(valid[:seal], rng, [part for part in parts if part[1] <= seal]))
             else:
                 file = io.BytesIO()
-                name, given = rng.choice(list(content)), dict(content)
-                given[name] = mutated(content[name], rng)
+                name, edited = rng.choice(list(content)), dict(content)
+                edited[name] = mutated(content[name], rng)
                 try:
-                    torch.save(mutated(content, rng) if rng.random() < 0.1 else given, file)
+                    torch.save(mutated(content, rng) if rng.random() < 0.1 else edited, file)
                 except Exception:  # values that a file cannot contain
                     continue
-                found = sealed(file.getvalue())
-            path.write_bytes(found)
+                damaged = sealed(file.getvalue())
+            path.write_bytes(damaged)
             program = Program(2)
             before = program.values()
             try:
-                with warnings.catch_warnings(), draws_nothing():
+                with warnings.catch_warnings(), unchanged_random_state():
                     warnings.simplefilter("ignore")  # of torch.load, about what is in the file
                     collins.load(path, **program.parts)
             except CheckpointError:
@@ -351,7 +351,7 @@ def test_checkpoint_files(kind, tmp_path):
                 assert alike(program.values(), before)
             else:
                 cases.ended["accepted"] += 1
-                assert kind != "file" or found == whole
+                assert kind != "file" or damaged == valid
                 program.step(9)
     cases.end()
 
@@ -366,9 +366,9 @@ def test_sharded_folders(tmp_path):
     folders = [tmp_path / "step-3", tmp_path / "step-4"]
     for steps, path in zip((3, 4), folders, strict=True):
         with whole_folder(path) as folder:
-            dcp.save({"optimizer": Side("default", steps).opt.state_dict()}, checkpoint_id=folder, no_dist=True)
+            dcp.save({"optimizer": Subject("default", steps).opt.state_dict()}, checkpoint_id=folder, no_dist=True)
     folder = tmp_path / "damaged"
-    cases = Cases("folder", count=share(0.05))
+    cases = Cases("folder", count=case_count(0.05))
     for seed in cases:
         with cases.case(seed) as rng:
             shutil.copytree(folders[0], folder)
@@ -382,23 +382,23 @@ def test_sharded_folders(tmp_path):
                 file.write_bytes((folders[1] / file.name).read_bytes())
             else:
                 file.write_bytes(file.read_bytes()[: rng.randrange(file.stat().st_size)])
-            side = Side("default", 2)
-            before, given = side.values(), {"optimizer": copy.deepcopy(side.opt.state_dict())}
+            subject = Subject("default", 2)
+            before, state = subject.values(), {"optimizer": copy.deepcopy(subject.opt.state_dict())}
             try:
-                dcp.load(given, checkpoint_id=folder, no_dist=True)
+                dcp.load(state, checkpoint_id=folder, no_dist=True)
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 cases.ended["refused"] += 1
-                assert alike(side.values(), before)
+                assert alike(subject.values(), before)
             else:
                 try:
-                    loads(side, given["optimizer"])
-                except CLEAN:
+                    load_and_check(subject, state["optimizer"])
+                except CLEAN_ERRORS:
                     cases.ended["refused"] += 1
-                    assert alike(side.values(), before)
+                    assert alike(subject.values(), before)
                 else:
                     cases.ended["accepted"] += 1
-                    side.step(9)
+                    subject.step(9)
             shutil.rmtree(folder)
     cases.end()

@@ -25,7 +25,7 @@ def groups(model):
     return [
         {"params": blocks, "weight_decay": 0.2, "decode": "sketch"},
         {"params": model.tokens.parameters(), "compress_ratio": 4, "lr": 3e-3},
-        {"params": [*model.seldom.parameters(), *model.head.parameters()], "betas": (0.8, 0.95), "maximize": True},
+        {"params": [*model.optional.parameters(), *model.head.parameters()], "betas": (0.8, 0.95), "maximize": True},
     ]
 
 
@@ -39,9 +39,9 @@ SCHEDULES = {
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_groups_and_schedules(memory, schedule, device):
     options = {"params": groups, "schedule": schedule, "memory": memory, "model": {"device": device}}
-    housed = train_model(**options, in_backward=True)
-    assert same_bits(train_model(**options), housed)
-    tiers = {row.tier for plan in housed[1].placement for row in plan.rows}
+    actual = train_model(**options, in_backward=True)
+    assert same_bits(train_model(**options), actual)
+    tiers = {row.tier for plan in actual[1].placement for row in plan.rows}
     assert len(tiers) == {"resident": 0, "device": 1, "host": 1, "mixed": 2}[_name(memory)]
 
 
@@ -80,15 +80,15 @@ def test_blocks_compiled_by_inductor(checkpointed):
 def test_gradients_are_freed_when_they_have_been_used(memory):
     model = make_model()
     opt = Collins(model.parameters(), **OPTIONS, memory=memory, in_backward=True)
-    held = []
+    counts = []
 
     def count(_):
-        held.append(sum(p.grad is not None for p in model.parameters()))
+        counts.append(sum(p.grad is not None for p in model.parameters()))
 
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(count)  # called after the optimizer's
     backward(model, 0)
-    assert held == [0] * len(list(model.parameters()))
+    assert counts == [0] * len(list(model.parameters()))
     opt.step()
 
 
@@ -114,14 +114,14 @@ def test_gradients_never_accumulate(memory):
         peaks.append(torch.cuda.max_memory_allocated() - resident)
         opt.step()
         del model, opt
-    one = 4 * 1024**2
-    assert peaks[0] >= 16 * one
-    assert peaks[1] <= 3 * one
+    gradient_bytes = 4 * 1024**2
+    assert peaks[0] >= 16 * gradient_bytes
+    assert peaks[1] <= 3 * gradient_bytes
 
 
 @tiers
 def test_a_group_that_is_added_later(memory):
-    sides = []
+    results = []
     for in_backward in (False, True):
         model = make_model()
         opt = Collins(model.blocks.parameters(), **OPTIONS, memory=memory, in_backward=in_backward)
@@ -132,13 +132,13 @@ def test_a_group_that_is_added_later(memory):
                 backward(model, step)
                 opt.step()
                 model.zero_grad()
-        sides.append((model, opt))
-    assert same_bits(*sides)
+        results.append((model, opt))
+    assert same_bits(*results)
 
 
 @tiers
 def test_parameters_that_are_frozen_and_unfrozen(memory):
-    sides = []
+    results = []
     for in_backward in (False, True):
         model = make_model()
         model.head.weight.requires_grad_(False)
@@ -150,36 +150,36 @@ def test_parameters_that_are_frozen_and_unfrozen(memory):
         model.head.weight.requires_grad_(True)
         backward(model, 0)
         assert (model.head.weight.grad is None) == in_backward  # frozen when the optimizer was built
-        sides.append((model, opt))
+        results.append((model, opt))
         opt.step()
-    assert same_bits(*sides)
+    assert same_bits(*results)
 
 
 def test_a_layer_that_is_moved_and_cast():
-    sides = []
+    results = []
     for in_backward in (False, True):
         model = make_model()
         opt = Collins(model.parameters(), **OPTIONS, in_backward=in_backward)
         model.bfloat16()
         take_steps(model, opt, range(3))
-        sides.append((model, opt))
-    assert same_bits(*sides)
+        results.append((model, opt))
+    assert same_bits(*results)
 
 
 @tiers
 def test_clipping_tensor_by_tensor(memory):
-    def clipped(g):
+    def clip(g):
         return g * (0.01 / (g.norm() + 1e-6)).clamp(max=1)
 
-    sides = []
+    results = []
     for in_backward in (False, True):
         model = make_model()
         for p in model.parameters():
-            p.register_hook(clipped)
+            p.register_hook(clip)
         opt = Collins(model.parameters(), **OPTIONS, memory=memory, in_backward=in_backward)
         take_steps(model, opt, range(4))
-        sides.append((model, opt))
-    assert same_bits(*sides)
+        results.append((model, opt))
+    assert same_bits(*results)
 
 
 def test_clipping_by_the_global_norm_finds_no_gradients():
@@ -191,7 +191,7 @@ def test_clipping_by_the_global_norm_finds_no_gradients():
 
 
 def test_a_backward_in_two_parts_is_one_step():
-    sides = []
+    results = []
     for in_backward in (False, True):
         torch.manual_seed(0)
         model = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
@@ -201,8 +201,8 @@ def test_a_backward_in_two_parts_is_one_step():
                 half(torch.ones(1, 32)).square().sum().backward()
             opt.step()
             opt.zero_grad()
-        sides.append((model, opt))
-    assert same_bits(*sides)
+        results.append((model, opt))
+    assert same_bits(*results)
 
 
 def test_an_optimizer_looks_up_its_parameters_once_per_backward(monkeypatch):
@@ -228,7 +228,7 @@ def snapshot(model, opt):
     return copy.deepcopy((model.state_dict(), opt.state_dict()))
 
 
-def unchanged(model, opt, before):
+def assert_unchanged(model, opt, before):
     weights, state = before
     now = opt.state_dict()["state"]
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -246,7 +246,7 @@ def test_accumulation_without_accumulation_steps_is_rejected(memory):
         match=r"parameter \d+ arrived twice before step\(\).*accumulation_steps is 1.*in_backward=False",
     ):
         backward(model, 9)
-    unchanged(model, opt, before)
+    assert_unchanged(model, opt, before)
     assert all(p.grad is None for p in model.parameters())
     opt.step()
     other, other_opt = train_model(memory=memory)
@@ -259,11 +259,11 @@ def test_a_gradient_is_counted_once_if_statistics_fail_after_its_step(monkeypatc
     p = nn.Parameter(torch.ones(64, 64))
     opt = Collins([p], **OPTIONS, in_backward=True)
 
-    def fails(*_):
+    def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(UpdateSamples, "after", fails)
+    with monkeypatch.context() as patch:
+        patch.setattr(UpdateSamples, "after", fail)
         with pytest.raises(torch.OutOfMemoryError):
             p.square().sum().backward()
     before = p.detach().clone()
@@ -292,7 +292,7 @@ def test_a_gradient_that_is_set_after_the_step_is_rejected():
     before = snapshot(model, opt)
     with pytest.raises(RuntimeError, match="arrived twice"):
         opt.step()
-    unchanged(model, opt, before)
+    assert_unchanged(model, opt, before)
     model.zero_grad()
     opt.step()
 
@@ -302,7 +302,7 @@ def test_a_closure_is_rejected():
     before = snapshot(model, opt)
     with pytest.raises(RuntimeError, match=r"closure must be None with in_backward=True.*in_backward=False"):
         opt.step(lambda: backward(model, 0))
-    unchanged(model, opt, before)
+    assert_unchanged(model, opt, before)
 
 
 @pytest.mark.parametrize("unscaled", [False, True])
@@ -347,12 +347,12 @@ def test_an_option_out_of_range_changes_nothing(memory):
     opt.param_groups[0]["lr"] = -1.0
     with pytest.raises(ValueError, match=r"lr must be finite and at least 0, got -1\.0"):
         backward(model, 7)
-    unchanged(model, opt, before)
+    assert_unchanged(model, opt, before)
     model.zero_grad()
     opt.param_groups[0]["lr"] = OPTIONS["lr"]
     other, other_opt = train_model(memory=memory)
-    for side in ((model, opt), (other, other_opt)):
-        take_steps(*side, [7])
+    for pair in ((model, opt), (other, other_opt)):
+        take_steps(*pair, [7])
     assert same_bits((model, opt), (other, other_opt))
 
 
@@ -362,7 +362,7 @@ def test_a_sparse_gradient_changes_nothing():
     before = snapshot(embedding, opt)
     with pytest.raises(TypeError, match=r"the gradient of parameter 0 has layout torch\.sparse_coo"):
         embedding(torch.tensor([1])).sum().backward()
-    unchanged(embedding, opt, before)
+    assert_unchanged(embedding, opt, before)
 
 
 @tiers
@@ -376,11 +376,11 @@ def test_a_step_that_fails_is_not_counted(memory, first, monkeypatch):
             task.m[0].fill_(3) if memory == TIERS["host"] else None
         raise torch.OutOfMemoryError("no room")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Engine, "run_rest", fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "run_rest", fail)
         with pytest.raises(torch.OutOfMemoryError, match="no room"):
             backward(model, 3)
-    unchanged(model, opt, before)
+    assert_unchanged(model, opt, before)
     model.zero_grad()
     opt.step()
     take_steps(model, opt, [4])
@@ -400,9 +400,9 @@ def hooks(model):
 def test_hooks_are_removed_with_their_optimizer(memory):
     model, opt = train_model(memory=memory, in_backward=True)
     assert set(hooks(model)) == {1}
-    known = weakref.ref(opt)
+    reference = weakref.ref(opt)
     del opt
-    assert known() is None
+    assert reference() is None
     assert set(hooks(model)) == {0}
     backward(model, 7)
     assert all(p.grad is not None for p in model.blocks.parameters())
@@ -412,10 +412,10 @@ def test_hooks_are_removed_with_an_optimizer_in_a_reference_cycle():
     model = make_model()
     opt = Collins(model.parameters(), **OPTIONS, in_backward=True)
     schedule = torch.optim.lr_scheduler.ConstantLR(opt)
-    known = weakref.ref(opt)
+    reference = weakref.ref(opt)
     del opt, schedule
     gc.collect()
-    assert known() is None
+    assert reference() is None
     assert set(hooks(model)) == {0}
 
 
@@ -453,7 +453,7 @@ def test_copies_are_stepped_independently(memory, duplicate, steps):
     assert set(hooks(copied)) == {1}
     before = snapshot(model, opt)
     take_steps(copied, copied_opt, range(steps, 5))
-    unchanged(model, opt, before)
+    assert_unchanged(model, opt, before)
     take_steps(model, opt, range(steps, 5))
     reference = train_model(steps=5)
     assert same_bits((copied, copied_opt), reference)
@@ -476,8 +476,8 @@ def test_resumes_between_backward_and_step(memory):
     resumed_opt = Collins(resumed.parameters(), **OPTIONS, memory=memory, in_backward=True)
     resumed_opt.load_state_dict(state)
     opt.load_state_dict(opt.state_dict())
-    for side in ((model, opt), (resumed, resumed_opt)):
-        take_steps(*side, range(8, 11))
+    for pair in ((model, opt), (resumed, resumed_opt)):
+        take_steps(*pair, range(8, 11))
     assert same_bits((model, opt), (resumed, resumed_opt))
     assert same_bits((model, opt), train_model(steps=11))
 

@@ -6,36 +6,36 @@ import threading
 import pytest
 import torch
 from helpers import OPTIONS, give_gradients, parameters, same_snapshots, snapshot, with_kernel
-from test_faults import SHAPES, WAYS, Fault, Lines, made, step
+from test_faults import SHAPES, WAYS, Fault, Lines, make_optimizer, step
 
 from collins import Collins, interrupts
 from collins.compile.graphs import Graphs
 from collins.interrupts import HeldInterrupts
 
-pytestmark = pytest.mark.usefixtures("ctrl_c")
+pytestmark = pytest.mark.usefixtures("restored_handler")
 
 
 @pytest.fixture
-def ctrl_c():
+def restored_handler():
     """Installs Python's handler, which raises KeyboardInterrupt, and checks that the test has restored it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    left = signal.signal(signal.SIGINT, before)
-    assert left is signal.default_int_handler
+    handler = signal.signal(signal.SIGINT, before)
+    assert handler is signal.default_int_handler
 
 
-def press():
+def send_ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
 
-class Pressed(Lines):
+class CtrlCAtLine(Lines):
     """Sends Ctrl-C before the `failing`-th executed line of the code of steps."""
 
     def fail(self):
-        press()
+        send_ctrl_c()
 
 
-STEPPED = {
+CONFIGURATIONS = {
     "eager": {},
     "mixed": WAYS["mixed"],
     "in_backward": WAYS["in_backward"],
@@ -47,28 +47,29 @@ STEPPED = {
 }
 
 
-class Stepped(Fault):
+class SteppedFault(Fault):
     """An optimizer that steps in one of the ways of `STEPPED`."""
 
-    def __init__(self, way):
-        self.way, self.graphs = way, Graphs()  # compiled once for all optimizers of this way
-        super().__init__(STEPPED[way], first=False)
+    def __init__(self, configuration):
+        self.configuration, self.graphs = configuration, Graphs()  # compiled once for all optimizers of this way
+        super().__init__(CONFIGURATIONS[configuration], first=False)
 
     def new(self):
-        shapes = SHAPES if self.way == "mixed" else [(32, 64), (40,), (33, 37)]  # those that its budget is for
+        # The budget of "mixed" is for SHAPES.
+        shapes = SHAPES if self.configuration == "mixed" else [(32, 64), (40,), (33, 37)]
         ps = parameters(torch.float32, shapes, "cpu")
         opt = Collins(ps, **{**OPTIONS, **self.options})
         opt._stepper.engine._graphs = self.graphs
-        if self.way.startswith("kernel"):
+        if self.configuration.startswith("kernel"):
             pytest.importorskip("triton")
             with_kernel(opt)
         for number in range(self.number):
             step(ps, opt, number)
         return ps, opt
 
-    def pressed(self, failing):
+    def step_with_ctrl_c(self, failing):
         ps, opt = self.new()
-        lines = Pressed(failing)
+        lines = CtrlCAtLine(failing)
         if failing is None:
             with lines:
                 step(ps, opt, self.number)
@@ -78,17 +79,17 @@ class Stepped(Fault):
         return ps, opt, lines
 
 
-@pytest.mark.parametrize("way", STEPPED)
-def test_ctrl_c_at_any_line_of_a_step_leaves_each_parameter_stepped_or_unchanged(way):
-    fault = Stepped(way)
-    *_, lines = fault.pressed(None)
-    places = 2 if way.startswith("kernel") else 6  # Triton's interpreter is slow
-    for failing in range(1, lines.count + 1, max(lines.count // places, 1)):
-        ps, opt, now = fault.pressed(failing)
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_ctrl_c_at_any_line_of_a_step_leaves_each_parameter_stepped_or_unchanged(configuration):
+    fault = SteppedFault(configuration)
+    *_, lines = fault.step_with_ctrl_c(None)
+    points = 2 if configuration.startswith("kernel") else 6  # Triton's interpreter is slow
+    for failing in range(1, lines.count + 1, max(lines.count // points, 1)):
+        ps, opt, trace = fault.step_with_ctrl_c(failing)
         try:
-            fault.leaves_all_whole(ps, opt)
+            fault.check_after_failure(ps, opt)
         except BaseException as error:
-            error.add_note(f"pressed before {now.where}, line {failing} of {lines.count}")
+            error.add_note(f"pressed before {trace.where}, line {failing} of {lines.count}")
             raise
 
 
@@ -98,98 +99,98 @@ def test_ctrl_c_between_the_launch_of_a_kernel_and_its_record(in_backward, monke
     pytest.importorskip("triton")
     from collins.compile import kernels
 
-    original, sides = kernels.step_, []
-    for presses in (False, True):
+    original, snapshots = kernels.step_, []
+    for sends in (False, True):
         ps = parameters(torch.float32, [(64, 64), (40,)], "cpu")
         opt = with_kernel(Collins(ps, **OPTIONS, in_backward=in_backward))
         step(ps, opt, 0)
 
-        def launched(*args, presses=presses):
+        def launch(*args, sends=sends):
             original(*args)
-            if presses:
-                press()
+            if sends:
+                send_ctrl_c()
 
-        with monkeypatch.context() as patched:
-            patched.setattr(kernels, "step_", launched)
-            if presses:
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "step_", launch)
+            if sends:
                 with pytest.raises(KeyboardInterrupt):
                     step(ps, opt, 1)
             else:
                 step(ps, opt, 1)
-        sides.append(snapshot(ps, opt))
-        if presses:
-            assert [int(state["step"]) for _, state in sides[1]] == ([1, 2] if in_backward else [2, 2])
-    found = list(map(same_snapshots, *sides))
-    assert found == ([False, True] if in_backward else [True, True])  # backward begins at the last one
+        snapshots.append(snapshot(ps, opt))
+        if sends:
+            assert [int(state["step"]) for _, state in snapshots[1]] == ([1, 2] if in_backward else [2, 2])
+    unchanged = list(map(same_snapshots, *snapshots))
+    assert unchanged == ([False, True] if in_backward else [True, True])  # backward begins at the last one
 
 
 def test_a_failure_is_rolled_back_before_ctrl_c_takes_effect(monkeypatch):
-    ps, opt = made({}, 2)
+    ps, opt = make_optimizer({}, 2)
     before = snapshot(ps, opt)
 
-    def fails(*_):
-        press()
+    def fail(*_):
+        send_ctrl_c()
         raise torch.OutOfMemoryError
 
     give_gradients(2, ps)
-    monkeypatch.setattr(opt._stepper.engine, "run_rest", fails)
+    monkeypatch.setattr(opt._stepper.engine, "run_rest", fail)
     with pytest.raises(KeyboardInterrupt) as caught:
         opt.step()
     assert isinstance(caught.value.__context__, torch.OutOfMemoryError)
     assert all(map(same_snapshots, snapshot(ps, opt), before))
 
 
-def held(body):
+def run_deferred(body):
     with HeldInterrupts():
         body()
 
 
 def test_ctrl_c_is_deferred_until_the_body_ends():
-    done = []
+    completed = []
 
     def body():
-        press()
-        press()  # at once: another of the same
-        done.append(1)
+        send_ctrl_c()
+        send_ctrl_c()  # at once: another of the same
+        completed.append(1)
 
     with pytest.raises(KeyboardInterrupt):
-        held(body)
-    assert done == [1]
+        run_deferred(body)
+    assert completed == [1]
 
 
 def test_a_nested_body_defers_ctrl_c_until_the_outer_one_ends():
-    done = []
+    completed = []
 
     def body():
-        held(press)
-        done.append(1)
+        run_deferred(send_ctrl_c)
+        completed.append(1)
 
     with pytest.raises(KeyboardInterrupt):
-        held(body)
-    assert done == [1]
+        run_deferred(body)
+    assert completed == [1]
 
 
 def test_a_second_ctrl_c_after_a_delay_takes_effect_at_once(monkeypatch):
-    now, done = [0.0], []
+    now, completed = [0.0], []
     monkeypatch.setattr(interrupts.time, "monotonic", lambda: now[0])
 
     def body():
         for seconds in (0, interrupts.PATIENCE / 2, interrupts.PATIENCE / 2):
             now[0] += seconds
-            press()
-            done.append(now[0])
+            send_ctrl_c()
+            completed.append(now[0])
 
     with pytest.raises(KeyboardInterrupt):
-        held(body)
-    assert done == [0, interrupts.PATIENCE / 2]
+        run_deferred(body)
+    assert completed == [0, interrupts.PATIENCE / 2]
 
 
 def test_a_custom_handler_is_called_once_with_its_signal():
     calls = []
     before = signal.signal(signal.SIGINT, lambda *args: calls.append(args))
     with HeldInterrupts():
-        press()
-        press()
+        send_ctrl_c()
+        send_ctrl_c()
         assert not calls
     signal.signal(signal.SIGINT, before)
     assert calls == [(signal.SIGINT, None)]
@@ -198,13 +199,13 @@ def test_a_custom_handler_is_called_once_with_its_signal():
 def test_a_handler_that_the_body_installs_is_kept():
     calls = []
 
-    def own(*_):
+    def handler(*_):
         calls.append(1)
 
     with HeldInterrupts():
-        signal.signal(signal.SIGINT, own)
-        press()
-    assert signal.signal(signal.SIGINT, signal.default_int_handler) is own
+        signal.signal(signal.SIGINT, handler)
+        send_ctrl_c()
+    assert signal.signal(signal.SIGINT, signal.default_int_handler) is handler
     assert calls == [1]
 
 
@@ -218,16 +219,16 @@ def test_without_a_handler_of_python_none_is_installed(handler):
 
 def test_in_other_threads_ctrl_c_is_not_deferred():
     """Handlers run in the main thread only, which may execute a body of its own."""
-    seen = []
+    handlers = []
 
-    def hold():
+    def record_handler():
         with HeldInterrupts():
-            seen.append(signal.getsignal(signal.SIGINT))
+            handlers.append(signal.getsignal(signal.SIGINT))
 
     with HeldInterrupts():
-        own = signal.getsignal(signal.SIGINT)
-        thread = threading.Thread(target=hold)
+        handler = signal.getsignal(signal.SIGINT)
+        thread = threading.Thread(target=record_handler)
         thread.start()
         thread.join()
-        assert signal.getsignal(signal.SIGINT) == own
-    assert seen == [own]
+        assert signal.getsignal(signal.SIGINT) == handler
+    assert handlers == [handler]

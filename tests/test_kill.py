@@ -20,31 +20,32 @@ from collins import Collins, whole_folder
 STEPS, EVERY, BATCH, CONTEXT = 12, 4, 8, 16
 
 
-class Halting(dcp.FileSystemWriter):
+class HaltingWriter(dcp.FileSystemWriter):
     """Writes half of the first file of rank 1, creates a marker file, and blocks; other ranks write their files."""
 
-    def __init__(self, path, said):
+    def __init__(self, path, marker):
         super().__init__(path)
-        self.said = said
+        self.marker = marker
 
     def write_data(self, plan, planner):
-        done = super().write_data(plan, planner)
+        results = super().write_data(plan, planner)
         if dist.get_rank() == 1:
             (file, *_) = sorted(Path(self.path).glob("__1_*"))
-            with open(file, "r+b") as opened:
-                opened.truncate(file.stat().st_size // 2)
-            self.said.touch()
+            with open(file, "r+b") as handle:
+                handle.truncate(file.stat().st_size // 2)
+            self.marker.touch()
             time.sleep(600)
-        return done
+        return results
 
 
-def train(rank, root, kill=None, forget=False):
+def train(rank, root, kill_in_save=None, zero_moments=False):
     """Resumes from the newest complete checkpoint, and trains to the end; saves every few steps.
 
     Args:
         root: the folder of checkpoints, "step-4" and so on.
-        kill: (step, when, path): in the save at `step`, "writing" or "written", make a file at `path` and wait.
-        forget: whether to go on with empty moments, which is not what a resumed run may do.
+        kill_in_save: (step, moment, path): in the save at `step`, "writing" or "written", make a file at `path`, and
+            wait.
+        zero_moments: whether to go on with empty moments, which is not what a resumed run may do.
 
     Returns:
         The step it went on from, the validation loss at the end, in nats per byte, and what it took for checkpoints.
@@ -76,15 +77,15 @@ def train(rank, root, kill=None, forget=False):
         weights, moments = get_state_dict(model, opt)
         return {"model": weights, "optimizer": moments, "schedule": schedule.state_dict(), "step": step}
 
-    seen = sorted(root.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    checkpoints = sorted(root.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     first = 0
-    if seen:
+    if checkpoints:
         state = content(0)
-        dcp.load(state, checkpoint_id=seen[-1])
+        dcp.load(state, checkpoint_id=checkpoints[-1])
         set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         first = state["step"]
-    if forget:
+    if zero_moments:
         for state in opt.state.values():
             for name in state.keys() - {"step", "layout"}:
                 state[name].to_local().zero_()
@@ -100,55 +101,61 @@ def train(rank, root, kill=None, forget=False):
         schedule.step()
         opt.zero_grad()
         if step % EVERY == 0:
-            at, when, said = kill or (0, None, None)
+            save_step, moment, marker = kill_in_save or (0, None, None)
             with whole_folder(root / f"step-{step}") as folder:
-                writer = Halting(folder, said) if (at, when) == (step, "writing") else dcp.FileSystemWriter(folder)
+                writer = (
+                    HaltingWriter(folder, marker)
+                    if (save_step, moment) == (step, "writing")
+                    else dcp.FileSystemWriter(folder)
+                )
                 dcp.save(content(step), storage_writer=writer)
-                if (at, when) == (step, "written"):
-                    said.touch()
+                if (save_step, moment) == (step, "written"):
+                    marker.touch()
                     time.sleep(600)
     held_out = next(iter(batches(text[split:], 1, 64, CONTEXT, 1, torch.device("cpu"))))
     with torch.no_grad():
-        return first, model.loss(held_out).item(), [path.name for path in seen]
+        return first, model.loss(held_out).item(), [path.name for path in checkpoints]
 
 
 def test_a_run_killed_while_it_saves_resumes_on_fewer_ranks_with_the_same_result(tmp_path):
     pytest.importorskip("matplotlib.font_manager")  # of the example: makes its cache, which ranks would wait for
 
-    def at(name):
+    def folder_of(name):
         return {"folder": tmp_path / name}
 
     (tmp_path / "never").mkdir()
     root = tmp_path / "killed"
     root.mkdir()
-    ((_, expected, _), *_) = run(4, train, tmp_path / "never", **at("4 ranks"))
+    ((_, expected, _), *_) = run(4, train, tmp_path / "never", **folder_of("4 ranks"))
 
     # Within a file: rank 1 has written half of its file, and there is no index yet.
-    said = tmp_path / "writing"
-    run(4, train, root, (8, "writing", said), **at("4 ranks, killed"), kill_at=said)
+    marker = tmp_path / "writing"
+    run(4, train, root, (8, "writing", marker), **folder_of("4 ranks, killed"), kill_at=marker)
     assert sorted(path.name for path in root.iterdir()) == [".step-8.partial", "step-4"]
     partial = root / ".step-8.partial"
     assert not (partial / ".metadata").exists()
     halves = {path.name: path.stat().st_size for path in partial.glob("__1_*")}
 
     # All files are written, but not every rank has reported it.
-    said = tmp_path / "written"
-    run(2, train, root, (8, "written", said), **at("2 ranks, killed"), kill_at=said)
+    marker = tmp_path / "written"
+    run(2, train, root, (8, "written", marker), **folder_of("2 ranks, killed"), kill_at=marker)
     assert sorted(path.name for path in root.iterdir()) == [".step-8.partial", "step-4"]
     assert (partial / ".metadata").exists()
     assert all((partial / name).stat().st_size != size for name, size in halves.items())
     assert not list(partial.glob("__3_*"))  # of the four ranks before
 
-    kept = {path.name: path.read_bytes() for path in (root / "step-4").iterdir()}
-    ((_, forgotten, _), *_) = run(2, train, _copied(root, tmp_path / "forgetting"), None, True, **at("forgetting"))
-    results = run(2, train, root, **at("2 ranks"))
+    contents = {path.name: path.read_bytes() for path in (root / "step-4").iterdir()}
+    ((_, loss_without_moments, _), *_) = run(
+        2, train, _copied(root, tmp_path / "forgetting"), None, True, **folder_of("forgetting")
+    )
+    results = run(2, train, root, **folder_of("2 ranks"))
     assert results[0] == results[1]
-    first, loss, seen = results[0]
-    assert (first, seen) == (4, ["step-4"])
+    first, loss, checkpoints = results[0]
+    assert (first, checkpoints) == (4, ["step-4"])
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert forgotten != pytest.approx(expected, rel=1e-3)  # the difference that this precision can resolve
+    assert loss_without_moments != pytest.approx(expected, rel=1e-3)  # the difference that this precision can resolve
     assert sorted(path.name for path in root.iterdir()) == ["step-12", "step-4", "step-8"]
-    assert {path.name: path.read_bytes() for path in (root / "step-4").iterdir()} == kept
+    assert {path.name: path.read_bytes() for path in (root / "step-4").iterdir()} == contents
 
 
 def _copied(root, to):

@@ -19,36 +19,36 @@ KILLS = 100 if settings.get_current_profile_name() == "thorough" else 10
 ELEMENTS = 100_000
 
 
-def files(path, first, there):
+def write_files(path, first, saved):
     """Repeatedly saves a file in which all values are the same number."""
     for number in range(first, 10_000):
         collins.save(path, number=number, t=torch.full((ELEMENTS,), float(number)), u=[number] * 100)
-        there.set()
+        saved.set()
 
 
-def folders(root, first, there):
+def write_folders(root, first, saved):
     """Repeatedly saves a folder of files in which all values are the same number."""
     for number in range(first, 10_000):
         with whole_folder(root / f"step-{number}") as folder:
             assert not list(folder.iterdir())  # remains of an earlier process are removed
             for rank in range(4):
                 (folder / f"{rank}").write_text(f"{number}" * 20_000)
-        there.set()
+        saved.set()
 
 
-def kill_at_random(work, path, check):
+def kill_at_random(writer, path, check):
     """Starts a writer `KILLS` times and kills it at a random moment after a save; `check` returns where to go on."""
-    chance, first, moments = random.Random(0), 1, set()
+    rng, start, moments = random.Random(0), 1, set()
     for _ in range(KILLS):
-        there = CONTEXT.Event()
-        process = CONTEXT.Process(target=work, args=(path, first, there))
+        saved = CONTEXT.Event()
+        process = CONTEXT.Process(target=writer, args=(path, start, saved))
         process.start()
-        assert there.wait(60)
-        time.sleep(chance.uniform(0, 0.02))
+        assert saved.wait(60)
+        time.sleep(rng.uniform(0, 0.02))
         process.kill()
         process.join()
-        first, left = check()
-        moments.add(left)
+        start, has_partial = check()
+        moments.add(has_partial)
     assert True in moments  # some in the middle of a save
 
 
@@ -56,22 +56,22 @@ def test_a_file_is_complete_whenever_its_writer_is_killed(tmp_path):
     path = tmp_path / "last.pt"
 
     def check():
-        found = collins.load(path)
-        number = found["number"]
-        assert torch.equal(found["t"], torch.full((ELEMENTS,), float(number)))
-        assert found["u"] == [number] * 100
+        content = collins.load(path)
+        number = content["number"]
+        assert torch.equal(content["t"], torch.full((ELEMENTS,), float(number)))
+        assert content["u"] == [number] * 100
         partial = [file for file in tmp_path.iterdir() if file != path]
         assert len(partial) <= 1
         for file in partial:
             try:
-                later = collins.load(file)["number"]
+                partial_number = collins.load(file)["number"]
             except CheckpointError:
-                later = number + 1
-            assert later == number + 1  # complete, but not yet renamed
+                partial_number = number + 1
+            assert partial_number == number + 1  # complete, but not yet renamed
             file.unlink()
         return number + 1, bool(partial)
 
-    kill_at_random(files, path, check)
+    kill_at_random(write_files, path, check)
 
 
 def test_folders_are_complete_whenever_their_writer_is_killed(tmp_path):
@@ -85,4 +85,4 @@ def test_folders_are_complete_whenever_their_writer_is_killed(tmp_path):
         assert partial in ([], [f".step-{numbers[-1] + 1}.partial"])
         return numbers[-1] + 1, bool(partial)
 
-    kill_at_random(folders, tmp_path, check)
+    kill_at_random(write_folders, tmp_path, check)

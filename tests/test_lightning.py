@@ -69,13 +69,13 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("clip", ["norm", "value"])
 def test_clipped_steps_with_closures_equal_manual_steps(tmp_path, precision, clip):
-    limit = 0.05 if clip == "norm" else 1e-3
+    clip_value = 0.05 if clip == "norm" else 1e-3
     module = Module()
-    fit(module, tmp_path, precision, gradient_clip_val=limit, gradient_clip_algorithm=clip)
+    fit(module, tmp_path, precision, gradient_clip_val=clip_value, gradient_clip_algorithm=clip)
     assert module.repeater.is_equal
     assert len(module.repeater.norms) == steps_taken(module.repeater.first) == BATCHES * EPOCHS
     largest = module.repeater.norms[0] if clip == "norm" else max(g.abs().max() for g in module.repeater.gradients)
-    assert float(largest) == pytest.approx(limit, rel=2e-2)
+    assert float(largest) == pytest.approx(clip_value, rel=2e-2)
     assert len(set(module.losses)) > BATCHES
     assert module.repeater.first.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
@@ -83,13 +83,13 @@ def test_clipped_steps_with_closures_equal_manual_steps(tmp_path, precision, cli
 @pytest.mark.parametrize("memory", [None, "host"], ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_resumed_run_bitwise_equals_an_uninterrupted_one(tmp_path, precision, memory):
-    whole, resumed = (Module(memory=memory) for _ in range(2))
-    fit(whole, tmp_path, precision, gradient_clip_val=0.05)
+    uninterrupted, resumed = (Module(memory=memory) for _ in range(2))
+    fit(uninterrupted, tmp_path, precision, gradient_clip_val=0.05)
     fit(resumed, tmp_path, precision, gradient_clip_val=0.05, resume=tmp_path / "epoch=0.ckpt")
-    assert len(whole.losses) == BATCHES * EPOCHS
-    assert resumed.losses == whole.losses[BATCHES:]
-    assert same(resumed.state_dict(), whole.state_dict())
-    assert same(resumed.repeater.first.state_dict(), whole.repeater.first.state_dict())
+    assert len(uninterrupted.losses) == BATCHES * EPOCHS
+    assert resumed.losses == uninterrupted.losses[BATCHES:]
+    assert same(resumed.state_dict(), uninterrupted.state_dict())
+    assert same(resumed.repeater.first.state_dict(), uninterrupted.repeater.first.state_dict())
     assert steps_taken(resumed.repeater.first) == BATCHES * EPOCHS
 
 
@@ -102,7 +102,7 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(tmp_path):
     torch.testing.assert_close(small.repeater.gradients, large.repeater.gradients)
 
 
-class Rivals(lightning.LightningModule):
+class AlternatingNetworks(lightning.LightningModule):
     """Two networks with one optimizer each, trained alternately, with the other one toggled off."""
 
     automatic_optimization = False
@@ -114,10 +114,10 @@ class Rivals(lightning.LightningModule):
         self.frozen = []
 
     def training_step(self, batch, index):
-        turn = index % 2
-        optimizer = self.optimizers()[turn]
+        net_index = index % 2
+        optimizer = self.optimizers()[net_index]
         self.toggle_optimizer(optimizer)
-        self.frozen.append([p.requires_grad for p in self.nets[1 - turn].parameters()])
+        self.frozen.append([p.requires_grad for p in self.nets[1 - net_index].parameters()])
         self.manual_backward((self.nets[0](batch) - self.nets[1](batch)).add(1).square().mean())
         optimizer.step()
         optimizer.zero_grad()
@@ -130,7 +130,7 @@ class Rivals(lightning.LightningModule):
 
 
 def test_two_optimizers_step_alternately(tmp_path):
-    module = Rivals()
+    module = AlternatingNetworks()
     fit(module, tmp_path)
     assert not any(map(any, module.frozen))
     for repeater in module.repeaters:
@@ -155,7 +155,7 @@ def test_the_command_line_accepts_the_optimizer_and_its_options(monkeypatch):
             super().__init__()
             self.net = network()
 
-    given = [
+    args = [
         "--optimizer=collins.Collins",
         "--optimizer.lr=3e-3",
         "--optimizer.betas=[0.9,0.95]",
@@ -167,13 +167,13 @@ def test_the_command_line_accepts_the_optimizer_and_its_options(monkeypatch):
         "--lr_scheduler=torch.optim.lr_scheduler.ExponentialLR",
         "--lr_scheduler.gamma=0.5",
     ]
-    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    trainer_defaults = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
-    monkeypatch.setattr("sys.argv", ["train.py", *given])
-    line = cli.LightningCLI(
-        Bare, run=False, save_config_callback=None, seed_everything_default=0, trainer_defaults=quiet
+    monkeypatch.setattr("sys.argv", ["train.py", *args])
+    lightning_cli = cli.LightningCLI(
+        Bare, run=False, save_config_callback=None, seed_everything_default=0, trainer_defaults=trainer_defaults
     )
-    (optimizer,), _ = line.model.configure_optimizers()
+    (optimizer,), _ = lightning_cli.model.configure_optimizers()
     assert type(optimizer) is Collins
     group = optimizer.param_groups[0]
     names = ("lr", "betas", "table_dtype", "compress_ratio", "rehash_period", "maximize")
@@ -184,7 +184,7 @@ def test_the_command_line_accepts_the_optimizer_and_its_options(monkeypatch):
 class Recorder(lightning.pytorch.loggers.logger.Logger):
     def __init__(self):
         super().__init__()
-        self.told = []
+        self.logged = []
 
     name, version = "recorder", 0
 
@@ -192,7 +192,7 @@ class Recorder(lightning.pytorch.loggers.logger.Logger):
         pass
 
     def log_metrics(self, metrics, step=None):
-        self.told.append((step, metrics))
+        self.logged.append((step, metrics))
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -216,8 +216,8 @@ def test_statistics_are_read_only_at_the_steps_that_lightning_logs(tmp_path, mon
     ).fit(module, batches())
     assert calls.read == [3, 6]
     assert sorted(set(calls.measured)) == [2, 5]
-    told = [(step, metrics) for step, metrics in recorder.told if "collins/grad_norm" in metrics]
-    assert [step for step, _ in told] == [2, 5]  # Lightning counts steps from 0
-    for _, metrics in told:
+    entries = [(step, metrics) for step, metrics in recorder.logged if "collins/grad_norm" in metrics]
+    assert [step for step, _ in entries] == [2, 5]  # Lightning counts steps from 0
+    for _, metrics in entries:
         assert metrics["collins/grad_norm"] > 0
         assert metrics["collins/update_rms/0"] > 0

@@ -56,10 +56,10 @@ def test_peak_extra_memory_of_an_eager_step(hash, transposed, shape, dtype):
     for p in ps:
         p.grad = torch.ones_like(p)
     opt.step()  # creates the state
-    with Allocations() as seen:
+    with Allocations() as allocations:
         opt.step()
-    assert seen.peak > 0
+    assert allocations.peak > 0
     if hash == "block":
-        small = 2**18  # memory of a piece that is not divided further
-        assert seen.peak <= max(2.2 * ps[0].nbytes, small)
-    assert seen.widest_index < ps[0].numel()
+        allowance = 2**18  # memory of a piece that is not divided further
+        assert allocations.peak <= max(2.2 * ps[0].nbytes, allowance)
+    assert allocations.widest_index < ps[0].numel()

@@ -17,7 +17,7 @@ CASES = [
     {"rehash_period": None, "table_dtype": torch.bfloat16},
     {"rehash_period": 1},
 ]
-WRONG = [float("nan"), float("inf"), -float("inf"), 1e30]
+NONFINITE = [float("nan"), float("inf"), -float("inf"), 1e30]
 SHAPES = ((64, 64), (5,), (47, 61), (96, 33))
 
 
@@ -42,41 +42,46 @@ def test_skip_skips_only_the_buckets_of_nonfinite_gradients(options, dtype, comp
     """These stay bitwise unchanged, and everything else is as it would be without the nonfinite gradients."""
     options = {"table_dtype": torch.float32, **options}  # integers of a block share a scale
     shapes = ((64, 64), (5,), (3, 1367)) if compile else SHAPES  # hash="block": one graph takes 4,096 elements of both
-    clean, hit = parameters(dtype, shapes, device), parameters(dtype, shapes, device)
-    good, opt = (Collins(ps, lr=0.1, min_K=16, compile=compile, nonfinite="skip", **options) for ps in (clean, hit))
+    reference_ps, nonfinite_ps = parameters(dtype, shapes, device), parameters(dtype, shapes, device)
+    reference_opt, opt = (
+        Collins(ps, lr=0.1, min_K=16, compile=compile, nonfinite="skip", **options)
+        for ps in (reference_ps, nonfinite_ps)
+    )
     for step in range(3):
-        give_gradients(step, clean, hit)
-        for o in (good, opt):
+        give_gradients(step, reference_ps, nonfinite_ps)
+        for o in (reference_opt, opt):
             o.step()
-    before = [(bits_of_each(p), [bits_of_each(t) for t in moments(opt, p)]) for p in hit]
-    give_gradients(3, clean, hit)
-    places = []
-    for i, p in enumerate(hit):
-        at = [(7 * i + 2) % p.numel(), p.numel() - 1]
-        for place, wrong in zip(at, (WRONG[i], WRONG[-1 - i]), strict=True):
-            p.grad.view(-1)[place] = wrong
-        places.append(torch.tensor(at, device=device))
-    good.step()
+    before = [(bits_of_each(p), [bits_of_each(t) for t in moments(opt, p)]) for p in nonfinite_ps]
+    give_gradients(3, reference_ps, nonfinite_ps)
+    positions = []
+    for i, p in enumerate(nonfinite_ps):
+        position = [(7 * i + 2) % p.numel(), p.numel() - 1]
+        for index, value in zip(position, (NONFINITE[i], NONFINITE[-1 - i]), strict=True):
+            p.grad.view(-1)[index] = value
+        positions.append(torch.tensor(position, device=device))
+    reference_opt.step()
     opt.step()
-    for p, q, (old, old_moments), at in zip(hit, clean, before, places, strict=True):
+    for p, q, (old, old_moments), position in zip(nonfinite_ps, reference_ps, before, positions, strict=True):
         hash = opt.hash_of(p)
-        every = torch.arange(p.numel(), device=device)
-        bucket = every if hash is None else hash.bucket(every)
-        left_out = torch.isin(bucket, bucket[at])
-        assert left_out.any()
-        assert torch.equal(bits_of_each(p).view(-1)[left_out], old.view(-1)[left_out])
-        assert torch.equal(bits_of_each(p).view(-1)[~left_out], bits_of_each(q).view(-1)[~left_out])
+        elements = torch.arange(p.numel(), device=device)
+        bucket = elements if hash is None else hash.bucket(elements)
+        skipped = torch.isin(bucket, bucket[position])
+        assert skipped.any()
+        assert torch.equal(bits_of_each(p).view(-1)[skipped], old.view(-1)[skipped])
+        assert torch.equal(bits_of_each(p).view(-1)[~skipped], bits_of_each(q).view(-1)[~skipped])
         entries = moments(opt, p)[0].numel()
         table = torch.zeros(entries, dtype=torch.bool, device=device)
-        table[bucket[at]] = True
+        table[bucket[position]] = True
         fresh = torch.zeros_like(table)
         if hash is not None:
             fresh = hash.fresh(torch.arange(entries, device=device), 4)
-        for name, now, then, other in zip("mv", moments(opt, p), old_moments, moments(good, q), strict=True):
+        for name, current, before_step, other in zip(
+            "mv", moments(opt, p), old_moments, moments(reference_opt, q), strict=True
+        ):
             # Signs are redrawn in a skipped step, too.
-            kept = torch.where(fresh, 0, then.view(-1)) if name == "m" else then.view(-1)
-            assert torch.equal(bits_of_each(now).view(-1)[table], kept[table])
-            assert torch.equal(bits_of_each(now).view(-1)[~table], bits_of_each(other).view(-1)[~table])
+            expected = torch.where(fresh, 0, before_step.view(-1)) if name == "m" else before_step.view(-1)
+            assert torch.equal(bits_of_each(current).view(-1)[table], expected[table])
+            assert torch.equal(bits_of_each(current).view(-1)[~table], bits_of_each(other).view(-1)[~table])
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
@@ -200,16 +205,16 @@ def test_averaged_models_and_their_schedule():
     averaged = torch.optim.swa_utils.AveragedModel(net)
     schedule = torch.optim.swa_utils.SWALR(opt, swa_lr=0.001, anneal_epochs=4)
     data = [torch.randn(16, 64) for _ in range(8)]
-    seen = []
+    weights = []
     for x in data:
         opt.zero_grad()
         net(x).tanh().square().mean().backward()
         opt.step()
         averaged.update_parameters(net)
         schedule.step()
-        seen.append(net[0].weight.detach().clone())
+        weights.append(net[0].weight.detach().clone())
     assert opt.param_groups[0]["lr"] == pytest.approx(0.001)
-    torch.testing.assert_close(averaged.module[0].weight.detach(), torch.stack(seen).mean(0))
+    torch.testing.assert_close(averaged.module[0].weight.detach(), torch.stack(weights).mean(0))
     torch.optim.swa_utils.update_bn(data, averaged)
     expected = torch.cat([averaged.module[0](x) for x in data]).mean(0)
     torch.testing.assert_close(averaged.module[1].running_mean, expected.detach(), rtol=1e-4, atol=1e-5)

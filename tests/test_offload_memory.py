@@ -12,7 +12,7 @@ def test_host_memory_is_within_what_the_system_has():
 
 
 @pytest.mark.parametrize(
-    ("line", "folder", "limit", "usage", "idle"),
+    ("line", "folder", "limit", "usage", "inactive"),
     [
         ("0::/outer/inner", "outer", "memory.max", "memory.current", "inactive_file"),
         ("0::/outer/inner", "outer/inner", "memory.max", "memory.current", "inactive_file"),
@@ -20,7 +20,7 @@ def test_host_memory_is_within_what_the_system_has():
         ("4:cpu,memory:/job", "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ],
 )
-def test_the_tightest_control_group_counts(tmp_path, line, folder, limit, usage, idle):
+def test_the_tightest_control_group_counts(tmp_path, line, folder, limit, usage, inactive):
     membership, cgroups = tmp_path / "membership", tmp_path / "cgroup"
     membership.write_text(f"7:cpuset:/elsewhere\n{line}\n")
     (cgroups / "outer" / "inner").mkdir(parents=True)
@@ -32,7 +32,7 @@ def test_the_tightest_control_group_counts(tmp_path, line, folder, limit, usage,
     assert host_memory_total(cgroups, membership) == 5000
     (group / usage).write_text("6000\n")
     assert host_memory_free(cgroups, membership) == 0
-    (group / "memory.stat").write_text(f"anon 900\nfile 5100\n{idle} 4500\nactive_file 600\n")
+    (group / "memory.stat").write_text(f"anon 900\nfile 5100\n{inactive} 4500\nactive_file 600\n")
     assert host_memory_free(cgroups, membership) == 3500
     (group / usage).write_text("4000\n")  # read a little later
     assert host_memory_free(cgroups, membership) == 5000
@@ -77,30 +77,30 @@ def test_memory_that_the_next_step_needs_is_not_spare(figures, free, spare):
 
 
 def test_the_figures_come_from_driver_and_allocator(monkeypatch):
-    asked = []
+    devices = []
 
-    def tells(name, value):
-        monkeypatch.setattr(torch.cuda, name, lambda device: (asked.append(device), value)[1])
+    def set_figure(name, value):
+        monkeypatch.setattr(torch.cuda, name, lambda device: (devices.append(device), value)[1])
 
-    tells("mem_get_info", (20, 100))
-    tells("get_per_process_memory_fraction", 0.75)
-    tells("memory_reserved", 80)
-    tells("memory_allocated", 50)
-    tells("max_memory_allocated", 70)
+    set_figure("mem_get_info", (20, 100))
+    set_figure("get_per_process_memory_fraction", 0.75)
+    set_figure("memory_reserved", 80)
+    set_figure("memory_allocated", 50)
+    set_figure("max_memory_allocated", 70)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert device_figures(torch.device("cuda", 1)) == DeviceFigures(100, 20, 0.75, 80, 50, 70)
-    assert set(asked) == {torch.device("cuda", 1)}
-    asked.clear()
+    assert set(devices) == {torch.device("cuda", 1)}
+    devices.clear()
     assert device_memory_free(torch.device("cuda")) == 25
-    assert set(asked) == {torch.device("cuda", 3)}
+    assert set(devices) == {torch.device("cuda", 3)}
 
 
 @pytest.mark.cuda
 def test_device_memory_shrinks_by_what_is_taken():
     device = torch.device("cuda", 0)
     before = device_memory_free(device)
-    taken = torch.empty(2**28, dtype=torch.uint8, device=device)
-    assert before - device_memory_free(device) >= taken.nbytes
+    allocation = torch.empty(2**28, dtype=torch.uint8, device=device)
+    assert before - device_memory_free(device) >= allocation.nbytes
 
 
 @pytest.mark.cuda

@@ -95,15 +95,15 @@ def test_every_option_but_compile_and_seed_may_be_set_per_group():
 
 
 def test_equal_optimizers_step_equally_and_other_seeds_do_not():
-    def trained(noise, **options):
+    def train_with(noise, **options):
         net = small_model()
         torch.manual_seed(noise)  # the global generator must not matter
         opt = Collins(net.parameters(), lr=1e-2, min_K=16, **options)
         return train(net, opt, 5)
 
     for hash in ("block", "universal"):
-        assert same(trained(1, hash=hash), trained(2, hash=hash))
-        assert not same(trained(1, hash=hash), trained(1, hash=hash, seed=1))
+        assert same(train_with(1, hash=hash), train_with(2, hash=hash))
+        assert not same(train_with(1, hash=hash), train_with(1, hash=hash, seed=1))
 
 
 def test_parameters_of_one_shape_hash_differently():
@@ -132,26 +132,26 @@ def test_a_copy_continues_like_the_original(how, options):
     if options.get("hash") == "universal":
         opt.hash_of(net[0].weight).a = 12345
     train(net, opt, 3)
-    both = copy.deepcopy((net, opt)) if how == "deepcopy" else pickle.loads(pickle.dumps((net, opt)))
-    assert both[1].seed == 5
-    assert same(train(net, opt, 3, first=3), train(*both, 3, first=3))
+    copied = copy.deepcopy((net, opt)) if how == "deepcopy" else pickle.loads(pickle.dumps((net, opt)))
+    assert copied[1].seed == 5
+    assert same(train(net, opt, 3, first=3), train(*copied, 3, first=3))
 
 
 def test_step_hooks_and_state_dict_hooks_run():
     net = small_model()
     opt = Collins(net.parameters(), min_K=16)
-    seen = []
-    opt.register_step_pre_hook(lambda *_: seen.append("before step"))
-    opt.register_step_post_hook(lambda *_: seen.append("after step"))
-    opt.register_state_dict_pre_hook(lambda *_: seen.append("before state_dict"))
-    opt.register_state_dict_post_hook(lambda *_: seen.append("after state_dict"))
-    opt.register_load_state_dict_pre_hook(lambda *_: seen.append("before load"))
+    calls = []
+    opt.register_step_pre_hook(lambda *_: calls.append("before step"))
+    opt.register_step_post_hook(lambda *_: calls.append("after step"))
+    opt.register_state_dict_pre_hook(lambda *_: calls.append("before state_dict"))
+    opt.register_state_dict_post_hook(lambda *_: calls.append("after state_dict"))
+    opt.register_load_state_dict_pre_hook(lambda *_: calls.append("before load"))
     table = []
     opt.register_load_state_dict_post_hook(lambda o: table.append(o.state[net[0].weight]["m_table"].clone()))
     train(net, opt, 1)
     state = opt.state_dict()
     opt.load_state_dict(state)
-    assert seen == ["before step", "after step", "before state_dict", "after state_dict", "before load"]
+    assert calls == ["before step", "after step", "before state_dict", "after state_dict", "before load"]
     assert torch.equal(table[0], opt.state[net[0].weight]["m_table"])  # hooks see what was loaded
 
 
@@ -159,7 +159,7 @@ def test_a_load_hook_may_replace_the_state_dict():
     net, other = small_model(), small_model()
     opt, source = Collins(net.parameters(), min_K=16), Collins(other.parameters(), min_K=16)
     train(other, source, 3)
-    opt.register_load_state_dict_pre_hook(lambda _, given: source.state_dict())
+    opt.register_load_state_dict_pre_hook(lambda _, state_dict: source.state_dict())
     opt.load_state_dict(opt.state_dict())
     assert opt.state[net[0].weight]["step"].item() == 3
 
@@ -186,25 +186,25 @@ def test_a_model_can_be_replaced_under_the_optimizer_before_its_first_step():
     """Sharding wrappers swap parameters after the optimizer was built: nothing may be cached in the constructor."""
     net = small_model()
     opt = Collins(net.parameters(), lr=1e-2, min_K=16)
-    swapped = [torch.nn.Parameter(p.detach().clone()) for p in net.parameters()]
-    opt.param_groups[0]["params"] = swapped
-    for p in swapped:
+    replacements = [torch.nn.Parameter(p.detach().clone()) for p in net.parameters()]
+    opt.param_groups[0]["params"] = replacements
+    for p in replacements:
         p.grad = torch.ones_like(p)
     opt.step()
-    assert opt.state.keys() == set(swapped)
+    assert opt.state.keys() == set(replacements)
 
 
 def test_memory_report_gives_the_bytes_of_the_state():
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for options in OPTIONS:
             net = small_model(dtype=dtype)
-            named = Collins(net.named_parameters(), min_K=16, **options)
-            before = named.memory_report()
+            opt = Collins(net.named_parameters(), min_K=16, **options)
+            before = opt.memory_report()
             assert isinstance(before, MemoryReport)
-            train(net, named, 1)
-            held = sum(t.nbytes for state in named.state.values() for t in tensors(state).values())
-            assert before == named.memory_report()
-            assert before.state_bytes == sum(row.state_bytes for row in before.rows) == held
+            train(net, opt, 1)
+            state_bytes = sum(t.nbytes for state in opt.state.values() for t in tensors(state).values())
+            assert before == opt.memory_report()
+            assert before.state_bytes == sum(row.state_bytes for row in before.rows) == state_bytes
             adamw = torch.optim.AdamW(net.parameters())
             adamw.step()
             assert before.adamw_bytes == sum(t.nbytes for state in adamw.state.values() for t in state.values())
@@ -275,13 +275,13 @@ def test_loading_overwrites_moments_in_place_and_shares_none_with_the_source():
     opt, resumed = Collins(net.parameters(), min_K=16), Collins(other.parameters(), min_K=16)
     train(net, opt, 3)
     train(other, resumed, 1)
-    weight, twin = net[0].weight, other[0].weight
-    address = resumed.state[twin]["m_table"].data_ptr()
+    weight, other_weight = net[0].weight, other[0].weight
+    address = resumed.state[other_weight]["m_table"].data_ptr()
     resumed.load_state_dict(opt.state_dict())
-    assert resumed.state[twin]["m_table"].data_ptr() == address
+    assert resumed.state[other_weight]["m_table"].data_ptr() == address
     assert opt.state[weight]["m_table"].data_ptr() != address
     train(net, opt, 1)
-    assert resumed.state[twin]["step"].item() == 3
+    assert resumed.state[other_weight]["step"].item() == 3
 
 
 def test_a_state_dict_that_does_not_match_is_rejected_and_nothing_changes():
@@ -296,19 +296,19 @@ def test_a_state_dict_that_does_not_match_is_rejected_and_nothing_changes():
     adamw.step()
     fewer = copy.deepcopy(before)
     fewer["param_groups"][0]["params"].pop()
-    broken = copy.deepcopy(before)
-    broken["param_groups"][0]["betas"] = (0.9, 2.0)
-    half = copy.deepcopy(before)
-    del half["state"][0]["v_table"]
-    for wrong, text in (
-        (half, r"parameter '0.weight' has moments .*v_table.* state_dict holds {'m_table': \(128, 2\)}"),
+    bad_betas = copy.deepcopy(before)
+    bad_betas["param_groups"][0]["betas"] = (0.9, 2.0)
+    one_moment = copy.deepcopy(before)
+    del one_moment["state"][0]["v_table"]
+    for state_dict, text in (
+        (one_moment, r"parameter '0.weight' has moments .*v_table.* state_dict holds {'m_table': \(128, 2\)}"),
         (coarser.state_dict(), r"parameter '0.weight' does not fit .* bucket load c 64 where this optimizer has 32"),
         (adamw.state_dict(), r"parameter '0.weight' keeps its moments in tables; state_dict holds dense"),
         (fewer, r"state_dict has parameter groups of \[3\] parameters; this optimizer has \[4\]"),
-        (broken, "betas must be two numbers"),
+        (bad_betas, "betas must be two numbers"),
     ):
         with pytest.raises(ValueError, match=text):
-            opt.load_state_dict(wrong)
+            opt.load_state_dict(state_dict)
         after = opt.state_dict()
         assert after["param_groups"] == before["param_groups"]
         for key, state in before["state"].items():
@@ -337,12 +337,12 @@ def test_zero_gradients_and_zero_lr_create_state_and_change_nothing():
 def test_masked_elements_are_changed_by_their_bucket_unless_moments_are_exact(remedy, moves):
     """The limitation that `Collins` documents, and its remedies, with which pruned weights stay at zero."""
     generator = torch.Generator().manual_seed(0)
-    kept = torch.rand(64, 64, generator=generator) < 0.5
-    p = torch.nn.Parameter(torch.randn(64, 64, generator=generator) * kept)
+    mask = torch.rand(64, 64, generator=generator) < 0.5
+    p = torch.nn.Parameter(torch.randn(64, 64, generator=generator) * mask)
     opt = Collins([{"params": [p], **remedy}], lr=0.01, min_K=16, weight_decay=0.1)
     for _ in range(3):
-        p.grad = torch.randn(64, 64, generator=generator) * kept
+        p.grad = torch.randn(64, 64, generator=generator) * mask
         opt.step()
-    pruned = p.detach()[~kept]
+    pruned = p.detach()[~mask]
     assert (pruned != 0).any() == moves
     assert not moves or (pruned != 0).float().mean() > 0.5

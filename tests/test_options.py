@@ -9,13 +9,13 @@ import torch
 from collins import Collins
 from collins.offload import MemoryPolicy
 
-WHOLE = ("accumulation_steps", "seed", "compile", "in_backward", "max_grad_norm", "memory")
+OPTIMIZER_OPTIONS = ("accumulation_steps", "seed", "compile", "in_backward", "max_grad_norm", "memory")
 DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(Collins.__init__).parameters.items()
     if parameter.default is not parameter.empty
 }
-MEANT = [
+VALUES = [
     ("lr", "3e-3", 3e-3),
     ("lr", " 1 ", 1.0),
     ("betas", "0.9,0.95", (0.9, 0.95)),
@@ -57,38 +57,38 @@ MEANT = [
 ]
 
 
-def built(**options):
+def make_optimizer(**options):
     if "v_compress_ratio" in options:
         options.setdefault("table_dtype", "float32")
     return Collins([torch.nn.Parameter(torch.zeros(3))], **options)
 
 
 def value_of(opt, name):
-    return getattr(opt, name) if name in WHOLE else opt.param_groups[0][name]
+    return getattr(opt, name) if name in OPTIMIZER_OPTIONS else opt.param_groups[0][name]
 
 
-def alike(one, other):
-    return type(one) is type(other) and one == other
+def alike(a, b):
+    return type(a) is type(b) and a == b
 
 
-@pytest.mark.parametrize(("name", "text", "meant"), MEANT, ids=[f"{name}={text}"[:40] for name, text, _ in MEANT])
-def test_a_string_is_converted_to_its_value(name, text, meant):
-    assert alike(value_of(built(**{name: text}), name), meant)
-    if name not in WHOLE:
-        later = built(**{name: meant})
-        later.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))], name: text})
-        assert alike(later.param_groups[1][name], meant)
-        later.param_groups[0][name] = text
-        later.param_groups[0]["params"][0].grad = torch.zeros(3)
-        later.step()
-        assert alike(value_of(later, name), meant)
-        assert alike(later.state_dict()["param_groups"][0][name], meant if name != "table_dtype" else str(meant))
+@pytest.mark.parametrize(("name", "text", "value"), VALUES, ids=[f"{name}={text}"[:40] for name, text, _ in VALUES])
+def test_a_string_is_converted_to_its_value(name, text, value):
+    assert alike(value_of(make_optimizer(**{name: text}), name), value)
+    if name not in OPTIMIZER_OPTIONS:
+        opt = make_optimizer(**{name: value})
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))], name: text})
+        assert alike(opt.param_groups[1][name], value)
+        opt.param_groups[0][name] = text
+        opt.param_groups[0]["params"][0].grad = torch.zeros(3)
+        opt.step()
+        assert alike(value_of(opt, name), value)
+        assert alike(opt.state_dict()["param_groups"][0][name], value if name != "table_dtype" else str(value))
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_every_default_is_accepted_as_a_string(name):
     """This includes options that are added later: their types are read from their annotations."""
-    value = value_of(built(**{name: str(DEFAULTS[name])}), name)
+    value = value_of(make_optimizer(**{name: str(DEFAULTS[name])}), name)
     assert value == DEFAULTS[name]
     assert isinstance(value, float) or type(value) is type(DEFAULTS[name])
 
@@ -118,11 +118,11 @@ def test_every_default_is_accepted_as_a_string(name):
 )
 def test_an_invalid_string_is_shown_unchanged_in_the_error(name, text):
     with pytest.raises(ValueError, match=f"{name} must be .*, got {re.escape(repr(text))}"):
-        built(**{name: text})
+        make_optimizer(**{name: text})
 
 
 def test_a_number_out_of_range_is_rejected_as_a_string_too():
     with pytest.raises(ValueError, match=re.escape("betas must be two numbers in [0, 1), got (0.9, 1.5)")):
-        built(betas="0.9,1.5")
+        make_optimizer(betas="0.9,1.5")
     with pytest.raises(ValueError, match=r"lr must be finite and at least 0, got -1\.0"):
-        built(lr="-1")
+        make_optimizer(lr="-1")

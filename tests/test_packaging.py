@@ -93,12 +93,12 @@ def environment(tmp_path):
     return tmp_path / "venv" / "bin" / "python", site
 
 
-def install(python, *what):
+def install(python, *packages):
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-build-isolation")
-    output_of(*pip, "--ignore-installed", *what)
+    output_of(*pip, "--ignore-installed", *packages)
 
 
-def found_from(python, *folders, **options):
+def imported_files(python, *folders, **options):
     """The file that is imported as `collins` from each folder, with both subpackages of its tree and nothing else."""
     options.setdefault("env", ENVIRONMENT)
     return output_of(python, "-c", IMPORTS, *folders, cwd=folders[0], **options).splitlines()
@@ -161,16 +161,16 @@ def test_the_wheel_s_description_is_the_readme_and_lists_the_extras(wheel):
     readme = (ROOT / "README.md").read_text()
     assert description.strip() == readme.strip()
     extras = set(re.findall(r"^Provides-Extra: (.*)$", head, re.MULTILINE))
-    (listed,) = re.findall(r"^Extras: (.*?)\.$", readme, re.MULTILINE | re.DOTALL)
-    assert set(re.findall(r"`([a-z]+)`", listed)) == extras
+    (extras_line,) = re.findall(r"^Extras: (.*?)\.$", readme, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`([a-z]+)`", extras_line)) == extras
 
 
 def test_llm_foundry_finds_the_optimizer_by_its_name(wheel):
     """Its registry is one of `catalogue`, which loads such entry points (0.22.0: llmfoundry/registry.py, line 109)."""
     (distribution,) = importlib.metadata.distributions(path=[str(wheel)])  # a wheel is searched as a folder is
-    (found,) = distribution.entry_points.select(group="llmfoundry_optimizers")
-    assert found.name == "collins"
-    assert found.load() is Collins
+    (entry_point,) = distribution.entry_points.select(group="llmfoundry_optimizers")
+    assert entry_point.name == "collins"
+    assert entry_point.load() is Collins
 
 
 def test_an_installed_wheel_imports_from_any_folder(wheel, environment, tmp_path):
@@ -178,30 +178,30 @@ def test_an_installed_wheel_imports_from_any_folder(wheel, environment, tmp_path
     install(python, wheel)
     assert {path.name for path in site.iterdir()} >= {"collins"}
     assert not {"compile", "offload"} & {path.name for path in site.iterdir()}
-    *anywhere, here = found_from(python, tmp_path, Path("/"), site, ROOT)
-    assert anywhere == [str(site / "collins" / "__init__.py")] * 3
+    *from_others, from_checkout = imported_files(python, tmp_path, Path("/"), site, ROOT)
+    assert from_others == [str(site / "collins" / "__init__.py")] * 3
     # In a source tree Python finds that tree first; which has the subpackages beside it.
-    assert here == str(ROOT / "collins" / "__init__.py")
+    assert from_checkout == str(ROOT / "collins" / "__init__.py")
 
 
 def test_an_editable_install_imports_from_any_folder(tree, environment, tmp_path):
     python, site = environment
     install(python, "--editable", tree)
     assert not {"compile", "offload"} & {path.name for path in site.iterdir()}
-    *anywhere, here = found_from(python, tmp_path, Path("/"), tree, tree / "compile", ROOT)
-    assert anywhere == [str(tree / "collins" / "__init__.py")] * 4
-    assert here == str(ROOT / "collins" / "__init__.py")  # and not with the subpackages of the installed tree
+    *from_others, from_checkout = imported_files(python, tmp_path, Path("/"), tree, tree / "compile", ROOT)
+    assert from_others == [str(tree / "collins" / "__init__.py")] * 4
+    assert from_checkout == str(ROOT / "collins" / "__init__.py")  # and not with the subpackages of the installed tree
     for name in ("compile", "offload"):
         find = f"import importlib.util; print(importlib.util.find_spec({name!r}))"
-        found = output_of(python, "-c", find, cwd=tmp_path, env=ENVIRONMENT)
-        assert found.strip() == "None"
+        spec = output_of(python, "-c", find, cwd=tmp_path, env=ENVIRONMENT)
+        assert spec.strip() == "None"
 
 
 def test_a_source_tree_imports_without_an_install(tree, environment, tmp_path):
     python, _ = environment
     options = {"env": {**os.environ, "PYTHONPATH": str(tree)}}
-    anywhere = found_from(python, tmp_path, Path("/"), tree, tree / "compile", **options)
-    assert anywhere == [str(tree / "collins" / "__init__.py")] * 4
+    from_others = imported_files(python, tmp_path, Path("/"), tree, tree / "compile", **options)
+    assert from_others == [str(tree / "collins" / "__init__.py")] * 4
     assert "usage: python -m collins plan" in output_of(
         python, "-m", "collins", "plan", "--help", cwd=tmp_path, **options
     )

@@ -40,8 +40,8 @@ class Model:
 
     def __init__(self, count=8, dtype=torch.float32, device="cpu"):
         self.device, self.dtype = torch.device(device), dtype
-        chance = torch.Generator().manual_seed(count)
-        self.start = [torch.randn(shape, generator=chance) for shape in (SHAPES * 9)[:count]]
+        generator = torch.Generator().manual_seed(count)
+        self.start = [torch.randn(shape, generator=generator) for shape in (SHAPES * 9)[:count]]
         self.p = [p.to(self.device, copy=True) for p in self.start]
         self.layouts = [bucketing_of(p.numel(), compress_ratio=4, min_K=20, hash="block") for p in self.p]
         self.parts = [[TensorSpec(self.moment_shape(i), dtype)] * 2 for i in range(count)]
@@ -51,8 +51,8 @@ class Model:
         return tuple(self.p[i].shape) if layout.hash is None else (layout.buckets,)
 
     def gradient(self, i, step):
-        chance = torch.Generator().manual_seed(1000 * step + i)
-        return torch.randn(self.p[i].shape, generator=chance)
+        generator = torch.Generator().manual_seed(1000 * step + i)
+        return torch.randn(self.p[i].shape, generator=generator)
 
     def update(self, i, step, g, m, v):
         layout = self.layouts[i]
@@ -74,8 +74,8 @@ class Resident(Model):
             [torch.zeros(part.shape, dtype=part.dtype, device=self.device) for part in parts] for parts in self.parts
         ]
 
-    def step(self, step, which):
-        for i in which:
+    def step(self, step, indices):
+        for i in indices:
             self.update(i, step, self.gradient(i, step).to(self.device), *self.moments[i])
 
 
@@ -93,8 +93,8 @@ class Staged(Model):
     @property
     def moments(self):
         """The moments in the slabs."""
-        at = [(self.pipeline.slabs[b].tensors, j) for b, j in (self.place[i] for i in range(len(self.p)))]
-        return [tensors[2 * j : 2 * j + 2] for tensors, j in at]
+        positions = [(self.pipeline.slabs[b].tensors, j) for b, j in (self.place[i] for i in range(len(self.p)))]
+        return [tensors[2 * j : 2 * j + 2] for tensors, j in positions]
 
     def compute(self, i, step, m, v):
         """Enqueues the gradient and the update on the current stream; neither has necessarily run on return."""
@@ -111,17 +111,17 @@ class Staged(Model):
 
         self.pipeline.run(order, compute)
 
-    def arrive(self, step, which, streams=(), stop_at=None):
+    def arrive(self, step, indices, streams=(), stop_at=None):
         """Steps the parameters `which` in this order, on the given streams in turn."""
         streams = streams or [self.streams.current]
-        left = {b: sum(self.place[i][0] == b for i in which) for b in range(len(self.members))}
-        for turn, i in enumerate(which):
+        remaining = {b: sum(self.place[i][0] == b for i in indices) for b in range(len(self.members))}
+        for number, i in enumerate(indices):
             transfer, j = self.place[i]
-            left[transfer] -= 1
-            more = left[transfer] > 0 or turn % 5 == 4  # sometimes the last one is not marked as the last
-            with self.streams.on(streams[turn % len(streams)]):
+            remaining[transfer] -= 1
+            has_more = remaining[transfer] > 0 or number % 5 == 4  # sometimes the last one is not marked as the last
+            with self.streams.on(streams[number % len(streams)]):
                 try:
-                    with self.pipeline.using(transfer, (2 * j, 2 * j + 1), more=more) as tensors:
+                    with self.pipeline.using(transfer, (2 * j, 2 * j + 1), more=has_more) as tensors:
                         if i == stop_at:
                             self.streams.launch(lambda m, v: (m.fill_(3), v.fill_(4)), *tensors)
                             raise ComputeError
@@ -131,8 +131,8 @@ class Staged(Model):
         self.pipeline.finish()
 
 
-def equal_bits(some, others):
-    return all(torch.equal(bits(a), bits(b)) for a, b in zip(some, others, strict=True))
+def equal_bits(a_tensors, b_tensors):
+    return all(torch.equal(bits(a), bits(b)) for a, b in zip(a_tensors, b_tensors, strict=True))
 
 
 def same_moments(staged, resident):
@@ -168,10 +168,10 @@ def whole_steps(streams, **options):
 def arrivals(streams, **options):
     """Orders that differ from step to step, parameters without gradient, and three streams in turn."""
     staged, resident = Staged(streams, **options), Resident(8, options.get("dtype", torch.float32))
-    kinds = [streams.current, streams.new_stream("side"), streams.new_stream("other")]
+    streams_in_turn = [streams.current, streams.new_stream("side"), streams.new_stream("other")]
     orders = [[7, 6, 5, 4, 3, 2, 1, 0], [7, 6, 5, 4, 3, 2, 1, 0], [0, 2, 4, 6, 7, 5, 1], [3, 0, 7], [1, 5, 0, 6, 2, 7]]
     for step, order in enumerate(orders, 1):
-        staged.arrive(step, order, kinds)
+        staged.arrive(step, order, streams_in_turn)
         resident.step(step, order)
         staged.pipeline.prefetch_first()  # without effect if the next order differs
         streams.next_step()
@@ -213,22 +213,22 @@ def test_results_bitwise_equal_resident_ones_for_any_order_of_arrival(data):
     streams = FakeStreams(data.draw(st.one_of(st.sampled_from(MODES), st.integers(0, 10_000))))
     options = {"transfer_size": data.draw(st.integers(1, 3000)), "slots": data.draw(st.integers(1, 5))}
     staged, resident = Staged(streams, count, **options), Resident(count)
-    kinds = [streams.current, streams.new_stream("side")]
+    streams_in_turn = [streams.current, streams.new_stream("side")]
     for step in range(1, data.draw(st.integers(2, 5))):
-        which = data.draw(st.permutations(range(count)))[: data.draw(st.integers(0, count))]
+        indices = data.draw(st.permutations(range(count)))[: data.draw(st.integers(0, count))]
         if data.draw(st.booleans()):
             order = data.draw(st.permutations(range(len(staged.members))))
             staged.whole_step(step, order)
             resident.step(step, range(count))
         else:
-            staged.arrive(step, which, kinds[: data.draw(st.integers(1, 2))])
-            resident.step(step, which)
-        ahead = data.draw(st.sampled_from(["nothing", "first", "any", "drain"]))
-        if ahead == "first":
+            staged.arrive(step, indices, streams_in_turn[: data.draw(st.integers(1, 2))])
+            resident.step(step, indices)
+        prefetched = data.draw(st.sampled_from(["nothing", "first", "any", "drain"]))
+        if prefetched == "first":
             staged.pipeline.prefetch_first()
-        elif ahead == "any":
+        elif prefetched == "any":
             staged.pipeline.prefetch(data.draw(st.integers(0, len(staged.members) - 1)))
-        elif ahead == "drain":
+        elif prefetched == "drain":
             staged.pipeline.drain()
             assert same_moments(staged, resident)
     settle(staged)
@@ -253,43 +253,43 @@ def goes_wrong(scenario, mode, options, mutation):
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_each_rule_is_needed(mutant):
     """Without it, some scenario fails; the tests above show that with it none does."""
-    tried = product(SCENARIOS.values(), (*MODES, *range(4, 20)), SETTINGS)
-    assert any(goes_wrong(scenario, mode, options, MUTANTS[mutant]) for scenario, mode, options in tried)
+    attempts = product(SCENARIOS.values(), (*MODES, *range(4, 20)), SETTINGS)
+    assert any(goes_wrong(scenario, mode, options, MUTANTS[mutant]) for scenario, mode, options in attempts)
 
 
 def test_slabs_are_freed_only_when_copies_are_complete():
-    def abandoned(**mutation):
+    def drop_pipeline(**mutation):
         streams = FakeStreams("late", **mutation)
         pipeline = Pipeline([Slab([TensorSpec((4,), torch.float32)]) for _ in range(4)], streams)
         pipeline.run(range(4), lambda transfer, tensors: streams.launch(lambda m: m.add_(1), *tensors))
-        gone = weakref.ref(pipeline)
+        reference = weakref.ref(pipeline)
         del pipeline
-        assert gone() is None
+        assert reference() is None
         streams.finish_everything()
 
-    abandoned()
+    drop_pipeline()
     with pytest.raises(FreedMemoryError, match="a slab was freed"):
-        abandoned(drop=[WaitFor.LET_GO])
+        drop_pipeline(drop=[WaitFor.LET_GO])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_slots_are_freed_only_when_the_callers_stream_is_complete(mode):
-    def abandoned(**mutation):
+    def drop_pipeline(**mutation):
         streams = FakeStreams(mode, **mutation)
         staged = Staged(streams)
-        seen = torch.zeros(1)
+        total = torch.zeros(1)
         with streams.on(streams.new_stream("side")):
             (m,) = staged.pipeline.acquire(0, [0])
-            streams.launch(lambda m: seen.copy_(1 + m.abs().sum()), m)
+            streams.launch(lambda m: total.copy_(1 + m.abs().sum()), m)
         del staged, m
         gc.collect()
         streams.finish_everything()
-        return seen.item()
+        return total.item()
 
-    assert abandoned() == 1
+    assert drop_pipeline() == 1
     if mode == "late":
         with pytest.raises(FreedMemoryError):
-            abandoned(holds=False)
+            drop_pipeline(holds=False)
 
 
 # The schedule.
@@ -298,7 +298,7 @@ def test_slots_are_freed_only_when_the_callers_stream_is_complete(mode):
 def test_streams_and_addresses_are_the_same_in_every_step():
     streams = FakeStreams("late")
     staged = Staged(streams, transfer_size=600)
-    made, addresses = len(streams.streams), []
+    count, addresses = len(streams.streams), []
     original = staged.pipeline.acquire
 
     def acquire(transfer, parts=None):
@@ -312,9 +312,9 @@ def test_streams_and_addresses_are_the_same_in_every_step():
         addresses.append({})
         staged.whole_step(step, order)
         staged.pipeline.drain() if step == 2 else staged.pipeline.prefetch_first()
-    assert len(streams.streams) == made
+    assert len(streams.streams) == count
     assert addresses[0] == addresses[1] == addresses[2] == addresses[3]
-    assert len({address for given in addresses[0].values() for address in given}) > 3
+    assert len({address for values in addresses[0].values() for address in values}) > 3
 
 
 def test_both_directions_overlap_with_compute():
@@ -325,31 +325,31 @@ def test_both_directions_overlap_with_compute():
     names = {slab.bytes.data_ptr(): b for b, slab in enumerate(slabs)}
     copy = streams.copy
 
-    def logged(kind, target, source):
+    def log_copy(kind, target, source):
         host = target if kind is StreamKind.D2H else source
         log.append((kind.name, names[host.data_ptr()]))
         copy(kind, target, source)
 
-    streams.copy = logged
+    streams.copy = log_copy
     pipeline.run(range(6), lambda transfer, tensors: log.append(("compute", transfer)))
     for transfer in range(6):
-        ahead = {b for kind, b in log[: log.index(("compute", transfer))] if kind == "H2D"}
-        assert ahead == set(range(min(transfer + 3, 6)))
-        back = log[: log.index(("D2H", transfer))]
-        assert ("compute", transfer) in back
-        assert ("compute", transfer + 1) not in back
+        prefetched = {b for kind, b in log[: log.index(("compute", transfer))] if kind == "H2D"}
+        assert prefetched == set(range(min(transfer + 3, 6)))
+        before_copy = log[: log.index(("D2H", transfer))]
+        assert ("compute", transfer) in before_copy
+        assert ("compute", transfer + 1) not in before_copy
 
 
 def test_parts_that_are_stepped_one_by_one_on_one_stream_need_no_more_events():
     calls, counts = [], []
-    for goes in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[2, 0], [3, 1]]):
+    for uses in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[2, 0], [3, 1]]):
         streams = FakeStreams("late")
         pipeline = Pipeline([Slab([TensorSpec((4,), torch.float32)] * 4)], streams)
         for name in ("record", "wait", "hold", "copy"):
             original = getattr(streams, name)
             setattr(streams, name, lambda *args, original=original: (calls.append(original), original(*args)))
-        for parts in goes:
-            with pipeline.using(0, parts, more=parts is not goes[-1]) as tensors:
+        for parts in uses:
+            with pipeline.using(0, parts, more=parts is not uses[-1]) as tensors:
                 streams.launch(lambda *ms: [m.add_(1) for m in ms], *tensors)
         counts.append(len(calls))
         pipeline.drain()
@@ -442,7 +442,7 @@ def test_the_host_backend_is_bitwise_equal():
 # Bad input.
 
 
-def two_buckets(slots=3):
+def two_transfers(slots=3):
     return Pipeline([Slab([TensorSpec((4,), torch.float32)]) for _ in range(2)], HostStreams(), slots=slots)
 
 
@@ -450,13 +450,13 @@ def two_buckets(slots=3):
     ("call", "error", "message"),
     [
         (lambda: Pipeline([], HostStreams()), ValueError, "slabs must hold at least one slab"),
-        (lambda: two_buckets(slots=0), ValueError, "slots must be at least 1, got 0"),
-        (lambda: two_buckets().acquire(2), ValueError, r"transfer must be in \[0, 1\], got 2"),
-        (lambda: two_buckets().prefetch(-1), ValueError, r"transfer must be in \[0, 1\], got -1"),
-        (lambda: two_buckets().run([0, 7], print), ValueError, r"transfer must be in \[0, 1\], got 7"),
-        (lambda: two_buckets().acquire(0, [1]), ValueError, r"parts of transfer 0 must be in \[0, 0\], got \[1\]"),
-        (lambda: two_buckets().release(0), RuntimeError, "transfer 0 is not acquired"),
-        (lambda: two_buckets().discard(1), RuntimeError, "transfer 1 is not acquired"),
+        (lambda: two_transfers(slots=0), ValueError, "slots must be at least 1, got 0"),
+        (lambda: two_transfers().acquire(2), ValueError, r"transfer must be in \[0, 1\], got 2"),
+        (lambda: two_transfers().prefetch(-1), ValueError, r"transfer must be in \[0, 1\], got -1"),
+        (lambda: two_transfers().run([0, 7], print), ValueError, r"transfer must be in \[0, 1\], got 7"),
+        (lambda: two_transfers().acquire(0, [1]), ValueError, r"parts of transfer 0 must be in \[0, 0\], got \[1\]"),
+        (lambda: two_transfers().release(0), RuntimeError, "transfer 0 is not acquired"),
+        (lambda: two_transfers().discard(1), RuntimeError, "transfer 1 is not acquired"),
         (lambda: streams_for(torch.device("meta")), ValueError, "device must be a CUDA device or the CPU"),
     ],
 )
@@ -466,7 +466,7 @@ def test_invalid_input_is_rejected(call, error, message):
 
 
 def test_a_transfer_is_acquired_once_and_slots_are_finite():
-    pipeline = two_buckets(slots=1)
+    pipeline = two_transfers(slots=1)
     pipeline.acquire(0)
     with pytest.raises(RuntimeError, match="transfer 0 is acquired already"):
         pipeline.acquire(0)
@@ -479,7 +479,7 @@ def test_a_transfer_is_acquired_once_and_slots_are_finite():
     pipeline.drain()
 
 
-def in_child(pipeline, answers):
+def call_in_child(pipeline, answers):
     for name, call in {
         "drain": pipeline.drain,
         "prefetch": lambda: pipeline.prefetch(0),
@@ -496,27 +496,27 @@ def in_child(pipeline, answers):
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # threads and fork, from Python 3.12 on
 def test_a_forked_child_is_rejected():
-    pipeline = two_buckets()
+    pipeline = two_transfers()
     pipeline.run([0, 1], lambda transfer, tensors: tensors[0].fill_(1))
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    child = context.Process(target=in_child, args=(pipeline, answers))
+    child = context.Process(target=call_in_child, args=(pipeline, answers))
     child.start()
-    got = dict(answers.get(timeout=60) for _ in range(5))
+    replies = dict(answers.get(timeout=60) for _ in range(5))
     child.join(timeout=60)
     assert child.exitcode == 0
-    assert len(got) == 5
-    assert all("forked" in said and "spawn" in said for said in got.values())
+    assert len(replies) == 5
+    assert all("forked" in message and "spawn" in message for message in replies.values())
     pipeline.drain()
     assert [slab.tensors[0].tolist() for slab in pipeline.slabs] == [[1] * 4] * 2
 
 
 def test_the_pipeline_is_freed_with_its_last_reference():
-    pipeline = two_buckets()
+    pipeline = two_transfers()
     pipeline.run([0, 1], lambda transfer, tensors: None)
-    slab, gone = weakref.ref(pipeline.slabs[0]), weakref.ref(pipeline)
+    slab, reference = weakref.ref(pipeline.slabs[0]), weakref.ref(pipeline)
     del pipeline
-    assert gone() is None
+    assert reference() is None
     assert slab() is None
 
 
@@ -583,10 +583,10 @@ def test_cuda_copy_streams_are_created_once_per_device(cuda):
     for kind in (StreamKind.H2D, StreamKind.D2H):
         assert first._stream(kind) == second._stream(kind)
         assert first._stream(kind) != torch.cuda.default_stream(cuda)
-    side = torch.cuda.Stream(cuda)
-    with torch.cuda.stream(side):
-        assert first._stream(StreamKind.CURRENT) == side
-    assert first._stream(StreamKind.CURRENT) != side
+    side_stream = torch.cuda.Stream(cuda)
+    with torch.cuda.stream(side_stream):
+        assert first._stream(StreamKind.CURRENT) == side_stream
+    assert first._stream(StreamKind.CURRENT) != side_stream
 
 
 @pytest.mark.cuda

@@ -37,22 +37,22 @@ def bytes_of(value, total):
     return total * int(value[:-1]) // 100 if isinstance(value, str) else value
 
 
-def fits(sizes, cut, policy, figures):
+def fits(sizes, split, policy, figures):
     """Whether a split meets the limits, computed row by row from the docstring of `place`."""
-    front, rest = sizes[:cut], sizes[cut:]
-    if (policy.tier == "device" and rest) or (policy.tier == "host" and front):
+    front, back = sizes[:split], sizes[split:]
+    if (policy.tier == "device" and back) or (policy.tier == "host" and front):
         return False
-    slot = max([min(policy.transfer_size, sum(rest)), *rest])
-    taken = sum(front) + policy.staging_slots * slot
-    if policy.device_budget is not None and taken > policy.device_budget:
+    slot = max([min(policy.transfer_size, sum(back)), *back])
+    device_bytes = sum(front) + policy.staging_slots * slot
+    if policy.device_budget is not None and device_bytes > policy.device_budget:
         return False
-    kept_back = bytes_of(policy.host_reserve, figures["host_total"])
-    if sum(rest) and sum(rest) + kept_back > figures["host_free"]:
+    reserve = bytes_of(policy.host_reserve, figures["host_total"])
+    if sum(back) and sum(back) + reserve > figures["host_free"]:
         return False
     if figures["device_free"] is None:
-        return taken + sum(rest) + (kept_back if sum(rest) else 0) <= figures["host_free"]
-    kept_back = bytes_of(policy.device_reserve, figures["device_total"])
-    return taken == 0 or taken + kept_back <= figures["device_free"]
+        return device_bytes + sum(back) + (reserve if sum(back) else 0) <= figures["host_free"]
+    reserve = bytes_of(policy.device_reserve, figures["device_total"])
+    return device_bytes == 0 or device_bytes + reserve <= figures["device_free"]
 
 
 @st.composite
@@ -72,8 +72,8 @@ def cases(draw, tiers=("auto", "device", "host"), device=ANY_DEVICE):
 @given(cases())
 def test_placed_in_order_within_every_limit_or_rejected_if_impossible(case):
     sizes, policy, figures = case
-    possible = [cut for cut in range(len(sizes) + 1) if fits(sizes, cut, policy, figures)]
-    if not possible:
+    splits = [split for split in range(len(sizes) + 1) if fits(sizes, split, policy, figures)]
+    if not splits:
         with pytest.raises(MemoryError):
             place(requests(sizes), policy, **figures)
         return
@@ -81,17 +81,17 @@ def test_placed_in_order_within_every_limit_or_rejected_if_impossible(case):
     assert plan == place(requests(sizes), policy, **figures)
     assert [row[:4] for row in plan.rows] == requests(sizes)
     tiers = [row.tier for row in plan.rows]
-    cut = tiers.count("device")
-    assert tiers == ["device"] * cut + ["host"] * (len(sizes) - cut)
-    assert cut == max(possible)
+    split = tiers.count("device")
+    assert tiers == ["device"] * split + ["host"] * (len(sizes) - split)
+    assert split == max(splits)
     assert all(row.why for row in plan.rows)
-    assert plan.device_bytes == sum(sizes[:cut])
+    assert plan.device_bytes == sum(sizes[:split])
     assert plan.bytes == sum(sizes)
     assert plan.device_bytes + plan.staging_bytes <= plan.limits.device
     assert plan.host_bytes <= plan.limits.host
     if plan.host_bytes:
         assert plan.staging_bytes == policy.staging_slots * plan.slot_bytes
-        assert plan.slot_bytes >= max(sizes[cut:])
+        assert plan.slot_bytes >= max(sizes[split:])
     else:
         assert plan.staging_bytes == 0
 
@@ -105,18 +105,18 @@ def test_a_spill_uses_the_space_that_the_device_has_shown(case, data):
         return
     if not sizes:
         return
-    ran_out = data.draw(st.integers(0, len(sizes) - 1))
-    shown = sum(row.bytes for row in plan.rows[:ran_out] if row.tier == "device") + plan.staging_bytes
+    failed_row = data.draw(st.integers(0, len(sizes) - 1))
+    placed_bytes = sum(row.bytes for row in plan.rows[:failed_row] if row.tier == "device") + plan.staging_bytes
     try:
-        spilled = plan.spilled(ran_out)
+        spilled = plan.spilled(failed_row)
     except MemoryError:
         assert sum(sizes) > plan.limits.host
         return
-    cut = [row.tier for row in spilled.rows].count("device")
-    assert cut <= ran_out
-    assert [row.tier for row in spilled.rows] == ["device"] * cut + ["host"] * (len(sizes) - cut)
+    split = [row.tier for row in spilled.rows].count("device")
+    assert split <= failed_row
+    assert [row.tier for row in spilled.rows] == ["device"] * split + ["host"] * (len(sizes) - split)
     assert [row[:4] for row in spilled.rows] == requests(sizes)
-    assert cut == 0 or spilled.device_bytes + spilled.staging_bytes <= shown
+    assert split == 0 or spilled.device_bytes + spilled.staging_bytes <= placed_bytes
     assert spilled.host_bytes <= plan.limits.host
     for before, after in zip(plan.rows, spilled.rows, strict=True):
         assert (before == after) == (before.tier == after.tier)
@@ -136,9 +136,9 @@ def test_a_spill_names_its_reason_and_makes_room_for_the_ring():
     assert "ran out of memory" in str(spilled)
     assert plan.spilled(6, leave=15).device_bytes == 20
     assert plan.spilled(6, leave=1000).device_bytes == 0
-    for wrong in (-1, 10):
-        with pytest.raises(IndexError, match=rf"from_row must be in \[0, 9\], got {wrong}"):
-            plan.spilled(wrong)
+    for from_row in (-1, 10):
+        with pytest.raises(IndexError, match=rf"from_row must be in \[0, 9\], got {from_row}"):
+            plan.spilled(from_row)
 
 
 def test_placements_that_cannot_spill():
@@ -185,10 +185,10 @@ def test_tables_of_parameters_on_the_cpu_stay_on_the_cpu():
     plan = place(requests([40, 40]), MemoryPolicy(), **host)  # 10% of the total is all that is free
     assert [(row.tier, row.why) for row in plan.rows] == [("device", "its parameter is on the CPU")] * 2
     assert plan.staging_bytes == 0
-    split = MemoryPolicy(device_budget=60, host_reserve=0, staging_slots=2, transfer_size=10)
-    plan = place(requests([40, 10, 10]), split, **host)
+    policy = MemoryPolicy(device_budget=60, host_reserve=0, staging_slots=2, transfer_size=10)
+    plan = place(requests([40, 10, 10]), policy, **host)
     assert [row.tier for row in plan.rows] == ["device", "device", "device"]
-    plan = place(requests([30, 10, 10, 10, 10]), split, **host)
+    plan = place(requests([30, 10, 10, 10, 10]), policy, **host)
     assert [row.tier for row in plan.rows] == ["device", "device", "host", "host", "host"]
     assert "device (the CPU)" in str(plan)
 
@@ -241,8 +241,8 @@ def test_requests_equal_the_report_of_the_optimizer(options, dtype):
     ]
     report = Collins(parameters, **options).memory_report()
     step = torch.float32.itemsize
-    asked = list(requests_of(model, dtype, **options))
-    assert [(f"parameter {r.name!r}", r.shape, r.bytes) for r in asked] == [
+    request_list = list(requests_of(model, dtype, **options))
+    assert [(f"parameter {r.name!r}", r.shape, r.bytes) for r in request_list] == [
         (row.name, row.shape, row.state_bytes - step) for row in report.rows
     ]
 
@@ -270,22 +270,22 @@ def test_the_budget_of_70b_on_one_141_gb_device():
     assert budget.gradients == budget.weights
     assert budget.gradients_in_backward / GIB == pytest.approx(1.96, rel=1e-2)  # the head's
     assert budget.checkpoints / GIB == 2.5
-    left = 139.8 * GIB - budget.held(in_backward=True)
-    asked = list(requests_of(LLAMA_70B, torch.bfloat16, **DEFAULTS))
-    assert sum(request.bytes for request in asked) / GIB == pytest.approx(16.4, rel=1e-2)
-    layer = sum(request.bytes for request in asked if request.name.startswith("model.layers.7."))
+    remaining = 139.8 * GIB - budget.held(in_backward=True)
+    request_list = list(requests_of(LLAMA_70B, torch.bfloat16, **DEFAULTS))
+    assert sum(request.bytes for request in request_list) / GIB == pytest.approx(16.4, rel=1e-2)
+    layer = sum(request.bytes for request in request_list if request.name.startswith("model.layers.7."))
     assert layer / 2**20 == pytest.approx(204, rel=1e-2)
-    assert (left / GIB) - 0.4 == pytest.approx(2.3, abs=0.1)  # of slack beside a ring of 0.4
+    assert (remaining / GIB) - 0.4 == pytest.approx(2.3, abs=0.1)  # of slack beside a ring of 0.4
     plan = place(
-        asked,
+        request_list,
         MemoryPolicy(tier="host"),
-        device_free=int(left),
+        device_free=int(remaining),
         device_total=int(139.8 * GIB),
         host_free=64 * GIB,
         host_total=64 * GIB,
     )
     assert plan.host_bytes / GIB == pytest.approx(16.4, rel=1e-2)
-    assert plan.slot_bytes == max(request.bytes for request in asked)
+    assert plan.slot_bytes == max(request.bytes for request in request_list)
 
 
 def test_the_parts_of_a_budget_by_hand():

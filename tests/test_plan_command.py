@@ -211,8 +211,8 @@ def test_a_file_that_is_not_a_config(tmp_path, content, capsys):
 def test_bad_usage_is_exit_status_2(arguments, message, capsys):
     try:
         status = main(["plan", *arguments])
-    except SystemExit as stopped:
-        status = stopped.code
+    except SystemExit as exit_error:
+        status = exit_error.code
     assert status == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -223,12 +223,12 @@ def test_a_plan_that_does_not_fit_has_exit_status_1(capsys):
     assert main(["plan", "llama-7b", "--device-memory", "8GiB", "--host-memory", "64GiB"]) == 1
     printed = capsys.readouterr().out
     assert row(printed, "fits") == ["no", "no"]
-    short = row(printed, "left of the device for tables")
-    assert short[0].startswith("-")
-    assert short[2].startswith("-")
-    alone = "weights, gradients and activations alone exceed the device by"
-    assert f"Does not fit, step after backward: {alone} {short[0][1:]} GiB\n" in printed
-    assert f"Does not fit, in_backward=True: {alone} {short[2][1:]} GiB\n" in printed
+    remaining = row(printed, "left of the device for tables")
+    assert remaining[0].startswith("-")
+    assert remaining[2].startswith("-")
+    reason = "weights, gradients and activations alone exceed the device by"
+    assert f"Does not fit, step after backward: {reason} {remaining[0][1:]} GiB\n" in printed
+    assert f"Does not fit, in_backward=True: {reason} {remaining[2][1:]} GiB\n" in printed
     assert main(["plan", "llama-7b", "--device-memory", "14.9GiB", "--host-memory", "512MiB"]) == 1
     assert "of tables fit neither on the device nor on the host" in capsys.readouterr().out
 
@@ -281,7 +281,7 @@ POLICY_RUNS = {
 
 @pytest.mark.parametrize("path", sorted(POLICIES.iterdir()), ids=lambda path: path.name)
 def test_the_example_policies_match_their_comments(path, monkeypatch, capsys):
-    ((tier, goes),) = POLICY_RUNS[path.name].items()
+    ((tier, expected),) = POLICY_RUNS[path.name].items()
     assert MemoryPolicy.of(path).tier == tier
     (command,) = [line for line in path.read_text().splitlines() if line.startswith("#   python -m collins ")]
     monkeypatch.chdir(ROOT)
@@ -289,17 +289,17 @@ def test_the_example_policies_match_their_comments(path, monkeypatch, capsys):
     assert arguments[arguments.index("--policy") + 1] == f"examples/policies/{path.name}"
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    placed = {tier for tier in ("device", "host") if row(printed, f"tables on the {tier}")[-2:] != ["0", "B"]}
-    assert placed == ({"device", "host"} if goes == "both" else {goes})
+    used_tiers = {tier for tier in ("device", "host") if row(printed, f"tables on the {tier}")[-2:] != ["0", "B"]}
+    assert used_tiers == ({"device", "host"} if expected == "both" else {expected})
 
 
 def test_the_readme_shows_the_output_of_the_command(monkeypatch, capsys):
     _, _, manual = (ROOT / "offload" / "README.md").read_text().partition("```console\n$ python -m collins ")
     block, _, _ = manual.partition("```")
-    command, _, shown = block.partition("\n")
+    command, _, output = block.partition("\n")
     monkeypatch.chdir(ROOT)
     assert main(shlex.split(command)) == 0
-    assert capsys.readouterr().out == shown
+    assert capsys.readouterr().out == output
 
 
 def test_the_readmes_table_of_optimizers_is_what_the_command_computes(monkeypatch, capsys):
@@ -309,52 +309,60 @@ def test_the_readmes_table_of_optimizers_is_what_the_command_computes(monkeypatc
     monkeypatch.chdir(ROOT)
     policy = ("--vocab", "128256", "--policy", "examples/policies/70b-on-141gb.toml")
     for line in lines:
-        model, device, tokens, *shown = (cell.strip() for cell in line.strip("|").split("|"))
+        model, device, tokens, *texts = (cell.strip() for cell in line.strip("|").split("|"))
         sizes = ("--seq-len", tokens.replace(",", ""), "--device-memory", device, "--host-memory", "64GiB")
         main(["plan", model, *sizes, "--in-backward", "--json", *(policy if model == "llama-70b" else ())])
         plan = json.loads(capsys.readouterr().out)
         (mode,) = plan["modes"]
-        held = ("weights", "gradients", "checkpoints", "recomputed_block", "logits", "tables_on_device", "staging")
-        collins = (sum(mode[key] or 0 for key in held), mode["tables_on_host"] or 0, mode["fits"])
-        cells = [collins, *((found["device"], found["host"], found["fits"]) for found in plan["alternatives"])]
+        parts = ("weights", "gradients", "checkpoints", "recomputed_block", "logits", "tables_on_device", "staging")
+        collins = (sum(mode[key] or 0 for key in parts), mode["tables_on_host"] or 0, mode["fits"])
+        cells = [
+            collins,
+            *(
+                (alternative["device"], alternative["host"], alternative["fits"])
+                for alternative in plan["alternatives"]
+            ),
+        ]
         expected = [f"{device / 2**30:.1f} / {host / 2**30:.1f}" for device, host, _ in cells]
-        assert shown == [f"**{text}**" if cell[2] else text for text, cell in zip(expected, cells, strict=True)]
+        assert texts == [f"**{text}**" if cell[2] else text for text, cell in zip(expected, cells, strict=True)]
 
 
 def test_other_optimizers_are_planned_from_the_same_figures(capsys):
     arguments = ("--device-memory", "24GiB", "--host-memory", "52GiB", "--dtype", "float32", "--json")
     main(["plan", "llama-1b", *arguments])
     plan = json.loads(capsys.readouterr().out)
-    after, within = plan["modes"]
-    activations = sum(after[key] for key in ("checkpoints", "recomputed_block", "logits"))
+    after_backward, in_backward = plan["modes"]
+    activations = sum(after_backward[key] for key in ("checkpoints", "recomputed_block", "logits"))
     count = plan["model"]["parameters"]
     quantized = 2 * count + 8 * math.ceil(count / 256)
-    whole = 8 * count + activations  # weights and gradients
+    weights_and_gradients = 8 * count + activations  # weights and gradients
     expected = {
-        "AdamW": (whole + 8 * count, 0),
-        "8-bit AdamW (bitsandbytes)": (whole + quantized, 0),
-        "paged 8-bit AdamW (bitsandbytes)": (whole, quantized),
-        "AdamW on the host (torchao)": (4 * count + within["gradients"] + activations, 16 * count),
+        "AdamW": (weights_and_gradients + 8 * count, 0),
+        "8-bit AdamW (bitsandbytes)": (weights_and_gradients + quantized, 0),
+        "paged 8-bit AdamW (bitsandbytes)": (weights_and_gradients, quantized),
+        "AdamW on the host (torchao)": (4 * count + in_backward["gradients"] + activations, 16 * count),
     }
-    assert {a["name"]: (a["device"], a["host"]) for a in plan["alternatives"]} == expected
-    for found in plan["alternatives"]:
-        assert found["fits"] == (found["device"] <= 24 * 2**30 and found["host"] <= 52 * 2**30)
+    assert {
+        alternative["name"]: (alternative["device"], alternative["host"]) for alternative in plan["alternatives"]
+    } == expected
+    for alternative in plan["alternatives"]:
+        assert alternative["fits"] == (alternative["device"] <= 24 * 2**30 and alternative["host"] <= 52 * 2**30)
 
 
 def test_it_runs_as_a_module():
     arguments = ("plan", "gpt2", "--device-memory", "100MiB", "--host-memory", "1GiB")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "collins", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stderr) == (1, "")
-    assert "Does not fit" in done.stdout
+    assert (process.returncode, process.stderr) == (1, "")
+    assert "Does not fit" in process.stdout
 
 
 def test_help_and_no_command(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")  # long lines are broken
     with pytest.raises(SystemExit, match="0"):
         main(["plan", "--help"])
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in NAMED)
+    output = capsys.readouterr().out
+    assert all(name in output for name in NAMED)
     with pytest.raises(SystemExit, match="2"):
         main([])

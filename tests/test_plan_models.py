@@ -77,12 +77,12 @@ NESTED = {
 def write(tmp_path):
     """Writes a config.json, and returns its path as text."""
 
-    def written(keys, **more):
+    def write_config(keys, **more):
         path = tmp_path / "config.json"
         path.write_text(json.dumps({**keys, **more}))
         return str(path)
 
-    return written
+    return write_config
 
 
 def run(capsys, *arguments):
@@ -93,7 +93,7 @@ def run(capsys, *arguments):
     return status, printed.out
 
 
-def refused(capsys, *arguments):
+def error_of(capsys, *arguments):
     """The error of arguments that cannot be used."""
     assert main(["plan", *arguments, *PLENTY]) == 2
     printed = capsys.readouterr()
@@ -101,7 +101,7 @@ def refused(capsys, *arguments):
     return printed.err
 
 
-def built(keys, device):
+def build_model(keys, device):
     """The model as transformers builds it, without the planner."""
     config = transformers.AutoConfig.for_model(**keys)
     text = config.get_text_config()
@@ -119,18 +119,18 @@ def parameters(model):
 def test_published_models_have_their_published_counts(keys, count, write, capsys):
     model = model_of(write(keys))
     assert model.count == count
-    assert list(model.parameters()) == parameters(built(keys, "meta"))
+    assert list(model.parameters()) == parameters(build_model(keys, "meta"))
     assert run(capsys, write(keys), *PLENTY)[1].startswith(f"{write(keys)}: {count:,} parameters")
 
 
 @pytest.mark.parametrize("keys", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_names_and_shapes_equal_those_of_the_trained_model(keys, write):
-    model, real = model_of(write(keys)), built(keys, "cpu")
-    assert list(model.parameters()) == parameters(real)
+    model, real_model = model_of(write(keys)), build_model(keys, "cpu")
+    assert list(model.parameters()) == parameters(real_model)
     assert model.layers == 3
     assert model.checkpointed == 3 * 64
     step = torch.float32.itemsize
-    report = Collins(real.to(torch.bfloat16).named_parameters()).memory_report()
+    report = Collins(real_model.to(torch.bfloat16).named_parameters()).memory_report()
     assert [request.bytes for request in TABLES(model)] == [row.state_bytes - step for row in report.rows]
 
 
@@ -153,11 +153,11 @@ def test_the_width_of_a_recomputed_block_by_hand(kind, width, write):
 
 def test_experts_in_a_list_are_planned_like_experts_in_one_tensor(write):
     stacked = model_of(write(ARCHITECTURES["mixtral"])).blocks[0]
-    listed = [(name, shape) for name, shape in stacked if "experts" not in name]
+    separate = [(name, shape) for name, shape in stacked if "experts" not in name]
     for index in range(4):
-        listed += [(f"mlp.experts.{index}.{part}.weight", (160, 64)) for part in ("w1", "w3")]
-        listed += [(f"mlp.experts.{index}.w2.weight", (64, 160))]
-    assert _width(tuple(listed), 64, 2) == _width(stacked, 64, 2)
+        separate += [(f"mlp.experts.{index}.{part}.weight", (160, 64)) for part in ("w1", "w3")]
+        separate += [(f"mlp.experts.{index}.w2.weight", (64, 160))]
+    assert _width(tuple(separate), 64, 2) == _width(stacked, 64, 2)
     assert _width(stacked, 64, None) == _width(stacked, 64, 4) > _width(stacked, 64, 2)  # all, if it is unknown
 
 
@@ -166,12 +166,12 @@ def test_experts_in_a_list_are_planned_like_experts_in_one_tensor(write):
 )
 def test_without_transformers_the_figures_are_the_same(name, write, monkeypatch):
     keys, count = PUBLIC[name]
-    known = model_of(write(keys))
+    from_config = model_of(write(keys))
     monkeypatch.setitem(sys.modules, "transformers", None)
-    plain = model_of(write(keys))
-    assert plain.count == count
-    assert plain == known
-    assert budget_of(plain, Training()) == budget_of(known, Training())
+    without_transformers = model_of(write(keys))
+    assert without_transformers.count == count
+    assert without_transformers == from_config
+    assert budget_of(without_transformers, Training()) == budget_of(from_config, Training())
 
 
 def test_a_nested_configuration_is_planned_completely_with_activations_of_the_text_model(write):
@@ -180,8 +180,8 @@ def test_a_nested_configuration_is_planned_completely_with_activations_of_the_te
     assert model.hidden == 64
     assert model.block_name == "model.language_model.layers"
     assert any("vision_tower" in name for name, _ in model.before)
-    whole = built(NESTED, "meta")
-    assert list(model.parameters()) == parameters(whole)
+    expected = build_model(NESTED, "meta")
+    assert list(model.parameters()) == parameters(expected)
     assert "activations are those of the text model, gemma3_text" in model.notes
     assert model_of(write(NESTED), 1000).count - model.count == 500 * 64  # the vocabulary is the text model's
 
@@ -208,10 +208,10 @@ def test_a_dense_model_of_an_architecture_with_mixtures(write):
 def test_sizes_that_have_default_values_are_named(write, capsys):
     keys = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
     printed = run(capsys, write(keys), *PLENTY)[1]
-    absent = "num_attention_heads 8, vocab_size 262,208"
+    defaults = "num_attention_heads 8, vocab_size 262,208"
     if "vocab_size 262,144" in printed:  # as other versions of transformers have it
-        absent = "num_attention_heads 8, vocab_size 262,144"
-    assert f"note: not in the file, and taken from transformers' Gemma3TextConfig: {absent}\n" in printed
+        defaults = "num_attention_heads 8, vocab_size 262,144"
+    assert f"note: not in the file, and taken from transformers' Gemma3TextConfig: {defaults}\n" in printed
 
 
 def test_transformers_downloads_and_prints_nothing(write, monkeypatch, capsys):
@@ -229,8 +229,8 @@ def test_transformers_is_imported_only_for_a_configuration():
         "import sys; from collins.offload.cli import main; main(['plan', 'gpt2', *sys.argv[1:]]);"
         "sys.exit('transformers' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *PLENTY], cwd=ROOT, capture_output=True, check=False)
-    assert done.returncode == 0
+    process = subprocess.run([sys.executable, "-c", code, *PLENTY], cwd=ROOT, capture_output=True, check=False)
+    assert process.returncode == 0
 
 
 def test_code_and_quantization_of_a_folder_are_ignored(write, capsys):
@@ -247,11 +247,11 @@ def test_code_and_quantization_of_a_folder_are_ignored(write, capsys):
     assert "note: the file has a quantization_config (bitsandbytes), which the plan leaves out" in printed
 
 
-@pytest.mark.parametrize("where", ["whole", "text_config"])
+@pytest.mark.parametrize("level", ["whole", "text_config"])
 @pytest.mark.parametrize("quantization", [{"quant_method": "fp8"}, {}, "int4"], ids=str)
-def test_a_quantization_config_is_mentioned(where, quantization, write, capsys):
+def test_a_quantization_config_is_mentioned(level, quantization, write, capsys):
     keys = {**LLAMA_3_8B, "quantization_config": quantization}
-    if where == "text_config":
+    if level == "text_config":
         keys = {**NESTED, "text_config": {**TINY, "quantization_config": quantization}}
     printed = run(capsys, write(keys), *PLENTY)[1]
     assert "note: the file has a quantization_config" in printed
@@ -269,7 +269,7 @@ def test_a_folder_is_accepted_in_place_of_its_configuration(write, tmp_path, cap
     assert model_of(str(Path(write(QWEN_3_8B)).parent)) == model_of(write(QWEN_3_8B))
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert f"{empty}: the folder has no config.json; a model is gpt2," in refused(capsys, str(empty))
+    assert f"{empty}: the folder has no config.json; a model is gpt2," in error_of(capsys, str(empty))
 
 
 @pytest.mark.parametrize(
@@ -293,23 +293,23 @@ def test_a_folder_is_accepted_in_place_of_its_configuration(write, tmp_path, cap
     ],
 )
 def test_a_configuration_that_cannot_be_planned_names_file_and_key(keys, message, write, capsys):
-    said = refused(capsys, write(keys))
-    assert f"error: {write(keys)}: " in said
-    assert message in said
+    error = error_of(capsys, write(keys))
+    assert f"error: {write(keys)}: " in error
+    assert message in error
 
 
-def fitting(model, device, training, host=64 * GIB):
+def trial_of(model, device, training, host=64 * GIB):
     return Trial(model, training, Machine(device, device, host, host), MemoryPolicy(), TABLES)
 
 
 def smallest_device(model, training):
     """Bytes of the smallest device that `model` can be trained on, to a MiB."""
     low, high = 0, 2**42
-    trial = fitting(model, high, training, 2**42)
+    trial = trial_of(model, high, training, 2**42)
     while high - low > 2**20:
         middle = (low + high) // 2
-        trial_there = replace(trial, machine=Machine(middle, middle, 2**42, 2**42))
-        low, high = (low, middle) if trial_there.fits() else (middle, high)
+        smaller_trial = replace(trial, machine=Machine(middle, middle, 2**42, 2**42))
+        low, high = (low, middle) if smaller_trial.fits() else (middle, high)
     return high
 
 
@@ -317,15 +317,17 @@ def smallest_device(model, training):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_count_does_not_fit_if_its_configuration_does_not(name, training, write):
     keys, count = PUBLIC[name]
-    known = model_of(write(keys))
-    needed = smallest_device(known, training) - 2**20
-    for vocabulary in (LARGE_VOCABULARY, known.vocabulary):
-        assumed = of_count(count, vocabulary)
-        assert not fitting(assumed, needed, training, 2**42).fits()
-        assert sum(request.bytes for request in TABLES(assumed)) >= sum(request.bytes for request in TABLES(known))
-        ours, theirs = budget_of(assumed, training), budget_of(known, training)
+    from_config = model_of(write(keys))
+    needed = smallest_device(from_config, training) - 2**20
+    for vocabulary in (LARGE_VOCABULARY, from_config.vocabulary):
+        from_count = of_count(count, vocabulary)
+        assert not trial_of(from_count, needed, training, 2**42).fits()
+        assert sum(request.bytes for request in TABLES(from_count)) >= sum(
+            request.bytes for request in TABLES(from_config)
+        )
+        assumed_budget, config_budget = budget_of(from_count, training), budget_of(from_config, training)
         for in_backward in (False, True):
-            assert ours.held(in_backward) >= theirs.held(in_backward)
+            assert assumed_budget.held(in_backward) >= config_budget.held(in_backward)
 
 
 def test_a_count_prints_its_assumptions_and_accepts_a_vocabulary(capsys):
@@ -350,15 +352,15 @@ def test_a_count_with_any_vocabulary_is_matched_exactly(count, vocabulary):
 def test_the_proposed_model_is_the_largest_that_fits(name, write, capsys):
     model = write(GEMMA_2_2B) if name == "config" else name
     arguments = [model, "--device-memory", "24GiB", "--host-memory", "16GiB"]
-    found = json.loads(run(capsys, *arguments, "--fits", "--json")[1])["largest"]
-    for option, largest_one in (("--seq-len", found["seq_len"]), ("--batch", found["batch"])):
+    largest_sizes = json.loads(run(capsys, *arguments, "--fits", "--json")[1])["largest"]
+    for option, largest_one in (("--seq-len", largest_sizes["seq_len"]), ("--batch", largest_sizes["batch"])):
         assert run(capsys, *arguments, option, str(largest_one))[0] == 0
         assert run(capsys, *arguments, option, str(largest_one + 1))[0] == 1
     printed = run(capsys, *arguments, "--fits")[1].splitlines()
-    assert printed[-3].split()[:2] == ["sequence", f"{found['seq_len']:,}"]
-    assert printed[-2].split()[:2] == ["batch", f"{found['batch']:,}"]
+    assert printed[-3].split()[:2] == ["sequence", f"{largest_sizes['seq_len']:,}"]
+    assert printed[-2].split()[:2] == ["batch", f"{largest_sizes['batch']:,}"]
     assert printed[-1].split()[0] == "model"
-    assert printed[-1].endswith(f"{found['model']}: {found['parameters']:,} parameters")
+    assert printed[-1].endswith(f"{largest_sizes['model']}: {largest_sizes['parameters']:,} parameters")
 
 
 def test_the_largest_model_is_of_the_same_family(write, capsys):
@@ -376,19 +378,19 @@ def test_the_largest_model_is_of_the_same_family(write, capsys):
     }
     with_vocabulary = model("llama-1b", "--device-memory", "24GiB", "--vocab", "128256")
     assert with_vocabulary["parameters"] == model_of("llama-7b", 128256).count
-    counted = model("1B", "--device-memory", "24GiB")["model"]
-    assert run(capsys, counted, "--device-memory", "24GiB", "--host-memory", "64GiB")[0] == 0
+    count_text = model("1B", "--device-memory", "24GiB")["model"]
+    assert run(capsys, count_text, "--device-memory", "24GiB", "--host-memory", "64GiB")[0] == 0
 
 
 def test_the_largest_of_a_configuration_has_more_or_fewer_layers(write):
-    known = model_of(write(GEMMA_2_2B))
+    from_config = model_of(write(GEMMA_2_2B))
     for device in (6 * GIB, 24 * GIB):
-        trial = fitting(known, device, Training())
-        found = largest(trial, "config.json").model
-        assert fitting(known.with_layers(found.layers), device, Training()).fits()
-        assert not fitting(known.with_layers(found.layers + 1), device, Training()).fits()
-        keys = {**GEMMA_2_2B, "num_hidden_layers": found.layers}
-        assert found.count == model_of(write(keys)).count
+        trial = trial_of(from_config, device, Training())
+        largest_model = largest(trial, "config.json").model
+        assert trial_of(from_config.with_layers(largest_model.layers), device, Training()).fits()
+        assert not trial_of(from_config.with_layers(largest_model.layers + 1), device, Training()).fits()
+        keys = {**GEMMA_2_2B, "num_hidden_layers": largest_model.layers}
+        assert largest_model.count == model_of(write(keys)).count
 
 
 def test_a_sequence_beyond_the_models_positions_is_marked(write, capsys):
@@ -407,16 +409,16 @@ def test_json_has_the_figures_of_the_text_and_the_documented_keys(write, capsys)
     assert plan["model"]["parameters"] == 70_553_706_496
     assert [mode["in_backward"] for mode in plan["modes"]] == [False, True]
     assert [mode["fits"] for mode in plan["modes"]] == [False, True]
-    after, within = plan["modes"]
-    assert after["weights"] == within["weights"] == 2 * 70_553_706_496
-    assert after["reason"].startswith("weights, gradients and activations alone exceed the device")
-    assert within["reason"] is None
-    assert within["tables_on_host"] == plan["tables"] > 13 * GIB
-    held = ("weights", "gradients", "checkpoints", "recomputed_block", "logits")
+    after_backward, in_backward_mode = plan["modes"]
+    assert after_backward["weights"] == in_backward_mode["weights"] == 2 * 70_553_706_496
+    assert after_backward["reason"].startswith("weights, gradients and activations alone exceed the device")
+    assert in_backward_mode["reason"] is None
+    assert in_backward_mode["tables_on_host"] == plan["tables"] > 13 * GIB
+    parts = ("weights", "gradients", "checkpoints", "recomputed_block", "logits")
     for mode in plan["modes"]:
-        assert mode["left"] == plan["machine"]["device_free"] - sum(mode[key] for key in held)
+        assert mode["left"] == plan["machine"]["device_free"] - sum(mode[key] for key in parts)
     readme = (ROOT / "offload" / "README.md").read_text()
-    for level in (plan, plan["model"], plan["training"], plan["machine"], plan["largest"], within):
+    for level in (plan, plan["model"], plan["training"], plan["machine"], plan["largest"], in_backward_mode):
         for key in level:
             assert f"`{key}`" in readme, key
 

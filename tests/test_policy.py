@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"),
+    ("text", "expected"),
     [
         (0, 0),
         (12345, 12345),
@@ -33,8 +33,8 @@ GIB = 2**30
         ("0.5tib", 2**39),
     ],
 )
-def test_sizes_in_all_their_units(written, meant):
-    assert parse_size("x", written).of(10**15) == meant
+def test_sizes_in_all_their_units(text, expected):
+    assert parse_size("x", text).of(10**15) == expected
 
 
 @given(st.integers(0, 2**50), st.integers(0, 10_000))
@@ -49,7 +49,7 @@ def test_a_size_equals_its_text_within_the_displayed_precision(count):
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "value",
     [
         "2 gigabytes",
         "2Gibs",
@@ -71,12 +71,12 @@ def test_a_size_equals_its_text_within_the_displayed_precision(count):
     ids=repr,
 )
 @pytest.mark.parametrize("name", ["device_reserve", "host_reserve", "device_budget", "pin_limit", "transfer_size"])
-def test_an_invalid_size_is_rejected_with_what_is_accepted(name, wrong):
-    if wrong is None and name in ("device_budget", "pin_limit"):
+def test_an_invalid_size_is_rejected_with_what_is_accepted(name, value):
+    if value is None and name in ("device_budget", "pin_limit"):
         assert MemoryPolicy(**{name: None}) == MemoryPolicy()
         return
-    with pytest.raises(ValueError, match=rf"^{name} must be .*GiB.*got {re.escape(repr(wrong))}$"):
-        MemoryPolicy(**{name: wrong})
+    with pytest.raises(ValueError, match=rf"^{name} must be .*GiB.*got {re.escape(repr(value))}$"):
+        MemoryPolicy(**{name: value})
 
 
 def test_a_transfer_has_a_positive_size():
@@ -164,9 +164,9 @@ def test_values_that_are_not_policies():
         ValueError, match=r"memory must be .* path to a TOML file, got 'hots' \(did you mean 'host'\?\)"
     ):
         MemoryPolicy.of("hots")
-    for wrong in (3, None, 1.5, ["auto"]):
-        with pytest.raises(TypeError, match=f"memory must be a MemoryPolicy, one of .*, got {re.escape(repr(wrong))}"):
-            MemoryPolicy.of(wrong)
+    for value in (3, None, 1.5, ["auto"]):
+        with pytest.raises(TypeError, match=f"memory must be a MemoryPolicy, one of .*, got {re.escape(repr(value))}"):
+            MemoryPolicy.of(value)
     with pytest.raises(ValueError, match="unknown key 7; accepted are"):
         MemoryPolicy.of({7: 7})
 

@@ -16,7 +16,7 @@ from collins.compile.program import StepProgram
 from collins.stepper import Stepper
 
 
-def made():
+def make_optimizer():
     ps = parameters(torch.float32, [(64, 64), (40,), (33, 37), (96, 64)])
     groups = [{"params": ps[:2]}, {"params": ps[2:], "lr": 2e-2, "weight_decay": 0.1}]
     return ps, with_kernel(Collins(groups, min_K=16, rehash_period=3, table_dtype=torch.float32))
@@ -78,8 +78,8 @@ def another_parameter(ps, opt):
 
 def loaded(ps, opt):
     state = copy.deepcopy(opt.state_dict())
-    for kept in state["state"].values():
-        kept["step"] += 5
+    for state_of_p in state["state"].values():
+        state_of_p["step"] += 5
     opt.load_state_dict(state)
     return opt
 
@@ -95,7 +95,7 @@ def frozen(ps, opt):
     return opt
 
 
-def turned(ps, opt):
+def transposed(ps, opt):
     ps[0].data = ps[0].data.t()
     return opt
 
@@ -108,44 +108,44 @@ def moved_moments(ps, opt):
 
 CHANGES = [
     nothing, another_rate, another_decode, no_gradient, other_memory, other_strides, other_moments, no_state,
-    one_more_group, another_parameter, loaded, capturable, frozen, turned, moved_moments,
+    one_more_group, another_parameter, loaded, capturable, frozen, transposed, moved_moments,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_repeated_step_equals_an_ordinary_step(change, monkeypatch):
-    sides, repeats = [], []
+    results, repeats = [], []
     for repeats_are_allowed in (True, False):
-        with monkeypatch.context() as patched:
+        with monkeypatch.context() as patch:
             if repeats_are_allowed:
                 original = Stepper.matching
 
-                def counted(self, groups, states, original=original):
+                def count_matching(self, groups, states, original=original):
                     bound = original(self, groups, states)
                     repeats.append(bound is not None)
                     return bound
 
-                patched.setattr(Stepper, "matching", counted)
+                patch.setattr(Stepper, "matching", count_matching)
             else:
-                patched.setattr(Stepper, "matching", lambda self, groups, states: None)
-            ps, opt = made()
+                patch.setattr(Stepper, "matching", lambda self, groups, states: None)
+            ps, opt = make_optimizer()
             for step in range(8):
                 give_gradients(step, ps)
                 if step == 4:
                     opt = change(ps, opt)
                 opt.step()
-            sides.append((ps, opt))
-    (ps, opt), (others, other) = sides
+            results.append((ps, opt))
+    (ps, opt), (other_ps, other) = results
     assert repeats[:4] == [False, False, True, True]  # the program of the second step has guards
     assert repeats[-1]
-    for p, q in zip(ps, others, strict=True):
+    for p, q in zip(ps, other_ps, strict=True):
         assert torch.equal(p.detach(), q.detach())
         assert opt.state[p].keys() == other.state[q].keys()
         assert all(torch.equal(bits(opt.state[p][name]), bits(other.state[q][name])) for name in opt.state[p])
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("change", "message"),
     [
         (lambda ps, opt: setattr(ps[0], "grad", ps[0].grad.to_sparse()), "sparse"),
         (lambda ps, opt: opt.param_groups[1].update(betas=(0.9, 1.5)), "betas must be"),
@@ -155,13 +155,13 @@ def test_a_repeated_step_equals_an_ordinary_step(change, monkeypatch):
     ],
     ids=["gradient", "option", "state", "size", "dtype"],
 )
-def test_invalid_changes_raise_and_change_nothing(spoil, message):
-    ps, opt = made()
+def test_invalid_changes_raise_and_change_nothing(change, message):
+    ps, opt = make_optimizer()
     for step in range(3):
         give_gradients(step, ps)
         opt.step()
     give_gradients(3, ps)
-    spoil(ps, opt)
+    change(ps, opt)
     before = [p.detach().clone() for p in ps]
     with pytest.raises((ValueError, TypeError), match=message):
         opt.step()
@@ -171,7 +171,7 @@ def test_invalid_changes_raise_and_change_nothing(spoil, message):
 
 def test_no_repetition_is_prepared_while_the_set_of_gradients_changes(monkeypatch):
     monkeypatch.setattr(StepProgram, "guard", None)
-    ps, opt = made()
+    ps, opt = make_optimizer()
     for step in range(4):
         give_gradients(step, ps)
         ps[step].grad = None
@@ -182,7 +182,7 @@ def test_no_repetition_is_prepared_while_the_set_of_gradients_changes(monkeypatc
 def test_without_the_guards_of_torch_each_step_checks_everything(monkeypatch):
     monkeypatch.setattr(program, "GUARDS_AVAILABLE", False)
     monkeypatch.setattr(program, "tensor_guards", None)
-    ps, opt = made()
+    ps, opt = make_optimizer()
     for step in range(3):
         give_gradients(step, ps)
         opt.step()
@@ -190,11 +190,11 @@ def test_without_the_guards_of_torch_each_step_checks_everything(monkeypatch):
 
 
 def test_no_gradient_is_kept_after_its_step():
-    ps, opt = made()
+    ps, opt = make_optimizer()
     for step in range(3):
         give_gradients(step, ps)
         opt.step()
-    held = [weakref.ref(p.grad) for p in ps]
+    grads = [weakref.ref(p.grad) for p in ps]
     opt.zero_grad()
     gc.collect()
-    assert not any(ref() is not None for ref in held)
+    assert not any(ref() is not None for ref in grads)

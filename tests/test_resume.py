@@ -23,9 +23,9 @@ def resumed(tmp_path_factory):
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: "-".join(map(str, CASES[number].values())))
 def test_a_resumed_run_bitwise_equals_an_uninterrupted_one(resumed, number):
-    begun = torch.load(checkpoint(resumed, number), weights_only=True)
-    ended = torch.load(result(resumed, number), weights_only=True)
+    checkpoint_state = torch.load(checkpoint(resumed, number), weights_only=True)
+    actual = torch.load(result(resumed, number), weights_only=True)
     expected = Run(**CASES[number]).train(0, STEPS).state()
-    assert same(ended, expected)
-    assert not same(begun["optimizer"], expected["optimizer"])
-    assert any("layout" in state for state in ended["optimizer"]["state"].values())
+    assert same(actual, expected)
+    assert not same(checkpoint_state["optimizer"], expected["optimizer"])
+    assert any("layout" in state for state in actual["optimizer"]["state"].values())

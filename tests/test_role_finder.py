@@ -42,7 +42,7 @@ CAUSAL, MASKED, SEQ_TO_SEQ = "AutoModelForCausalLM", "AutoModelForMaskedLM", "Au
 IMAGES, IMAGES_AND_TEXT = "AutoModelForImageClassification", "AutoModelForImageTextToText"
 
 
-class Built(NamedTuple):
+class Model(NamedTuple):
     """A model of transformers, and its token tables in order."""
 
     kind: str
@@ -52,28 +52,28 @@ class Built(NamedTuple):
     shape: list[str] | None = None
 
 
-def three(published, **more):
+def three_layers(published, **more):
     """A published configuration in three layers."""
     layers = {key: 3 for key in ("num_hidden_layers", "n_layer") if key in published}
     return {**published, **layers, **more}
 
 
 EMBEDDING, UNTIED = ["model.embed_tokens"], ["model.embed_tokens", "lm_head"]
-BUILT = {
-    "LLaMA 1 7B": Built(CAUSAL, three(LLAMA_2_7B), UNTIED),
-    "LLaMA 3 8B": Built(CAUSAL, three(LLAMA_3_8B), UNTIED),
-    "LLaMA 3 70B": Built(CAUSAL, three(LLAMA_3_70B), UNTIED),
-    "LLaMA 3.2 1B": Built(CAUSAL, three(LLAMA_32_1B), EMBEDDING),
-    "LLaMA 4": Built(
+MODELS = {
+    "LLaMA 1 7B": Model(CAUSAL, three_layers(LLAMA_2_7B), UNTIED),
+    "LLaMA 3 8B": Model(CAUSAL, three_layers(LLAMA_3_8B), UNTIED),
+    "LLaMA 3 70B": Model(CAUSAL, three_layers(LLAMA_3_70B), UNTIED),
+    "LLaMA 3.2 1B": Model(CAUSAL, three_layers(LLAMA_32_1B), EMBEDDING),
+    "LLaMA 4": Model(
         IMAGES_AND_TEXT,
         {"model_type": "llama4", "text_config": {"num_hidden_layers": 3}, "vision_config": {"num_hidden_layers": 3}},
         ["language_model.model.embed_tokens", "language_model.lm_head"],
     ),
-    "Mistral 7B": Built(CAUSAL, three(MISTRAL_7B), UNTIED),
-    "Mixtral 8x7B": Built(CAUSAL, three(MIXTRAL_8X7B), UNTIED),
-    "Qwen 2 0.5B": Built(
+    "Mistral 7B": Model(CAUSAL, three_layers(MISTRAL_7B), UNTIED),
+    "Mixtral 8x7B": Model(CAUSAL, three_layers(MIXTRAL_8X7B), UNTIED),
+    "Qwen 2 0.5B": Model(
         CAUSAL,
-        three(
+        three_layers(
             QWEN_25_7B,
             hidden_size=896,
             intermediate_size=4864,
@@ -84,19 +84,19 @@ BUILT = {
         ),
         EMBEDDING,
     ),
-    "Qwen 2.5 7B": Built(CAUSAL, three(QWEN_25_7B), UNTIED),
-    "Qwen 2 57B-A14B": Built(CAUSAL, {"model_type": "qwen2_moe", "num_hidden_layers": 3, "num_experts": 8}, UNTIED),
-    "Qwen 2 VL 72B": Built(
+    "Qwen 2.5 7B": Model(CAUSAL, three_layers(QWEN_25_7B), UNTIED),
+    "Qwen 2 57B-A14B": Model(CAUSAL, {"model_type": "qwen2_moe", "num_hidden_layers": 3, "num_experts": 8}, UNTIED),
+    "Qwen 2 VL 72B": Model(
         IMAGES_AND_TEXT,
         {"model_type": "qwen2_vl", "text_config": {"num_hidden_layers": 3}, "vision_config": {"depth": 3}},
         ["model.language_model.embed_tokens", "lm_head"],
     ),
-    "Qwen 3 8B": Built(CAUSAL, three(QWEN_3_8B), UNTIED),
-    "Qwen 3 0.6B": Built(CAUSAL, three(QWEN_3_600M), EMBEDDING),
-    "Qwen 3 30B-A3B": Built(CAUSAL, three(QWEN_3_30B), UNTIED),
-    "Gemma 2 2B": Built(CAUSAL, three(GEMMA_2_2B), EMBEDDING),
-    "Gemma 3 1B": Built(CAUSAL, three(GEMMA_3_1B), EMBEDDING),
-    "Gemma 3 4B": Built(  # the 4,096 positions of an image have the shape of a token table
+    "Qwen 3 8B": Model(CAUSAL, three_layers(QWEN_3_8B), UNTIED),
+    "Qwen 3 0.6B": Model(CAUSAL, three_layers(QWEN_3_600M), EMBEDDING),
+    "Qwen 3 30B-A3B": Model(CAUSAL, three_layers(QWEN_3_30B), UNTIED),
+    "Gemma 2 2B": Model(CAUSAL, three_layers(GEMMA_2_2B), EMBEDDING),
+    "Gemma 3 1B": Model(CAUSAL, three_layers(GEMMA_3_1B), EMBEDDING),
+    "Gemma 3 4B": Model(  # the 4,096 positions of an image have the shape of a token table
         IMAGES_AND_TEXT,
         {
             "model_type": "gemma3",
@@ -112,24 +112,26 @@ BUILT = {
         },
         ["model.vision_tower.embeddings.position_embedding", "model.language_model.embed_tokens"],
     ),
-    "Gemma 3n": Built(  # whose 35 layers are projected to in one matrix
+    "Gemma 3n": Model(  # whose 35 layers are projected to in one matrix
         CAUSAL,
         {"model_type": "gemma3n_text", "num_hidden_layers": 35},
         ["model.embed_tokens", "model.embed_tokens_per_layer", "model.per_layer_model_projection"],
     ),
-    "Phi 3 mini": Built(CAUSAL, three(PHI_3_MINI), UNTIED),
-    "Phi 4": Built(CAUSAL, three(PHI_4), UNTIED),
-    "GPT-2 XL": Built(CAUSAL, three(GPT_2_XL), ["transformer.wte"]),
-    "GPT-2 XL, untied": Built(CAUSAL, three(GPT_2_XL, tie_word_embeddings=False), ["transformer.wte", "lm_head"]),
-    "GPT-NeoX 20B": Built(CAUSAL, three(NEOX_20B), ["gpt_neox.embed_in", "lm_head"]),
-    "GPT-OSS": Built(CAUSAL, {"model_type": "gpt_oss", "num_hidden_layers": 3, "num_local_experts": 8}, UNTIED),
-    "Falcon 7B": Built(CAUSAL, three(FALCON_7B), ["transformer.word_embeddings"]),
-    "BLOOM 176B": Built(CAUSAL, three(BLOOM), ["transformer.word_embeddings"]),
-    "OPT 125M": Built(CAUSAL, {"model_type": "opt", "num_hidden_layers": 3}, ["model.decoder.embed_tokens"]),
-    "SmolLM2 135M": Built(CAUSAL, three(SMOLLM_135M), EMBEDDING),
-    "OLMoE 1B-7B": Built(CAUSAL, three(OLMOE_7B), UNTIED),
-    "DeepSeek 67B": Built(CAUSAL, three(DEEPSEEK_67B), UNTIED),
-    "DeepSeek V2 Lite": Built(  # only the first layer is dense: two matrices have the same number of rows
+    "Phi 3 mini": Model(CAUSAL, three_layers(PHI_3_MINI), UNTIED),
+    "Phi 4": Model(CAUSAL, three_layers(PHI_4), UNTIED),
+    "GPT-2 XL": Model(CAUSAL, three_layers(GPT_2_XL), ["transformer.wte"]),
+    "GPT-2 XL, untied": Model(
+        CAUSAL, three_layers(GPT_2_XL, tie_word_embeddings=False), ["transformer.wte", "lm_head"]
+    ),
+    "GPT-NeoX 20B": Model(CAUSAL, three_layers(NEOX_20B), ["gpt_neox.embed_in", "lm_head"]),
+    "GPT-OSS": Model(CAUSAL, {"model_type": "gpt_oss", "num_hidden_layers": 3, "num_local_experts": 8}, UNTIED),
+    "Falcon 7B": Model(CAUSAL, three_layers(FALCON_7B), ["transformer.word_embeddings"]),
+    "BLOOM 176B": Model(CAUSAL, three_layers(BLOOM), ["transformer.word_embeddings"]),
+    "OPT 125M": Model(CAUSAL, {"model_type": "opt", "num_hidden_layers": 3}, ["model.decoder.embed_tokens"]),
+    "SmolLM2 135M": Model(CAUSAL, three_layers(SMOLLM_135M), EMBEDDING),
+    "OLMoE 1B-7B": Model(CAUSAL, three_layers(OLMOE_7B), UNTIED),
+    "DeepSeek 67B": Model(CAUSAL, three_layers(DEEPSEEK_67B), UNTIED),
+    "DeepSeek V2 Lite": Model(  # only the first layer is dense: two matrices have the same number of rows
         CAUSAL,
         {
             "model_type": "deepseek_v2",
@@ -152,45 +154,45 @@ BUILT = {
             "lm_head",
         ],
     ),
-    "DeepSeek V3": Built(
+    "DeepSeek V3": Model(
         CAUSAL, {"model_type": "deepseek_v3", "num_hidden_layers": 3, "n_routed_experts": 8, "n_group": 2}, UNTIED
     ),
-    "Command R": Built(CAUSAL, three(COMMAND_R), EMBEDDING),
-    "Mamba": Built(CAUSAL, {"model_type": "mamba", "num_hidden_layers": 3}, ["backbone.embeddings"]),
-    "RWKV 4": Built(CAUSAL, {"model_type": "rwkv", "num_hidden_layers": 3}, ["rwkv.embeddings", "head"]),
-    "T5 small": Built(SEQ_TO_SEQ, {"model_type": "t5", "num_layers": 3, "num_decoder_layers": 3}, ["shared"]),
-    "BART large": Built(SEQ_TO_SEQ, {"model_type": "bart", "encoder_layers": 3, "decoder_layers": 3}, ["model.shared"]),
-    "BERT base": Built(MASKED, {"model_type": "bert", "num_hidden_layers": 3}, ["bert.embeddings.word_embeddings"]),
-    "BERT base, untied": Built(
+    "Command R": Model(CAUSAL, three_layers(COMMAND_R), EMBEDDING),
+    "Mamba": Model(CAUSAL, {"model_type": "mamba", "num_hidden_layers": 3}, ["backbone.embeddings"]),
+    "RWKV 4": Model(CAUSAL, {"model_type": "rwkv", "num_hidden_layers": 3}, ["rwkv.embeddings", "head"]),
+    "T5 small": Model(SEQ_TO_SEQ, {"model_type": "t5", "num_layers": 3, "num_decoder_layers": 3}, ["shared"]),
+    "BART large": Model(SEQ_TO_SEQ, {"model_type": "bart", "encoder_layers": 3, "decoder_layers": 3}, ["model.shared"]),
+    "BERT base": Model(MASKED, {"model_type": "bert", "num_hidden_layers": 3}, ["bert.embeddings.word_embeddings"]),
+    "BERT base, untied": Model(
         MASKED,
         {"model_type": "bert", "num_hidden_layers": 3, "tie_word_embeddings": False},
         ["bert.embeddings.word_embeddings", "cls.predictions.decoder"],
     ),
-    "RoBERTa base": Built(
+    "RoBERTa base": Model(
         MASKED,
         {"model_type": "roberta", "num_hidden_layers": 3, "vocab_size": 50265},
         ["roberta.embeddings.word_embeddings"],
     ),
-    "ALBERT": Built(  # all of whose layers are one
+    "ALBERT": Model(  # all of whose layers are one
         MASKED,
         {"model_type": "albert"},
         ["albert.embeddings.word_embeddings"],
         shape=["albert.embeddings.word_embeddings", "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn"],
     ),
-    "I-BERT": Built(
+    "I-BERT": Model(
         MASKED, {"model_type": "ibert", "num_hidden_layers": 3}, ["ibert.embeddings.word_embeddings"]
     ),  # it has a class of its own
-    "ViT base": Built(IMAGES, {"model_type": "vit", "num_hidden_layers": 3, "num_labels": 1000}, []),
-    "ViT base, ImageNet-21k": Built(
+    "ViT base": Model(IMAGES, {"model_type": "vit", "num_hidden_layers": 3, "num_labels": 1000}, []),
+    "ViT base, ImageNet-21k": Model(
         IMAGES, {"model_type": "vit", "num_hidden_layers": 3, "num_labels": 21843}, ["classifier"]
     ),
-    "MusicGen": Built(  # 2,048 tokens are too few for the shape alone
+    "MusicGen": Model(  # 2,048 tokens are too few for the shape alone
         "MusicgenForCausalLM",
         {"model_type": "musicgen_decoder", "num_hidden_layers": 3},
         [*(f"model.decoder.embed_tokens.{i}" for i in range(4)), *(f"lm_heads.{i}" for i in range(4))],
         shape=[],
     ),
-    "CANINE": Built(  # hashes of characters, which only modules identify
+    "CANINE": Model(  # hashes of characters, which only modules identify
         "CanineModel",
         {"model_type": "canine", "num_hidden_layers": 3},
         [f"char_embeddings.HashBucketCodepointEmbedder_{i}" for i in range(8)],
@@ -332,7 +334,7 @@ def tables(params, roles):
     ]
 
 
-def built(kind, keys):
+def build_model(kind, keys):
     """The model on the meta device."""
     transformers = pytest.importorskip("transformers")
     keys = copy.deepcopy(keys)
@@ -344,10 +346,10 @@ def built(kind, keys):
         return model.from_config(config) if kind.startswith("Auto") else model(config)
 
 
-@pytest.mark.parametrize("architecture", BUILT)
+@pytest.mark.parametrize("architecture", MODELS)
 def test_token_tables_of_a_public_architecture(architecture):
-    kind, keys, module, name, shape = BUILT[architecture]
-    model = built(kind, keys)
+    kind, keys, module, name, shape = MODELS[architecture]
+    model = build_model(kind, keys)
     params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     assert tables(params, found_roles(params, roles_of_modules(model))) == module
     assert tables(params, found_roles(params)) == (module if name is None else name)
@@ -371,8 +373,8 @@ def test_token_tables_of_an_architecture_by_names_and_shapes(architecture):
     ("GPT-NeoX 20B", 3, []),
 ])  # fmt: skip
 def test_by_shapes_only_models_of_one_or_two_layers_have_more_tables(architecture, layers, extra):
-    kind, keys, module, *_ = BUILT[architecture]
-    model = built(kind, {**keys, "num_hidden_layers": layers})
+    kind, keys, module, *_ = MODELS[architecture]
+    model = build_model(kind, {**keys, "num_hidden_layers": layers})
     params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     assert tables(params, found_roles(params)) == module
     found = tables(params, found_roles([(None, shape) for _, shape in params]))
@@ -383,8 +385,8 @@ def test_by_shapes_only_models_of_one_or_two_layers_have_more_tables(architectur
 @pytest.mark.parametrize("architecture", ["Mixtral 8x7B", "GPT-2 XL", "ViT base", "Mamba"])
 def test_all_other_weights_are_matrices_and_vectors_exact(architecture):
     """Stacks of experts, transposed weights of GPT-2, convolutions and the recurrence of Mamba among them."""
-    kind, keys, module, *_ = BUILT[architecture]
-    model = built(kind, keys)
+    kind, keys, module, *_ = MODELS[architecture]
+    model = build_model(kind, keys)
     params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     dimensions = set()
     for (name, shape), role in zip(params, found_roles(params, roles_of_modules(model)), strict=True):
@@ -396,14 +398,14 @@ def test_all_other_weights_are_matrices_and_vectors_exact(architecture):
 
 
 def test_reasons_name_how_a_table_was_found():
-    model = built(*BUILT["BERT base, untied"][:2])
+    model = build_model(*MODELS["BERT base, untied"][:2])
     assert {name: role.reason for name, role in roles_of_modules(model).items()} == {
         "bert.embeddings.word_embeddings.weight": "module: nn.Embedding",
         "cls.predictions.decoder.weight": "module: head as wide as word_embeddings",
     }
-    tied = roles_of_modules(built(*BUILT["BERT base"][:2]))
+    tied = roles_of_modules(build_model(*MODELS["BERT base"][:2]))
     assert [*tied.values()] == [("tokens", "module: nn.Embedding, tied to decoder")]
-    (other,) = roles_of_modules(built(*BUILT["I-BERT"][:2])).values()
+    (other,) = roles_of_modules(build_model(*MODELS["I-BERT"][:2])).values()
     assert other == ("tokens", "module: QuantEmbedding, tied to decoder")
     params = [("embed.weight", (300, 32)), ("head.weight", (300, 32)), ("a", (5000, 8)), ("b", (64, 64)), ("c", (9,))]
     assert found_roles(params) == [

@@ -37,14 +37,16 @@ def test_representable_and_special_values_are_kept(dtype):
         torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=0, equal_nan=True)
     huge = torch.tensor([1e30, -1e30])
     assert torch.equal(stochastic_round(huge, torch.float16, torch.zeros(2, dtype=torch.int32)), huge.half())
-    odd_nan = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
-    assert stochastic_round(odd_nan, dtype, torch.full((2,), 0xFFFF, dtype=torch.int32)).isnan().all()
+    nans = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    assert stochastic_round(nans, dtype, torch.full((2,), 0xFFFF, dtype=torch.int32)).isnan().all()
 
 
 def test_bits_do_not_depend_on_the_start_of_a_piece():
-    whole = random_bits(0, 1000, 7, KEY, PARAM, torch.device("cpu"))
-    for first, count in ((0, 1), (1, 31), (5, 700), (32, 64), (999, 1)):
-        assert torch.equal(random_bits(first, count, 7, KEY, PARAM, torch.device("cpu")), whole[first : first + count])
+    all_bits = random_bits(0, 1000, 7, KEY, PARAM, torch.device("cpu"))
+    for start, count in ((0, 1), (1, 31), (5, 700), (32, 64), (999, 1)):
+        assert torch.equal(
+            random_bits(start, count, 7, KEY, PARAM, torch.device("cpu")), all_bits[start : start + count]
+        )
 
 
 def test_bits_are_uniform_and_uncorrelated():
@@ -80,10 +82,10 @@ def drift(dtype, stochastic_rounding, **options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_ten_thousand_tiny_updates_change_the_mean(dtype):
-    moved = drift(dtype, None, compress_ratio=1)
+    drift_in_ulps = drift(dtype, None, compress_ratio=1)
     # Below 1.0 the spacing is ulp / 2: each weight's walk has a variance of at most 10 ulp * spacing. The update itself
     # is rounded in float32, by at most 2^-25 of the 10 ulp / 10,000 that it should be.
-    assert abs(moved - 10) < 5 * math.sqrt(10 * 0.5 / 4096) + 10_000 * 2**-25 / torch.finfo(dtype).eps
+    assert abs(drift_in_ulps - 10) < 5 * math.sqrt(10 * 0.5 / 4096) + 10_000 * 2**-25 / torch.finfo(dtype).eps
 
 
 def test_round_to_nearest_changes_nothing():
@@ -93,23 +95,23 @@ def test_round_to_nearest_changes_nothing():
 
 def test_a_bf16_table_follows_its_average_only_with_stochastic_rounding():
     """V under g = 1 is 1 - beta2^t. Nearest rounding sticks where an increment is under half a unit."""
-    stored = {}
+    means = {}
     for rounding in (None, False):
         p = torch.nn.Parameter(torch.zeros(2**16))
         opt = Collins([p], lr=0, role="matrix", table_dtype=torch.bfloat16, stochastic_rounding=rounding)
         for _ in range(2000):
             p.grad = torch.ones_like(p)
             opt.step()
-        stored[rounding] = opt.state[p]["v_table"].double().mean().item()
+        means[rounding] = opt.state[p]["v_table"].double().mean().item()
         assert opt.state[p]["v_table"].dtype == opt.state[p]["m_table"].dtype == torch.bfloat16
     exact = 1 - 0.999**2000
-    assert abs(stored[None] - exact) < 0.01
-    assert abs(stored[False] - exact) > 0.1
+    assert abs(means[None] - exact) < 0.01
+    assert abs(means[False] - exact) > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounding_is_repeatable_and_does_not_use_the_global_generator(dtype):
-    def trained(**options):
+    def train_with(**options):
         p = torch.nn.Parameter(torch.linspace(-1, 1, 5000).to(dtype))
         opt = Collins([p], table_dtype=torch.bfloat16, **options)
         for step in range(5):
@@ -118,12 +120,12 @@ def test_rounding_is_repeatable_and_does_not_use_the_global_generator(dtype):
         return p.detach()
 
     before = torch.get_rng_state()
-    first = trained()
+    expected = train_with()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(123)
-    assert torch.equal(trained(), first)
-    assert not torch.equal(trained(seed=1), first)
-    assert not torch.equal(trained(stochastic_rounding=False), first)
+    assert torch.equal(train_with(), expected)
+    assert not torch.equal(train_with(seed=1), expected)
+    assert not torch.equal(train_with(stochastic_rounding=False), expected)
 
 
 def test_half_the_ratio_in_bf16_costs_the_same_bytes():

@@ -117,10 +117,10 @@ def test_memory_is_kept_as_long_as_any_of_its_tensors():
     slab = Slab([TensorSpec((size,), torch.uint8), TensorSpec((4,), torch.float32)], pin=False)
     slab.tensors[0].fill_(1)
     assert mapped_bytes() - before > 0.9 * size
-    tensor, gone = slab.tensors[1], weakref.ref(slab)
+    tensor, reference = slab.tensors[1], weakref.ref(slab)
     del slab
     gc.collect()
-    assert gone() is None
+    assert reference() is None
     tensor.fill_(5)
     assert mapped_bytes() - before > 0.9 * size
     assert tensor.tolist() == [5] * 4
@@ -164,8 +164,8 @@ def test_beyond_the_limit_slabs_are_pageable_with_one_warning(cudart):
 
 def test_if_pinning_fails_slabs_are_pageable_and_one_warning_gives_the_reason(cudart, monkeypatch):
     cudart.error = 2
-    launched = []
-    monkeypatch.setattr(torch, "ones", lambda *args, device: launched.append(device))
+    launches = []
+    monkeypatch.setattr(torch, "ones", lambda *args, device: launches.append(device))
     before = pinned_bytes()
     with pytest.warns(UserWarning, match="pageable") as caught:
         slabs = [Slab(PARTS), Slab(PARTS)]
@@ -173,7 +173,7 @@ def test_if_pinning_fails_slabs_are_pageable_and_one_warning_gives_the_reason(cu
     expected = f"cudaHostRegister of {slabs[0].nbytes:,} bytes failed with error 2 (reason 2)"
     assert expected in str(warning.message)
     assert [slab.pinned for slab in slabs] == [False, False]
-    assert launched == ["cuda"] * 2  # cleared the error that the next kernel would have raised
+    assert launches == ["cuda"] * 2  # cleared the error that the next kernel would have raised
     assert pinned_bytes() == before
     slabs[0].tensors[0].fill_(1)
     del slabs
@@ -202,28 +202,28 @@ def test_a_negative_limit_is_rejected():
 def test_a_forked_child_is_rejected_and_cannot_access_the_values_of_its_parent(cudart):
     slab = Slab([TensorSpec((8,), torch.float32)])
     tensor = slab.tensors[0].fill_(3)
-    here, there = os.pipe()
+    read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            said = ""
+            messages = ""
             for use in (lambda: slab.tensors, lambda: slab.bytes, slab.check_process):
                 try:
                     use()
-                    said += "worked;"
+                    messages += "worked;"
                 except RuntimeError as error:
-                    said += f"{error};"
+                    messages += f"{error};"
             tensor.fill_(9)
             del slab, tensor, use
             gc.collect()
-            os.write(there, f"{said}|{len(cudart.registered)}".encode())
+            os.write(write_end, f"{messages}|{len(cudart.registered)}".encode())
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-    said, registered = os.read(here, 10_000).decode().split("|")
-    os.close(here)
-    os.close(there)
-    assert said.count(f"belongs to process {os.getpid()}, and process {child} was forked") == 3
+    messages, registered = os.read(read_end, 10_000).decode().split("|")
+    os.close(read_end)
+    os.close(write_end)
+    assert messages.count(f"belongs to process {os.getpid()}, and process {child} was forked") == 3
     assert registered == "1"  # the child made no call to CUDA when its copy was freed
     assert tensor.tolist() == [3] * 8
     assert slab.pinned

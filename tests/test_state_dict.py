@@ -30,7 +30,7 @@ def through_file(state):
     return torch.load(file, weights_only=True)
 
 
-TRIPS = {
+ROUND_TRIPS = {
     "weights-only file": through_file,
     "pickle": lambda state: pickle.loads(pickle.dumps(state)),
     "deepcopy": copy.deepcopy,
@@ -38,12 +38,12 @@ TRIPS = {
 
 
 @pytest.mark.usefixtures("reproducible")
-@pytest.mark.parametrize("trip", TRIPS)
+@pytest.mark.parametrize("round_trip", ROUND_TRIPS)
 @pytest.mark.parametrize("memory", [None, "device", "host"])
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("hash", ["block", "universal"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_state_is_loaded_bitwise_in_every_tier(device, hash, table_dtype, memory, trip):
+def test_state_is_loaded_bitwise_in_every_tier(device, hash, table_dtype, memory, round_trip):
     if device == "cpu" and memory == "device":
         memory = {"tier": "auto"}  # the CPU is the host
     options = {"hash": hash, "table_dtype": table_dtype, "memory": memory, "lr": 0.01, "min_K": 16}
@@ -51,7 +51,7 @@ def test_state_is_loaded_bitwise_in_every_tier(device, hash, table_dtype, memory
     net, other = (small_model(seed, dtype, device) for seed in (0, 1))
     opt, resumed = (Collins(n.parameters(), **options) for n in (net, other))
     train(net, opt, 3)
-    saved = TRIPS[trip](opt.state_dict())
+    saved = ROUND_TRIPS[round_trip](opt.state_dict())
     resumed.load_state_dict(saved)
     assert same(resumed.state_dict()["state"], opt.state_dict()["state"])
     other.load_state_dict(net.state_dict())
@@ -68,19 +68,21 @@ def test_tensors_keep_identity_address_and_tier(device, memory):
     opt, target = (Collins(n.parameters(), min_K=16, memory=memory, lr=torch.tensor(0.01)) for n in (net, other))
     train(net, opt, 3)
     train(other, target, 1)
-    held = {p: {name: (value, value.data_ptr(), value.device) for name, value in state.items() if name != "layout"}
-            for p, state in target.state.items()}  # fmt: skip
+    tensors_of = {
+        p: {name: (value, value.data_ptr(), value.device) for name, value in state.items() if name != "layout"}
+        for p, state in target.state.items()
+    }
     lr = target.param_groups[0]["lr"]
     opt.param_groups[0]["lr"].fill_(0.5)
     target.load_state_dict(opt.state_dict())
     assert target.param_groups[0]["lr"] is lr
     assert lr.item() == 0.5
-    for p, tensors in held.items():
-        for name, (tensor, address, where) in tensors.items():
-            now = target.state[p][name]
-            assert now is tensor
-            assert (now.data_ptr(), now.device) == (address, where)
-            assert memory is None or now.device.type == "cpu"
+    for p, tensors in tensors_of.items():
+        for name, (tensor, address, device_before) in tensors.items():
+            current = target.state[p][name]
+            assert current is tensor
+            assert (current.data_ptr(), current.device) == (address, device_before)
+            assert memory is None or current.device.type == "cpu"
     assert same(target.state_dict()["state"], opt.state_dict()["state"])
     before = copy.deepcopy(target.state_dict()["state"])
     train(net, opt, 1)
@@ -127,10 +129,10 @@ def test_a_parameter_that_is_not_in_the_state_dict_restarts():
         opt.load_state_dict(partial)
         assert net[0].weight not in opt.state
         other = copy.deepcopy(net)
-        new = Collins(other.parameters(), min_K=16)
+        new_opt = Collins(other.parameters(), min_K=16)
         train(net, opt, 1)
-        train(other, new, 1)
-        assert same(opt.state_dict()["state"][0], new.state_dict()["state"][0])
+        train(other, new_opt, 1)
+        assert same(opt.state_dict()["state"][0], new_opt.state_dict()["state"][0])
         assert opt.state_dict()["state"][2]["step"] == 3
 
 
@@ -179,24 +181,26 @@ def test_custom_coefficients_are_part_of_the_fingerprint():
 
 def test_another_order_of_parameters_is_rejected():
     torch.manual_seed(0)
-    a, b, tall = (torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 64), (64, 64), (128, 32)))
+    a, b, other_shape = (torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 64), (64, 64), (128, 32)))
 
-    def stepped(params, **options):
+    def opt_after_step(params, **options):
         opt = Collins(params, min_K=16, **options)
-        for p in (a, b, tall):
+        for p in (a, b, other_shape):
             p.grad = torch.ones_like(p)
         opt.step()
         return opt
 
-    saved = stepped([("a", a), ("b", b)]).state_dict()
+    saved = opt_after_step([("a", a), ("b", b)]).state_dict()
     with pytest.raises(ValueError, match="parameter 'a' is number 0 in state_dict and number 1 in this optimizer"):
-        stepped([("b", b), ("a", a)]).load_state_dict(saved)
-    stepped([("module.a", a), ("module.b", b)]).load_state_dict(saved)  # names may change: the positions are the same
-    stepped([a, b]).load_state_dict(saved)
+        opt_after_step([("b", b), ("a", a)]).load_state_dict(saved)
+    opt_after_step([("module.a", a), ("module.b", b)]).load_state_dict(
+        saved
+    )  # names may change: the positions are the same
+    opt_after_step([a, b]).load_state_dict(saved)
     # Without names, shapes are compared, also if tables have the same length.
-    saved = stepped([a, tall], hash="universal").state_dict()
+    saved = opt_after_step([a, other_shape], hash="universal").state_dict()
     with pytest.raises(ValueError, match=r"parameter 0 has the shape \(128, 32\); .* 4096 elements in 64 rows"):
-        stepped([tall, a], hash="universal").load_state_dict(saved)
+        opt_after_step([other_shape, a], hash="universal").load_state_dict(saved)
 
 
 def test_dense_moments_have_the_format_of_adamw_without_a_fingerprint():
@@ -237,7 +241,7 @@ def test_scheduled_options_are_loaded_and_all_others_keep_their_values():
     assert (group["decode"], group["stochastic_rounding"], group["nonfinite"]) == ("least_squares", False, "skip")
 
 
-BROKEN = [
+INVALID_STATE_DICTS = [
     (lambda s: s["state"][0].pop("layout"), "parameter 0 has tables in state_dict without the 'layout'"),
     (lambda s: s["state"][0].update(layout=5), "parameter 0 in state_dict: layout must be a fingerprint of version 1"),
     (lambda s: s["state"][0].update(layout=2**2000 + 1), "parameter 0 in state_dict: layout must be a fingerprint"),
@@ -253,22 +257,22 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("change", "text"), BROKEN, ids=[text[:40] for _, text in BROKEN])
+@pytest.mark.parametrize(("change", "text"), INVALID_STATE_DICTS, ids=[text[:40] for _, text in INVALID_STATE_DICTS])
 def test_an_invalid_state_dict_is_rejected_and_nothing_changes(change, text):
     net = small_model()
     opt = Collins(net.parameters(), min_K=16)
     train(net, opt, 1)
-    wrong = copy.deepcopy(opt.state_dict())
-    change(wrong)
+    state_dict = copy.deepcopy(opt.state_dict())
+    change(state_dict)
     train(net, opt, 1)
     before = copy.deepcopy(opt.state_dict())
     with pytest.raises(ValueError, match=text):
-        opt.load_state_dict(wrong)
+        opt.load_state_dict(state_dict)
     assert same(opt.state_dict()["state"], before["state"])
     assert opt.state_dict()["param_groups"] == before["param_groups"]
 
 
-def replaced(**parts):
+def with_parts(**parts):
     return lambda state: {**state, **parts}
 
 
@@ -283,18 +287,21 @@ def in_state(**parts):
 MALFORMED = {
     "no dict": (lambda state: 5, "state_dict must be a dict"),
     "a list": (lambda state: [state], "state_dict must be a dict"),
-    "state: list": (replaced(state=[1]), r"state_dict\['state'\] must be a mapping, got a value of type list"),
-    "state: bool": (replaced(state=True), r"state_dict\['state'\] must be a mapping, got a value of type bool"),
-    "one state: list": (replaced(state={0: [1]}), r"state_dict\['state'\]\[0\] must be a mapping"),
+    "state: list": (with_parts(state=[1]), r"state_dict\['state'\] must be a mapping, got a value of type list"),
+    "state: bool": (with_parts(state=True), r"state_dict\['state'\] must be a mapping, got a value of type bool"),
+    "one state: list": (with_parts(state={0: [1]}), r"state_dict\['state'\]\[0\] must be a mapping"),
     "one state: tensor": (
-        replaced(state={1: torch.ones(2)}),
+        with_parts(state={1: torch.ones(2)}),
         r"state_dict\['state'\]\[1\] must be a mapping, .* Tensor",
     ),
-    "one state: None": (replaced(state={0: None}), r"state_dict\['state'\]\[0\] must be a mapping, got None"),
-    "groups: dict": (replaced(param_groups={}), r"state_dict\['param_groups'\] must be a list, got .* dict"),
-    "groups: tensor": (replaced(param_groups=torch.ones(6)), r"state_dict\['param_groups'\] must be a list"),
-    "group: no params": (replaced(param_groups=[{}]), r"\['param_groups'\]\[0\] must be a dict with the key 'params'"),
-    "group: list": (replaced(param_groups=[[0]]), r"\['param_groups'\]\[0\] must be a dict .* got list"),
+    "one state: None": (with_parts(state={0: None}), r"state_dict\['state'\]\[0\] must be a mapping, got None"),
+    "groups: dict": (with_parts(param_groups={}), r"state_dict\['param_groups'\] must be a list, got .* dict"),
+    "groups: tensor": (with_parts(param_groups=torch.ones(6)), r"state_dict\['param_groups'\] must be a list"),
+    "group: no params": (
+        with_parts(param_groups=[{}]),
+        r"\['param_groups'\]\[0\] must be a dict with the key 'params'",
+    ),
+    "group: list": (with_parts(param_groups=[[0]]), r"\['param_groups'\]\[0\] must be a dict .* got list"),
     "params: int": (in_group(params=3), r"\[0\]\['params'\] must be a list, got a value of type int"),
     "params: lists": (in_group(params=[[0], [1], [2], [3]]), "each of .* must be a parameter's number, got .* list"),
     "params: twice": (in_group(params=[0, 0, 1, 2]), "must have each parameter in its param_groups once"),
@@ -322,11 +329,11 @@ MALFORMED = {
 }
 
 
-def unchanged_by(opt, what, given, text):
+def assert_rejected(opt, call, state_dict, text):
     """Checks that a call raises an error and changes nothing."""
     before, groups = copy.deepcopy(opt.state_dict()["state"]), str(opt.param_groups)
     with pytest.raises(ValueError, match=text):
-        what(given)
+        call(state_dict)
     assert same(opt.state_dict()["state"], before)
     assert str(opt.param_groups) == groups
 
@@ -340,27 +347,27 @@ def saved_and_target(**options):
     return source.state_dict(), target
 
 
-@pytest.mark.parametrize("form", MALFORMED)
-@pytest.mark.parametrize("what", ["load_state_dict", "check_state_dict", "convert"])
-def test_a_malformed_state_dict_is_rejected_by_name_and_nothing_changes(what, form):
-    change, text = MALFORMED[form]
+@pytest.mark.parametrize("case", MALFORMED)
+@pytest.mark.parametrize("method", ["load_state_dict", "check_state_dict", "convert"])
+def test_a_malformed_state_dict_is_rejected_by_name_and_nothing_changes(method, case):
+    change, text = MALFORMED[case]
     saved, target = saved_and_target()
-    act = (lambda state: convert(state, target)) if what == "convert" else getattr(target, what)
-    unchanged_by(target, act, change(saved), text)
+    call = (lambda state: convert(state, target)) if method == "convert" else getattr(target, method)
+    assert_rejected(target, call, change(saved), text)
 
 
-def freed(t):
+def without_storage(t):
     t = t.clone()
     t.untyped_storage().resize_(0)
     return t
 
 
-UNFIT = {
+INVALID_MOMENTS = {
     "sparse": lambda t: t.to_sparse(),
     "meta": lambda t: t.to("meta"),
     "requires grad": lambda t: t.clone().requires_grad_(),
     "nested": lambda t: torch.nested.as_nested_tensor([*t]),
-    "freed": freed,
+    "freed": without_storage,
     "numpy": lambda t: t.numpy(),
     "None": lambda t: None,
     "double": lambda t: t.double(),
@@ -370,24 +377,28 @@ UNFIT = {
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("memory", [None, "host"])
-@pytest.mark.parametrize("unfit", UNFIT)
+@pytest.mark.parametrize("case", INVALID_MOMENTS)
 @pytest.mark.parametrize("ratio", [1, 32])
-def test_a_moment_that_cannot_be_copied_is_detected_before_any_is_loaded(ratio, unfit, memory):
+def test_a_moment_that_cannot_be_copied_is_detected_before_any_is_loaded(ratio, case, memory):
     saved, target = saved_and_target(compress_ratio=ratio, memory=memory)
     saved = copy.deepcopy(saved)
     number, state = [*saved["state"].items()][2]  # the last matrix, behind others that fit
     key = "exp_avg_sq" if ratio == 1 else "v_table"
-    state[key] = UNFIT[unfit](state[key])
-    for what in (target.load_state_dict, target.check_state_dict):
-        unchanged_by(target, what, saved, f"parameter {number} .*{key}")
+    state[key] = INVALID_MOMENTS[case](state[key])
+    for method in (target.load_state_dict, target.check_state_dict):
+        assert_rejected(target, method, saved, f"parameter {number} .*{key}")
 
 
-@pytest.mark.parametrize("held", ["sparse", "meta", "requires grad", "freed", "numpy", "None", "lazy"])
-def test_a_moment_here_that_cannot_be_written_to_is_replaced(held):
+@pytest.mark.parametrize("case", ["sparse", "meta", "requires grad", "freed", "numpy", "None", "lazy"])
+def test_a_moment_here_that_cannot_be_written_to_is_replaced(case):
     saved, target = saved_and_target(compress_ratio=1)
     state = [*target.state.values()][2]
-    state["exp_avg_sq"] = UNFIT[held](state["exp_avg_sq"])
-    state["step"] = UNFIT["sparse"](state["step"]) if held == "sparse" else UNFIT["requires grad"](state["step"])
+    state["exp_avg_sq"] = INVALID_MOMENTS[case](state["exp_avg_sq"])
+    state["step"] = (
+        INVALID_MOMENTS["sparse"](state["step"])
+        if case == "sparse"
+        else INVALID_MOMENTS["requires grad"](state["step"])
+    )
     target.load_state_dict(saved)
     assert same(target.state_dict()["state"], saved["state"])
 
@@ -400,16 +411,16 @@ def test_the_steps_of_a_whole_counter_are_loaded():
 
 def test_options_that_earlier_versions_ignored_in_a_group_are_dropped():
     saved, target = saved_and_target()
-    for loaded in (in_group(seed=5, tag="kept")(saved), convert(in_group(seed=5, tag="kept")(saved), target)):
-        target.load_state_dict(loaded)
+    for state_dict in (in_group(seed=5, tag="kept")(saved), convert(in_group(seed=5, tag="kept")(saved), target)):
+        target.load_state_dict(state_dict)
         assert "seed" not in target.param_groups[0]
         assert target.param_groups[0]["tag"] == "kept"
 
 
-@pytest.mark.parametrize("trip", TRIPS)
+@pytest.mark.parametrize("round_trip", ROUND_TRIPS)
 @pytest.mark.parametrize("memory", [None, "host"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_additional_state_of_a_wrapper_is_loaded_bitwise(device, memory, trip):
+def test_additional_state_of_a_wrapper_is_loaded_bitwise(device, memory, round_trip):
     (net, source), (other, target) = (
         (n, Collins(n.parameters(), min_K=16, memory=memory))
         for n in (small_model(device=device), small_model(1, device=device))
@@ -419,7 +430,7 @@ def test_additional_state_of_a_wrapper_is_loaded_bitwise(device, memory, trip):
     slow = torch.randn(128, 64, dtype=torch.float64, device=device)
     extra = {"slow": slow, "turn": 3, "history": [(1, torch.ones(2, dtype=torch.int32))], "mask": torch.eye(2).bool()}
     source.state[net[0].weight].update(extra)
-    saved = TRIPS[trip](source.state_dict())
+    saved = ROUND_TRIPS[round_trip](source.state_dict())
     target.load_state_dict(saved)
     state = target.state[other[0].weight]
     assert same(target.state_dict()["state"], source.state_dict()["state"])
@@ -445,13 +456,13 @@ def test_the_error_for_moments_of_adamw_names_convert(options):
 
 
 def test_a_fingerprint_packs_and_unpacks():
-    mark = Fingerprint(1, 12, *range(3, 13), 2**64 - 3)
-    assert unpacked(mark.packed()) == mark
-    none = ({"rows": 5}, {"buckets": 0}, {"hash": 0}, {"hash": 2}, {"hash": 3})
-    inconsistent = [mark._replace(**change).packed() for change in none]
-    for wrong in (0, -1, True, mark.packed() + 1, "1", None, 1.0, 10**5000, *inconsistent):
+    fingerprint = Fingerprint(1, 12, *range(3, 13), 2**64 - 3)
+    assert unpacked(fingerprint.packed()) == fingerprint
+    changes = ({"rows": 5}, {"buckets": 0}, {"hash": 0}, {"hash": 2}, {"hash": 3})
+    inconsistent = [fingerprint._replace(**change).packed() for change in changes]
+    for value in (0, -1, True, fingerprint.packed() + 1, "1", None, 1.0, 10**5000, *inconsistent):
         with pytest.raises(ValueError, match="layout must be a fingerprint"):
-            unpacked(wrong)
+            unpacked(value)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -463,7 +474,7 @@ def test_distributed_checkpoints_keep_the_fingerprint(flat, tmp_path):
     train(net, source, 3)
     dcp.save(get_optimizer_state_dict(net, source, options=options), checkpoint_id=tmp_path, no_dist=True)
 
-    def loaded(**settings):
+    def load_into_new(**settings):
         other = small_model(1)
         opt = Collins(other.parameters(), **{"min_K": 16, "lr": 0.01, **settings})
         state = get_optimizer_state_dict(other, opt, options=options)
@@ -471,13 +482,13 @@ def test_distributed_checkpoints_keep_the_fingerprint(flat, tmp_path):
         set_optimizer_state_dict(other, opt, state, options=options)
         return opt
 
-    assert same(loaded().state_dict()["state"], source.state_dict()["state"])
+    assert same(load_into_new().state_dict()["state"], source.state_dict()["state"])
     with pytest.raises(ValueError, match="seed 0 where this optimizer has 3"):
-        loaded(seed=3)
+        load_into_new(seed=3)
     set_optimizer_state_dict(
         other := small_model(1),
-        fresh := Collins(other.parameters(), min_K=16),
+        new_opt := Collins(other.parameters(), min_K=16),
         get_optimizer_state_dict(net, source, options=options),
         options=options,
     )
-    assert same(fresh.state_dict()["state"], source.state_dict()["state"])
+    assert same(new_opt.state_dict()["state"], source.state_dict()["state"])

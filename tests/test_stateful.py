@@ -1,7 +1,7 @@
 """Whatever is done to an optimizer between its steps, every tier and every way to step stays with one that is never
 interrupted, to the bit.
 
-A twin (moments beside the parameters, eager, after backward) and several subjects go through the same random
+A reference (moments beside the parameters, eager, after backward) and several subjects go through the same random
 operations; subjects are also saved and loaded, copied, pickled and moved to other tiers on the way. After each
 operation all weights and all state are compared.
 
@@ -48,7 +48,7 @@ OPTIONS = {
 }
 
 
-class Side:
+class Subject:
     """Parameters by name, and the optimizer that steps them.
 
     Attributes:
@@ -63,44 +63,48 @@ class Side:
 
     def build(self, groups):
         """Creates an optimizer from the names of the parameters and the options of each group."""
-        named = [{**options, "params": [(name, self.params[name]) for name in names]} for names, options in groups]
-        self.opt = Collins(named, lr=1e-2, min_K=16, compress_ratio=8, rehash_period=3, hash=self.hash, **self.way)
+        named_groups = [
+            {**options, "params": [(name, self.params[name]) for name in names]} for names, options in groups
+        ]
+        self.opt = Collins(
+            named_groups, lr=1e-2, min_K=16, compress_ratio=8, rehash_period=3, hash=self.hash, **self.way
+        )
 
     def groups(self):
-        kept = ("params", "param_names")
+        excluded = ("params", "param_names")
         return [
-            (list(group["param_names"]), {k: copy.deepcopy(v) for k, v in group.items() if k not in kept})
+            (list(group["param_names"]), {k: copy.deepcopy(v) for k, v in group.items() if k not in excluded})
             for group in self.opt.param_groups
         ]
 
     def step(self, grads):
         """One step with the given gradients, by names of parameters."""
-        given = {name: g.to(self.params[name].dtype) for name, g in grads.items()}
+        cast_grads = {name: g.to(self.params[name].dtype) for name, g in grads.items()}
         try:
-            if self.opt.in_backward and given:
-                sum((self.params[name] * g).sum() for name, g in given.items()).backward()
+            if self.opt.in_backward and cast_grads:
+                sum((self.params[name] * g).sum() for name, g in cast_grads.items()).backward()
             elif not self.opt.in_backward:
-                for name, g in given.items():
+                for name, g in cast_grads.items():
                     self.params[name].grad = g
             self.opt.step()
         finally:
             for p in self.params.values():
                 p.grad = None
 
-    def fresh(self, way):
+    def new_subject(self, way):
         """New tensors and a new optimizer, as another process would create them."""
         params = {
             name: torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
             for name, p in self.params.items()
         }
-        return Side(params, self.groups(), way, self.hash)
+        return Subject(params, self.groups(), way, self.hash)
 
-    def drained(self):
+    def drained_state(self):
         self.opt._stepper.store.drain()
         return self.opt.state
 
 
-def seeded(*shape, seed):
+def random_tensor(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -117,184 +121,190 @@ class Interruptions(RuleBasedStateMachine):
         names = [f"p{i}" for i in range(len(SHAPES))]
         groups = [group for group in ((names[:split], {}), (names[split:], {})) if group[0]]
 
-        def made(way):
+        def make_subject(way):
             params = {
-                name: torch.nn.Parameter(seeded(*shape, seed=i).to(dtype))
+                name: torch.nn.Parameter(random_tensor(*shape, seed=i).to(dtype))
                 for i, (name, shape) in enumerate(zip(names, SHAPES, strict=True))
             }
-            return Side(params, groups, way, hash)
+            return Subject(params, groups, way, hash)
 
-        self.twin = made({})
-        self.subjects = [made(way) for way in ways[:3]]
+        self.reference = make_subject({})
+        self.subjects = [make_subject(way) for way in ways[:3]]
 
     @property
-    def sides(self):
-        return [self.twin, *self.subjects]
+    def all_subjects(self):
+        return [self.reference, *self.subjects]
 
     def seed(self):
         self.number += 1
         return 1000 + self.number
 
-    def members(self):
-        return [name for group in self.twin.opt.param_groups for name in group["param_names"]]
+    def names_in_groups(self):
+        return [name for group in self.reference.opt.param_groups for name in group["param_names"]]
 
-    def pick(self, data, among=None):
-        return data.draw(st.sampled_from(sorted(self.members() if among is None else among)))
+    def draw_name(self, data, names=None):
+        return data.draw(st.sampled_from(sorted(self.names_in_groups() if names is None else names)))
 
     # Steps.
 
     @rule(data=st.data(), count=st.integers(1, 4))
     def step(self, data, count):
         for _ in range(count):
-            taking = [name for name in self.members() if self.twin.params[name].requires_grad]
-            without = data.draw(st.sets(st.sampled_from(taking), max_size=2)) if taking else set()
+            stepped_names = [name for name in self.names_in_groups() if self.reference.params[name].requires_grad]
+            names_without_gradient = (
+                data.draw(st.sets(st.sampled_from(stepped_names), max_size=2)) if stepped_names else set()
+            )
             seed = self.seed()
             grads = {
-                name: seeded(*self.twin.params[name].shape, seed=100 * seed + i)
-                for i, name in enumerate(taking)
-                if name not in without
+                name: random_tensor(*self.reference.params[name].shape, seed=100 * seed + i)
+                for i, name in enumerate(stepped_names)
+                if name not in names_without_gradient
             }
-            for side in self.sides:
-                side.step(grads)
+            for subject in self.all_subjects:
+                subject.step(grads)
 
     @rule(data=st.data())
     def step_with_a_gradient_that_is_not_finite(self, data):
-        name = self.pick(data)
-        if not self.twin.params[name].requires_grad:
+        name = self.draw_name(data)
+        if not self.reference.params[name].requires_grad:
             return
-        before = [group["nonfinite"] for group in self.twin.opt.param_groups]
-        g = seeded(*self.twin.params[name].shape, seed=self.seed())
+        before = [group["nonfinite"] for group in self.reference.opt.param_groups]
+        g = random_tensor(*self.reference.params[name].shape, seed=self.seed())
         g.view(-1)[g.numel() // 2] = data.draw(st.sampled_from([float("nan"), float("inf")]))
-        for side in self.sides:
-            for group in side.opt.param_groups:
+        for subject in self.all_subjects:
+            for group in subject.opt.param_groups:
                 group["nonfinite"] = "skip"
-            side.step({name: g})
-            for group, value in zip(side.opt.param_groups, before, strict=True):
+            subject.step({name: g})
+            for group, value in zip(subject.opt.param_groups, before, strict=True):
                 group["nonfinite"] = value
 
     @rule(data=st.data())
     def step_that_is_refused(self, data):
         """Existing tables are invalid under another period."""
-        tables = [name for name in self.members() if "m_table" in self.twin.opt.state.get(self.twin.params[name], {})]
-        tables = [name for name in tables if self.twin.params[name].requires_grad]
-        if not tables or self.twin.hash != "block":
+        tables = [
+            name
+            for name in self.names_in_groups()
+            if "m_table" in self.reference.opt.state.get(self.reference.params[name], {})
+        ]
+        tables = [name for name in tables if self.reference.params[name].requires_grad]
+        if not tables or self.reference.hash != "block":
             return
-        name = self.pick(data, tables)
-        g = seeded(*self.twin.params[name].shape, seed=self.seed())
-        for side in self.sides:
-            for group in side.opt.param_groups:
+        name = self.draw_name(data, tables)
+        g = random_tensor(*self.reference.params[name].shape, seed=self.seed())
+        for subject in self.all_subjects:
+            for group in subject.opt.param_groups:
                 group["rehash_period"] = 5
             with pytest.raises(ValueError, match="has tables that the current options cannot decode"):
-                side.step({name: g})
-            for group in side.opt.param_groups:
+                subject.step({name: g})
+            for group in subject.opt.param_groups:
                 group["rehash_period"] = 3
-            side.step({})
+            subject.step({})
 
     # Options, groups and parameters.
 
     @rule(data=st.data(), name=st.sampled_from(sorted(OPTIONS)), tensor=st.booleans())
     def set_option(self, data, name, tensor):
         value = data.draw(st.sampled_from(OPTIONS[name]))
-        place = data.draw(st.integers(0, len(self.twin.opt.param_groups) - 1))
-        for side in self.sides:
-            own = torch.tensor(value) if name == "lr" and tensor else value
-            side.opt.param_groups[place][name] = own
+        index = data.draw(st.integers(0, len(self.reference.opt.param_groups) - 1))
+        for subject in self.all_subjects:
+            new_value = torch.tensor(value) if name == "lr" and tensor else value
+            subject.opt.param_groups[index][name] = new_value
 
     @rule(data=st.data())
     def freeze_or_unfreeze(self, data):
-        name = self.pick(data, self.twin.params)
-        for side in self.sides:
-            p = side.params[name]
+        name = self.draw_name(data, self.reference.params)
+        for subject in self.all_subjects:
+            p = subject.params[name]
             p.requires_grad_(not p.requires_grad)
 
     @rule(data=st.data())
     def reorder(self, data):
-        place = data.draw(st.integers(0, len(self.twin.opt.param_groups) - 1))
-        order = data.draw(st.permutations(range(len(self.twin.opt.param_groups[place]["params"]))))
+        index = data.draw(st.integers(0, len(self.reference.opt.param_groups) - 1))
+        order = data.draw(st.permutations(range(len(self.reference.opt.param_groups[index]["params"]))))
         reverse = data.draw(st.booleans())
-        for side in self.sides:
-            group = side.opt.param_groups[place]
+        for subject in self.all_subjects:
+            group = subject.opt.param_groups[index]
             for key in ("params", "param_names"):
                 group[key][:] = [group[key][i] for i in order]
             if reverse:
-                side.opt.param_groups.reverse()
+                subject.opt.param_groups.reverse()
 
-    @precondition(lambda self: len(self.members()) > 2)
+    @precondition(lambda self: len(self.names_in_groups()) > 2)
     @rule(data=st.data(), with_state=st.booleans())
     def remove(self, data, with_state):
-        name = self.pick(data)
-        for side in self.sides:
-            for group in side.opt.param_groups:
+        name = self.draw_name(data)
+        for subject in self.all_subjects:
+            for group in subject.opt.param_groups:
                 if name in group["param_names"]:
-                    at = group["param_names"].index(name)
-                    del group["param_names"][at], group["params"][at]
+                    index = group["param_names"].index(name)
+                    del group["param_names"][index], group["params"][index]
             if with_state:
-                side.opt.state.pop(side.params[name], None)
-            side.opt.param_groups[:] = [group for group in side.opt.param_groups if group["params"]]
+                subject.opt.state.pop(subject.params[name], None)
+            subject.opt.param_groups[:] = [group for group in subject.opt.param_groups if group["params"]]
         self.absent.add(name)
 
     @precondition(lambda self: self.absent)
     @rule(data=st.data(), first=st.booleans())
     def put_back(self, data, first):
-        name = self.pick(data, self.absent)
-        place = data.draw(st.integers(0, len(self.twin.opt.param_groups) - 1))
-        for side in self.sides:
-            group = side.opt.param_groups[place]
-            at = 0 if first else len(group["params"])
-            group["params"].insert(at, side.params[name])
-            group["param_names"].insert(at, name)
+        name = self.draw_name(data, self.absent)
+        group_index = data.draw(st.integers(0, len(self.reference.opt.param_groups) - 1))
+        for subject in self.all_subjects:
+            group = subject.opt.param_groups[group_index]
+            index = 0 if first else len(group["params"])
+            group["params"].insert(index, subject.params[name])
+            group["param_names"].insert(index, name)
         self.absent.remove(name)
 
     @precondition(lambda self: self.absent)
     @rule(data=st.data())
     def put_back_in_a_group_of_its_own(self, data):
-        name = self.pick(data, self.absent)
-        for side in self.sides:
-            side.opt.add_param_group({"params": [(name, side.params[name])], "lr": 3e-3, "maximize": True})
+        name = self.draw_name(data, self.absent)
+        for subject in self.all_subjects:
+            subject.opt.add_param_group({"params": [(name, subject.params[name])], "lr": 3e-3, "maximize": True})
         self.absent.remove(name)
 
-    @precondition(lambda self: len(self.twin.params) < 8)
+    @precondition(lambda self: len(self.reference.params) < 8)
     @rule(data=st.data())
     def add_param_group(self, data):
-        name, seed = f"p{len(self.twin.params)}", self.seed()
+        name, seed = f"p{len(self.reference.params)}", self.seed()
         shape = data.draw(st.sampled_from(SHAPES))
-        dtype = self.twin.params["p0"].dtype
-        for side in self.sides:
-            side.params[name] = torch.nn.Parameter(seeded(*shape, seed=seed).to(dtype))
-            side.opt.add_param_group({"params": [(name, side.params[name])], "weight_decay": 0.1})
+        dtype = self.reference.params["p0"].dtype
+        for subject in self.all_subjects:
+            subject.params[name] = torch.nn.Parameter(random_tensor(*shape, seed=seed).to(dtype))
+            subject.opt.add_param_group({"params": [(name, subject.params[name])], "weight_decay": 0.1})
 
     @rule(data=st.data())
     def resize(self, data):
-        name = self.pick(data)
-        for side in self.sides:
-            p = side.params[name]
+        name = self.draw_name(data)
+        for subject in self.all_subjects:
+            p = subject.params[name]
             if p.shape[0] >= 70:
                 return
             p.data = torch.cat([p.data, p.data[:5]])
-            side.opt.state.pop(p, None)
+            subject.opt.state.pop(p, None)
 
     @rule(data=st.data())
     def replace_parameter(self, data):
         """As `resize_token_embeddings` does, with the optimizer updated as trainers do."""
-        name = self.pick(data)
-        for side in self.sides:
-            old = side.params[name]
-            new = side.params[name] = torch.nn.Parameter(old.detach() * 2, requires_grad=old.requires_grad)
-            side.opt.state.pop(old, None)
-            for group in side.opt.param_groups:
+        name = self.draw_name(data)
+        for subject in self.all_subjects:
+            old = subject.params[name]
+            new = subject.params[name] = torch.nn.Parameter(old.detach() * 2, requires_grad=old.requires_grad)
+            subject.opt.state.pop(old, None)
+            for group in subject.opt.param_groups:
                 group["params"][:] = [new if p is old else p for p in group["params"]]
 
     # State.
 
     @rule(data=st.data(), how=st.sampled_from(["clear", "delete", "empty", "edit", "replace", "set", "fill"]))
-    def surgery(self, data, how):
-        stepped = [name for name in self.members() if self.twin.opt.state.get(self.twin.params[name])]
-        if not stepped:
+    def edit_state(self, data, how):
+        names = [name for name in self.names_in_groups() if self.reference.opt.state.get(self.reference.params[name])]
+        if not names:
             return
-        name = self.pick(data, stepped)
-        for side in self.sides:
-            side.drained()  # moments on the host are valid after state_dict(), which calls this
-            opt, p = side.opt, side.params[name]
+        name = self.draw_name(data, names)
+        for subject in self.all_subjects:
+            subject.drained_state()  # moments on the host are valid after state_dict(), which calls this
+            opt, p = subject.opt, subject.params[name]
             first = next(key for key in opt.state[p] if key not in ("step", "layout"))
             if how == "clear":
                 opt.state.clear()
@@ -315,66 +325,66 @@ class Interruptions(RuleBasedStateMachine):
 
     def can_save(self):
         """torch's own `state_dict` rejects the state of parameters that are in no group."""
-        members = {id(self.twin.params[name]) for name in self.members()}
-        return all(id(p) in members for p in self.twin.opt.state)
+        ids_in_groups = {id(self.reference.params[name]) for name in self.names_in_groups()}
+        return all(id(p) in ids_in_groups for p in self.reference.opt.state)
 
     @precondition(can_save)
     @rule(data=st.data(), file=st.booleans())
     def save_and_load_into_the_same(self, data, file):
-        for side in data.draw(st.permutations(self.subjects))[:2]:
-            side.opt.load_state_dict(saved(side.opt, file))
+        for subject in data.draw(st.permutations(self.subjects))[:2]:
+            subject.opt.load_state_dict(saved_state(subject.opt, file))
 
     @precondition(can_save)
     @rule(data=st.data(), file=st.booleans())
-    def save_and_load_into_a_fresh_one(self, data, file):
+    def save_and_load_into_a_new_one(self, data, file):
         """On any tier, with any way to step."""
-        for place in range(len(self.subjects)):
+        for index in range(len(self.subjects)):
             if data.draw(st.booleans()):
-                side = self.subjects[place]
-                other = side.fresh(data.draw(st.sampled_from(WAYS)))
-                other.opt.load_state_dict(saved(side.opt, file))
-                self.subjects[place] = other
+                subject = self.subjects[index]
+                other = subject.new_subject(data.draw(st.sampled_from(WAYS)))
+                other.opt.load_state_dict(saved_state(subject.opt, file))
+                self.subjects[index] = other
 
     @rule(data=st.data(), pickled=st.booleans())
     def copy(self, data, pickled):
-        for place in range(len(self.subjects)):
+        for index in range(len(self.subjects)):
             if data.draw(st.booleans()):
-                side = self.subjects[place]
-                self.subjects[place] = pickle.loads(pickle.dumps(side)) if pickled else copy.deepcopy(side)
+                subject = self.subjects[index]
+                self.subjects[index] = pickle.loads(pickle.dumps(subject)) if pickled else copy.deepcopy(subject)
 
     @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), way=st.permutations(WAYS))
     def cast(self, dtype, way):
         """The model is cast to another dtype, with a new optimizer."""
-        for place, side in enumerate(self.sides):
-            for p in side.params.values():
+        for index, subject in enumerate(self.all_subjects):
+            for p in subject.params.values():
                 p.data = p.data.to(dtype)
-            fresh = side.fresh(side.way if place == 0 else way[place])
-            if place == 0:
-                self.twin = fresh
+            new_subject = subject.new_subject(subject.way if index == 0 else way[index])
+            if index == 0:
+                self.reference = new_subject
             else:
-                self.subjects[place - 1] = fresh
+                self.subjects[index - 1] = new_subject
 
     # Invariants.
 
     @invariant()
     def all_are_alike(self):
-        if not hasattr(self, "twin"):
+        if not hasattr(self, "reference"):
             return
-        state = self.twin.drained()
-        for side in self.subjects:
-            own = side.drained()
-            assert set(map(id, own)) <= set(map(id, side.params.values()))
-            for name, p in self.twin.params.items():
-                q = side.params[name]
+        state = self.reference.drained_state()
+        for subject in self.subjects:
+            subject_state = subject.drained_state()
+            assert set(map(id, subject_state)) <= set(map(id, subject.params.values()))
+            for name, p in self.reference.params.items():
+                q = subject.params[name]
                 assert p.dtype == q.dtype
-                assert torch.equal(bits(p), bits(q)), (name, side.way)
-                due, found = state.get(p) or {}, own.get(q) or {}  # an emptied state need not be saved
-                assert due.keys() == found.keys(), (name, side.way)
-                for key in due:
-                    assert torch.equal(bits(due[key]), bits(found[key])), (name, key, side.way)
+                assert torch.equal(bits(p), bits(q)), (name, subject.way)
+                expected, actual = state.get(p) or {}, subject_state.get(q) or {}  # an emptied state need not be saved
+                assert expected.keys() == actual.keys(), (name, subject.way)
+                for key in expected:
+                    assert torch.equal(bits(expected[key]), bits(actual[key])), (name, key, subject.way)
 
 
-def saved(opt, file):
+def saved_state(opt, file):
     if not file:
         return copy.deepcopy(opt.state_dict())
     buffer = io.BytesIO()

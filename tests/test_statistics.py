@@ -23,7 +23,7 @@ from collins import Collins
 from collins.offload.streams import HostStreams
 from collins.statistics import SAMPLE, Reading
 
-SHAPES, FEW = STEP_SHAPES, FEW_STEP_SHAPES
+SHAPES, FEW_SHAPES = STEP_SHAPES, FEW_STEP_SHAPES
 WAYS = {
     **STEP_WAYS,
     "in backward": {"compile": False, "in_backward": True},
@@ -34,7 +34,7 @@ WAYS = {
 RATIOS = {"compiled": (8,), "kernel": (1, 8)}
 
 
-def built(way, params, **options):
+def make_optimizer(way, params, **options):
     if way == "kernel":
         pytest.importorskip("triton")
     opt = Collins(params, **{**OPTIONS, **WAYS[way], **options})
@@ -42,24 +42,24 @@ def built(way, params, **options):
 
 
 def shapes(way):
-    return FEW if way in ("compiled", "kernel") else SHAPES
+    return FEW_SHAPES if way in ("compiled", "kernel") else SHAPES
 
 
-def step(opt, ps, number, wrong=None, places=()):
+def step(opt, ps, number, value=None, indices=()):
     """A step, after backward or in it, whose gradients are `wrong` at the given positions of every parameter."""
     give_gradients(number, ps)
     grads = [p.grad for p in ps]
     for g in grads:
-        for place in places:
-            if place < g.numel():
-                g.view(-1)[place] = wrong
+        for index in indices:
+            if index < g.numel():
+                g.view(-1)[index] = value
     if opt.in_backward:
         opt.zero_grad()
         sum((p * g).sum() for p, g in zip(ps, grads, strict=True)).backward()
     opt.step()
 
 
-def numbers(opt):
+def statistics_of(opt):
     return {key: float(value) for key, value in opt.statistics().items()}
 
 
@@ -67,56 +67,59 @@ def numbers(opt):
 @pytest.mark.parametrize(("way", "ratio"), [(way, ratio) for way in WAYS for ratio in RATIOS.get(way, (1, 8, 32))])
 def test_skipped_buckets_are_counted(way, ratio):
     ps = parameters(torch.float32, shapes(way))
-    opt = built(way, ps, nonfinite="skip", compress_ratio=ratio)
-    places, expected, every = (3, 5, 1000, 1200), 0, 0
+    opt = make_optimizer(way, ps, nonfinite="skip", compress_ratio=ratio)
+    indices, expected, total = (3, 5, 1000, 1200), 0, 0
     for p in ps:
         (entry,) = (entry for entry in opt._members() if entry.p is p)
         load, hash = int(opt._stepper.spec(entry).update.loads[1]), opt.hash_of(p)
         bucket = torch.arange(p.numel(), device=p.device) // load
         if way == "universal" and hash is not None:
             bucket = hash.bucket(torch.arange(p.numel(), device=p.device))
-            every += p.numel()
-            expected += int(torch.isin(bucket, bucket[torch.tensor([at for at in places if at < p.numel()])]).sum())
+            total += p.numel()
+            expected += int(
+                torch.isin(bucket, bucket[torch.tensor([index for index in indices if index < p.numel()])]).sum()
+            )
         else:
-            every += -(-p.numel() // load)
-            expected += len({int(bucket[at]) for at in places if at < p.numel()})
-    assert 0 < expected < every
-    assert numbers(opt)["skipped_buckets"] == 0
+            total += -(-p.numel() // load)
+            expected += len({int(bucket[index]) for index in indices if index < p.numel()})
+    assert 0 < expected < total
+    assert statistics_of(opt)["skipped_buckets"] == 0
     step(opt, ps, 0)
-    assert numbers(opt)["skipped_buckets"] == 0
-    step(opt, ps, 1, math.nan, places)
-    assert numbers(opt)["skipped_buckets"] == expected
+    assert statistics_of(opt)["skipped_buckets"] == 0
+    step(opt, ps, 1, math.nan, indices)
+    assert statistics_of(opt)["skipped_buckets"] == expected
     step(opt, ps, 2, math.inf, range(4160))
-    step(opt, ps, 3, math.inf, places)
-    found = opt.statistics()
-    assert int(found["skipped_buckets"]) == 2 * expected + every
-    assert int(found["skipped_steps"]) == 1
+    step(opt, ps, 3, math.inf, indices)
+    statistics = opt.statistics()
+    assert int(statistics["skipped_buckets"]) == 2 * expected + total
+    assert int(statistics["skipped_steps"]) == 1
     assert all(
-        found[key].dtype == torch.int64 and found[key].shape == () for key in ("skipped_buckets", "skipped_steps")
+        statistics[key].dtype == torch.int64 and statistics[key].shape == ()
+        for key in ("skipped_buckets", "skipped_steps")
     )
 
 
 def test_only_buckets_that_can_be_skipped_are_counted():
-    ps = parameters(torch.float32, FEW)
+    ps = parameters(torch.float32, FEW_SHAPES)
     opt = Collins([{"params": ps[:1], "nonfinite": "skip"}, {"params": ps[1:]}], **OPTIONS)
     step(opt, ps, 0, math.nan, range(4160))
-    assert numbers(opt)["skipped_steps"] == 1
-    plain = Collins(parameters(torch.float32, FEW), **OPTIONS)
-    step(plain, [p for group in plain.param_groups for p in group["params"]], 0, math.nan, range(4160))
-    assert numbers(plain)["skipped_buckets"] == numbers(plain)["skipped_steps"] == 0
+    assert statistics_of(opt)["skipped_steps"] == 1
+    propagating = Collins(parameters(torch.float32, FEW_SHAPES), **OPTIONS)
+    step(propagating, [p for group in propagating.param_groups for p in group["params"]], 0, math.nan, range(4160))
+    assert statistics_of(propagating)["skipped_buckets"] == statistics_of(propagating)["skipped_steps"] == 0
 
 
 @pytest.mark.parametrize("way", ["eager", "in backward", "capturable"])
 def test_a_hundred_completely_skipped_steps_give_one_warning(way):
     ps = parameters(torch.float32, [(40,)])
-    opt = built(way, ps, nonfinite="skip")
+    opt = make_optimizer(way, ps, nonfinite="skip")
 
-    def steps(first, last, wrong):
-        with warnings.catch_warnings(record=True) as told:
+    def steps(first, last, value):
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             for number in range(first, last):
-                step(opt, ps, number, wrong, range(40))
-        return [str(each.message) for each in told if issubclass(each.category, UserWarning)]
+                step(opt, ps, number, value, range(40))
+        return [str(warning.message) for warning in warned if issubclass(warning.category, UserWarning)]
 
     assert steps(0, 60, math.nan) == []
     assert steps(60, 61, 0.0) == []
@@ -131,13 +134,13 @@ def test_a_nonfinite_norm_counts_as_a_skipped_step():
     ps = parameters(torch.float32, SHAPES)
     opt = Collins(ps, **OPTIONS, nonfinite="skip", max_grad_norm=1.0)
     step(opt, ps, 0, math.inf, [0])
-    found = opt.statistics()
-    assert int(found["skipped_steps"]) == 1
-    assert found["grad_norm"].isinf()
+    statistics = opt.statistics()
+    assert int(statistics["skipped_steps"]) == 1
+    assert statistics["grad_norm"].isinf()
 
 
 def sizes(group, ps, before):
-    new, old = (torch.cat([p.detach().double().flatten() for p in each]) for each in (ps, before))
+    new, old = (torch.cat([p.detach().double().flatten() for p in tensors]) for tensors in (ps, before))
     values = {f"update_rms/{group}": new - old, f"weight_rms/{group}": new}
     values = {key: value.square().mean().sqrt() for key, value in values.items()}
     return {**values, f"moved_share/{group}": (new != old).double().mean()} if ps[0].dtype == torch.bfloat16 else values
@@ -149,47 +152,50 @@ def test_measured_updates_equal_actual_ones_and_measuring_changes_no_bit(way, dt
     if (way, dtype) in (("compiled", torch.float32), ("kernel", torch.bfloat16)):
         pytest.skip("as in the other dtype, and slow")
     ps, copies = parameters(dtype, shapes(way)), parameters(dtype, shapes(way))
-    sides = [built(way, [{"params": own[:1]}, {"params": own[1:], "lr": 1e-3}, {"params": []}]) for own in (ps, copies)]
-    assert sides[0].statistics().keys() == {"grad_norm", "skipped_buckets", "skipped_steps", "link_bytes"}
+    opts = [
+        make_optimizer(way, [{"params": params[:1]}, {"params": params[1:], "lr": 1e-3}, {"params": []}])
+        for params in (ps, copies)
+    ]
+    assert opts[0].statistics().keys() == {"grad_norm", "skipped_buckets", "skipped_steps", "link_bytes"}
     for number in range(4):
         before = [p.detach().double() for p in ps]
         if number in (0, 3):
-            sides[0].statistics(updates=True)
-        for opt, own in zip(sides, (ps, copies), strict=True):
-            step(opt, own, number)
+            opts[0].statistics(updates=True)
+        for opt, params in zip(opts, (ps, copies), strict=True):
+            step(opt, params, number)
         if number in (0, 3):
             expected = {**sizes(0, ps[:1], before[:1]), **sizes(1, ps[1:], before[1:])}
-        found = {key: value for key, value in sides[0].statistics().items() if "/" in key}
-        assert found.keys() == expected.keys()  # of the last step that was measured
+        statistics = {key: value for key, value in opts[0].statistics().items() if "/" in key}
+        assert statistics.keys() == expected.keys()  # of the last step that was measured
         for key, value in expected.items():
-            torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=0)
-    for opt in sides:
+            torch.testing.assert_close(statistics[key].double(), value, rtol=1e-4, atol=0)
+    for opt in opts:
         opt.state_dict()
     for p, q in zip(ps, copies, strict=True):
-        assert same([p.detach(), *moments(sides[0], p)], [q.detach(), *moments(sides[1], q)])
+        assert same([p.detach(), *moments(opts[0], p)], [q.detach(), *moments(opts[1], q)])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
 def test_large_parameters_are_sampled(layout):
     torch.manual_seed(0)
-    made = {
+    weights = {
         "contiguous": lambda: torch.randn(512, 512),
         "transposed": lambda: torch.randn(512, 512).t(),
         "strided": lambda: torch.randn(512, 1024)[:, ::2],
     }[layout]()
-    p = nn.Parameter(made * torch.linspace(0.1, 2, 512))  # columns of different sizes
-    small = nn.Parameter(torch.full((8,), 100.0))
-    opt = Collins([p, small], lr=0.1)
-    p.grad, small.grad = torch.randn(512, 512), torch.zeros(8)
+    p = nn.Parameter(weights * torch.linspace(0.1, 2, 512))  # columns of different sizes
+    small_param = nn.Parameter(torch.full((8,), 100.0))
+    opt = Collins([p, small_param], lr=0.1)
+    p.grad, small_param.grad = torch.randn(512, 512), torch.zeros(8)
     before = p.detach().clone()
     opt.statistics(updates=True)
     opt.step()
-    found = opt.statistics()
+    statistics = opt.statistics()
     assert p.numel() > 8 * SAMPLE
-    new = torch.cat([p.detach().flatten(), small.detach()])
-    change = torch.cat([(p.detach() - before).flatten(), small.detach() - 100])
+    new = torch.cat([p.detach().flatten(), small_param.detach()])
+    change = torch.cat([(p.detach() - before).flatten(), small_param.detach() - 100])
     for name, value in (("weight_rms/0", new), ("update_rms/0", change)):
-        assert float(found[name]) == pytest.approx(float(value.square().mean().sqrt()), rel=0.03)
+        assert float(statistics[name]) == pytest.approx(float(value.square().mean().sqrt()), rel=0.03)
 
 
 def test_a_measured_step_allocates_no_memory_of_the_parameters_size():
@@ -201,9 +207,9 @@ def test_a_measured_step_allocates_no_memory_of_the_parameters_size():
     for updates in (False, False, True):
         opt.statistics(updates)
         p.grad = torch.ones_like(p)
-        with Allocations() as seen:
+        with Allocations() as allocations:
             opt.step()
-        peaks.append(seen.peak)
+        peaks.append(allocations.peak)
     assert peaks[2] <= peaks[1] + 64 * SAMPLE
 
 
@@ -222,14 +228,14 @@ def test_a_failed_step_does_not_affect_the_measurement_of_the_next_one():
     torch.testing.assert_close(opt.statistics()["update_rms/0"], change.square().mean().sqrt())
 
 
-def narrow(way="eager", lr=1e-4, rounding=False, dtype=torch.bfloat16, **options):
+def make_16_bit(way="eager", lr=1e-4, rounding=False, dtype=torch.bfloat16, **options):
     p = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype))
-    return [p], built(way, [p], **{"lr": lr, "weight_decay": 0.0, "stochastic_rounding": rounding, **options})
+    return [p], make_optimizer(way, [p], **{"lr": lr, "weight_decay": 0.0, "stochastic_rounding": rounding, **options})
 
 
 @pytest.mark.parametrize("way", ["eager", "in backward", "capturable"])
 def test_a_rate_too_small_for_nearest_rounding_gives_one_warning(way):
-    ps, opt = narrow(way)
+    ps, opt = make_16_bit(way)
     opt.statistics(updates=True)
     with pytest.warns(UserWarning, match="lr is too small to move most 16-bit weights of group 0 with lr=0.0001"):
         step(opt, ps, 0)
@@ -253,14 +259,14 @@ def test_a_rate_too_small_for_nearest_rounding_gives_one_warning(way):
     ids=str,
 )
 def test_no_warning_for_other_rates_and_roundings(case):
-    ps, opt = narrow(**case)
+    ps, opt = make_16_bit(**case)
     for number in range(3):
         opt.statistics(updates=True)
         step(opt, ps, number)
 
 
 def test_the_rate_is_checked_once_without_a_call():
-    ps, opt = narrow(lr=torch.tensor(1e-4))
+    ps, opt = make_16_bit(lr=torch.tensor(1e-4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for number in range(99):
@@ -273,28 +279,28 @@ def test_the_rate_is_checked_once_without_a_call():
 
 
 def test_link_bytes_equal_the_copied_bytes(monkeypatch):
-    copied = []
+    sizes = []
     original = HostStreams.copy
 
-    def counted(self, kind, target, source):
-        copied.append(target.nbytes)
+    def counting_copy(self, kind, target, source):
+        sizes.append(target.nbytes)
         original(self, kind, target, source)
 
-    monkeypatch.setattr(HostStreams, "copy", counted)
+    monkeypatch.setattr(HostStreams, "copy", counting_copy)
     ps = parameters(torch.float32, SHAPES)
     opt = Collins(ps, **OPTIONS, memory={"tier": "host", "transfer_size": 2000})
     for number in range(3):
         step(opt, ps, number)
-        found = opt.statistics()["link_bytes"]
-        assert type(found) is int
-        assert found == sum(copied) > 2 * number * (opt.memory_report().state_bytes - 4 * len(ps))
+        link_bytes = opt.statistics()["link_bytes"]
+        assert type(link_bytes) is int
+        assert link_bytes == sum(sizes) > 2 * number * (opt.memory_report().state_bytes - 4 * len(ps))
     resident = Collins(ps, **OPTIONS)
     step(resident, ps, 0)
     assert resident.statistics()["link_bytes"] == 0
 
 
 def test_steps_of_single_parameters_are_counted_once():
-    ps = parameters(torch.float32, FEW)
+    ps = parameters(torch.float32, FEW_SHAPES)
     opt = Collins(ps, **OPTIONS, nonfinite="skip")
     for _ in range(3):
         for p in ps:
@@ -306,14 +312,14 @@ def test_steps_of_single_parameters_are_counted_once():
 
 
 def test_readings_keep_their_values_and_copies_restart_from_zero():
-    ps = parameters(torch.float32, FEW)
+    ps = parameters(torch.float32, FEW_SHAPES)
     opt = Collins(ps, **OPTIONS, nonfinite="skip", max_grad_norm=1.0)
     step(opt, ps, 0, math.nan, [0])
-    found = opt.statistics()
-    before = copy.deepcopy(found)
+    statistics = opt.statistics()
+    before = copy.deepcopy(statistics)
     step(opt, ps, 1, math.nan, [0])
-    assert int(found["skipped_steps"]) == int(before["skipped_steps"]) == 1
-    assert int(found["skipped_buckets"]) == int(before["skipped_buckets"]) > 0
+    assert int(statistics["skipped_steps"]) == int(before["skipped_steps"]) == 1
+    assert int(statistics["skipped_buckets"]) == int(before["skipped_buckets"]) > 0
     assert int(opt.statistics()["skipped_steps"]) == 2
     _, other = copy.deepcopy((ps, opt))
     assert int(other.statistics()["skipped_buckets"]) == 0
@@ -351,7 +357,7 @@ def test_statistics_do_not_synchronize(in_backward):
     opt = Collins(ps, **OPTIONS, nonfinite="skip", max_grad_norm=1.0, in_backward=in_backward)
     grads = [torch.randn_like(p) for p in ps]
 
-    def go():
+    def take_step():
         if in_backward:
             sum((p * g).sum() for p, g in zip(ps, grads, strict=True)).backward()
         else:
@@ -361,17 +367,17 @@ def test_statistics_do_not_synchronize(in_backward):
 
     for _ in range(3):
         opt.statistics(updates=True)
-        go()
+        take_step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(60):
             opt.statistics(updates=True)
-            go()
-        found = opt.statistics()
+            take_step()
+        statistics = opt.statistics()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert float(found["grad_norm"]) > 1
-    assert 0 < float(found["moved_share/0"]) <= 1
+    assert float(statistics["grad_norm"]) > 1
+    assert 0 < float(statistics["moved_share/0"]) <= 1
 
 
 @pytest.mark.cuda

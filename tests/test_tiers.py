@@ -57,10 +57,10 @@ def test_every_tier_gives_bitwise_the_same_result(dtype, options, tier, in_backw
     if tier == "mixed":
         sizes = train_model(steps=0, **options)[1].memory_report().rows
         policy = {**policy, "device_budget": 4 * sum(row.state_bytes - 4 for row in sizes) // 5}
-    resident = train_model(**options)
-    housed = train_model(**options, memory=policy, in_backward=in_backward)
-    assert same_bits(resident, housed)
-    assert set(tiers_of(housed[1])) == ({"device", "host"} if tier == "mixed" else {tier})
+    expected = train_model(**options)
+    actual = train_model(**options, memory=policy, in_backward=in_backward)
+    assert same_bits(expected, actual)
+    assert set(tiers_of(actual[1])) == ({"device", "host"} if tier == "mixed" else {tier})
 
 
 @pytest.mark.parametrize("compile", [True, pytest.param(None, marks=pytest.mark.cuda)])
@@ -70,7 +70,7 @@ def test_compiled_steps_are_bitwise_the_same_on_the_host(compile, device):
         pytest.skip("the fastest way on the CPU is the eager one")
     torch.manual_seed(0)
     start = nn.Linear(64, 96, bias=False).to(device)
-    sides = []
+    results = []
     for options in ({}, {"memory": "host"}, {"memory": "host", "in_backward": True}):
         model = copy.deepcopy(start)
         opt = Collins(model.parameters(), **OPTIONS, compile=compile, **options)
@@ -78,9 +78,9 @@ def test_compiled_steps_are_bitwise_the_same_on_the_host(compile, device):
             model(torch.full((2, 64), 1.0 + step, device=device)).square().mean().backward()
             opt.step()
             opt.zero_grad()
-        sides.append((model, opt))
-    assert same_bits(sides[0], sides[1])
-    assert same_bits(sides[0], sides[2])
+        results.append((model, opt))
+    assert same_bits(results[0], results[1])
+    assert same_bits(results[0], results[2])
 
 
 class FakeEngine(Engine):
@@ -125,83 +125,83 @@ def on_fake_device(opt, fake):
 @pytest.mark.parametrize("mode", MODES)
 def test_every_copy_is_awaited(mode, in_backward):
     """A whole optimizer on a simulated device that runs work as late or in as unusual an order as its waits allow."""
-    fake, resident = FakeStreams(mode), train_model()
+    fake, expected = FakeStreams(mode), train_model()
     model = make_model()
     opt = on_fake_device(Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=in_backward), fake)
     for step in range(7):
         backward(model, step)
         opt.step()
         opt.zero_grad()
-        fake.current.run_to(fake.current.given)  # the next forward is enqueued after it on the same stream
-    assert same_bits(resident, (model, opt))
+        fake.current.run_to(fake.current.enqueued)  # the next forward is enqueued after it on the same stream
+    assert same_bits(expected, (model, opt))
 
 
 # Ways to handle a gradient that the device is still computing in backward, and whether each is correct.
 
 STREAMS_OF_A_HOOK = {
     "current, as it does": ({}, True),
-    "its own": ({"own": True}, False),
-    "its own, after a wait": ({"own": True, "waits": True}, False),
-    "its own, after a wait, and held": ({"own": True, "waits": True, "holds": True}, True),
+    "its own": ({"own_stream": True}, False),
+    "its own, after a wait": ({"own_stream": True, "waits": True}, False),
+    "its own, after a wait, and held": ({"own_stream": True, "waits": True, "holds": True}, True),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*finalize")  # those that are wrong, when they are let go of
-@pytest.mark.parametrize(("hook", "right"), STREAMS_OF_A_HOOK.values(), ids=STREAMS_OF_A_HOOK)
-def test_pending_gradients_are_read_once_computed_and_freed_once_read(hook, right, monkeypatch):
+@pytest.mark.parametrize(("hook", "correct"), STREAMS_OF_A_HOOK.values(), ids=STREAMS_OF_A_HOOK)
+def test_pending_gradients_are_read_once_computed_and_freed_once_read(hook, correct, monkeypatch):
     """On a stream of its own, a hook would read gradients before backward has computed them, or memory that backward
     has used again since: each gradient is made late, on backward's stream, and belongs to the optimizer alone.
     """
 
-    def trained_on(mode, own=False, waits=False, holds=False):
+    def train_on(mode, own_stream=False, waits=False, holds=False):
         fake = FakeStreams(mode)
-        of_hook, backwards = fake.new_stream("own"), fake.new_stream("backward")
+        hook_stream, backward_stream = fake.new_stream("own"), fake.new_stream("backward")
 
-        def arrive(p):
-            computed, flying = p.grad, fake.empty(p.grad.nbytes).view(p.dtype).view(p.shape)
-            fake.launch(lambda g: g.copy_(computed), flying)
-            p.grad = flying
+        def replace_gradient(p):
+            value, pending = p.grad, fake.empty(p.grad.nbytes).view(p.dtype).view(p.shape)
+            fake.launch(lambda g: g.copy_(value), pending)
+            p.grad = pending
 
-        def received(opt, p, original=Collins._update_one):
-            if not own:
+        def update_on_stream(opt, p, original=Collins._update_one):
+            if not own_stream:
                 return original(opt, p)
-            there = fake.event()
-            fake.record(there, StreamKind.CURRENT)
-            with fake.on(of_hook):
+            computed_event = fake.event()
+            fake.record(computed_event, StreamKind.CURRENT)
+            with fake.on(hook_stream):
                 if waits:
-                    fake.wait(StreamKind.CURRENT, there, WaitFor.COMPUTED)
+                    fake.wait(StreamKind.CURRENT, computed_event, WaitFor.COMPUTED)
                 if holds:
                     fake.hold(p.grad, StreamKind.CURRENT)
                 return original(opt, p)
 
-        with monkeypatch.context() as patched:
-            patched.setattr(Collins, "_update_one", received)
+        with monkeypatch.context() as patch:
+            patch.setattr(Collins, "_update_one", update_on_stream)
             model = make_model()
             for p in model.parameters():
-                p.register_post_accumulate_grad_hook(arrive)
+                p.register_post_accumulate_grad_hook(replace_gradient)
             opt = on_fake_device(Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=True), fake)
             for step in range(3):
-                with fake.on(backwards):
+                with fake.on(backward_stream):
                     backward(model, step)
                     opt.step()
                 fake.finish_everything()
             return model, opt
 
-    def goes_right(mode):
+    def is_correct(mode):
         try:
-            return same_bits(resident, trained_on(mode, **hook))
+            return same_bits(expected, train_on(mode, **hook))
         except FreedMemoryError:
             return False
 
-    resident = train_model(steps=3)
-    assert all(map(goes_right, MODES)) == right
+    expected = train_model(steps=3)
+    assert all(map(is_correct, MODES)) == correct
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 def test_nothing_is_decided_before_the_first_step(in_backward):
     model = make_model()
     opt = Collins(model.parameters(), **OPTIONS, memory="host", in_backward=in_backward)
-    loss = model(torch.zeros(1, 2, dtype=torch.long), seldom=True).sum()
+    loss = model(torch.zeros(1, 2, dtype=torch.long), optional=True).sum()
     assert opt.placement == ()
     loss.backward()
     opt.step()
@@ -225,37 +225,39 @@ def test_checkpoints_are_loaded_into_other_tiers(saved, loaded, dtype):
         assert other_opt.placement == ()  # no peak has been measured yet
     else:
         assert bool(other_opt.placement) == (loaded == "host")  # measurements would not change it
-    for side in ((model, opt), (other, other_opt)):
-        take_steps(*side, range(7, 10))
+    for pair in ((model, opt), (other, other_opt)):
+        take_steps(*pair, range(7, 10))
     assert same_bits((model, opt), (other, other_opt))
     assert bool(other_opt.placement) == (loaded != "resident")
 
 
 def test_the_memory_of_a_table_stays_while_its_values_change():
     model, opt = train_model(steps=1, memory="host")
-    places = [state[key].data_ptr() for state in opt.state.values() for key in state if key not in ("step", "layout")]
+    addresses = [
+        state[key].data_ptr() for state in opt.state.values() for key in state if key not in ("step", "layout")
+    ]
     opt.load_state_dict(opt.state_dict())
     take_steps(model, opt, range(1, 4))
-    assert places == [
+    assert addresses == [
         state[key].data_ptr() for state in opt.state.values() for key in state if key not in ("step", "layout")
     ]
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 def test_host_memory_is_freed_with_the_optimizer(in_backward, monkeypatch):
-    made_slabs = weakref.WeakSet()
+    live_slabs = weakref.WeakSet()
 
     class Slab(slabs.Slab):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            made_slabs.add(self)
+            live_slabs.add(self)
 
     monkeypatch.setattr(staging, "Slab", Slab)
     model, opt = train_model(memory=TIERS["host"], in_backward=in_backward)
-    assert len(made_slabs) > 5
+    assert len(live_slabs) > 5
     del opt
     gc.collect()
-    assert not made_slabs
+    assert not live_slabs
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -265,19 +267,19 @@ def test_gradients_left_to_step_do_not_disturb_the_prefetch_order(monkeypatch):
     opt = Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=True)
     stage, fetched = staging.Pipeline._stage, []
     monkeypatch.setattr(staging.Pipeline, "_stage", lambda self, b, slot: (fetched.append(b), stage(self, b, slot)))
-    late = model.blocks[1].norm.weight
-    for handle in list(late._post_accumulate_grad_hooks):
-        del late._post_accumulate_grad_hooks[handle]
+    unhooked = model.blocks[1].norm.weight
+    for handle in list(unhooked._post_accumulate_grad_hooks):
+        del unhooked._post_accumulate_grad_hooks[handle]
     monkeypatch.setattr(Collins, "_watch", lambda self: None)
-    ahead = []
+    prefetched = []
     for step in range(0, 8, 2):
         fetched.clear()
         backward(model, step)
-        in_backward = [*ahead, *fetched]
+        in_backward = [*prefetched, *fetched]
         fetched.clear()
-        assert late.grad is not None
+        assert unhooked.grad is not None
         opt.step()
-        ahead = fetched[-2:]  # the slots of the ring
+        prefetched = fetched[-2:]  # the slots of the ring
         opt.zero_grad()
     assert len(in_backward) == len(set(in_backward)) > 5  # every transfer was copied once, and none needlessly
     other, other_opt = train_model(steps=0)
@@ -288,7 +290,7 @@ def test_gradients_left_to_step_do_not_disturb_the_prefetch_order(monkeypatch):
 # When memory runs out.
 
 
-def first_step_refused(model, opt, match):
+def assert_first_step_refused(model, opt, match):
     """Checks that a step raises and leaves everything unchanged."""
     weights = copy.deepcopy(model.state_dict())
     with pytest.raises(MemoryError, match=match):
@@ -301,12 +303,12 @@ def first_step_refused(model, opt, match):
 
 def failing_allocator(after):
     """The device's allocator provides memory for `after` moments, then fails."""
-    given = []
+    allocated = []
 
     def allocate(spec, device):
-        if len(given) >= after:
+        if len(allocated) >= after:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        given.append(weakref.ref(zeros(spec, device)))
+        allocated.append(weakref.ref(zeros(spec, device)))
         return zeros(spec, device)
 
     return allocate
@@ -334,7 +336,7 @@ def test_a_forced_device_that_runs_out_changes_nothing(in_backward):
     model = make_model()
     opt = Collins(model.parameters(), **OPTIONS, memory="device", in_backward=in_backward)
     on_machine(opt, allocate=failing_allocator(5))
-    first_step_refused(model, opt, r"ran out of memory while placing parameter 2 of .*KiB.*tier='auto'")
+    assert_first_step_refused(model, opt, r"ran out of memory while placing parameter 2 of .*KiB.*tier='auto'")
     on_machine(opt)
     take_steps(model, opt, range(7))
     assert same_bits((model, opt), train_model())
@@ -342,16 +344,16 @@ def test_a_forced_device_that_runs_out_changes_nothing(in_backward):
 
 def failing_ring(monkeypatch):
     """No ring fits on the device until all moments have left it, and the first ring does not fit even then."""
-    empty, tries, given = HostStreams.empty, [], []
+    empty, tries, placed = HostStreams.empty, [], []
 
     def place(spec, device):
         moment = zeros(spec, device)
-        given.append(weakref.ref(moment))
+        placed.append(weakref.ref(moment))
         return moment
 
     def allocate(self, nbytes):
         tries.append(nbytes)
-        if len(tries) == 1 or any(moment() is not None for moment in given):
+        if len(tries) == 1 or any(moment() is not None for moment in placed):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return empty(self, nbytes)
 
@@ -372,7 +374,7 @@ def test_nothing_is_placed_if_the_ring_does_not_fit(monkeypatch):
     allocate = failing_ring(monkeypatch)
     model = make_model()
     opt = on_machine(Collins(model.parameters(), **OPTIONS, memory=TIERS["host"]), allocate=allocate)
-    first_step_refused(model, opt, r"cpu has no room for the staging ring of .*2 slots of .*staging_slots")
+    assert_first_step_refused(model, opt, r"cpu has no room for the staging ring of .*2 slots of .*staging_slots")
     take_steps(model, opt, range(7))
     assert same_bits((model, opt), train_model())
 
@@ -383,7 +385,7 @@ def test_neither_tier_can_hold_the_tables(tier, in_backward):
     model = make_model()
     opt = Collins(model.parameters(), **OPTIONS, memory=tier, in_backward=in_backward)
     on_machine(opt, host_free=lambda: 3000)
-    first_step_refused(model, opt, rf"tier='{tier}'\. The device may give 2\.9 KiB.*The host may give")
+    assert_first_step_refused(model, opt, rf"tier='{tier}'\. The device may give 2\.9 KiB.*The host may give")
     on_machine(opt)
     take_steps(model, opt, range(7))
     assert same_bits((model, opt), train_model())
@@ -435,17 +437,17 @@ def test_the_device_tier_stays_within_free_memory():
 
 
 @pytest.fixture
-def shrinking(monkeypatch):
+def limit_device_memory(monkeypatch):
     """Returns a function that reduces the device memory of this process after a plan has been made."""
 
     def shrink(room, planned=tiers.planned):
-        def make_model(*args):
-            given = planned(*args)
-            held = torch.cuda.memory_reserved() + room
-            torch.cuda.set_per_process_memory_fraction(held / torch.cuda.mem_get_info()[1])
-            return given
+        def planned_then_limited(*args):
+            plan = planned(*args)
+            limit = torch.cuda.memory_reserved() + room
+            torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
+            return plan
 
-        monkeypatch.setattr(tiers, "planned", make_model)
+        monkeypatch.setattr(tiers, "planned", planned_then_limited)
 
     gc.collect()
     torch.cuda.empty_cache()
@@ -455,12 +457,12 @@ def shrinking(monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(("in_backward", "room"), [(False, 500), (True, 640)], ids=["after", "in_backward"])
-def test_tables_spill_when_a_real_device_is_full(in_backward, room, shrinking):
+def test_tables_spill_when_a_real_device_is_full(in_backward, room, limit_device_memory):
     """Training continues with the memory that it needs: in backward, 64 MiB for each gradient to come."""
 
     tables = {"compress_ratio": 2, "table_dtype": torch.float32}  # 12 times 64 MiB
 
-    def built(**options):
+    def make_run(**options):
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(12))).cuda()
         return model, Collins(model.parameters(), lr=1e-3, **tables, **options)
@@ -471,20 +473,22 @@ def test_tables_spill_when_a_real_device_is_full(in_backward, room, shrinking):
             opt.step()
             opt.zero_grad()
 
-    resident = built()
-    train(*resident)
-    housed = built(memory={"device_reserve": 0, "transfer_size": "64MiB", "staging_slots": 2}, in_backward=in_backward)
+    expected = make_run()
+    train(*expected)
+    actual = make_run(
+        memory={"device_reserve": 0, "transfer_size": "64MiB", "staging_slots": 2}, in_backward=in_backward
+    )
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     failed = torch.cuda.memory_stats()["num_ooms"]
-    shrinking(room * 2**20)
+    limit_device_memory(room * 2**20)
     with pytest.warns(UserWarning, match="Collins moves tables to the host: the device ran out of memory"):
-        train(*housed)
+        train(*actual)
     assert torch.cuda.memory_stats()["num_ooms"] > failed
-    (plan,) = housed[1].placement
+    (plan,) = actual[1].placement
     assert [row.tier for row in plan.rows] == sorted(row.tier for row in plan.rows)
     assert {row.tier for row in plan.rows} == {"device", "host"}
-    assert same_bits(housed, resident)
+    assert same_bits(actual, expected)
 
 
 # The memory that is available to a plan within the first backward.

@@ -36,14 +36,14 @@ PRIVATE = re.compile(
 
 def test_private_names_of_torch_are_in_one_file():
     assert PRIVATE.search(FILE.read_text())
-    found = {}
-    for room in ("collins", "compile", "offload"):
-        for path in (ROOT / room).rglob("*.py"):
+    private_names = {}
+    for package in ("collins", "compile", "offload"):
+        for path in (ROOT / package).rglob("*.py"):
             name = path.relative_to(ROOT).as_posix()
             private = [match[0] for match in PRIVATE.finditer(path.read_text())]
             if private and path != FILE:
-                found[name] = private
-    assert not found
+                private_names[name] = private
+    assert not private_names
 
 
 def test_each_name_in_that_file_has_a_test_here():
@@ -59,8 +59,8 @@ spec = importlib.util.spec_from_file_location("internals", sys.argv[1])
 spec.loader.exec_module(importlib.util.module_from_spec(spec))
 print(*sorted(set(sys.modules) - before))
 """
-    ran = subprocess.run([sys.executable, "-c", code, FILE], capture_output=True, text=True, check=True)
-    assert ran.stdout.split() in ([], ["torch._C._dynamo.guards"])
+    process = subprocess.run([sys.executable, "-c", code, FILE], capture_output=True, text=True, check=True)
+    assert process.stdout.split() in ([], ["torch._C._dynamo.guards"])
 
 
 @contextlib.contextmanager
@@ -85,9 +85,9 @@ def test_tree_flatten_and_tree_unflatten_go_through_named_tuples():
 
 
 def test_tree_map_keeps_the_containers():
-    doubled = internals.tree_map(lambda leaf: 2 * leaf, KEYS)
-    assert doubled == HashKeys(HashKey(2, 4), HashKey(6, 8), (10, 12, 14, 16), 18)
-    assert type(doubled.sign) is HashKey
+    double = internals.tree_map(lambda leaf: 2 * leaf, KEYS)
+    assert double == HashKeys(HashKey(2, 4), HashKey(6, 8), (10, 12, 14, 16), 18)
+    assert type(double.sign) is HashKey
 
 
 def test_tree_map_only_leaves_other_types_as_they_are():
@@ -125,10 +125,10 @@ def test_foreach_norm_sums_and_returns_in_the_given_dtype(dtype, device):
 def test_current_raw_stream_is_the_address_of_the_stream_in_use():
     stream = torch.cuda.Stream()
     index = torch.cuda.current_device()
-    for ask in (torch._C._cuda_getCurrentRawStream, internals.current_raw_stream, internals._current_raw_stream):
-        assert ask(index) == torch.cuda.current_stream().cuda_stream
+    for function in (torch._C._cuda_getCurrentRawStream, internals.current_raw_stream, internals._current_raw_stream):
+        assert function(index) == torch.cuda.current_stream().cuda_stream
         with torch.cuda.stream(stream):
-            assert ask(index) == stream.cuda_stream != 0
+            assert function(index) == stream.cuda_stream != 0
 
 
 guarded = pytest.mark.skipif(not internals.GUARDS_AVAILABLE, reason="this torch has no such guards")
@@ -140,9 +140,9 @@ def test_tensor_guards_accept_equivalent_tensors_and_keep_none(device):
     guards = internals.tensor_guards([g, p])
     assert guards.check(g, p)
     assert guards.check(torch.zeros(4, 3, device=device), nn.Parameter(torch.zeros(2, device=device)))
-    gone = weakref.ref(g)
+    reference = weakref.ref(g)
     del g
-    assert gone() is None
+    assert reference() is None
 
 
 @guarded
@@ -173,38 +173,38 @@ def test_guards_available_is_whether_this_torch_has_them(monkeypatch):
 
 
 def test_is_compile_error_of_what_cannot_be_traced_or_compiled(monkeypatch):
-    def refuses(graph, inputs):
+    def refuse(graph, inputs):
         raise ValueError("no")
 
     failures = [
         torch.compile(lambda x: torch._dynamo.graph_break() or x, fullgraph=True, backend="eager"),
-        torch.compile(lambda x: x + 1, fullgraph=True, backend=refuses),
+        torch.compile(lambda x: x + 1, fullgraph=True, backend=refuse),
     ]
-    for fails in failures:
+    for function in failures:
         with pytest.raises(Exception) as caught:  # noqa: PT011
-            fails(torch.ones(2))
+            function(torch.ones(2))
         assert internals.is_compile_error(caught.value)
-    with pytest.raises(RuntimeError) as wrong:
+    with pytest.raises(RuntimeError) as error:
         torch.compile(lambda x: x, fullgraph=True, backend="eager")(torch.ones(2)) @ torch.ones(3)
-    assert not internals.is_compile_error(wrong.value)
+    assert not internals.is_compile_error(error.value)
     monkeypatch.delitem(sys.modules, "torch._dynamo.exc")
     assert not internals.is_compile_error(caught.value)
 
 
 def test_mark_dynamic_makes_a_size_variable_in_the_first_graph():
-    doubled = torch.compile(lambda x: 2 * x, fullgraph=True, backend="eager")
+    double = torch.compile(lambda x: 2 * x, fullgraph=True, backend="eager")
     for count in (2, 3, 7):
         x = torch.ones(count, 4)
         internals.mark_dynamic(x, 0)
         with torch.compiler.set_stance("default" if count == 2 else "fail_on_recompile"):
-            assert torch.equal(doubled(x), torch.full((count, 4), 2.0))
+            assert torch.equal(double(x), torch.full((count, 4), 2.0))
 
 
 def test_known_options_are_those_that_torch_compile_takes():
-    known = internals.known_options(_OPTIONS)
-    assert {"deterministic": True, **known} == {**_OPTIONS, "deterministic": True}  # torch 2.9 has no such option
+    options = internals.known_options(_OPTIONS)
+    assert {"deterministic": True, **options} == {**_OPTIONS, "deterministic": True}  # torch 2.9 has no such option
     assert internals.known_options({"no_such_option": 1, "max_autotune": False}) == {"max_autotune": False}
-    torch.compile(lambda x: x, options=known)
+    torch.compile(lambda x: x, options=options)
     with pytest.raises(RuntimeError, match="no_such_option"):
         torch.compile(lambda x: x, options={"no_such_option": 1})
 
@@ -239,11 +239,11 @@ def test_is_fsdp_flattened_of_what_fsdp_makes_of_parameters(use_orig_params):
 
 def test_waited_is_an_ordinary_tensor():
     with rank_of(0, 2):
-        pending = all_reduce(torch.ones(2, 3), "sum", init_device_mesh("cpu", (2,)))
-        assert type(pending) is AsyncCollectiveTensor
+        async_tensor = all_reduce(torch.ones(2, 3), "sum", init_device_mesh("cpu", (2,)))
+        assert type(async_tensor) is AsyncCollectiveTensor
         for _ in range(2):
-            assert type(internals.waited(pending)) is torch.Tensor
-            assert torch.equal(internals.waited(pending), torch.ones(2, 3))
+            assert type(internals.waited(async_tensor)) is torch.Tensor
+            assert torch.equal(internals.waited(async_tensor), torch.ones(2, 3))
     ordinary = torch.ones(2)
     assert internals.waited(ordinary) is ordinary
 
@@ -258,13 +258,13 @@ def test_dtensor_lies_over_the_local_tensor():
     with rank_of(1, 3):
         mesh = init_device_mesh("cpu", (3,))
         local = torch.arange(8.0).view(2, 4)
-        whole = internals.dtensor(local, mesh, (Shard(0),), (5, 4), (4, 1))
-        assert isinstance(whole, DTensor)
-        assert (whole.shape, whole.stride(), whole.dtype) == ((5, 4), (4, 1), torch.float32)
-        assert (whole.device_mesh, whole.placements, whole.requires_grad) == (mesh, (Shard(0),), False)
-        assert whole.to_local().data_ptr() == local.data_ptr()
-        elsewhere = internals.dtensor(local.to("meta"), mesh, (Shard(0),), (5, 4), (4, 1))
-        assert elsewhere.to_local().device.type == "meta"
+        dtensor = internals.dtensor(local, mesh, (Shard(0),), (5, 4), (4, 1))
+        assert isinstance(dtensor, DTensor)
+        assert (dtensor.shape, dtensor.stride(), dtensor.dtype) == ((5, 4), (4, 1), torch.float32)
+        assert (dtensor.device_mesh, dtensor.placements, dtensor.requires_grad) == (mesh, (Shard(0),), False)
+        assert dtensor.to_local().data_ptr() == local.data_ptr()
+        on_meta = internals.dtensor(local.to("meta"), mesh, (Shard(0),), (5, 4), (4, 1))
+        assert on_meta.to_local().device.type == "meta"
 
 
 def test_local_extent_is_that_of_each_rank():
@@ -278,9 +278,9 @@ def test_local_extent_is_that_of_each_rank():
 
 def test_tree_leaves_with_path_and_keystr_name_each_of_the_tree_leaves():
     tree = {"a": [1, (2, None)], "b": torch.ones(1)}
-    named = {internals.keystr(path): leaf for path, leaf in internals.tree_leaves_with_path(tree)}
-    assert list(named) == ["['a'][0]", "['a'][1][0]", "['a'][1][1]", "['b']"]
-    assert all(one is other for one, other in zip(named.values(), internals.tree_leaves(tree), strict=True))
+    leaves = {internals.keystr(path): leaf for path, leaf in internals.tree_leaves_with_path(tree)}
+    assert list(leaves) == ["['a'][0]", "['a'][1][0]", "['a'][1][1]", "['b']"]
+    assert all(one is other for one, other in zip(leaves.values(), internals.tree_leaves(tree), strict=True))
 
 
 def test_version_of_counts_writes_in_place():
@@ -289,6 +289,6 @@ def test_version_of_counts_writes_in_place():
     t.add_(1)
     t.numpy()[0] = 5  # behind autograd's back
     assert internals.version_of(t) == before + 1
-    apart = torch.from_numpy(view)
+    other_tensor = torch.from_numpy(view)
     torch.from_numpy(view).add_(1)  # the same memory, another counter
-    assert internals.version_of(apart) == 0
+    assert internals.version_of(other_tensor) == 0

@@ -9,7 +9,7 @@ from helpers import OPTIONS, same
 from collins import Collins
 
 titan = pytest.importorskip("torchtitan.components.optimizer")
-ours = pytest.importorskip("collins.integrations.torchtitan")
+integration = pytest.importorskip("collins.integrations.torchtitan")
 
 STEPS = 8
 TABLES = {**OPTIONS, "weight_decay": 0.1}
@@ -22,7 +22,7 @@ class Run:
     def __init__(self, implementation="for-loop", parts=None, biases="Collins", seed=0, **options):
         self.parts = parts or [network()]
         exact = {"lr": 5e-3, "compress_ratio": 1} if biases == "Collins" else {"lr": 5e-3}
-        config = ours.CollinsOptimizers.Config(
+        config = integration.CollinsOptimizers.Config(
             param_groups=[
                 titan.ParamGroupConfig(pattern=r"bias$", optimizer_name=biases, optimizer_kwargs=exact),
                 titan.ParamGroupConfig(pattern=r".*", optimizer_name="Collins", optimizer_kwargs={**TABLES, **options}),
@@ -81,16 +81,18 @@ def test_it_can_be_used_with_another_optimizer():
 
 def test_flat_state_is_created_before_the_first_step_and_changes_nothing():
     run, untouched = Run(), Run()
-    flat = run.container.state_dict()
+    flat_state = run.container.state_dict()
     assert same(run.weights(), untouched.weights())
     assert all(p.grad is None for p in run.parts[0].parameters())
     tables = ("m_table", "m_table_scale", "v_table", "layout")
     for name, moments in (("0.weight", tables), ("0.bias", ("exp_avg", "exp_avg_sq"))):
-        assert {key for key in flat if key.startswith(f"state.{name}.")} == {
+        assert {key for key in flat_state if key.startswith(f"state.{name}.")} == {
             f"state.{name}.{key}" for key in ("step", *moments)
         }
-    assert flat["param_groups.0.weight.lr"] == run.container.optimizers[0].param_groups[1]["lr"]
-    assert all(isinstance(value, (torch.Tensor, int, float)) for key, value in flat.items() if key.startswith("state."))
+    assert flat_state["param_groups.0.weight.lr"] == run.container.optimizers[0].param_groups[1]["lr"]
+    assert all(
+        isinstance(value, (torch.Tensor, int, float)) for key, value in flat_state.items() if key.startswith("state.")
+    )
 
 
 # torch's, wherever a checkpoint is written by a single process.
@@ -100,16 +102,16 @@ def test_flat_state_is_created_before_the_first_step_and_changes_nothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_training_resumes_bitwise_from_a_checkpoint(tmp_path, implementation, dtype):
-    whole = Run(implementation, table_dtype=dtype).train(0, STEPS // 2)
-    dcp.save(whole.checkpoint(), checkpoint_id=tmp_path, no_dist=True)
+    uninterrupted = Run(implementation, table_dtype=dtype).train(0, STEPS // 2)
+    dcp.save(uninterrupted.checkpoint(), checkpoint_id=tmp_path, no_dist=True)
     resumed = Run(implementation, table_dtype=dtype)
     dcp.load(state := resumed.checkpoint(), checkpoint_id=tmp_path, no_dist=True)
     assert state["optimizer"] is resumed.container
-    assert same(resumed.container.state_dict(), whole.container.state_dict())
-    assert same(resumed.train(STEPS // 2).weights(), whole.train(STEPS // 2).weights())
-    assert same(resumed.container.state_dict(), whole.container.state_dict())
+    assert same(resumed.container.state_dict(), uninterrupted.container.state_dict())
+    assert same(resumed.train(STEPS // 2).weights(), uninterrupted.train(STEPS // 2).weights())
+    assert same(resumed.container.state_dict(), uninterrupted.container.state_dict())
     assert steps_taken(resumed.container.optimizers[0]) == STEPS
-    assert same(resumed.schedules.state_dict(), whole.schedules.state_dict())
+    assert same(resumed.schedules.state_dict(), uninterrupted.schedules.state_dict())
 
 
 def test_a_flat_state_of_another_seed_is_rejected_and_nothing_changes():
@@ -123,11 +125,11 @@ def test_a_flat_state_of_another_seed_is_rejected_and_nothing_changes():
 
 def test_hooks_of_the_container_run():
     run = Run()
-    seen = []
-    run.container.register_step_pre_hook(lambda *_: seen.append("before"))
-    run.container.register_step_post_hook(lambda *_: seen.append("after"))
+    calls = []
+    run.container.register_step_pre_hook(lambda *_: calls.append("before"))
+    run.container.register_step_post_hook(lambda *_: calls.append("after"))
     run.train(0, 2)
-    assert seen == ["before", "after"] * 2
+    assert calls == ["before", "after"] * 2
 
 
 def stages(*split):
@@ -153,15 +155,15 @@ def test_a_flat_state_of_another_pipeline_split_resumes_bitwise():
     run, other = Run(parts=stages("a", "b")).train(0, 2), Run(parts=stages("ab")).train(50, 52)
     other.parts[0].load_state_dict({name: value for weights in run.weights() for name, value in weights.items()})
     other.container.load_state_dict(run.container.state_dict())
-    for side in (run, other):
-        side.train(2, STEPS)
+    for r in (run, other):
+        r.train(2, STEPS)
     assert same({name: value for weights in run.weights() for name, value in weights.items()}, other.weights()[0])
 
 
 def test_the_default_configuration_is_collins_for_all_parameters():
-    config = ours.default_collins(lr=1e-2, min_K=16, weight_decay=0.2, seed=3, memory="host")
+    config = integration.default_collins(lr=1e-2, min_K=16, weight_decay=0.2, seed=3, memory="host")
     container = config.build(model_parts=[network()])
-    assert type(container) is ours.CollinsOptimizers
+    assert type(container) is integration.CollinsOptimizers
     (optimizer,) = container
     assert type(optimizer) is Collins
     (group,) = optimizer.param_groups

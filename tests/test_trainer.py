@@ -59,14 +59,16 @@ def trainer(folder, way="optimizers", precision="float32", options=None, **argum
     options = {**OPTIONS, **(options or {})}
     if way == "name":
         register()
-        chosen, settings = {}, {**settings, **BY_NAME, **arguments}
+        optimizer_arguments, settings = {}, {**settings, **BY_NAME, **arguments}
     elif way == "optimizers":
-        chosen = {"optimizers": (Collins(model.named_parameters(), **options), None)}
+        optimizer_arguments = {"optimizers": (Collins(model.named_parameters(), **options), None)}
     else:
-        chosen = {"optimizer_cls_and_kwargs": (Collins, options)}
+        optimizer_arguments = {"optimizer_cls_and_kwargs": (Collins, options)}
     tokens = torch.randint(64, (48, 16), generator=torch.Generator().manual_seed(1))
     data = [{"input_ids": row, "labels": row} for row in tokens]
-    return transformers.Trainer(model, transformers.TrainingArguments(folder, **settings), train_dataset=data, **chosen)
+    return transformers.Trainer(
+        model, transformers.TrainingArguments(folder, **settings), train_dataset=data, **optimizer_arguments
+    )
 
 
 def collins_of(run):
@@ -76,7 +78,7 @@ def collins_of(run):
     return optimizer
 
 
-def logged(run, key):
+def log_entries(run, key):
     return [entry[key] for entry in run.state.log_history if key in entry]
 
 
@@ -91,32 +93,32 @@ def test_the_trainer_equals_manual_steps_with_clipping_and_schedule(tmp_path, wa
     assert len(repeater.norms) == steps_taken(repeater.first) == STEPS
     compressed = {"m_table", "exp_avg_scale"}  # of matrices, and of token tables
     assert all(compressed & state.keys() for p, state in repeater.first.state.items() if p.numel() >= 512)
-    for before, after in zip(logged(run, "grad_norm"), repeater.norms, strict=True):
+    for before, after in zip(log_entries(run, "grad_norm"), repeater.norms, strict=True):
         assert before > CLIP
         assert after == pytest.approx(CLIP, rel=2e-2 if precision == "bfloat16" else 1e-4)
     decays = [0.01] if way == "optimizers" else [0.1, 0.0]
     assert [group["weight_decay"] for group in repeater.first.param_groups] == decays
     rates = [OPTIONS["lr"] * factor for factor in (0, 0.5, *((1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)))]
-    assert logged(run, "learning_rate") == pytest.approx(rates)
+    assert log_entries(run, "learning_rate") == pytest.approx(rates)
 
 
 @pytest.mark.parametrize(
     ("way", "precision"), [*((way, precision) for way in WAYS for precision in PRECISIONS), ("name", "bfloat16")]
 )
 def test_a_resumed_run_bitwise_equals_an_uninterrupted_one(tmp_path, way, precision):
-    whole, resumed = (trainer(tmp_path, way, precision) for _ in range(2))
-    whole.train()
-    halfway = tmp_path / f"checkpoint-{STEPS // 2}"
-    resumed.train(resume_from_checkpoint=str(halfway))
-    assert len(logged(whole, "loss")) == STEPS
-    assert logged(resumed, "loss") == logged(whole, "loss")
-    assert same(resumed.model.state_dict(), whole.model.state_dict())
-    ended = collins_of(resumed).state_dict()
+    uninterrupted, resumed = (trainer(tmp_path, way, precision) for _ in range(2))
+    uninterrupted.train()
+    checkpoint = tmp_path / f"checkpoint-{STEPS // 2}"
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert len(log_entries(uninterrupted, "loss")) == STEPS
+    assert log_entries(resumed, "loss") == log_entries(uninterrupted, "loss")
+    assert same(resumed.model.state_dict(), uninterrupted.model.state_dict())
+    resumed_state = collins_of(resumed).state_dict()
     assert steps_taken(collins_of(resumed)) == STEPS
-    assert same(ended, collins_of(whole).state_dict())
-    saved = torch.load(halfway / "optimizer.pt", weights_only=True)
+    assert same(resumed_state, collins_of(uninterrupted).state_dict())
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     assert {int(state["step"]) for state in saved["state"].values()} == {STEPS // 2}
-    assert not same(saved["state"], ended["state"])
+    assert not same(saved["state"], resumed_state["state"])
 
 
 def test_a_checkpoint_of_other_tables_is_rejected(tmp_path):
@@ -143,34 +145,34 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(tmp_path):
         assert repeaters[-1].is_equal
         assert steps_taken(repeaters[-1].first) == STEPS
     assert repeaters[0].norms[0] > 0
-    for ours, theirs in zip(*(repeater.gradients for repeater in repeaters), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    for actual, expected in zip(*(repeater.gradients for repeater in repeaters), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_ineffective_clipping_in_backward_is_warned_of(tmp_path):
     """The Trainer clips gradients after their use, which gives one warning, unless the optimizer clips them."""
-    ended = []
-    for limit in (None, CLIP):
+    results = []
+    for max_norm in (None, CLIP):
         run = trainer(
             tmp_path,
-            options={"in_backward": True, "max_grad_norm": limit},
+            options={"in_backward": True, "max_grad_norm": max_norm},
             max_grad_norm=CLIP,
             gradient_accumulation_steps=1,
             save_strategy="no",
         )
-        if limit is None:
-            with pytest.warns(UserWarning, match=rf"^Trainer clips .* Pass max_grad_norm={CLIP}") as told:
+        if max_norm is None:
+            with pytest.warns(UserWarning, match=rf"^Trainer clips .* Pass max_grad_norm={CLIP}") as warned:
                 run.train()
-            assert len([w for w in told if "max_grad_norm" in str(w.message)]) == 1
+            assert len([w for w in warned if "max_grad_norm" in str(w.message)]) == 1
         else:
             run.train()
             assert float(collins_of(run).grad_norm) > CLIP
-        ended.append(run.model.state_dict())
-    assert not same(*ended)
+        results.append(run.model.state_dict())
+    assert not same(*results)
 
 
 def test_steps_in_backward_equal_steps_after_backward(tmp_path):
-    ended = []
+    results = []
     for in_backward in (False, True):
         run = trainer(
             tmp_path,
@@ -183,8 +185,8 @@ def test_steps_in_backward_equal_steps_after_backward(tmp_path):
         run.train()
         assert steps_taken(collins_of(run)) == STEPS
         assert not same(before, run.model.state_dict())
-        ended.append((run.model.state_dict(), collins_of(run).state_dict()["state"], logged(run, "loss")))
-    assert same(*ended)
+        results.append((run.model.state_dict(), collins_of(run).state_dict()["state"], log_entries(run, "loss")))
+    assert same(*results)
 
 
 def test_by_name_it_gets_the_options_of_the_arguments_and_the_names_of_the_model(tmp_path):
@@ -211,10 +213,10 @@ def test_by_name_it_gets_the_options_of_the_arguments_and_the_names_of_the_model
     assert rows["parameter 'model.embed_tokens.weight'"].role == "tokens"
 
 
-@pytest.mark.parametrize("given", ["lr=1", "betas=0.9", "eps=1", "weight_decay=0.1"])
-def test_options_with_own_training_arguments_are_rejected_in_optim_args(tmp_path, given):
-    run = trainer(tmp_path, "name", optim_args=f"min_K=16,{given}")
-    with pytest.raises(ValueError, match=f"optim_args must not contain .* of TrainingArguments sets, got {given}"):
+@pytest.mark.parametrize("option", ["lr=1", "betas=0.9", "eps=1", "weight_decay=0.1"])
+def test_options_with_own_training_arguments_are_rejected_in_optim_args(tmp_path, option):
+    run = trainer(tmp_path, "name", optim_args=f"min_K=16,{option}")
+    with pytest.raises(ValueError, match=f"optim_args must not contain .* of TrainingArguments sets, got {option}"):
         run.create_optimizer()
 
 
@@ -257,10 +259,10 @@ class Reporter(transformers.TrainerCallback):
     """Records the logs that reporters such as TensorBoard's callback receive."""
 
     def __init__(self):
-        self.told = []
+        self.logs = []
 
     def on_log(self, args, state, control, logs=None, **others):
-        self.told.append((state.global_step, dict(logs)))
+        self.logs.append((state.global_step, dict(logs)))
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
@@ -287,10 +289,10 @@ def test_statistics_are_read_only_at_the_steps_that_the_trainer_logs(tmp_path, m
     steps = [1, 3, 6, 9, 12] if strategy == "steps" else [1, 12]
     assert calls.read == steps
     assert calls.measured == ([step - 1 for step in steps] if strategy == "steps" else [0, 1])
-    told = [(step, logs) for step, logs in reporter.told if "loss" in logs]
-    kept = [entry for entry in run.state.log_history if "loss" in entry]
-    assert [step for step, _ in told] == [entry["step"] for entry in kept] == steps
-    for logs in (*(logs for _, logs in told), *kept):
+    reported = [(step, logs) for step, logs in reporter.logs if "loss" in logs]
+    history = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [step for step, _ in reported] == [entry["step"] for entry in history] == steps
+    for logs in (*(logs for _, logs in reported), *history):
         assert logs["collins/grad_norm"] > 0.5
         assert (logs["collins/update_rms/0"] > 0) == (logs["learning_rate"] > 0)
         assert all(type(value) is float for name, value in logs.items() if name.startswith("collins/"))

@@ -51,11 +51,11 @@ class Configuration:
     lr: Callable[[], float | torch.Tensor] = lambda: 1e-3
     named: bool = False
 
-    def build(self, params: Iterable[Any], **changed: Any) -> Collins:
-        given = list(params)
-        if self.named and all(isinstance(p, torch.Tensor) for p in given):
-            given = [(f"name{number}", p) for number, p in enumerate(given)]
-        return Collins(given, **{"lr": self.lr(), **self.options, **changed})
+    def build(self, params: Iterable[Any], **overrides: Any) -> Collins:
+        param_list = list(params)
+        if self.named and all(isinstance(p, torch.Tensor) for p in param_list):
+            param_list = [(f"name{number}", p) for number, p in enumerate(param_list)]
+        return Collins(param_list, **{"lr": self.lr(), **self.options, **overrides})
 
     @property
     def increases(self) -> bool:
@@ -125,10 +125,10 @@ class Regression:
             return torch.randn(shape, generator=generator)
 
         gap = () if contiguous else (2,)
-        drawn = [values(80, 40, *gap), values(80, *gap)]
-        placed = [t.to(device, config.dtype) for t, device in zip(drawn, devices, strict=True)]
-        self.params = [torch.nn.Parameter(t if contiguous else t[..., 0]) for t in placed]
-        self.input = values(40).to(placed[0])
+        tensors = [values(80, 40, *gap), values(80, *gap)]
+        on_devices = [t.to(device, config.dtype) for t, device in zip(tensors, devices, strict=True)]
+        self.params = [torch.nn.Parameter(t if contiguous else t[..., 0]) for t in on_devices]
+        self.input = values(40).to(on_devices[0])
 
     def loss(self) -> torch.Tensor:
         weight, bias = self.params
@@ -153,8 +153,8 @@ class Regression:
         opt.step()
         return loss.detach()
 
-    def has_moved_as_expected(self, before: float, config: Configuration) -> bool:
-        return self.value() > before if config.increases else self.value() < before
+    def has_moved_as_expected(self, previous: float, config: Configuration) -> bool:
+        return self.value() > previous if config.increases else self.value() < previous
 
     def copy(self) -> Regression:
         """A second regression with the same values."""

@@ -12,7 +12,15 @@ from torch import nn
 
 from collins import Collins
 
-STEPPED = ("default", "capturable", "nonfinite error", "universal", "bf16 tables", "memory host", "in backward")
+CONFIGURATION_NAMES = (
+    "default",
+    "capturable",
+    "nonfinite error",
+    "universal",
+    "bf16 tables",
+    "memory host",
+    "in backward",
+)
 SCHEDULES = ("lambda_lr", "multiplicative_lr", "step_lr", "multi_step_lr", "exp_lr", "cos_anneal_lr", "constantlr")
 SCHEDULES += ("linearlr", "reduce_lr_on_plateau1", "poly_lr", "CosineAnnealingWarmRestarts_lr1")
 SCHEDULES += ("cycle_lr_triangular_mode_one_lr", "onecycle_lr_linear_annealing")
@@ -26,12 +34,12 @@ def _compiled_anew():
     torch._dynamo.reset()
 
 
-def compiled(function):
+def compile_eager(function):
     return torch.compile(function, backend="eager")
 
 
 @pytest.mark.parametrize("use_closure", [False, True], ids=["step", "closure"])
-@over(*STEPPED)
+@over(*CONFIGURATION_NAMES)
 def test_correctness(config, use_closure):
     """State and weights after compiled steps bitwise equal those after eager ones."""
     if use_closure and config.in_backward:
@@ -39,7 +47,7 @@ def test_correctness(config, use_closure):
     eager, traced = Regression(config), Regression(config)
     opts = config.build(eager.params), config.build(traced.params)
 
-    @compiled
+    @compile_eager
     def step():
         if use_closure:
             opts[1].step(closure)
@@ -74,15 +82,15 @@ def test_correctness_under_schedules(name):
         for w, b in (task.params for task in tasks)
     ]
     schedules = [CASES[name](opt) for opt in opts]
-    step = compiled(lambda: opts[1].step())
+    step = compile_eager(lambda: opts[1].step())
     for number in range(4):
         tasks[0].step(opts[0])
         opts[1].zero_grad()
         tasks[1].loss().backward()
         with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
             step()
-        for running in schedules:
-            advance(running, number)
+        for schedule in schedules:
+            advance(schedule, number)
     assert same(tasks[0].params, tasks[1].params)
 
 
@@ -91,7 +99,7 @@ def test_adamw_recompile(config):
     """The next compiled step uses replaced and cleared state without recompilation."""
     eager, traced = Regression(config), Regression(config)
     opts = config.build(eager.params), config.build(traced.params)
-    step = compiled(lambda: opts[1].step())
+    step = compile_eager(lambda: opts[1].step())
     for number in range(6):
         for task, opt in zip((eager, traced), opts, strict=True):
             if number == 3:
@@ -146,7 +154,7 @@ def test_closure_graph_break(config):
         opt.step(closure)
 
     loop(opts[0], closure_of(params[0]))
-    compiled(loop)(opts[1], closure_of(params[1]))
+    compile_eager(loop)(opts[1], closure_of(params[1]))
     assert same(*params)
     assert not torch.equal(params[0], torch.ones_like(params[0]))
 

@@ -75,41 +75,41 @@ def test_param_group_with_lrscheduler_goes_right_direction(config):
 
 @everywhere
 def test_tensor_lr(config):
-    plain, tensor = Regression(config), Regression(config)
-    first = config.build(plain.params, lr=1e-3)
-    second = config.build(tensor.params, lr=torch.tensor(1e-3, dtype=torch.float64))
+    float_task, tensor_task = Regression(config), Regression(config)
+    first = config.build(float_task.params, lr=1e-3)
+    second = config.build(tensor_task.params, lr=torch.tensor(1e-3, dtype=torch.float64))
     for _ in range(5):
-        plain.step(first)
-        tensor.step(second)
+        float_task.step(first)
+        tensor_task.step(second)
         assert isinstance(second.param_groups[0]["lr"], torch.Tensor)
-        torch.testing.assert_close(plain.params, tensor.params)
+        torch.testing.assert_close(float_task.params, tensor_task.params)
 
 
 @uncompiled
 def test_param_groups_weight_decay(config):
-    task, twin = Regression(config), Regression(config)
+    task, decayed = Regression(config), Regression(config)
     with torch.no_grad():  # large enough for its decay to be visible
-        for p in (task.params[1], twin.params[1]):
+        for p in (task.params[1], decayed.params[1]):
             p.mul_(8)
     weight, bias = ([(name, p)] if config.named else [p] for name, p in zip("wb", task.params, strict=True))
     opt = config.build([{"params": weight, "weight_decay": 0.1}, {"params": bias, "weight_decay": 0.0}])
     other = config.build(
-        [("w", twin.params[0]), ("b", twin.params[1])] if config.named else twin.params, weight_decay=0.1
+        [("w", decayed.params[0]), ("b", decayed.params[1])] if config.named else decayed.params, weight_decay=0.1
     )
     before = task.value()
     for _ in range(20):
         task.step(opt)
-        twin.step(other)
+        decayed.step(other)
     assert task.has_moved_as_expected(before, config)
-    assert task.params[1].norm() > twin.params[1].norm()
+    assert task.params[1].norm() > decayed.params[1].norm()
 
 
 @uncompiled
 def test_param_groups_lr(config):
     task, irrelevant = Regression(config), nn.Parameter(torch.ones(2, dtype=config.dtype, device=DEVICE))
-    named = [("w", task.params[0]), ("b", task.params[1])] if config.named else task.params
+    params = [("w", task.params[0]), ("b", task.params[1])] if config.named else task.params
     opt = config.build(
-        [{"params": named, "lr": 1e-2}, {"params": [("i", irrelevant)] if config.named else [irrelevant]}], lr=1e-28
+        [{"params": params, "lr": 1e-2}, {"params": [("i", irrelevant)] if config.named else [irrelevant]}], lr=1e-28
     )
     before = task.value()
     for _ in range(20):
@@ -167,7 +167,7 @@ def test_non_empty_state(config):
 @over("default", "ratio 1")
 def test_optim_infos_do_not_specify_global_cliquey_kwargs(config):
     flags = ("foreach", "fused", "differentiable", "amsgrad")
-    assert not any(flag in each.options for flag in flags for each in CONFIGURATIONS.values())
+    assert not any(flag in configuration.options for flag in flags for configuration in CONFIGURATIONS.values())
     for flag in flags:
         with pytest.raises(TypeError, match=flag):
             config.build(Regression(config).params, **{flag: True})
@@ -179,13 +179,13 @@ ERRORS = ADAMW.optim_error_inputs_func(device="cpu", dtype=torch.float32)
 @pytest.mark.parametrize("case", ERRORS, ids=[error.optimizer_error_input.desc for error in ERRORS])
 def test_errors(case):
     """All errors of AdamW in PyTorch; a duplicate parameter is an error here instead of a warning."""
-    given = case.optimizer_error_input
+    inputs = case.optimizer_error_input
     assert case.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
-    options = {name: value for name, value in given.kwargs.items() if name != "foreach"}
-    params = [nn.Parameter(torch.ones(1))] if given.params is None else given.params
-    if options != given.kwargs:
+    options = {name: value for name, value in inputs.kwargs.items() if name != "foreach"}
+    params = [nn.Parameter(torch.ones(1))] if inputs.params is None else inputs.params
+    if options != inputs.kwargs:
         with pytest.raises(TypeError, match="foreach"):
-            Collins(params, **given.kwargs)
+            Collins(params, **inputs.kwargs)
     if isinstance(options.get("lr"), torch.Tensor) and options["lr"].numel() == 1:
         Collins(params, **options)  # an error of foreach=True only
         return
@@ -216,9 +216,9 @@ def test_rosenbrock_sparse(config):
 @everywhere
 def test_complex(config):
     """Complex parameters are rejected by name; their real views are stepped like other real parameters."""
-    given = torch.randn(10, 5, dtype=torch.complex64, device=DEVICE)
+    complex_param = torch.randn(10, 5, dtype=torch.complex64, device=DEVICE)
     with pytest.raises(TypeError, match="complex"):
-        config.build([nn.Parameter(given)])
+        config.build([nn.Parameter(complex_param)])
 
 
 @over("default", "ratio 1", "memory host", "in backward")
@@ -249,10 +249,10 @@ def test_fused_error_on_params_on_meta(config):
     else:
         for _ in range(2):
             opt.step()
-        held = [moment for p in model.parameters() for moment in moments(opt, p)]
+        all_moments = [moment for p in model.parameters() for moment in moments(opt, p)]
         scales = sum(name.endswith("_scale") for p in model.parameters() for name in opt.state[p])
-        assert len(held) == 4 + scales
-        assert all(moment.is_meta for moment in held)
+        assert len(all_moments) == 4 + scales
+        assert all(moment.is_meta for moment in all_moments)
     model.to_empty(device=DEVICE)
     opt = config.build(model.parameters())
     for p in model.parameters():
@@ -277,11 +277,15 @@ def compare_between(models, opts, inputs, **tolerances):
             opt.step()
         for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
             torch.testing.assert_close(p, q, check_device=False, **tolerances)
-            ours, theirs = opts[0].state[p], opts[1].state[q]
-            assert ours["step"] == theirs["step"] == (step if step > 1 else step + 1) - (p_frozen(models[0], p, step))
-            assert ours["step"].dtype == theirs["step"].dtype == torch.float32
-            for name in ours.keys() & theirs.keys() - {"layout"}:
-                torch.testing.assert_close(ours[name], theirs[name], check_device=False, **tolerances)
+            state, other_state = opts[0].state[p], opts[1].state[q]
+            assert (
+                state["step"]
+                == other_state["step"]
+                == (step if step > 1 else step + 1) - (p_frozen(models[0], p, step))
+            )
+            assert state["step"].dtype == other_state["step"].dtype == torch.float32
+            for name in state.keys() & other_state.keys() - {"layout"}:
+                torch.testing.assert_close(state[name], other_state[name], check_device=False, **tolerances)
 
 
 def p_frozen(model, p, step):
@@ -303,12 +307,12 @@ def batch(dtype, device=DEVICE):
 def test_foreach_matches_forloop(config, dtype):
     """Exact moments are AdamW's, with a zero-dimensional parameter last."""
     models = [layers(dtype) for _ in range(2)]
-    last = [nn.Parameter(torch.ones((), dtype=dtype, device=DEVICE)) for _ in range(2)]
-    params = [[*model.parameters(), scalar] for model, scalar in zip(models, last, strict=True)]
-    ours, theirs = config.build(params[0], compress_ratio=1), torch.optim.AdamW(params[1])
-    last[0].grad, last[1].grad = torch.ones_like(last[0]), torch.ones_like(last[1])
-    compare_between(models, (ours, theirs), [batch(dtype)] * 2)
-    assert torch.equal(*last)
+    scalars = [nn.Parameter(torch.ones((), dtype=dtype, device=DEVICE)) for _ in range(2)]
+    params = [[*model.parameters(), scalar] for model, scalar in zip(models, scalars, strict=True)]
+    opt, adamw = config.build(params[0], compress_ratio=1), torch.optim.AdamW(params[1])
+    scalars[0].grad, scalars[1].grad = torch.ones_like(scalars[0]), torch.ones_like(scalars[1])
+    compare_between(models, (opt, adamw), [batch(dtype)] * 2)
+    assert torch.equal(*scalars)
 
 
 @over("ratio 8")
@@ -341,8 +345,8 @@ def test_fused_cpu_matches_cuda(config):
 def mixed(devices):
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
-    made = [torch.rand(40, 30, generator=generator).to(device, dtype) for device in devices for dtype in dtypes]
-    return [(f"p{number}", nn.Parameter(t)) for number, t in enumerate(made)]
+    tensors = [torch.rand(40, 30, generator=generator).to(device, dtype) for device in devices for dtype in dtypes]
+    return [(f"p{number}", nn.Parameter(t)) for number, t in enumerate(tensors)]
 
 
 @pytest.mark.parametrize("devices", [(DEVICE,), pytest.param(("cuda:0", "cuda:1"), marks=two_gpus)], ids=str)
@@ -353,17 +357,17 @@ def test_mixed_device_dtype(config, devices):
         pytest.skip("tables of float64 are for parameters of float64 only")
     if len(devices) > 1:
         on_two_devices(config)
-    together, alone = mixed(devices), mixed(devices)
+    joint, separate = mixed(devices), mixed(devices)
     frozen = nn.Parameter(torch.randint(9, (2, 3), device=devices[-1]), requires_grad=False)
-    opts = [config.build([*together, ("frozen", frozen)]), *(config.build([named]) for named in alone)]
+    opts = [config.build([*joint, ("frozen", frozen)]), *(config.build([named_param]) for named_param in separate)]
     for step in range(3):
-        for ps in (together, alone):
+        for ps in (joint, separate):
             for number, (_, p) in enumerate(ps):
-                drawn = torch.rand(p.shape, generator=torch.Generator().manual_seed(10 * step + number))
-                p.grad = drawn.to(p)
+                grad = torch.rand(p.shape, generator=torch.Generator().manual_seed(10 * step + number))
+                p.grad = grad.to(p)
         for opt in opts:
             opt.step()
-    for (_, p), (_, q) in zip(together, alone, strict=True):
+    for (_, p), (_, q) in zip(joint, separate, strict=True):
         torch.testing.assert_close(p, q, rtol=0 if DEVICE == "cpu" else None, atol=0 if DEVICE == "cpu" else None)
     assert frozen not in opts[0].state
 
@@ -417,10 +421,10 @@ def test_peak_memory_foreach(config):
         opt.step()
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
+    allocated = torch.cuda.memory_allocated()
     opt.step()
     size = sum(p.numel() * max(p.element_size(), 4) for p in params)
-    assert torch.cuda.max_memory_allocated() - held <= 2 * size
+    assert torch.cuda.max_memory_allocated() - allocated <= 2 * size
 
 
 @over("ratio 8", "capturable", "memory host", "universal")

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.s
 
 # The schedules of each case, which are all stepped.
 CYCLE = {"base_momentum": 0.5, "max_momentum": 0.9}
-TWO = {"base_momentum": [0.5, 0.6], "max_momentum": [0.9, 0.95]}
+CYCLE_OF_TWO_GROUPS = {"base_momentum": [0.5, 0.6], "max_momentum": [0.9, 0.95]}
 
 
 def exponential_then_step(o):
@@ -81,9 +81,9 @@ CASES = {
     "cycle_lr_triangular_mode_one_lr_no_momentum": lambda o: [lrs.CyclicLR(o, 1e-3, 5e-3, 4, cycle_momentum=False)],
     "cycle_lr_triangular2_mode_one_lr": lambda o: [lrs.CyclicLR(o, 1e-3, 5e-3, 4, mode="triangular2", **CYCLE)],
     "cycle_lr_exp_range_mode_one_lr": lambda o: [lrs.CyclicLR(o, 1e-3, 5e-3, 4, mode="exp_range", gamma=0.9, **CYCLE)],
-    "cycle_lr_triangular_mode": lambda o: [lrs.CyclicLR(o, [1e-3, 2e-3], [5e-3, 6e-3], 4, **TWO)],
+    "cycle_lr_triangular_mode": lambda o: [lrs.CyclicLR(o, [1e-3, 2e-3], [5e-3, 6e-3], 4, **CYCLE_OF_TWO_GROUPS)],
     "cycle_lr_triangular2_mode_step_size_up_down": lambda o: [
-        lrs.CyclicLR(o, [1e-3, 3e-3], [5e-3, 7e-3], 2, 6, mode="triangular2", **TWO)
+        lrs.CyclicLR(o, [1e-3, 3e-3], [5e-3, 7e-3], 2, 6, mode="triangular2", **CYCLE_OF_TWO_GROUPS)
     ],
     "cycle_lr_exp_range_mode_step_size_up_down": lambda o: [
         lrs.CyclicLR(o, 1e-3, 5e-3, 2, 6, mode="exp_range", gamma=0.9, **CYCLE)
@@ -108,8 +108,10 @@ CASES = {
 }
 METRICS = [1.5 * 1.005**step for step in range(12)]
 cases = pytest.mark.parametrize("case", CASES.values(), ids=[f"test_{name}" for name in CASES])
-MOVING = ("cycle_lr_triangular_mode", "onecycle_lr_cosine_annealing")
-moving = pytest.mark.parametrize("case", [CASES[name] for name in MOVING], ids=MOVING)
+CYCLIC_SCHEDULES = ("cycle_lr_triangular_mode", "onecycle_lr_cosine_annealing")
+over_cyclic_schedules = pytest.mark.parametrize(
+    "case", [CASES[name] for name in CYCLIC_SCHEDULES], ids=CYCLIC_SCHEDULES
+)
 
 
 def two_groups(build, task, rate=0.05):
@@ -132,64 +134,64 @@ def rates(opt):
     ("case", "in_backward"),
     [
         *(pytest.param(case, False, id=f"test_{name}") for name, case in CASES.items()),
-        *(pytest.param(CASES[name], True, id=f"test_{name} in backward") for name in MOVING),
+        *(pytest.param(CASES[name], True, id=f"test_{name} in backward") for name in CYCLIC_SCHEDULES),
     ],
 )
 def test_schedules_are_adamws(case, in_backward):
     """Rates, betas and, with exact moments, weights equal those of AdamW; tensor rates stay the same objects."""
     config = CONFIGURATIONS["fp64 tables"]
     tasks = Regression(config), Regression(config)
-    ours = two_groups(lambda ps, lr: Collins(ps, lr=lr, compress_ratio=1, in_backward=in_backward), tasks[0])
-    theirs = two_groups(lambda ps, lr: AdamW(ps, lr=lr), tasks[1])
-    tensor = ours.param_groups[1]["lr"]
-    ours_too, theirs_too = case(ours), case(theirs)
+    opt = two_groups(lambda ps, lr: Collins(ps, lr=lr, compress_ratio=1, in_backward=in_backward), tasks[0])
+    adamw = two_groups(lambda ps, lr: AdamW(ps, lr=lr), tasks[1])
+    tensor = opt.param_groups[1]["lr"]
+    schedules, adamw_schedules = case(opt), case(adamw)
     for step in range(11):
-        assert rates(ours) == pytest.approx(rates(theirs), rel=1e-6)
-        tasks[0].step(ours)
-        tasks[1].step(theirs)
-        advance(ours_too, step)
-        advance(theirs_too, step)
+        assert rates(opt) == pytest.approx(rates(adamw), rel=1e-6)
+        tasks[0].step(opt)
+        tasks[1].step(adamw)
+        advance(schedules, step)
+        advance(adamw_schedules, step)
     torch.testing.assert_close(tasks[0].params, tasks[1].params, rtol=1e-10, atol=1e-12)
-    assert ours.param_groups[1]["lr"] is tensor
-    last = [[float(rate) for rate in schedule.get_last_lr()] for schedule in ours_too]
-    assert last == [pytest.approx([float(rate) for rate in schedule.get_last_lr()]) for schedule in theirs_too]
+    assert opt.param_groups[1]["lr"] is tensor
+    last = [[float(rate) for rate in schedule.get_last_lr()] for schedule in schedules]
+    assert last == [pytest.approx([float(rate) for rate in schedule.get_last_lr()]) for schedule in adamw_schedules]
 
 
-@moving
+@over_cyclic_schedules
 @uncompiled
 def test_cycle_lr_cycle_momentum_with_beta1_optimizer(config, case):
     """A beta1 that a schedule sets applies to the next step, as if it had been set directly."""
     tasks = Regression(config), Regression(config)
-    opt, byhand = (config.build(maybe_named(config, task)) for task in tasks)
+    opt, manual_opt = (config.build(maybe_named(config, task)) for task in tasks)
     schedules = case(opt) if len(opt.param_groups) == 2 else []
-    seen = set()
+    beta1s = set()
     for step in range(11):
-        for own, other in zip(opt.param_groups, byhand.param_groups, strict=True):
-            other["lr"], other["betas"] = float(own["lr"]), (float(own["betas"][0]), 0.999)
-        seen.add(opt.param_groups[0]["betas"][0])
+        for group, manual_group in zip(opt.param_groups, manual_opt.param_groups, strict=True):
+            manual_group["lr"], manual_group["betas"] = float(group["lr"]), (float(group["betas"][0]), 0.999)
+        beta1s.add(opt.param_groups[0]["betas"][0])
         tasks[0].step(opt)
-        tasks[1].step(byhand)
+        tasks[1].step(manual_opt)
         advance(schedules, step)
-    assert len(seen) > 4
+    assert len(beta1s) > 4
     torch.testing.assert_close(tasks[0].params, tasks[1].params)
 
 
 def maybe_named(config, task):
-    named = zip("wb", task.params, strict=True)
-    return [{"params": [(name, p) if config.named else p]} for name, p in named]
+    named_params = zip("wb", task.params, strict=True)
+    return [{"params": [(name, p) if config.named else p]} for name, p in named_params]
 
 
 @cases
 def test_lr_scheduler_state_dict_load(case):
     """And test_*_state_dict: another schedule and optimizer resume from a file."""
-    task, twin = Regression(CONFIGURATIONS["ratio 8"]), Regression(CONFIGURATIONS["ratio 8"])
-    opt, other = (two_groups(lambda ps, lr: CONFIGURATIONS["ratio 8"].build(ps, lr=lr), t) for t in (task, twin))
+    task, other_task = Regression(CONFIGURATIONS["ratio 8"]), Regression(CONFIGURATIONS["ratio 8"])
+    opt, other = (two_groups(lambda ps, lr: CONFIGURATIONS["ratio 8"].build(ps, lr=lr), t) for t in (task, other_task))
     first, second = case(opt), case(other)
     for step in range(4):
         task.step(opt)
         advance(first, step)
     with torch.no_grad():
-        for p, q in zip(task.params, twin.params, strict=True):
+        for p, q in zip(task.params, other_task.params, strict=True):
             q.copy_(p)
     file = io.BytesIO()
     torch.save([opt.state_dict(), [schedule.state_dict() for schedule in first]], file)
@@ -201,10 +203,10 @@ def test_lr_scheduler_state_dict_load(case):
     for step in range(4, 9):
         assert rates(opt) == rates(other)
         task.step(opt)
-        twin.step(other)
+        other_task.step(other)
         advance(first, step)
         advance(second, step)
-        assert same(task.params, twin.params)
+        assert same(task.params, other_task.params)
 
 
 @over("default", "memory host", "in backward")
@@ -218,11 +220,11 @@ def test_no_cyclic_references(config):
         schedule = lrs.LambdaLR(opt, lambda _: 1.0)
         task.step(opt)
         schedule.step()
-        gone = [weakref.ref(opt), weakref.ref(schedule), weakref.ref(task.params[0])]
+        references = [weakref.ref(opt), weakref.ref(schedule), weakref.ref(task.params[0])]
         del opt, schedule, task
-        assert [ref() for ref in gone[:2]] == [None, None]
+        assert [ref() for ref in references[:2]] == [None, None]
         gc.collect()
-        assert gone[2]() is None
+        assert references[2]() is None
     finally:
         gc.enable()
 
@@ -231,24 +233,24 @@ def test_no_cyclic_references(config):
 @pytest.mark.parametrize("overridden", [False, True])
 def test_old_pattern_warning(config, overridden):
     """Stepping a schedule before its optimizer gives a warning, stepping it afterwards does not."""
-    for old in (True, False):
+    for schedule_first in (True, False):
         task = Regression(config)
         opt = config.build(task.params)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             schedule = lrs.StepLR(opt, 3)
             if overridden:
-                given = opt.step
-                opt.step = lambda *args, given=given: given(*args)
+                original_step = opt.step
+                opt.step = lambda *args, original_step=original_step: original_step(*args)
             for _ in range(3):
-                if old:
+                if schedule_first:
                     schedule.step()
                 opt.step()
-                if not old:
+                if not schedule_first:
                     schedule.step()
         texts = [str(warning.message) for warning in caught]
         word = "has been overridden" if overridden else "how-to-adjust-learning-rate"
-        assert any(word in text for text in texts) == (old or overridden), texts
+        assert any(word in text for text in texts) == (schedule_first or overridden), texts
 
 
 @pytest.mark.parametrize("min_lr", [0, [1e-5, 1e-4]], ids=["scalar", "list"])
@@ -259,16 +261,16 @@ def test_add_param_group_does_not_break_reduce_lr_on_plateau(config, min_lr):
     schedule = lrs.ReduceLROnPlateau(opt, patience=1, min_lr=min_lr)
     for step in range(8):
         if step == 3:
-            late = nn.Parameter(torch.rand(80, 3, device=DEVICE, dtype=config.dtype))
-            opt.add_param_group({"params": [("late", late)] if config.named else [late], "lr": 0.05})
+            new_param = nn.Parameter(torch.rand(80, 3, device=DEVICE, dtype=config.dtype))
+            opt.add_param_group({"params": [("late", new_param)] if config.named else [new_param], "lr": 0.05})
             if min_lr:
                 schedule.min_lrs.append(1e-6)
         opt.zero_grad()
-        (task.loss() if step < 3 else task.loss() + late.sum()).backward()
+        (task.loss() if step < 3 else task.loss() + new_param.sum()).backward()
         opt.step()
         schedule.step(1.0)
     assert opt.param_groups[2]["lr"] < 0.05
-    assert opt.state[late]["step"] == 5
+    assert opt.state[new_param]["step"] == 5
 
 
 @pytest.mark.parametrize("name", ["step_lr", "exp_lr", "cos_anneal_lr", "poly_lr", "linearlr", "lambda_lr"])
@@ -291,9 +293,9 @@ def test_cycle_lr_state_dict_picklable():
     opt = Collins(Regression(CONFIGURATIONS["default"]).params)
     schedule = lrs.CyclicLR(opt, 1e-3, 5e-3)
     pickle.dumps(schedule.state_dict())
-    gone = weakref.ref(schedule)
+    reference = weakref.ref(schedule)
     del schedule
-    assert gone() is None
+    assert reference() is None
 
 
 # Averages of weights.
@@ -321,7 +323,7 @@ def cnn():
     return Normalized(nn.Conv2d(3, 40, 3, padding=1), nn.BatchNorm2d(40)).to(DEVICE), x
 
 
-def trained(config, make, steps, after):
+def train_model(config, make, steps, after):
     """Trains a model and calls `after(model)` after each step."""
     model, x = make()
     opt = config.build([named if config.named else named[1] for named in model.named_parameters()], lr=1e-2)
@@ -337,49 +339,49 @@ def trained(config, make, steps, after):
 @over("default", "ratio 8", "universal", "memory host", "in backward", "named")
 def test_averaged_model_all_devices(config, kind):
     """And test_averaged_model_exponential: the average equals that of the weights after each step."""
-    averaged, seen = [], []
+    averaged, history = [], []
     functions = {
         "swa": {"multi_avg_fn": get_swa_multi_avg_fn()},
         "ema": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
         "avg_fn": {"avg_fn": lambda average, p, _: 0.9 * average + 0.1 * p},
     }
 
-    def note(model):
+    def update_average(model):
         if not averaged:
             averaged.append(AveragedModel(model, **functions[kind]))
         averaged[0].update_parameters(model)
-        seen.append([p.detach().clone() for p in model.parameters()])
+        history.append([p.detach().clone() for p in model.parameters()])
 
-    trained(config, dnn, 6, note)
-    expected = seen[0]
-    for number, after in enumerate(seen[1:], 1):
-        kept = number / (number + 1) if kind == "swa" else 0.9
-        expected = [kept * average + (1 - kept) * p for average, p in zip(expected, after, strict=True)]
+    train_model(config, dnn, 6, update_average)
+    expected = history[0]
+    for number, after in enumerate(history[1:], 1):
+        decay = number / (number + 1) if kind == "swa" else 0.9
+        expected = [decay * average + (1 - decay) * p for average, p in zip(expected, after, strict=True)]
     torch.testing.assert_close(list(averaged[0].module.parameters()), expected)
     assert averaged[0].n_averaged == 6
-    assert not same(seen[-1], expected)
+    assert not same(history[-1], expected)
 
 
 def test_averaged_model_state_dict():
     """And test_averaged_model_default_avg_fn_picklable: the average is saved with the optimizer and resumed."""
     averaged = []
 
-    def note(model):
+    def update_average(model):
         averaged[:] = averaged or [AveragedModel(model)]
         averaged[0].update_parameters(model)
 
-    model, x, opt = trained(CONFIGURATIONS["ratio 8"], dnn, 4, note)
+    model, x, opt = train_model(CONFIGURATIONS["ratio 8"], dnn, 4, update_average)
     pickle.dumps(averaged[0])
-    twin = copy.deepcopy(model)
-    other, again = CONFIGURATIONS["ratio 8"].build(twin.parameters(), lr=1e-2), AveragedModel(twin)
+    model_copy = copy.deepcopy(model)
+    other, other_average = CONFIGURATIONS["ratio 8"].build(model_copy.parameters(), lr=1e-2), AveragedModel(model_copy)
     other.load_state_dict(opt.state_dict())
-    again.load_state_dict(averaged[0].state_dict())
-    for m, o, average in ((model, opt, averaged[0]), (twin, other, again)):
+    other_average.load_state_dict(averaged[0].state_dict())
+    for m, o, average in ((model, opt, averaged[0]), (model_copy, other, other_average)):
         o.zero_grad()
         m(x).square().mean().backward()
         o.step()
         average.update_parameters(m)
-    assert same(averaged[0].state_dict(), again.state_dict())
+    assert same(averaged[0].state_dict(), other_average.state_dict())
 
 
 @pytest.mark.parametrize("make", [dnn, cnn], ids=["test_update_bn_dnn", "test_update_bn_cnn"])
@@ -388,17 +390,17 @@ def test_update_bn(config, make):
     """Statistics of a batch norm are recomputed for averaged weights, without gradients and state."""
     averaged = []
 
-    def note(model):
+    def update_average(model):
         averaged[:] = averaged or [AveragedModel(model, use_buffers=False)]
         averaged[0].update_parameters(model)
 
-    _, x, opt = trained(config, make, 4, note)
+    _, x, opt = train_model(config, make, 4, update_average)
     before = copy.deepcopy(opt.state_dict())
     update_bn(x.split(8), averaged[0])
     inner = averaged[0].module
     with torch.no_grad():
-        given = inner.layer(x).transpose(0, 1).flatten(1)
-    torch.testing.assert_close(inner.bn.running_mean, given.mean(1))
+        features = inner.layer(x).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(inner.bn.running_mean, features.mean(1))
     assert inner.bn.momentum == 0.1
     assert averaged[0].training
     assert same(opt.state_dict(), before)

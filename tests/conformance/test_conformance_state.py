@@ -23,7 +23,7 @@ def without_names(state_dict):
     return result
 
 
-def normed(config):
+def model_with_norm(config):
     """A model with parameters of two kinds, and an input."""
     model = nn.Sequential(nn.Conv2d(4, 20, 4, stride=4), nn.BatchNorm2d(20)).to(DEVICE, config.dtype)
     return model, torch.rand(2, 4, 8, 8, dtype=config.dtype, device=DEVICE)
@@ -43,26 +43,26 @@ def test_state_dict_deterministic(config, named):
     opt = config.build(maybe_named(task.params, named[0] or config.named))
     for _ in range(3):
         task.step(opt)
-    twin = task.copy()
-    other = config.build(maybe_named(twin.params, named[1] or config.named))
-    given = copy.deepcopy(opt.state_dict())
-    kept = copy.deepcopy(given)
-    other.load_state_dict(given)
-    assert same(given, kept)
+    task_copy = task.copy()
+    other = config.build(maybe_named(task_copy.params, named[1] or config.named))
+    state_dict = copy.deepcopy(opt.state_dict())
+    original = copy.deepcopy(state_dict)
+    other.load_state_dict(state_dict)
+    assert same(state_dict, original)
     for _ in range(3):
         task.step(opt)
-        twin.step(other)
-        assert same(task.params, twin.params)
+        task_copy.step(other)
+        assert same(task.params, task_copy.params)
     assert same(without_names(opt.state_dict()), without_names(other.state_dict()))
     other.param_groups.extend(other.param_groups)
-    again = (without_names(o.state_dict())["param_groups"][-1] for o in (opt, other))
-    assert same(*again)
+    last_groups = (without_names(o.state_dict())["param_groups"][-1] for o in (opt, other))
+    assert same(*last_groups)
 
 
 @uncompiled
 def test_can_load_older_state_dict(config):
     """A state dict without some options: these keep the values of the constructor."""
-    model, x = normed(config)
+    model, x = model_with_norm(config)
     opt = config.build(model.parameters())
 
     def step():
@@ -88,12 +88,12 @@ def test_can_load_older_state_dict(config):
 @named_or_not
 @uncompiled
 def test_can_load_from_to_named_state_dict(config, named):
-    model, x = normed(config)
+    model, x = model_with_norm(config)
 
     def build(is_named):
-        own = copy.deepcopy(model)
-        params = own.named_parameters() if is_named else own.parameters()
-        return own, Collins(params, lr=config.lr(), **config.options)
+        model_copy = copy.deepcopy(model)
+        params = model_copy.named_parameters() if is_named else model_copy.parameters()
+        return model_copy, Collins(params, lr=config.lr(), **config.options)
 
     first, opt = build(named[0])
     for _ in range(2):
@@ -129,10 +129,10 @@ def test_load_nontensor_step(config):
     opt = config.build(task.params)
     for _ in range(3):
         task.step(opt)
-    given = copy.deepcopy(opt.state_dict())
-    for state in given["state"].values():
+    state_dict = copy.deepcopy(opt.state_dict())
+    for state in state_dict["state"].values():
         state["step"] = state["step"].item()
-    opt.load_state_dict(given)
+    opt.load_state_dict(state_dict)
     task.step(opt)
     assert all(state["step"] == 4 and isinstance(state["step"], torch.Tensor) for state in opt.state.values())
 
@@ -147,17 +147,17 @@ def test_cpu_load_state_dict(config):
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)
-    twin = task.copy()
-    other = config.build(twin.params)
+    task_copy = task.copy()
+    other = config.build(task_copy.params)
     other.load_state_dict(torch.load(file, map_location="cpu"))
     task.step(opt)
-    twin.step(other)
+    task_copy.step(other)
     if config.options.get("hash") == "universal":  # adds atomically on a GPU, in any order
-        torch.testing.assert_close(twin.params, task.params)
+        torch.testing.assert_close(task_copy.params, task.params)
     else:
-        assert same(task.params, twin.params)
-    on = "cuda" if config.options.get("capturable") else "cpu"
-    assert all(state["step"].device.type == on for state in other.state.values())
+        assert same(task.params, task_copy.params)
+    device = "cuda" if config.options.get("capturable") else "cpu"
+    assert all(state["step"].device.type == device for state in other.state.values())
 
 
 @pytest.mark.cuda
@@ -165,8 +165,8 @@ def test_cpu_load_state_dict(config):
 def test_state_dict_with_cuda_params(config):
     lr = 1e-3
     params = [nn.Parameter(torch.randn(80, 40, dtype=config.dtype)) for _ in range(2)]
-    moved = [nn.Parameter(p.detach().cuda()) for p in params]
-    opt, other = config.build(params, lr=lr), config.build(moved, lr=lr)
+    cuda_params = [nn.Parameter(p.detach().cuda()) for p in params]
+    opt, other = config.build(params, lr=lr), config.build(cuda_params, lr=lr)
     grads = [torch.randn_like(p) for p in params]
 
     def step(ps, o):
@@ -177,20 +177,20 @@ def test_state_dict_with_cuda_params(config):
     for _ in range(3):
         step(params, opt)
     with torch.no_grad():
-        for p, q in zip(params, moved, strict=True):
+        for p, q in zip(params, cuda_params, strict=True):
             q.copy_(p)
-    given = copy.deepcopy(opt.state_dict())
-    kept = copy.deepcopy(given)
-    other.load_state_dict(given)
-    assert same(given, kept)
-    on = "cuda" if config.options.get("capturable") else "cpu"
-    assert all(state["step"].device.type == on for state in other.state_dict()["state"].values())
+    state_dict = copy.deepcopy(opt.state_dict())
+    original = copy.deepcopy(state_dict)
+    other.load_state_dict(state_dict)
+    assert same(state_dict, original)
+    device = "cuda" if config.options.get("capturable") else "cpu"
+    assert all(state["step"].device.type == device for state in other.state_dict()["state"].values())
     if config.dtype == torch.bfloat16 or config.options.get("table_dtype") == torch.bfloat16:
         return  # rounding in 16 bits turns a difference of the last bit into one of 1 in 256
     for _ in range(3):
         step(params, opt)
-        step(moved, other)
-        torch.testing.assert_close(params, moved, check_device=False, rtol=1e-4, atol=1e-5)
+        step(cuda_params, other)
+        torch.testing.assert_close(params, cuda_params, check_device=False, rtol=1e-4, atol=1e-5)
 
 
 @everywhere
@@ -209,11 +209,11 @@ def test_deepcopy_copies_all_public_attrs(config):
 # Hooks.
 
 
-def note(opt):
+def add_entry(opt):
     opt.state["test"] = 1
 
 
-def take_note(opt, state_dict):
+def move_entry(opt, state_dict):
     state_dict["noted"] = state_dict["state"].pop("test", None) is not None
     return state_dict
 
@@ -221,14 +221,14 @@ def take_note(opt, state_dict):
 @everywhere
 def test_state_dict_pre_hook(config):
     opt = config.build(Regression(config).params)
-    opt.register_state_dict_pre_hook(note)
+    opt.register_state_dict_pre_hook(add_entry)
     assert opt.state_dict()["state"]["test"] == 1
 
 
 @everywhere
 def test_state_dict_post_hook(config):
     opt = config.build(Regression(config).params)
-    opt.register_state_dict_post_hook(take_note)
+    opt.register_state_dict_post_hook(move_entry)
     assert opt.state_dict()["noted"] is False
 
 
@@ -236,8 +236,8 @@ def test_state_dict_post_hook(config):
 def test_state_dict_pre_post_hook(config):
     task = Regression(config)
     opt = config.build(task.params)
-    opt.register_state_dict_pre_hook(note)
-    opt.register_state_dict_post_hook(take_note)
+    opt.register_state_dict_pre_hook(add_entry)
+    opt.register_state_dict_post_hook(move_entry)
     saved = opt.state_dict()
     assert saved["noted"]
     assert "test" not in saved["state"]
@@ -245,11 +245,11 @@ def test_state_dict_pre_post_hook(config):
     assert opt.state["test"] == 1
 
 
-def lower(_, state_dict):
+def lower_rate(_, state_dict):
     state_dict["param_groups"][0]["lr"] = 0.002
 
 
-def lower_in_a_copy(_, state_dict):
+def lower_rate_in_a_copy(_, state_dict):
     result = copy.deepcopy(state_dict)
     result["param_groups"][0]["lr"] = 0.003
     return result
@@ -263,57 +263,57 @@ def note_rate(opt):
 def test_load_state_dict_pre_hook_and_prepend(config):
     opt = config.build(Regression(config).params)
     saved = opt.state_dict()
-    opt.register_load_state_dict_pre_hook(lower)
+    opt.register_load_state_dict_pre_hook(lower_rate)
     opt.load_state_dict(saved)
     assert float(opt.param_groups[0]["lr"]) == pytest.approx(0.002)
-    opt.register_load_state_dict_pre_hook(lower_in_a_copy, prepend=True)
+    opt.register_load_state_dict_pre_hook(lower_rate_in_a_copy, prepend=True)
     opt.load_state_dict(saved)
     assert float(opt.param_groups[0]["lr"]) == pytest.approx(0.002)
 
 
-@pytest.mark.parametrize("lowered", [False, True], ids=["post", "pre and post"])
+@pytest.mark.parametrize("lowers_rate", [False, True], ids=["post", "pre and post"])
 @everywhere
-def test_load_state_dict_pre_post_hook(config, lowered):
+def test_load_state_dict_pre_post_hook(config, lowers_rate):
     opt = config.build(Regression(config).params)
-    if lowered:
-        opt.register_load_state_dict_pre_hook(lower_in_a_copy)
+    if lowers_rate:
+        opt.register_load_state_dict_pre_hook(lower_rate_in_a_copy)
     opt.register_load_state_dict_post_hook(note_rate)
     opt.load_state_dict(opt.state_dict())
-    assert opt.state["rate"] == pytest.approx(0.003 if lowered else float(config.lr()))
+    assert opt.state["rate"] == pytest.approx(0.003 if lowers_rate else float(config.lr()))
 
 
-@pytest.mark.parametrize("when", ["pre", "post"])
+@pytest.mark.parametrize("moment", ["pre", "post"])
 @everywhere
-def test_step_hook(config, when):
+def test_step_hook(config, moment):
     """test_step_pre_hook and test_step_post_hook."""
     opt = config.build([torch.ones(2, dtype=config.dtype, device=DEVICE)])
-    seen = []
-    handle = getattr(opt, f"register_step_{when}_hook")(lambda *given: seen.append(given))
+    calls = []
+    handle = getattr(opt, f"register_step_{moment}_hook")(lambda *args: calls.append(args))
     for _ in range(2):
         opt.step()
     handle.remove()
     opt.step()
-    assert [(given[0], dict(given[2])) for given in seen] == [(opt, {})] * 2
+    assert [(args[0], dict(args[2])) for args in calls] == [(opt, {})] * 2
 
 
 @everywhere
 def test_step_all_hooks(config):
     p = torch.ones(2, dtype=config.dtype, device=DEVICE)
-    opt, other, seen = config.build([p]), torch.optim.SGD([p]), []
+    opt, other, calls = config.build([p]), torch.optim.SGD([p]), []
     handles = [
-        register_optimizer_step_pre_hook(lambda *_: seen.append("global pre")),
-        register_optimizer_step_post_hook(lambda *_: seen.append("global post")),
-        *(o.register_step_pre_hook(lambda *_: seen.append("pre")) for o in (opt, other)),
-        *(o.register_step_post_hook(lambda *_: seen.append("post")) for o in (opt, other)),
+        register_optimizer_step_pre_hook(lambda *_: calls.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("global post")),
+        *(o.register_step_pre_hook(lambda *_: calls.append("pre")) for o in (opt, other)),
+        *(o.register_step_post_hook(lambda *_: calls.append("post")) for o in (opt, other)),
     ]
     order = ["global pre", "pre", "post", "global post"]
     try:
         for rounds, o in enumerate((opt, other, opt), 1):
             o.step()
-            assert seen == order * rounds
+            assert calls == order * rounds
     finally:
         for handle in handles:
             handle.remove()
     opt.step()
     other.step()
-    assert seen == order * 3
+    assert calls == order * 3

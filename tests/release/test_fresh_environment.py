@@ -73,5 +73,7 @@ def test_tests_run_from_the_source_distribution(distributions, tmp_path):
     shutil.unpack_archive(archive, tmp_path, filter="data")
     (tree,) = tmp_path.iterdir()
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tree)}
-    ran = output_of(sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_hashing.py", cwd=tree, env=environment)
-    assert " passed" in ran
+    output = output_of(
+        sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_hashing.py", cwd=tree, env=environment
+    )
+    assert " passed" in output
