@@ -332,19 +332,19 @@ def test_divergence_is_shown_in_the_table(command, arguments, tmp_path):
     assert " | diverged |" in (tmp_path / "runs.md").read_text()
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
-def test_runs_that_would_exceed_the_time_limit_are_skipped_and_listed(command, arguments, tmp_path, capsys, known):
+@pytest.mark.parametrize("has_record", [False, True], ids=["unknown", "known"])
+def test_runs_that_would_exceed_the_time_limit_are_skipped_and_listed(command, arguments, tmp_path, capsys, has_record):
     path, limit = tmp_path / "runs.jsonl", "0"
-    if known:  # that such a run takes a thousand seconds
+    if has_record:  # that such a run takes a thousand seconds
         command.main(arguments("lm-small", "--optimizers", "adamw", "--rates", "1e-3"))
         (record,) = records(path)
         path.write_text(json.dumps({**record, "seconds": 1000.0}) + "\n")
         limit = "900"
-    before = path.read_bytes() if known else None
+    before = path.read_bytes() if has_record else None
     outcome = command.main(
         arguments("lm-small", "--optimizers", "adamw", "--rates", "1e-3", "2e-3", "--time-limit", limit)
     )
-    out_of_time = [f"lm-small: adamw lr {lr} beta2 0.999 seed 0" for lr in ("0.001", "0.002")][known:]
+    out_of_time = [f"lm-small: adamw lr {lr} beta2 0.999 seed 0" for lr in ("0.001", "0.002")][has_record:]
     assert outcome.out_of_time == out_of_time
     assert not outcome.finished
     output = capsys.readouterr().out

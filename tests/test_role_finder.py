@@ -377,9 +377,9 @@ def test_by_shapes_only_models_of_one_or_two_layers_have_more_tables(architectur
     model = build_model(kind, {**keys, "num_hidden_layers": layers})
     params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     assert tables(params, found_roles(params)) == module
-    found = tables(params, found_roles([(None, shape) for _, shape in params]))
-    within = [name for name in found if name not in module]
-    assert [name.partition("layers.")[2].partition(".")[2] for name in within] == extra * layers
+    names = tables(params, found_roles([(None, shape) for _, shape in params]))
+    block_weights = [name for name in names if name not in module]
+    assert [name.partition("layers.")[2].partition(".")[2] for name in block_weights] == extra * layers
 
 
 @pytest.mark.parametrize("architecture", ["Mixtral 8x7B", "GPT-2 XL", "ViT base", "Mamba"])

@@ -171,8 +171,8 @@ def test_custom_coefficients_are_part_of_the_fingerprint():
     source, opt = (Collins(n.parameters(), hash="universal", min_K=16) for n in (net, other))
     source.hash_of(net[0].weight).a = 12345
     train(net, source, 2)
-    own = opt.hash_of(other[0].weight).a
-    with pytest.raises(ValueError, match=f"parameter 0 .* a 12345 where this optimizer has {own}"):
+    coefficient = opt.hash_of(other[0].weight).a
+    with pytest.raises(ValueError, match=f"parameter 0 .* a 12345 where this optimizer has {coefficient}"):
         opt.load_state_dict(source.state_dict())
     opt.hash_of(other[0].weight).a = 12345
     opt.load_state_dict(source.state_dict())
