@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,34 +91,31 @@ class Batch:
     keys: tuple[HashKeys, ...] = ()
     skipped: Tensor | None = None
     sizes: tuple[int, ...] = ()
-    addresses: tuple[list[int], ...] = ()  # addresses of p, m, v and the scales of m
+    addresses: tuple[list[int], ...] = ()  # addresses of p, m, v and the scales of m, when the batch was made
     gradients: Sequence[int] | np.ndarray = ()  # addresses of the gradients of this step
     distinct: list[int] = field(default_factory=list)  # indices of this step's scalars that the tasks use
     rows: list[int] = field(default_factory=list)  # for each task, an index into `distinct`
 
     def __post_init__(self) -> None:
-        self.p = tuple(task.p for task in self.tasks)
-        self.m = tuple(task.m[0] for task in self.tasks)
-        self.v = tuple(task.v[0] for task in self.tasks)
-        self.scales = tuple(task.m[1] for task in self.tasks if len(task.m) == 2)
-        self.keys = tuple(task.keys for task in self.tasks)
-        self.skipped = self.tasks[0].skipped if self.tasks else None  # all tasks of a device share the counter
+        if self.tasks:
+            self.p, first, second, _, self.keys, _, _, _, skipped = zip(*self.tasks, strict=True)
+            self.m, *scales = zip(*first, strict=True)  # tasks of one launch have one format
+            (self.v,) = zip(*second, strict=True)
+            self.scales = scales[0] if scales else ()
+            self.skipped = skipped[0]  # all tasks of a device share the counter
         self.sizes = tuple(map(Tensor.numel, self.p))
-        self.addresses = self.addresses_now()
+        self.addresses = tuple([_addresses(column) for column in self.columns])
         self.rows = [0] * len(self.tasks)
 
-    def addresses_now(self) -> tuple[list[int], ...]:
-        """The current addresses of parameters and moments."""
-        return tuple([list(map(Tensor.data_ptr, column)) for column in (self.p, self.m, self.v, self.scales)])
-
-    def pick(self, grads: Sequence[Tensor]) -> Iterable[Tensor]:
-        """The gradients of the batch, selected from those of the executor."""
-        return map(grads.__getitem__, self.numbers)
+    @property
+    def columns(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The tensors whose addresses the kernel reads from a table."""
+        return self.p, self.m, self.v, self.scales
 
     def reads(self, grads: Sequence[Tensor]) -> bool:
         """Whether the kernel can read all tensors of the batch, which must be contiguous and aligned."""
         columns = (self.p, self.m, self.v) if self.launch.dense else (self.p,)
-        lying = all(map(_aligned, self.addresses[: len(columns)])) and _aligned(list(map(Tensor.data_ptr, grads)))
+        lying = all(map(_aligned, self.addresses[: len(columns)])) and _aligned(_addresses(grads))
         return lying and all(all(map(Tensor.is_contiguous, column)) for column in (grads, *columns))
 
     def take(self, rows: Sequence[int]) -> None:
@@ -144,32 +143,36 @@ class KernelExecutor:
     def __init__(self, launches: KernelLaunches, batches: Sequence[Batch], attempt: Fallback) -> None:
         self._launches, self._attempt = launches, attempt
         # The longest launch comes first, so that the device is busy while the host prepares the others.
-        self._batches = sorted(batches, key=lambda batch: -sum(p.nbytes for p in batch.p))
+        self._batches = sorted(batches, key=lambda batch: -sum(batch.sizes) * batch.p[0].itemsize)
+        # The tensors of all batches, one batch after another, which are compared in few loops in C.
+        self._pick = _picker([number for batch in self._batches for number in batch.numbers])
+        ends = list(accumulate((len(batch.numbers) for batch in self._batches), initial=0))
+        self._places = list(map(slice, ends, ends[1:]))
+        self._held = [t for batch in self._batches for column in batch.columns for t in column]
+        self._addresses = [at for batch in self._batches for column in batch.addresses for at in column]
         self._rows: Sequence[int] = ()
         self._is_new = True
 
-    def bind(self, grads: Sequence[Tensor]) -> list[np.ndarray] | None:
-        """The addresses of each launch's gradients; None if the kernel cannot read a gradient, or if the address of a
-        parameter or a moment has changed.
+    def bind(self, grads: Sequence[Tensor]) -> np.ndarray | None:
+        """The addresses of the gradients of all batches; None if the kernel cannot read a gradient, or if the address
+        of a parameter or a moment has changed.
         """
-        at = [np.array(list(map(Tensor.data_ptr, batch.pick(grads)))) for batch in self._batches]
+        at = np.fromiter(map(Tensor.data_ptr, self._pick(grads)), np.int64)
         if self._is_new:
             self._is_new = False
             return at
-        if not all(map(_aligned, at)):
-            return None
-        return at if all(batch.addresses_now() == batch.addresses for batch in self._batches) else None
+        return at if _aligned(at) and _addresses(self._held) == self._addresses else None
 
     def run(
-        self, bound: Sequence[np.ndarray], scalars: Sequence[StepScalars], rows: Sequence[int], done: list[int]
+        self, bound: np.ndarray, scalars: Sequence[StepScalars], rows: Sequence[int], done: list[int]
     ) -> list[int]:
         """Steps the tasks; returns the numbers of those whose launch failed, which are unchanged."""
         if rows != self._rows:
             self._rows = rows
             for batch in self._batches:
                 batch.take(rows)
-        for batch, gradients in zip(self._batches, bound, strict=True):
-            batch.gradients = gradients
+        for batch, place in zip(self._batches, self._places, strict=True):
+            batch.gradients = bound[place]
         left: list[int] = []
         for batch, args in zip(self._batches, self._launches.upload(self._batches, scalars), strict=True):
             if self._attempt(lambda batch=batch, args=args: batch.launch.run(batch, args)):  # type: ignore[misc]
@@ -203,6 +206,17 @@ def batched(tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> tuple[list[
         if batch.numbers:
             batches.append(batch)
     return batches, rest
+
+
+def _picker(numbers: Sequence[int]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    """A function that returns the tensors of these numbers, of which there is at least one."""
+    if len(numbers) == 1:
+        return lambda tensors: (tensors[numbers[0]],)
+    return itemgetter(*numbers)
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _aligned(at: Sequence[int] | np.ndarray) -> bool:
