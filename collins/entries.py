@@ -10,7 +10,6 @@ when one of these changes.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from collins.formats import TensorSpec
 from collins.hashing import BlockHash, UniversalHash, name_key
+from collins.identical import identical
 from collins.roles import Role, found_roles
 from collins.sharding import Slice
 from collins.update import HashKeys, UpdateSpec, UpdateTask
@@ -264,7 +264,7 @@ class ParamEntries:
 
 def _is_same_group(known: tuple[dict[str, Any], list[Tensor]], group: dict[str, Any]) -> bool:
     params = group["params"]
-    return known[0] is group and len(known[1]) == len(params) and all(map(operator.is_, known[1], params))
+    return known[0] is group and identical(known[1], params)
 
 
 def _free(number: int, taken: set[int]) -> int:

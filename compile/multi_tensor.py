@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
-from operator import itemgetter
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from collins.compile import kernels
-from collins.compile.kernels import LARGEST_LOAD, PARAMETERS, SPAN, WIDE
+from collins.compile.kernels import COLUMNS, LARGEST_LOAD, PARAMETERS, SPAN, WIDE
 from collins.compile.transfer import ArgUploader, LaunchArgs
 from collins.hashing import WORD
+from collins.identical import picker
 from collins.rule import StepScalars
 from collins.update import HashKeys, UpdateSpec, UpdateTask
 
@@ -89,18 +89,22 @@ class Batch:
     v: tuple[Tensor, ...] = ()
     scales: tuple[Tensor, ...] = ()  # scales of first moments that are stored as integers
     keys: tuple[HashKeys, ...] = ()
+    numels: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
+    launches: tuple[ParamLaunch, ...] = ()
     skipped: Tensor | None = None
     sizes: tuple[int, ...] = ()
     addresses: tuple[list[int], ...] = ()  # addresses of p, m, v and the scales of m, when the batch was made
     gradients: Sequence[int] | np.ndarray = ()  # addresses of the gradients of this step
     distinct: list[int] = field(default_factory=list)  # indices of this step's scalars that the tasks use
     rows: list[int] = field(default_factory=list)  # for each task, an index into `distinct`
+    table: _Table | None = None  # of the tasks with these rows, once it has been made
 
     def __post_init__(self) -> None:
         if self.tasks:
-            self.p, first, second, _, self.keys, _, _, _, skipped = zip(*self.tasks, strict=True)
-            self.m, *scales = zip(*first, strict=True)  # tasks of one launch have one format
-            (self.v,) = zip(*second, strict=True)
+            self.p, first, second, _, self.keys, self.numels, self.starts, self.launches, skipped = _transposed(self.tasks)
+            self.m, *scales = _transposed(first)  # tasks of one launch have one format
+            (self.v,) = _transposed(second)
             self.scales = scales[0] if scales else ()
             self.skipped = skipped[0]  # all tasks of a device share the counter
         self.sizes = tuple(map(Tensor.numel, self.p))
@@ -128,7 +132,7 @@ class Batch:
             new = list(map({row: place for place, row in enumerate(distinct)}.__getitem__, own))
         self.distinct = distinct
         if new != self.rows:
-            self.rows = new
+            self.rows, self.table = new, None
 
 
 class KernelExecutor:
@@ -145,7 +149,7 @@ class KernelExecutor:
         # The longest launch comes first, so that the device is busy while the host prepares the others.
         self._batches = sorted(batches, key=lambda batch: -sum(batch.sizes) * batch.p[0].itemsize)
         # The tensors of all batches, one batch after another, which are compared in few loops in C.
-        self._pick = _picker([number for batch in self._batches for number in batch.numbers])
+        self._pick = picker([number for batch in self._batches for number in batch.numbers])
         ends = list(accumulate((len(batch.numbers) for batch in self._batches), initial=0))
         self._places = list(map(slice, ends, ends[1:]))
         self._held = [t for batch in self._batches for column in batch.columns for t in column]
@@ -182,11 +186,6 @@ class KernelExecutor:
         return left
 
 
-def scale_address(task: UpdateTask) -> int:
-    """The address of the scales of a first moment that is stored as integers, else 0."""
-    return task.m[1].data_ptr() if len(task.m) == 2 else 0
-
-
 def batched(tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> tuple[list[Batch], list[int]]:
     """Batches of the tasks that have a launch, and the numbers of all other tasks: those that have none, and those with
     tensors that the kernel cannot read.
@@ -208,11 +207,13 @@ def batched(tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> tuple[list[
     return batches, rest
 
 
-def _picker(numbers: Sequence[int]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
-    """A function that returns the tensors of these numbers, of which there is at least one."""
-    if len(numbers) == 1:
-        return lambda tensors: (tensors[numbers[0]],)
-    return itemgetter(*numbers)
+def _transposed(rows: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
+    return zip(*rows, strict=True)
+
+
+def _pairs(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The first and the second members of pairs: (2, len(pairs))."""
+    return np.fromiter(chain.from_iterable(pairs), np.int64).reshape(-1, 2).T
 
 
 def _addresses(tensors: Iterable[Tensor]) -> list[int]:
@@ -246,23 +247,14 @@ class KernelLaunch:
         )  # fmt: skip
         self.uploader = uploader
         # Tables of sets of parameters, each with references that remove it as soon as one of its parameters is gone.
-        self._tables_of_sets: dict[Any, tuple[_Table, list[weakref.ref[ParamLaunch]]]] = {}
-        self._last: tuple[tuple[Any, ...], _Table] | None = None
+        self._tables_of_sets: dict[bytes, tuple[_Table, list[weakref.ref[ParamLaunch]]]] = {}
         self._captured: list[_Table] = []
 
     def run(self, batch: Batch, args: LaunchArgs) -> None:
         """Performs all of a batch's tasks; they must be of different parameters."""
-        if len(batch.tasks) == 1:
-            (task,), ((at_p,), (at_m,), (at_v,), scales) = batch.tasks, batch.addresses
-            table = task.launch.table(task, (at_p, at_m, at_v, scales[0] if scales else 0))
-        else:
-            known = batch.keys, batch.sizes, *batch.addresses, batch.rows
-            if self._last is None or self._last[0] != known:
-                *addresses, scales = batch.addresses
-                columns = *addresses, scales or [0] * len(batch.tasks), batch.rows
-                self._last = known, self._table_of_set(batch, columns)
-            table = self._last[1]
-        self.step(batch.p, batch.m, batch.v, table, args.gradients, args.scalars, batch.skipped)
+        if batch.table is None:
+            batch.table = self._table_of_set(batch)
+        self.step(batch.p, batch.m, batch.v, batch.table, args.gradients, args.scalars, batch.skipped)
 
     def reads(self, task: UpdateTask, g: Tensor) -> bool:
         """Whether the kernel can read these tensors, which must be contiguous and aligned."""
@@ -291,56 +283,51 @@ class KernelLaunch:
         if self.uploader.capturing():
             self._captured.append(table)
 
-    def table(self, tasks: Sequence[UpdateTask], columns: Sequence[Sequence[int]]) -> _Table:
-        """A new table of these tasks: given the addresses of p, m, v and the scales of m, and a row of scalars each."""
+    def table(self, batch: Batch) -> _Table:
+        """A new table of the tasks of a batch."""
         if self.uploader.capturing():
             raise RuntimeError(
                 "Collins.step() is being captured in a CUDA graph before any step with the same parameters has run:"
                 " run a few steps before the capture"
             )
-        owners: list[int] = []
-        rows: list[Any] = []
-        span = SPAN // tasks[0].p.element_size()
-        for i, (task, at_p, at_m, at_v, at_scale, row) in enumerate(zip(tasks, *columns, strict=True)):
-            local = task.p.numel()
-            sign, rounding, _, period = task.keys
-            rows += (
-                at_p,
-                at_m,
-                at_v,
-                local,
-                len(owners),
-                task.start,
-                task.numel,
-                *sign,
-                *rounding,
-                period,
-                row,
-                at_scale,
-            )
-            owners += [i] * -(-local // span)
+        count, (at_p, at_m, at_v, at_scale) = len(batch.p), batch.addresses
+        sizes = np.array(batch.sizes, np.int64)
+        programs = -(-sizes // (SPAN // batch.p[0].element_size()))
+        signs, roundings, _, periods = _transposed(batch.keys)
+        columns = (
+            at_p, at_m, at_v, sizes, np.cumsum(programs) - programs, batch.starts, batch.numels,
+            *_pairs(signs), *_pairs(roundings), periods, batch.rows, at_scale or 0,
+        )  # fmt: skip
+        rows = np.empty((count, len(COLUMNS)), np.int64)
+        for i, column in enumerate(columns):
+            rows[:, i] = column
+        owners = np.repeat(np.arange(count, dtype=np.int32), programs)
         upload = self.uploader.to_device
-        owners_of_programs = torch.tensor(owners, dtype=torch.int32, device="cpu")
-        return _Table(upload(owners_of_programs), upload(torch.tensor(rows, device="cpu")))
+        return _Table(upload(torch.from_numpy(owners)), upload(torch.from_numpy(rows.reshape(-1))))
 
-    def _table_of_set(self, batch: Batch, columns: Sequence[Sequence[int]]) -> _Table:
-        key = batch.keys, batch.sizes, *map(tuple, columns)
+    def _table_of_set(self, batch: Batch) -> _Table:
+        if len(batch.launches) == 1:
+            return batch.launches[0].table(batch.tasks[0], [at for column in batch.addresses for at in column])
+        # Everything that the table is made from, since keys, numels and starts are constants of the launches. A key of
+        # bytes is hashed many times as fast as one of tuples.
+        own = map(id, batch.launches), batch.sizes, *batch.addresses, batch.rows
+        key = np.fromiter(chain.from_iterable(own), np.int64).tobytes()
         kept = self._tables_of_sets
-        if key not in kept:
-            table = self.table(batch.tasks, columns)
+        found = kept.get(key)
+        if found is None:
+            table = self.table(batch)
             if len(kept) == _KEPT_SETS:
                 kept.pop(next(iter(kept)), None)  # the oldest
             forget = partial(_forget_set, weakref.ref(self), key)
-            kept[key] = table, [weakref.ref(task.launch, forget) for task in batch.tasks]
-        return kept[key][0]
+            found = kept[key] = table, [weakref.ref(launch, forget) for launch in batch.launches]
+        return found[0]
 
 
-def _forget_set(launch: weakref.ref[KernelLaunch], key: Any, _: object) -> None:
+def _forget_set(launch: weakref.ref[KernelLaunch], key: bytes, _: object) -> None:
     """Removes the table of a set, since one of its parameters is gone."""
     alive = launch()
     if alive is not None:
         alive._tables_of_sets.pop(key, None)
-        alive._last = None
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -364,17 +351,17 @@ class ParamLaunch:
         shared = self.shared
         if not shared.reads(task, g):
             return False
-        p, m, v = task.p, task.m[0], task.v[0]
-        table = self.table(task, (p.data_ptr(), m.data_ptr(), v.data_ptr(), scale_address(task)))
+        p, (m, *scales), (v,) = task.p, task.m, task.v
+        table = self.table(task, _addresses((p, m, v, *scales)))
         shared.step((p,), (m,), (v,), table, g, shared.uploader.scalars(hp), task.skipped)
         return True
 
-    def table(self, task: UpdateTask, addresses: tuple[int, ...]) -> _Table:
+    def table(self, task: UpdateTask, addresses: Iterable[int]) -> _Table:
         """The table of a task of this parameter, given the addresses of p, m, v and the scales of m."""
         key = task.p.numel(), *addresses
         table = self._tables.get(key)
         if table is None:
-            table = self.shared.table([task], [[at] for at in (*addresses, 0)])
+            table = self.shared.table(Batch(self.shared, [0], [task]))
             if len(self._tables) == _KEPT:
                 del self._tables[next(iter(self._tables))]  # the oldest
             self._tables[key] = table

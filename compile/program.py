@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from collins._torch_internals import GUARDS_AVAILABLE, foreach_copy_, tensor_guards
 from collins.entries import Hash, ParamEntry
 from collins.hashing import UniversalHash
+from collins.identical import identical
 from collins.nonfinite import require_finite
 from collins.rule import StepScalars, step_scalars
 from collins.sharding import agreed
@@ -225,17 +226,8 @@ class _Guards:
     ) -> None:
         self._params, self._others, self._states = [entry.p for entry in entries], others, states
         self._tensors = tensor_guards([*map(_grad, self._params), *self._params])
-        self._kept = list(states.values())
+        self._owners, self._kept = list(states), list(map(dict, states.values()))
         self._hashes = [(hash, hash.coefficients) for hash in map(_hash, entries) if isinstance(hash, UniversalHash)]
-        columns: dict[str, tuple[list[dict[str, Any]], list[Tensor]]] = {}
-        for entry in entries:
-            held = zip(("step", *entry.known_spec.tensors), (entry.step, *(entry.moments or ())), strict=True)
-            for name, tensor in held:
-                assert tensor is not None
-                where, tensors = columns.setdefault(name, ([], []))
-                where.append(states[entry.p])
-                tensors.append(tensor)
-        self._columns = [(itemgetter(name), *column) for name, column in columns.items()]
 
     def gradients(self, states: Mapping[Tensor, dict[str, Any]]) -> list[Tensor] | None:
         """The current gradients, or None if anything else has changed."""
@@ -250,14 +242,8 @@ class _Guards:
         return grads if same else None
 
     def _same_states(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
-        if states is not self._states or len(states) != len(self._kept):
-            return False
-        try:
-            return all(map(is_, states.values(), self._kept)) and all(
-                all(map(is_, map(getter, where), tensors)) for getter, where, tensors in self._columns
-            )
-        except KeyError:
-            return False
+        same = states is self._states and identical(list(states), self._owners)
+        return same and identical(list(states.values()), self._kept)
 
 
 def _hash(entry: ParamEntry) -> Hash | None:
