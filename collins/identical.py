@@ -1,8 +1,8 @@
 """Lists of hundreds of tensors: comparison by identity, and selection, in C.
 
-`==` of two lists compares their items by identity first, which is several times as fast as `map(operator.is_, ...)`, but
-it calls `Tensor.__eq__` for two tensors that are not the same object. That would launch a kernel and wait for its
-result, and would take tensors of one equal element for the same object.
+`==` of two lists compares their items by identity first, in a fraction of the time that calls of `operator.is_` take,
+but it calls `Tensor.__eq__` for two tensors that are not the same object. That would launch a kernel and wait for its
+result, and would take two tensors of one equal element for the same object.
 """
 
 from __future__ import annotations

@@ -102,9 +102,10 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.tasks:
-            self.p, first, second, _, self.keys, self.numels, self.starts, self.launches, skipped = _transposed(self.tasks)
-            self.m, *scales = _transposed(first)  # tasks of one launch have one format
-            (self.v,) = _transposed(second)
+            columns = _transposed(self.tasks)
+            self.p, m, v, _, self.keys, self.numels, self.starts, self.launches, skipped = columns
+            self.m, *scales = _transposed(m)  # tasks of one launch have one format
+            (self.v,) = _transposed(v)
             self.scales = scales[0] if scales else ()
             self.skipped = skipped[0]  # all tasks of a device share the counter
         self.sizes = tuple(map(Tensor.numel, self.p))
@@ -167,9 +168,7 @@ class KernelExecutor:
             return at
         return at if _aligned(at) and _addresses(self._held) == self._addresses else None
 
-    def run(
-        self, bound: np.ndarray, scalars: Sequence[StepScalars], rows: Sequence[int], done: list[int]
-    ) -> list[int]:
+    def run(self, bound: np.ndarray, scalars: Sequence[StepScalars], rows: Sequence[int], done: list[int]) -> list[int]:
         """Steps the tasks; returns the numbers of those whose launch failed, which are unchanged."""
         if rows != self._rows:
             self._rows = rows

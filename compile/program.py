@@ -21,9 +21,10 @@ from collins.entries import Hash, ParamEntry
 from collins.hashing import UniversalHash
 from collins.identical import identical
 from collins.nonfinite import require_finite
+from collins.options import CheckedOptions
 from collins.rule import StepScalars, step_scalars
 from collins.sharding import agreed
-from collins.state import StepCounters
+from collins.state import Places, StepCounters, places_of
 
 _grad = attrgetter("grad")
 
@@ -78,15 +79,19 @@ class StepProgram:
         self.entries = [entry for group in groups for entry in group.entries]
         self._executor = executor
         self._counters = counters
-        self._places = [[entry.counter for entry in group.entries] for group in groups]
+        self._places = [
+            places_of([entry.counter for entry in group.entries if entry.counter is not None]) for group in groups
+        ]
         self._requires_finite = any(group.options["nonfinite"] == "error" for group in groups)
         self._guards: _Guards | None = None
+        self.options: list[CheckedOptions] = []  # of the groups, once `guard` has been called
         self.stepped: list[int] = []  # the indices of the entries that the last run has stepped
 
     @functools.cached_property
     def skippable(self) -> int:
         """The largest number that nonfinite="skip" can add to the counter; see `ParamSpec.skippable`."""
-        return sum(entry.known_spec.skippable for entry in self.entries)
+        groups = [group for group in self.groups if group.options["nonfinite"] == "skip"]
+        return sum(entry.known_spec.skippable for group in groups for entry in group.entries)
 
     def guard(self, grads: Sequence[Tensor], others: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Sets guards, so that `matches` lets later steps run this program again.
@@ -96,6 +101,7 @@ class StepProgram:
             others: the parameters that have no gradient.
             states: the `state` of the optimizer.
         """
+        self.options = [CheckedOptions(group.options) for group in self.groups]
         plain = all(entry.p.grad is g for entry, g in zip(self.entries, grads, strict=True))
         on_host = all(not group.options["capturable"] for group in self.groups)
         if GUARDS_AVAILABLE and self.entries and plain and on_host:
@@ -132,7 +138,8 @@ class StepProgram:
         counts: list[Any] = []  # step numbers after this step, by group; a counter may be set to them twice
         self.stepped = []
         for group, places in zip(self.groups, self._places, strict=True):
-            counts.append(self._add_scalars(group, places, scalars, rows, scalars_of, advance) if places else None)
+            own = group.entries
+            counts.append(self._add_scalars(group, places, scalars, rows, scalars_of, advance) if own else None)
         try:
             self._executor.run(prepared, scalars, rows, self.stepped)
             for group, places, count in zip(self.groups, self._places, counts, strict=True):
@@ -144,14 +151,14 @@ class StepProgram:
     def _add_scalars(
         self,
         group: ProgramGroup,
-        places: Sequence[int | None],
+        places: Places,
         scalars: list[StepScalars],
         rows: list[int],
         scalars_of: ScalarsOf,
         advance: int,
     ) -> Any:
         """Adds the scalars of a group's entries, and the row of each entry; returns the step numbers after the step."""
-        options, first, count = group.options, len(scalars), len(places)
+        options, first, count = group.options, len(scalars), len(group.entries)
         if options["capturable"]:
             steps = torch.stack([entry.step for entry in group.entries if entry.step is not None]) + advance
             columns = [
@@ -161,7 +168,7 @@ class StepProgram:
             rows += range(first, first + count)
             return steps.unbind()
         if count == 1:
-            number = self._counters.read_one(cast(int, places[0])) + advance
+            number = self._counters.read_one(cast(int, group.entries[0].counter)) + advance
             scalars.append(scalars_of(options, number))
             rows.append(first)
             return (number,)
@@ -175,11 +182,11 @@ class StepProgram:
         rows += map(distinct.__getitem__, numbers.tolist())
         return numbers
 
-    def _set_counters(self, group: ProgramGroup, places: Sequence[int | None], counts: Any) -> None:
+    def _set_counters(self, group: ProgramGroup, places: Places, counts: Any) -> None:
         if group.options["capturable"]:
             if group.entries:
                 foreach_copy_([entry.step for entry in group.entries if entry.step is not None], list(counts))
-        elif places:
+        elif group.entries:
             self._counters.set(places, counts)
 
     def _set_some(self, done: Sequence[int], counts: Sequence[Any]) -> None:
