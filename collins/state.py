@@ -16,7 +16,7 @@ from collins.formats import TensorSpec
 from collins.parameter import has_moments, mark_of
 from collins.sharding import local, placed
 
-Places = slice | Sequence[int]  # of counters
+Places = slice | np.ndarray | Sequence[int]  # of counters
 
 
 class StepCounters:
@@ -81,8 +81,14 @@ class StepCounters:
         """The value of the counter at this place."""
         return int(self._numbers[place])
 
+    def common(self, places: Places) -> int | None:
+        """The value of the counters at these places, of which there is at least one; None if they differ."""
+        values = self._numbers[places]
+        found = values.tobytes()  # compared faster than numpy's operations begin
+        return int(values[0]) if found == found[: values.itemsize] * len(values) else None
+
     def set(self, places: Places, counts: Any) -> None:
-        """Sets the counters at these places, which must be distinct."""
+        """Sets the counters at these places, which must be distinct, to values of their own or to one number."""
         self._numbers[places] = counts
 
 
@@ -90,7 +96,7 @@ def places_of(places: Sequence[int]) -> Places:
     """Places, as a slice where they follow one another, which is read and written in a fraction of the time."""
     first = places[0] if places else 0
     follows = all(map(eq, places, range(first, first + len(places))))
-    return slice(first, first + len(places)) if follows else list(places)
+    return slice(first, first + len(places)) if follows else np.array(places)
 
 
 class Store(Protocol):

@@ -157,7 +157,11 @@ class StepProgram:
         scalars_of: ScalarsOf,
         advance: int,
     ) -> Any:
-        """Adds the scalars of a group's entries, and the row of each entry; returns the step numbers after the step."""
+        """Adds the scalars of a group's entries, and the row of each entry.
+
+        Returns:
+            The step numbers after the step, or one number if it is the same for all entries.
+        """
         options, first, count = group.options, len(scalars), len(group.entries)
         if options["capturable"]:
             steps = torch.stack([entry.step for entry in group.entries if entry.step is not None]) + advance
@@ -167,16 +171,13 @@ class StepProgram:
             scalars += (StepScalars(*row) for row in zip(*columns, strict=True))
             rows += range(first, first + count)
             return steps.unbind()
-        if count == 1:
-            number = self._counters.read_one(cast(int, group.entries[0].counter)) + advance
-            scalars.append(scalars_of(options, number))
-            rows.append(first)
-            return (number,)
-        numbers = self._counters.read(places) + advance
-        if (numbers == numbers[0]).all():
-            scalars.append(scalars_of(options, int(numbers[0])))
+        counters = self._counters
+        common = counters.read_one(cast(int, group.entries[0].counter)) if count == 1 else counters.common(places)
+        if common is not None:
+            scalars.append(scalars_of(options, common + advance))
             rows += [first] * count
-            return numbers
+            return common + advance
+        numbers = counters.read(places) + advance
         distinct = {t: row for row, t in enumerate(dict.fromkeys(numbers.tolist()), first)}
         scalars += (scalars_of(options, int(t)) for t in distinct)
         rows += map(distinct.__getitem__, numbers.tolist())
@@ -190,7 +191,9 @@ class StepProgram:
             self._counters.set(places, counts)
 
     def _set_some(self, done: Sequence[int], counts: Sequence[Any]) -> None:
-        every = [count for own in counts if own is not None for count in own]
+        every: list[Any] = []
+        for group, own in zip(self.groups, counts, strict=True):
+            every += [own] * len(group.entries) if own is None or isinstance(own, int) else own
         for number in done:
             step = self.entries[number].step
             if step is not None:
