@@ -75,7 +75,7 @@ class StepCounters:
 
     def read(self, places: Places) -> np.ndarray:
         """The values of the counters at these places: float32, 1-d."""
-        return cast(np.ndarray, self._numbers[places].copy())
+        return self._numbers[places].copy()
 
     def read_one(self, place: int) -> int:
         """The value of the counter at this place."""
