@@ -273,7 +273,7 @@ def test_no_gradient_is_kept_after_its_step():
     for step in range(3):
         give_gradients(step, ps)
         opt.step()
-    reference = [weakref.ref(p.grad) for p in ps]
+    references = [weakref.ref(p.grad) for p in ps]
     opt.zero_grad()
     gc.collect()
-    assert not any(ref() is not None for ref in reference)
+    assert not any(ref() is not None for ref in references)

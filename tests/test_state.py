@@ -35,10 +35,10 @@ def test_places_that_follow_one_another_are_a_slice(places):
     counters = StepCounters()
     for value in range(4):
         counters.adopt(None, value)
-    found = places_of(places)
-    assert isinstance(found, slice) == (places == sorted(places) and places != [0, 2])
-    assert counters.read(found).tolist() == places
-    counters.set(found, 7)
+    index = places_of(places)
+    assert isinstance(index, slice) == (places == sorted(places) and places != [0, 2])
+    assert counters.read(index).tolist() == places
+    counters.set(index, 7)
     assert counters.read(range(4)).tolist() == [7 if value in places else value for value in range(4)]
 
 
