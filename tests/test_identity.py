@@ -358,6 +358,24 @@ def test_edits_of_the_state_take_effect_in_every_tier(edit, in_backward):
     assert all(torch.equal(bits(a), bits(b)) for other in sides[1:] for a, b in zip(sides[0], other, strict=True))
 
 
+@pytest.mark.parametrize("edit", [zeroed, halved, replaced])
+@pytest.mark.parametrize(("shape", "ratio"), [((64, 64), 32), ((90, 91), 16), ((64, 128), 64)], ids=str)
+def test_tables_of_small_parameters_can_be_edited_under_the_defaults(shape, ratio, edit):
+    """Between two steps, without a call of the optimizer that waits for copies or changes the state."""
+    sides = []
+    for memory in (None, "host"):
+        p, kept = parameter(*shape), parameter(*shape)
+        opt = Collins([p, kept], lr=1e-2, compress_ratio=ratio, memory=memory)
+        for step in range(5):
+            if step == 3:
+                edit(opt, p)
+            give(p, step), give(kept, step)
+            opt.step()
+        sides.append([p.detach(), *opt.state[p].values()])
+        assert not torch.equal(p, kept)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(*sides, strict=True))
+
+
 @in_every_tier
 @pytest.mark.parametrize("options", [{}, {"hash": "universal"}], ids=str)
 def test_replaced_parameters_are_freed(options, memory):
