@@ -38,21 +38,18 @@ class Collins(Measured, FusedBackward, Optimizer):
         mu_b = (1/c) sum_{h(i)=b} s(i) g_i                q_b = (1/c) sum_{h(i)=b} g_i^2
         M_b <- beta1 M_b + (1 - beta1) mu_b               V_b <- beta2 V_b + (1 - beta2) q_b
         r_i = g_i - s(i) mu_{h(i)}
-        m_i = s(i) sqrt(c) M_{h(i)} / (1 - beta1^t)       v_i = V_{h(i)} / (1 - beta2^t)
+        m_i = s(i) M_{h(i)} / (1 - beta1^t)               v_i = V_{h(i)} / (1 - beta2^t)
         p_i <- (1 - lr wd) p_i - lr (m_i + rho r_i) / (sqrt(v_i + kappa r_i^2) + eps)
 
     At c = 1 the residual r is zero and this is AdamW. Under decode="orthogonal" matrices have no V, and are updated
-    by X_i = sqrt(c) s(i) M_{h(i)} + rho r_i and NS, which moves all singular values close to 1 (`collins.orthogonal`):
-
-        p <- (1 - lr wd) p - lr 0.2 sqrt(max(rows, cols)) NS(X)
-
-    At c = 1 this is Muon without Nesterov's term.
+    by X_i = s(i) M_{h(i)} + rho r_i and NS, which moves all singular values close to 1 (`collins.orthogonal`):
+    p <- (1 - lr wd) p - lr 0.2 sqrt(max(rows, cols)) NS(X). At c = 1 this is Muon without Nesterov's term.
 
     Args:
         params: tensors, (name, tensor) pairs, or dicts of parameter groups, as for `torch.optim.AdamW`; or a module,
             whose named parameters are used, with the roles that follow from its submodules. fp64, fp32, bf16 and fp16,
             any shape and strides.
-        lr: learning rate, a float or a one-element tensor. Start with 1.4 to 2 times the best rate of AdamW.
+        lr: learning rate, a float or a one-element tensor. Start with 2 to 4 times the best rate of AdamW.
         betas: decay rates of the two moments, each in [0, 1): any sequence of two numbers, kept as a tuple of floats.
         eps: added to the denominator.
         weight_decay: decoupled decay, per unit of lr.
@@ -68,22 +65,23 @@ class Collins(Measured, FusedBackward, Optimizer):
         v_compress_ratio: with a `table_dtype`, c of the second moment if it shall be coarser; None for the same c.
         min_K: parameters of at most this many elements keep exact moments; others get at least this many buckets.
         hash: "block" (a bucket is neighbours in memory; one pass, deterministic) or "universal" (Carter-Wegman).
-        decode: "residual" (above); "sketch", the published Collins v0.1 update without residual; or "orthogonal" for
-            parameters of role "matrix" with "residual" for all others; with AdamW's weight_decay, 2 to 4 times its lr
-            and betas=(0.95, ...). Parameters of three dimensions are stacks of matrices; those of more dimensions are
-            reshaped to (out, rest). It is meant for pretraining with large batches: its matrix products take 3 % of the
-            operations of training a 7B model at 513,000 tokens per step, and 30 % at a tenth of that. DTensors that are
-            sharded over several ranks are refused.
+        decode: "least_squares" (above); "residual", that of version 0.2 with sqrt(c) M in place of M; "sketch", the
+            published Collins v0.1 update without residual; or "orthogonal" for parameters of role "matrix" with
+            "least_squares" for all others; with AdamW's weight_decay, 2 to 4 times its lr and betas=(0.95, ...).
+            Parameters of three dimensions are stacks of matrices; those of more are reshaped to (out, rest). It is for
+            pretraining with large batches: its matrix products take 3 % of the operations of training a 7B model at
+            513,000 tokens per step, and 30 % at a tenth of that. DTensors sharded over several ranks are refused.
         row_parts: under decode="orthogonal", the number of matrices into which each one is cut by rows, or the rows of
             each: 3 for a weight that consists of Q, K and V, (4096, 1024, 1024) if K and V have fewer rows.
-        residual_weight: rho; None for sqrt((1 - beta1) / (1 + beta1)).
+        residual_weight: rho; None for 0.3, for 0.6 under decode="orthogonal", and for sqrt((1 - beta1) / (1 + beta1))
+            under "residual". To fine-tune, use 0.8 and 1 to 1.4 times AdamW's lr.
         residual_square: kappa.
         rehash_period: steps T after which a bucket of hash="block" draws new signs and restarts M_b; None for never.
         table_dtype: None for formats by role. Otherwise the dtype of all tables: torch.float32, torch.bfloat16
             (stochastically rounded) or, for torch.float64 parameters only, torch.float64; or "int8" or "int4" for M in
             integers with a scale for each 64 entries (`collins.formats.IntFormat`) and V in float32. Exact moments use
             the wider of this (float32 by default) and the parameter's dtype. The settings of version 0.2 were
-            table_dtype=torch.float32, rehash_period=100, residual_square=1.
+            decode="residual", table_dtype=torch.float32, rehash_period=100, residual_square=1.
         seed: every hash derives from the seed and the parameter's name (its number if it has no name). Replicas must
             use the same seed.
         maximize: ascend instead of descend.
@@ -164,7 +162,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         v_compress_ratio: float | None = None,
         min_K: int = 1024,
         hash: str = "block",
-        decode: str = "residual",
+        decode: str = "least_squares",
         row_parts: int | Sequence[int] = 1,
         residual_weight: float | None = None,
         residual_square: float = 2.0,

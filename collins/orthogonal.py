@@ -3,7 +3,7 @@
 With h, s the position and sign hashes, c the load of a bucket and g the gradient of a matrix of `rows` x `cols`:
 
     mu_b = (1/c) sum_{h(i)=b} s(i) g_i           M_b <- beta1 M_b + (1 - beta1) mu_b
-    X_i = sqrt(c) s(i) M_{h(i)} + rho (g_i - s(i) mu_{h(i)})
+    X_i = s(i) M_{h(i)} + rho (g_i - s(i) mu_{h(i)})
     Q = NS(X)                                    p <- (1 - lr wd) p - lr 0.2 sqrt(max(rows, cols)) Q
 
 NS is five steps of a Newton-Schulz iteration. It moves all singular values of X / |X| towards 1, to between about 0.7
@@ -15,7 +15,7 @@ The iteration, its coefficients and its precision, bfloat16, are those of Jordan
 layers in neural networks" (2024). The scale of the update is that of Liu et al., "Muon is scalable for LLM training"
 (2025): with it the update has the RMS of AdamW's update, so that AdamW's learning rate and weight decay fit. This
 differs from both in three ways: (1) the first moment is sketched; (2) the residual, the part of the gradient that this
-step's sketch cannot represent, is added with the weight rho, at which its noise equals that of the moment; (3) there is
+step's sketch cannot represent, is added with the weight rho; (3) there is
 no Nesterov term. At c = 1 it is Muon without that term. float64 parameters are orthogonalised in float64.
 
 A parameter of two dimensions is one matrix; one of three dimensions is a stack of matrices (experts), one for each
@@ -47,7 +47,7 @@ from torch import Tensor
 from collins.formats import FloatFormat
 from collins.hashing import signed
 from collins.rounding import FIRST, PARAM
-from collins.rule import Decode, StepScalars, updated
+from collins.rule import StepScalars, updated
 from collins.sketch import decay
 from collins.task import UpdateTask, Write, bucket_signs, flat, used_gradient, writes_of
 
@@ -226,7 +226,7 @@ def encoded(
     grad = signed(grad.view(*shape, load), masks, bitwise=bitwise)
     mu = grad.sum(-1) / loads
     M = decay(m_format.load(m, mu.numel(), mu.dtype).view(shape), mu, hp.beta1, hp.one_minus_beta1, resets)
-    X = signed(Decode.scaled(M, 0.5, loads)[..., None] + hp.rho * (grad - mu[..., None]), masks, bitwise=bitwise)
+    X = signed(M[..., None] + hp.rho * (grad - mu[..., None]), masks, bitwise=bitwise)
     return X.view(-1)[: X.numel() - missing], writes_of(m_format, m, M, first, FIRST, task, hp)
 
 

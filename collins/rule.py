@@ -5,7 +5,8 @@
 | state | m_hat | v_hat | r |
 |---|---|---|---|
 | dense moments (AdamW, Loshchilov & Hutter 2019) | m / (1 - beta1^t) | v / (1 - beta2^t) | none |
-| sketch, decode="residual" | s sqrt(c) M / (1 - beta1^t) | V / (1 - beta2^t) | g - s mu |
+| sketch, decode="least_squares" | s M / (1 - beta1^t) | V / (1 - beta2^t) | g - s mu |
+| sketch, decode="residual" (Collins v0.2) | s sqrt(c) M / (1 - beta1^t) | V / (1 - beta2^t) | g - s mu |
 | sketch, decode="sketch" (Collins v0.1) | s c M / (1 - beta1^t) | c V / (1 - beta2^t) | none |
 
 Changing the sign of m_hat and r changes the sign of the quotient and nothing else, bit for bit. So tables are decoded
@@ -33,11 +34,14 @@ class Decode:
     Args:
         m_scale, v_scale: the power of the load c that multiplies s M / (1 - beta1^t), and V / (1 - beta2^t).
         residual: whether r = g - s mu enters the update.
+        rho: the default weight of r; None for sqrt((1 - beta1) / (1 + beta1)), with which sketched moment and weighted
+            residual have equal noise, since an EMA reduces independent noise by that factor.
     """
 
     m_scale: float
     v_scale: float
     residual: bool
+    rho: float | None = None
 
     @staticmethod
     def scaled(table: Tensor, power: float, load: float | Tensor) -> Tensor:
@@ -46,13 +50,21 @@ class Decode:
 
 
 DECODES = {
+    "least_squares": Decode(m_scale=0, v_scale=0, residual=True, rho=0.3),
     "residual": Decode(m_scale=0.5, v_scale=0, residual=True),
     "sketch": Decode(m_scale=1, v_scale=1, residual=False),
 }
 
 
 ORTHOGONAL = "orthogonal"  # the decode of whole matrices: see `collins.orthogonal`
-ELEMENTWISE = "residual"  # under it, the decode of parameters that are not matrices
+ORTHOGONAL_RHO = 0.6  # its default weight of r
+ELEMENTWISE = "least_squares"  # the default decode; under "orthogonal", that of parameters that are not matrices
+
+
+def default_rho(decode: str, beta1: float) -> float:
+    """The weight of the residual under a decode, unless it is set."""
+    rho = ORTHOGONAL_RHO if decode == ORTHOGONAL else DECODES[decode].rho
+    return math.sqrt((1 - beta1) / (1 + beta1)) if rho is None else rho
 
 
 class StepScalars(NamedTuple):
@@ -82,19 +94,14 @@ def step_scalars(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    residual_weight: float | None,
+    residual_weight: float,
     residual_square: float,
     grad_scale: Scalar = 1.0,
 ) -> StepScalars:
-    """The `StepScalars` of step t = `step`, counted from 1; a float tensor of steps stays on its device.
-
-    rho is sqrt((1 - beta1) / (1 + beta1)) unless it is set: an EMA reduces independent noise by that factor, so
-    sketched momentum and weighted residual have equal noise in the update.
-    """
+    """The `StepScalars` of step t = `step`, counted from 1; a float tensor of steps stays on its device."""
     beta1, beta2 = betas
     averages = beta1, 1 - beta1, beta2, 1 - beta2
-    rho = math.sqrt((1 - beta1) / (1 + beta1)) if residual_weight is None else residual_weight
-    others = eps, rho, residual_square, 0.0, 0, grad_scale
+    others = eps, residual_weight, residual_square, 0.0, 0, grad_scale
     if isinstance(step, Tensor):
         exact = step.to(torch.float64)
         on_device = 1 / (1 - beta1**exact), 1 / (1 - beta2**exact)
@@ -111,7 +118,7 @@ def partial_scalars(hp: StepScalars, part: int, parts: int) -> StepScalars:
 
         M <- beta1 M + (1 - beta1) mu_1               and then M + (1 - beta1) mu_j
         V <- beta2 V + (1 - beta2) q_1                and then V + (1 - beta2) q_j
-        m_hat = s sqrt(c) M / (1 - beta1^t)           and then s sqrt(c) (1 - beta1) mu_j / (1 - beta1^t)
+        m_hat = s M / (1 - beta1^t)                   and then s (1 - beta1) mu_j / (1 - beta1^t)
         v_hat = V / (1 - beta2^t - (1 - beta2) (k - j) / k)
         p <- (1 - lr wd) p - lr (m_hat + rho r_j) / (sqrt(v_hat + kappa k r_j^2) + eps)
         p <- p - lr (the same)

@@ -20,7 +20,7 @@ from collins._torch_internals import GUARDS_AVAILABLE, foreach_copy_, tensor_gua
 from collins.entries import Hash, ParamEntry
 from collins.hashing import UniversalHash
 from collins.nonfinite import require_finite
-from collins.rule import StepScalars, step_scalars
+from collins.rule import StepScalars, default_rho, step_scalars
 from collins.sharding import agreed
 from collins.state import StepCounters
 
@@ -198,14 +198,14 @@ class StepProgram:
 
 def scalars_under(group: Mapping[str, Any], step: int | Tensor, grad_scale: float | Tensor = 1.0) -> StepScalars:
     """The scalars of a group at a step number, counted from 1; a float tensor of step numbers stays on its device."""
-    lr = group["lr"]
+    lr, rho = group["lr"], group["residual_weight"]
     return step_scalars(
         step,
         lr=lr.reshape(()) if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
         betas=group["betas"],
         eps=group["eps"],
         weight_decay=group["weight_decay"],
-        residual_weight=group["residual_weight"],
+        residual_weight=default_rho(group["decode"], group["betas"][0]) if rho is None else rho,
         residual_square=group["residual_square"],
         grad_scale=grad_scale,
     )

@@ -123,7 +123,7 @@ def prepared(args: argparse.Namespace) -> Job:
 # Arguments that must be the same when a run is resumed.
 _SAME = (
     *("seq_len", "batch_size", "steps", "epochs", "lr", "warmup", "min_lr", "weight_decay", "compress_ratio", "seed"),
-    *("dtype", "eval_fraction", "max_grad_norm", "accumulation_steps"),
+    *("dtype", "eval_fraction", "max_grad_norm", "accumulation_steps", "residual_weight"),
 )
 
 
@@ -199,6 +199,7 @@ def fine_tune(job: Job, language_model: CausalLM) -> Run:
         lr=args.lr,
         weight_decay=args.weight_decay,
         compress_ratio=args.compress_ratio,
+        residual_weight=args.residual_weight,
         seed=args.seed,
         max_grad_norm=args.max_grad_norm,
         memory=args.policy,

@@ -29,6 +29,7 @@ from collins.offload.plan import Request
 from collins.offload.shapes import Transformer, numel
 from collins.parameter import state_tensors
 from collins.roles import found_roles, role_under
+from collins.rule import ELEMENTWISE
 from collins.schemes import scheme_under
 
 
@@ -100,7 +101,7 @@ def requests_of(
         "min_K": min_K,
         "hash": hash,
         "table_dtype": table_dtype,
-        "decode": "residual",
+        "decode": ELEMENTWISE,
     }
     params = list(model.parameters())
     for (name, shape), found in zip(params, found_roles(params, model.by_module), strict=True):

@@ -100,8 +100,9 @@ def quantised(bits, block=64):
     return kept
 
 
-# The powers of the load c in m_hat and in v_hat, and whether there is a residual.
-DECODES = {"residual": (0.5, 0, True), "sketch": (1, 1, False)}
+# The powers of the load c in m_hat and in v_hat, whether there is a residual, and its default weight, which is the
+# ratio of the noises of an EMA and of its input if None.
+DECODES = {"least_squares": (0, 0, True, 0.3), "residual": (0.5, 0, True, None), "sketch": (1, 1, False, None)}
 
 
 class Reference:
@@ -109,12 +110,14 @@ class Reference:
 
     `decode` is a key of `DECODES`, or a tuple like its values. `kept` maps M to the values that its table stores."""
 
-    def __init__(self, p, hash=None, decode="residual", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
+    def __init__(self, p, hash=None, decode="least_squares", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
                  residual_weight=None, residual_square=2.0, v_hash=None, kept=None):  # fmt: skip
         self.p = np.array(p, dtype=np.float64).reshape(-1)
-        self.decode, self.kept = DECODES.get(decode, decode), kept
+        *self.decode, rho = DECODES.get(decode, decode)
+        self.kept = kept
         self.hash, self.lr, self.betas, self.eps, self.wd = hash, lr, betas, eps, weight_decay
-        self.rho = math.sqrt((1 - betas[0]) / (1 + betas[0])) if residual_weight is None else residual_weight
+        rho = rho if residual_weight is None else residual_weight
+        self.rho = math.sqrt((1 - betas[0]) / (1 + betas[0])) if rho is None else rho
         self.kappa = residual_square
         if hash is None:
             self.M, self.V, self.t = np.zeros(self.p.size), np.zeros(self.p.size), 0
@@ -183,7 +186,7 @@ class OrthogonalReference(Reference):
     """A parameter with decode="orthogonal", which consists of the matrices that `cut` returns."""
 
     def __init__(self, p, hash=None, cut=lambda x: [x], **options):
-        super().__init__(p, hash, **options)
+        super().__init__(p, hash, **{"residual_weight": 0.6, **options})
         self.shape, self.cut = p.shape, cut
 
     def step(self, g, grad_scale=1.0):
@@ -202,7 +205,7 @@ class OrthogonalReference(Reference):
                 if hash.fresh(b, self.t):
                     self.M[b] = 0
             self.M = beta1 * self.M + (1 - beta1) * mu
-            X = s * (np.sqrt(c) * self.M)[h] + self.rho * (g - s * mu[h])
+            X = s * self.M[h] + self.rho * (g - s * mu[h])
         update = np.zeros(self.shape)
         for own, matrix in zip(self.cut(update), self.cut(X.reshape(self.shape)), strict=True):
             own[...] = 0.2 * np.sqrt(max(matrix.shape)) * newton_schulz(matrix)

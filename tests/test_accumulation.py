@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import OPTIONS, bits, moments, parameters, same, with_kernel
-from reference import Block, Reference, Universal
+from reference import DECODES, Block, Reference, Universal
 from training import TIERS, backward, made, same_bits
 
 from collins import Collins
@@ -47,7 +47,7 @@ def kept(ps, opt):
     return [t.detach().clone() for p in ps for t in (p, *moments(opt, p))]
 
 
-@pytest.mark.parametrize("decode", ["residual", "sketch"])
+@pytest.mark.parametrize("decode", DECODES)
 @pytest.mark.parametrize("hash", ["block", "universal"])
 def test_partial_steps_equal_the_float64_reference(hash, decode):
     ps = parameters(torch.float64, SHAPES)

@@ -46,7 +46,7 @@ BAD_OPTIONS = [
     ("role", None, "auto, matrix, tokens or exact"),
     ("hash", "sha256", "block or universal"),
     ("hash", ["block"], "block or universal"),
-    ("decode", "raw", "residual, sketch or orthogonal"),
+    ("decode", "raw", "least_squares, residual, sketch or orthogonal"),
     ("residual_weight", -1.0, "None, or finite and at least 0"),
     ("residual_weight", float("nan"), "None, or finite and at least 0"),
     ("rehash_period", 0, "None or an int of at least 1"),

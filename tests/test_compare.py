@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from collins import Collins
+from collins.rule import DECODES
 
 CPU = torch.device("cpu")
 DECODER = ["vocabulary=300", "hidden=16", "layers=1", "heads=2", "ffn=24", "context=8", "batch=4", "held_out=2"]
@@ -214,9 +215,19 @@ def test_a_changed_default_of_collins_is_a_different_run(compare, command, monke
         command.TASKS["lm-small"], optimizers.Choice.of("collins"), 1e-3, 0.999, 0, "data", "cpu"
     )
     before, spec = run.key, optimizers.OPTIMIZERS["collins"]
-    changed = dataclasses.replace(spec, settled={**spec.settled, "rehash_period": 12_345})
+    changed = dataclasses.replace(spec, settled=lambda options: {**spec.settled(options), "rehash_period": 12_345})
     monkeypatch.setitem(optimizers.OPTIMIZERS, "collins", changed)
     assert run.key != before
+
+
+def test_the_weight_of_the_residual_identifies_a_run(compare, monkeypatch):
+    choice = compare("compare.optimizers").Choice
+    assert choice.of("collins").described()["residual_weight"] == "0.3"
+    assert choice.of("collins-orthogonal").described()["residual_weight"] == "0.6"
+    assert float(choice.of("collins:decode=residual").described()["residual_weight"]) == pytest.approx((0.1 / 1.9) ** 0.5)
+    assert "residual_weight" not in choice.of("collins:residual_weight=0.8").described()
+    monkeypatch.setitem(DECODES, "least_squares", dataclasses.replace(DECODES["least_squares"], rho=0.7))
+    assert choice.of("collins").described()["residual_weight"] == "0.7"
 
 
 def test_a_new_option_of_collins_is_not_a_different_run(command, arguments, tmp_path):

@@ -182,11 +182,11 @@ def test_the_manual_has_the_formats_of_every_ratio():
 
     params = [(name, torch.nn.Parameter(torch.empty(shape, device="meta"))) for name, shape in LLAMA_7B.parameters()]
     for ratio, *shown in rows(MANUAL, "## Roles and formats"):
-        roles = (("matrix", "residual"), ("tokens", "residual"), ("matrix", "orthogonal"))
+        roles = (("matrix", "least_squares"), ("tokens", "least_squares"), ("matrix", "orthogonal"))
         schemes = [cell(int(ratio), *role) for role in roles]
         sizes = [
             collins.Collins(params, compress_ratio=int(ratio), decode=decode).memory_report().state_bytes
-            for decode in ("residual", "orthogonal")
+            for decode in ("least_squares", "orthogonal")
         ]
         assert shown == [*schemes, *(f"{size / 1e9:.2f} GB" for size in sizes)]
 

@@ -878,6 +878,8 @@ def test_a_tokenizer_of_another_model_is_rejected(finetune, place, tmp_path, cap
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--lr", "0"], "--lr must be above 0 and below 2**63, got 0.0"),
         (["--compress-ratio", "0.5"], "--compress-ratio must be at least 1, got 0.5"),
+        (["--residual-weight", "-0.5"], "--residual-weight must be at least 0 and below 2**63, got -0.5"),
+        (["--residual-weight", "nan"], "--residual-weight must be at least 0 and below 2**63, got nan"),
         (["--max-grad-norm", "-1"], "--max-grad-norm must be above 0 and below 2**63, got -1.0"),
         (["--warmup", "2"], "--warmup must be in [0, 1], got 2.0"),
         (["--policy", "disk"], "memory must be"),

@@ -199,10 +199,10 @@ def test_tables_of_replaced_parameters_are_freed(in_backward, memory, monkeypatc
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_smaller_parameter_in_the_same_memory_has_a_table_of_its_own(alone):
-    spec = UpdateSpec("block", 32, "residual", True, False, False)
+    spec = UpdateSpec("block", 32, "least_squares", True, False, False)
     keys = HashKeys(hash_key(0, 0, "sign"), hash_key(0, 0, "round"), (0, 0, 0, 0), 3)
     hp = step_scalars(
-        1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None, residual_square=1.0
+        1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=0.3, residual_square=1.0
     )
     launches, sides = KernelLaunches(DEVICE), []
     for through_kernel in (True, False):
@@ -234,7 +234,7 @@ def test_a_scale_is_applied_where_gradients_are_read(load, on_device):
     """The result equals that of scaled gradients, which are not written to; a scale of 1 changes no bit."""
     keys = HashKeys(hash_key(0, 0, "sign"), hash_key(0, 0, "round"), (0, 0, 0, 0), 3)
     spec, launches = (
-        UpdateSpec("block" if load > 1 else None, load, "residual", load > 1, False, True),
+        UpdateSpec("block" if load > 1 else None, load, "least_squares", load > 1, False, True),
         KernelLaunches(DEVICE),
     )
 
@@ -248,7 +248,7 @@ def test_a_scale_is_applied_where_gradients_are_read(load, on_device):
             betas=(0.9, 0.99),
             eps=1e-3,
             weight_decay=0.1,
-            residual_weight=None,
+            residual_weight=0.3,
             residual_square=1.0,
             grad_scale=scale,
         )
@@ -483,7 +483,7 @@ def test_memory_for_a_capture_is_ready_after_a_step_outside_of_it(busy_link, mon
     monkeypatch.setattr("collins.compile.transfer.fetch", lambda source, target: target.copy_(source))
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
     uploader = ArgUploader(torch.device("cpu"), busy_link=busy_link)
-    hp = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=0, weight_decay=0, residual_weight=None, residual_square=1.0)
+    hp = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=0, weight_decay=0, residual_weight=0.3, residual_square=1.0)
     args = [([16, 32], [hp])]
     for step in range(2):
         with monkeypatch.context() as patched:
@@ -584,7 +584,7 @@ def test_buffers_of_sizes_that_change_from_step_to_step_are_let_go_of(busy_link,
     monkeypatch.setattr("collins.compile.transfer.fetch", lambda source, target: target.copy_(source))
     monkeypatch.setattr("collins.compile.transfer._SIZES", 4)
     uploader = ArgUploader(torch.device("cpu"), busy_link=busy_link)
-    hp = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=0, weight_decay=0, residual_weight=None, residual_square=1.0)
+    hp = step_scalars(1, lr=0.1, betas=(0.9, 0.99), eps=0, weight_decay=0, residual_weight=0.3, residual_square=1.0)
     for count in (*range(1, 20), 3, 2, 19):
         ((addresses, scalars),) = uploader.upload([(range(count), [hp])])
         assert addresses.tolist() == list(range(count))

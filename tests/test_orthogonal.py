@@ -180,7 +180,7 @@ def test_row_parts_are_stepped_as_separate_matrices():
 def test_parameters_that_are_not_matrices_keep_their_rule():
     kinds = [{"role": "matrix"}, {"role": "tokens"}, {"role": "exact"}]
     results = []
-    for decode in ("orthogonal", "residual"):
+    for decode in ("orthogonal", "least_squares"):
         ps = parameters(torch.float32, [(32, 64)] * 3 + [(12,)])
         groups = [{"params": [p], **kind} for p, kind in zip(ps, [*kinds, {}], strict=True)]
         opt = Collins(groups, **{**OPTIONS, "decode": decode})
@@ -528,7 +528,7 @@ def tables(opt):
 
 def test_tables_of_the_same_hash_are_kept_and_others_restart():
     same_load = {"compress_ratio": 2, "table_dtype": "int4"}
-    _, residual = stepped(decode="residual", role="matrix", shapes=SHAPES[:4], **same_load)
+    _, residual = stepped(decode="least_squares", role="matrix", shapes=SHAPES[:4], **same_load)
     ps = parameters(torch.float32, SHAPES[:4])
     opt = Collins(ps, **OPTIONS, role="matrix", **same_load)
     opt.load_state_dict(convert(residual.state_dict(), opt))

@@ -61,7 +61,7 @@ CASES = [
 # All recipes of roles and compression ratios, those of token tables with a first moment for each element.
 RATIOS = {"matrix": (4, 8, 16, 32, 64, 128), "tokens": (32, 64)}
 CASES += [
-    pytest.param("residual", None, {"role": role, "compress_ratio": ratio}, id=f"{role}-{ratio}")
+    pytest.param("least_squares", None, {"role": role, "compress_ratio": ratio}, id=f"{role}-{ratio}")
     for role, ratios in RATIOS.items()
     for ratio in ratios
 ]

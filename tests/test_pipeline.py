@@ -57,10 +57,10 @@ class Model:
     def update(self, i, step, g, m, v):
         layout = self.layouts[i]
         formats = (format_name(self.dtype),) * 2
-        spec = UpdateSpec(layout.hash, layout.load, "residual", True, True, False, False, *formats)
+        spec = UpdateSpec(layout.hash, layout.load, "least_squares", True, True, False, False, *formats)
         keys = HashKeys(hash_key(0, i, "sign"), hash_key(0, i, "round"), (0, 0, 0, 0), 3)
         hp = step_scalars(
-            step, lr=0.02, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=None, residual_square=1.0
+            step, lr=0.02, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=0.3, residual_square=1.0
         )
         update_(UpdateTask(self.p[i], (m,), (v,), spec, keys, layout.numel), g, hp)
 

@@ -6,7 +6,7 @@ import torch
 from helpers import moments
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Block, Reference, Universal
+from reference import DECODES, Block, Reference, Universal
 
 from collins import BlockHash, Collins
 
@@ -54,14 +54,15 @@ def follow(opt, p, twin, steps, seed=0):
 CASES = [
     pytest.param(hash, decode, ratio, id=f"{hash}-{decode}-{ratio}")
     for hash in ("block", "universal")
-    for decode in ("residual", "sketch")
+    for decode in DECODES
     for ratio in (1, 2, 8, 32, 128)
 ]
 
 
 # Compiling takes seconds a case, so compiled steps are shown on the cases that differ in code.
-COMPILED = [("block", "residual", ratio) for ratio in (1, 8, 32, 128)]
-COMPILED += [("block", "sketch", 32), ("universal", "residual", 32), ("universal", "sketch", 32)]
+COMPILED = [("block", "least_squares", ratio) for ratio in (1, 8, 32, 128)]
+COMPILED += [("block", "residual", 32), ("block", "sketch", 32)]
+COMPILED += [("universal", "least_squares", 32), ("universal", "sketch", 32)]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_strides_do_not_matter(kind, compile, hash, ratio):
     ratio=st.sampled_from([1, 1.5, 2, 3, 8, 32, 33, 128]),
     min_K=st.sampled_from([1, 2, 16, 300]),
     hash=st.sampled_from(["block", "universal"]),
-    decode=st.sampled_from(["residual", "sketch"]),
+    decode=st.sampled_from(list(DECODES)),
     period=st.sampled_from([None, 1, 2, 100]),
     rho=st.sampled_from([None, 0.0, 0.5]),
     seed=st.integers(-(2**70), 2**70),

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from collins import BlockHash, Collins, UniversalHash
+from collins import BlockHash, UniversalHash
+from collins.rule import DECODES, Decode
 from collins.sketch import add_scattered, decay, encode_rows
 
 NUMEL, BUCKETS = 256, 8
@@ -59,12 +60,16 @@ def test_a_table_is_zero_where_signs_are_redrawn():
 
 
 @pytest.mark.parametrize("hash", ["block", "universal"])
-def test_residual_first_moment_has_the_gradients_rms(hash):
-    """sqrt(c) s mu is variance-normalised: after one step, RMS(m_hat) = RMS(g)."""
-    p = torch.nn.Parameter(torch.zeros(2**16, dtype=torch.float64))
-    opt = Collins([p], min_K=64, hash=hash, role="matrix", table_dtype=torch.float64)
-    p.grad = torch.randn(2**16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    opt.step()
-    m_hat = math.sqrt(32) * opt.state[p]["m_table"] / (1 - 0.9)
-    rms = (opt.hash_of(p).load(torch.arange(len(m_hat))) * m_hat**2).sum().div(2**16).sqrt()
-    assert abs(rms.item() - 1) < 0.05
+def test_sketched_moment_is_the_least_squares_estimate(hash):
+    """Of all multiples of s M, s M itself has the smallest squared distance to AdamW's first moment."""
+    numel, ratio = 2**16, 8
+    made = BlockHash(numel, ratio) if hash == "block" else UniversalHash(numel, numel // ratio)
+    index, generator = torch.arange(numel), torch.Generator().manual_seed(0)
+    bucket, sign = made.bucket(index), made.sign(index).double()
+    M, m = torch.zeros(numel // ratio, dtype=torch.float64), torch.zeros(numel, dtype=torch.float64)
+    for _ in range(5):
+        g = torch.randn(numel, dtype=torch.float64, generator=generator)
+        mu = torch.zeros_like(M).index_add_(0, bucket, sign * g) / ratio
+        M, m = decay(M, mu, 0.9, 0.1), decay(m, g, 0.9, 0.1)
+    estimate = sign * Decode.scaled(M, DECODES["least_squares"].m_scale, ratio)[bucket]
+    assert abs((m @ estimate / estimate.square().sum()).item() - 1) < 0.05

@@ -234,7 +234,7 @@ def test_scheduled_options_are_loaded_and_all_others_keep_their_values():
     assert [group[name] for name in ("lr", "betas", "eps", "weight_decay", "initial_lr")] == [
         0.5, (0.8, 0.9), 1e-3, 0.3, 0.5
     ]  # fmt: skip
-    assert (group["decode"], group["stochastic_rounding"], group["nonfinite"]) == ("residual", False, "skip")
+    assert (group["decode"], group["stochastic_rounding"], group["nonfinite"]) == ("least_squares", False, "skip")
 
 
 BROKEN = [

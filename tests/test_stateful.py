@@ -39,7 +39,7 @@ OPTIONS = {
     "betas": [(0.9, 0.999), (0.0, 0.5), (0.95, 0.99)],
     "eps": [1e-8, 1e-3],
     "weight_decay": [0.0, 0.1],
-    "decode": ["residual", "sketch"],
+    "decode": ["least_squares", "residual", "sketch"],
     "residual_weight": [None, 0.5],
     "maximize": [False, True],
     "nonfinite": ["propagate", "skip"],

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from collins import Collins, param_groups
+from collins.rule import default_rho
 from compare.peers import MasterWeights, Scale
 from compare.training import AfterBackward, Drive, InBackward
 
@@ -106,7 +107,7 @@ class Spec:
         torch_class: the name of its class in `torch.optim`, if some versions of torch do not have it.
         on_gpu: whether it needs a GPU.
         options: names of the options that are accepted as `NAME:OPTION=VALUE`.
-        settled: options that it is constructed with, which identify a run in addition to the optimizer's name.
+        settled: returns the options that identify a run in addition to the optimizer's name, given those in the name.
         computed: returns the bytes of its state, computed from shapes alone; None if they are not known.
         drive: the class that takes its steps; see `compare.training.Drive`.
     """
@@ -121,7 +122,7 @@ class Spec:
     torch_class: str | None = None
     on_gpu: bool = False
     options: frozenset[str] = frozenset()
-    settled: Mapping[str, Any] = field(default_factory=dict)
+    settled: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda options: {}
     computed: Callable[[Setup], int] | None = None
     drive: Callable[[nn.Module, Sequence[Optimizer], float], Drive] = AfterBackward
 
@@ -288,10 +289,18 @@ def _collins(name: str, about: str, *, beta1: float = 0.9, in_backward: bool = F
         about,
         lambda setup: [built(setup, in_backward=in_backward)],
         options=frozenset(known),
-        settled={option: settled.get(option, known[option]) for option in _RULE},
+        settled=lambda options: _rule({**known, **settled, **options}, beta1),
         computed=lambda setup: built(setup, in_backward=False).memory_report().state_bytes,
         drive=InBackward if in_backward else AfterBackward,
     )
+
+
+def _rule(options: Mapping[str, Any], beta1: float) -> dict[str, Any]:
+    """The options that identify a run, with the value of the residual's weight where it follows from others."""
+    rule = {option: options[option] for option in _RULE}
+    if rule["residual_weight"] is None:
+        rule["residual_weight"] = default_rho(rule["decode"], beta1)
+    return rule
 
 
 OPTIMIZERS: dict[str, Spec] = {
@@ -386,7 +395,8 @@ class Choice:
 
     def described(self) -> dict[str, str]:
         """The options that identify a run and are not part of the name of the choice."""
-        return {name: str(value) for name, value in self.spec.settled.items() if name not in self.options}
+        rule = self.spec.settled(self.options)
+        return {name: str(value) for name, value in rule.items() if name not in self.options}
 
 
 def identifying(optimizer: str, options: Mapping[str, str]) -> dict[str, str]:

@@ -42,12 +42,13 @@ def parse(description: str | None, arguments: list[str] | None) -> argparse.Name
         " --epochs may have fewer (%(default)s)",
     )
     add("--seq-len", type=int, metavar="TOKENS", help="length of a row (default: 2048, or the model's maximum)")
-    add("--lr", type=float, default=2e-5, help="learning rate, 1.4 to 2 times that of AdamW (default: %(default)s)")
+    add("--lr", type=float, default=2e-5, help="learning rate, 1 to 1.4 times that of AdamW (default: %(default)s)")
     add("--warmup", type=float, default=0.03, help="fraction of the steps for warm-up (default: %(default)s)")
     add("--min-lr", type=float, default=0.1, help="final learning rate as a fraction of --lr (default: %(default)s)")
     add("--weight-decay", type=float, default=0.01, help="(default: %(default)s)")
     add("--max-grad-norm", type=float, metavar="NORM", help="clip gradients to this norm (default: no clipping)")
     add("--compress-ratio", type=float, default=32, help="compress_ratio of Collins (default: %(default)s)")
+    add("--residual-weight", type=float, default=0.8, help="residual_weight of Collins (default: %(default)s)")
     add(
         "--policy",
         type=_policy,
@@ -84,6 +85,8 @@ def parse(description: str | None, arguments: list[str] | None) -> argparse.Name
             parser.error(f"--{name.replace('_', '-')} must be above 0 and below 2**63, got {value}")
     if not 1 <= args.compress_ratio < math.inf:
         parser.error(f"--compress-ratio must be at least 1, got {args.compress_ratio}")
+    if not 0 <= args.residual_weight < 2**63:
+        parser.error(f"--residual-weight must be at least 0 and below 2**63, got {args.residual_weight}")
     for name in ("eval_fraction", "warmup", "min_lr", "weight_decay"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must be in [0, 1], got {getattr(args, name)}")

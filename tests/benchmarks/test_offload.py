@@ -66,10 +66,10 @@ class Tables:
         gs = [torch.randn_like(p) for p in ps]
         engine = Engine(busy_link=True)
         hp = step_scalars(
-            9, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, residual_weight=None, residual_square=1.0
+            9, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, residual_weight=0.3, residual_square=1.0
         )
         specs = [
-            UpdateSpec(layout.hash, layout.load, "residual", layout.hash is not None, True, False)
+            UpdateSpec(layout.hash, layout.load, "least_squares", layout.hash is not None, True, False)
             for layout in self.layouts
         ]
         launches = [engine.launch_of(spec, p) for spec, p in zip(specs, ps, strict=True)]
