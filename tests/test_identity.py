@@ -560,7 +560,7 @@ def test_a_checkpoint_of_version_0_2_resumes_bitwise_with_names(options, dtype):
 
     def network():
         torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64)).to(dtype)
+        return torch.nn.Sequential(torch.nn.Linear(64, 144), torch.nn.ReLU(), torch.nn.Linear(144, 64)).to(dtype)
 
     def train(net, opt, steps):
         for step in steps:
