@@ -10,7 +10,6 @@ when one of these changes.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -19,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from collins._torch_internals import GUARDS_AVAILABLE, tensor_guards
 from collins.formats import TensorSpec
 from collins.hashing import BlockHash, UniversalHash, name_key
+from collins.identical import identical
 from collins.roles import Role, found_roles
 from collins.sharding import Slice
 from collins.update import HashKeys, UpdateSpec, UpdateTask
@@ -94,12 +95,14 @@ class ParamEntry:
         spec: its spec in the last step.
         step: the counter in its state when the state was adopted; None before.
         moments: the tensors of its state when the state was adopted; None before.
+        state: all values of that state when it was last checked.
         task: the update task over these moments.
         counter: the index of `step` among the optimizer's counters, where it is on the host.
         program: the program that steps it in backward.
     """
 
     __slots__ = (
+        "_guards",
         "_held",
         "counter",
         "found",
@@ -111,6 +114,7 @@ class ParamEntry:
         "program",
         "settled",
         "spec",
+        "state",
         "step",
         "task",
         "universal",
@@ -130,6 +134,8 @@ class ParamEntry:
         self.counter: int | None = None
         self.task: UpdateTask | None = None
         self.program: Any = None
+        self.state: dict[str, Any] | None = None
+        self._guards: Any = None  # of the parameter, a gradient and the moments that have been checked together
         self._held: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = []
 
     def adopt(self, state: Mapping[str, Any]) -> None:
@@ -137,7 +143,25 @@ class ParamEntry:
         tensors = self.known_spec.tensors
         self.step, self.moments = state["step"], tuple(state[name] for name in tensors)
         self._held = [(name, state[name], due.shape, due.dtype) for name, due in tensors.items()]
-        self.task = self.program = None
+        self.task = self.program = self.state = self._guards = None
+
+    def accept(self, g: Tensor, state: Mapping[str, Any]) -> None:
+        """Notes, for `accepts`, that the parameter, its gradient and its state have been checked."""
+        spec, moments, self._guards = self.known_spec, self.moments, None
+        plain = spec.slice is None and type(g) is Tensor and not g.is_neg()
+        mutable = isinstance(spec.hash, UniversalHash)  # its coefficients may be set
+        if GUARDS_AVAILABLE and moments is not None and plain and not mutable:
+            self.state, self._guards = dict(state), tensor_guards([self.p, g, *moments])
+
+    def accepts(self, g: Tensor, settings: tuple[Any, ...]) -> bool:
+        """Whether a step may use this gradient without further checks, given that the values of the state are `state`.
+
+        It compares the parameter, the gradient and the moments with those given to `accept`, in C: all that
+        `ParamSpec.fits`, `holds` and `gradient_of` compare.
+        """
+        if self._guards is None or self.spec is None or self.spec.settings is not settings:
+            return False
+        return bool(self._guards.check(self.p, g, *(self.moments or ())))
 
     def holds(self, state: Mapping[str, Any]) -> bool:
         """Whether a state still has the counter and the moments that were adopted, with unchanged shapes and dtypes."""
@@ -150,7 +174,7 @@ class ParamEntry:
 
     def forget(self) -> None:
         """Drops the adopted state, so that it must be adopted again."""
-        self.step = self.moments = self.task = self.program = None
+        self.step = self.moments = self.state = self.task = self.program = self._guards = None
 
     def respec(self, spec: ParamSpec) -> None:
         """Sets a new spec, under which the state must be adopted again."""
@@ -264,7 +288,7 @@ class ParamEntries:
 
 def _is_same_group(known: tuple[dict[str, Any], list[Tensor]], group: dict[str, Any]) -> bool:
     params = group["params"]
-    return known[0] is group and len(known[1]) == len(params) and all(map(operator.is_, known[1], params))
+    return known[0] is group and identical(known[1], params)
 
 
 def _free(number: int, taken: set[int]) -> int:

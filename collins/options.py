@@ -8,6 +8,7 @@ import re
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence, Set
 from numbers import Integral, Real
+from operator import is_
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -244,6 +245,17 @@ def _check_row_parts(group: dict[str, Any]) -> None:
         _check_whole(group, name, accepted)
 
 
+def _check_lr(group: dict[str, Any]) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        one = lr.numel() == 1 and lr.layout == torch.strided and not lr.is_meta and not lr.is_complex()
+        require(one, "lr", lr, "a number or a tensor of one element")
+        # Reading it from an accelerator would stall the device.
+        require(not lr.is_cpu or 0 <= float(lr.detach()) < math.inf, "lr", lr, "finite and at least 0")
+    else:
+        _check_range(group, "lr")
+
+
 def check_options(group: dict[str, Any]) -> None:
     """Raises a ValueError that names the first option of a parameter group that is out of range.
 
@@ -260,14 +272,8 @@ def check_options(group: dict[str, Any]) -> None:
     for name, value in group.items():
         if isinstance(value, str):
             group[name] = read(name, value)
-    lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor):
-        one = lr.numel() == 1 and lr.layout == torch.strided and not lr.is_meta and not lr.is_complex()
-        require(one, "lr", lr, "a number or a tensor of one element")
-        # Reading it from an accelerator would stall the device.
-        require(not lr.is_cpu or 0 <= float(lr.detach()) < math.inf, "lr", lr, "finite and at least 0")
-    else:
-        _check_range(group, "lr")
+    _check_lr(group)
+    betas = group["betas"]
     if type(betas) is not tuple or not all(type(beta) is float for beta in betas):
         betas = _two_numbers(betas)
     require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", group["betas"], "two numbers in [0, 1)")
@@ -316,3 +322,33 @@ def check_options(group: dict[str, Any]) -> None:
 
 _DECODES: Mapping[str, Any] = ChainMap[str, Any]({ORTHOGONAL: None}, DECODES)
 _CHOICES = (("role", ROLES), ("hash", HASHES), ("decode", _DECODES), ("nonfinite", NONFINITE))
+
+
+class CheckedOptions:
+    """The options of a group that `check_options` has accepted, which later steps check for changes.
+
+    Values that are the same objects are accepted at once, since no option but a tensor lr is mutable once it has been
+    checked. lr is always checked: schedulers change it in every step.
+
+    Args:
+        group: the group.
+    """
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self._group, self._known = group, dict(group)
+
+    def changed(self) -> bool:
+        """Checks the current options, and returns whether any but lr may have changed since the last call.
+
+        Raises:
+            ValueError: as `check_options`.
+        """
+        group, known = self._group, self._known
+        lr = known["lr"] = group["lr"]
+        same = len(known) == len(group) and all(map(is_, known, group))
+        if same and all(map(is_, known.values(), group.values())) and not isinstance(lr, str):
+            _check_lr(group)
+            return False
+        check_options(group)
+        self._known = dict(group)
+        return True

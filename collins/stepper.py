@@ -22,6 +22,7 @@ from collins.entries import Carried, Hash, ParamEntries, ParamEntry, ParamSpec, 
 from collins.formats import TensorSpec
 from collins.fused_backward import SingleSteps
 from collins.hashing import UniversalHash
+from collins.identical import identical
 from collins.interrupts import HeldInterrupts
 from collins.offload import MemoryPolicy
 from collins.offload.staging import StateRequest
@@ -180,9 +181,10 @@ class Stepper:
         program = self._program
         if program is None or is_capturing():
             return None
-        for group in program.groups:
-            check_options(group.options)
-            same = same and not group.options["capturable"] and self._settings_of(group.options) is group.settings
+        for group, options in zip(program.groups, program.options, strict=True):
+            if options.changed():
+                settings = self._settings_of(group.options)
+                same = same and not group.options["capturable"] and settings is group.settings
         bound = program.matches(states) if same else None
         if bound is None:
             self._program = None
@@ -209,13 +211,18 @@ class Stepper:
             check_options(group)
             if capturing and not group["capturable"]:
                 raise RuntimeError("capturable must be True for a step that a CUDA graph captures, got False")
-            settings, own = self._settings_of(group), []
-            for entry in entries:
-                g = entry.p.grad
-                if g is not None:
+            settings = self._settings_of(group)
+            given = [(entry, g) for entry in entries if (g := entry.p.grad) is not None]
+            own = [entry for entry, _ in given]
+            if own:
+                self._entries.find_roles()
+            known = identical([states.get(entry.p) for entry in own], [entry.state for entry in own])
+            for entry, g in given:
+                if not (known and entry.accepts(g, settings)):
                     self._check(entry, states, settings)
-                    grads.append(gradient_of(entry, g))
-                    own.append(entry)
+                    given_g, g = g, gradient_of(entry, g)
+                    entry.accept(given_g, states.get(entry.p) or {})
+                grads.append(g)
             found.append(ProgramGroup(group, settings, own))
         stepping = [entry for group in found for entry in group.entries]
         self._adopt(stepping, states, flattened(roster), new)
@@ -362,6 +369,8 @@ class Stepper:
                 raise
 
     def _task(self, entry: ParamEntry) -> UpdateTask:
+        if entry.task is not None:
+            return entry.task
         skips = entry.known_spec.update.skip
         return task_of(entry, self.statistics.skips.counter(local(entry.p).device) if skips else None)
 

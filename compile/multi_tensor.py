@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from collins.compile import kernels
-from collins.compile.kernels import LARGEST_LOAD, PARAMETERS, SPAN, WIDE
+from collins.compile.kernels import COLUMNS, LARGEST_LOAD, PARAMETERS, SPAN, WIDE
 from collins.compile.transfer import ArgUploader, LaunchArgs
 from collins.hashing import WORD
+from collins.identical import picker
 from collins.rule import StepScalars
 from collins.update import HashKeys, UpdateSpec, UpdateTask
 
@@ -87,36 +89,38 @@ class Batch:
     v: tuple[Tensor, ...] = ()
     scales: tuple[Tensor, ...] = ()  # scales of first moments that are stored as integers
     keys: tuple[HashKeys, ...] = ()
+    numels: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
+    launches: tuple[ParamLaunch, ...] = ()
     skipped: Tensor | None = None
     sizes: tuple[int, ...] = ()
-    addresses: tuple[list[int], ...] = ()  # addresses of p, m, v and the scales of m
+    addresses: tuple[list[int], ...] = ()  # addresses of p, m, v and the scales of m, when the batch was made
     gradients: Sequence[int] | np.ndarray = ()  # addresses of the gradients of this step
     distinct: list[int] = field(default_factory=list)  # indices of this step's scalars that the tasks use
     rows: list[int] = field(default_factory=list)  # for each task, an index into `distinct`
+    table: _Table | None = None  # of the tasks with these rows, once it has been made
 
     def __post_init__(self) -> None:
-        self.p = tuple(task.p for task in self.tasks)
-        self.m = tuple(task.m[0] for task in self.tasks)
-        self.v = tuple(task.v[0] for task in self.tasks)
-        self.scales = tuple(task.m[1] for task in self.tasks if len(task.m) == 2)
-        self.keys = tuple(task.keys for task in self.tasks)
-        self.skipped = self.tasks[0].skipped if self.tasks else None  # all tasks of a device share the counter
+        if self.tasks:
+            columns = _transposed(self.tasks)
+            self.p, m, v, _, self.keys, self.numels, self.starts, self.launches, skipped = columns
+            self.m, *scales = _transposed(m)  # tasks of one launch have one format
+            (self.v,) = _transposed(v)
+            self.scales = scales[0] if scales else ()
+            self.skipped = skipped[0]  # all tasks of a device share the counter
         self.sizes = tuple(map(Tensor.numel, self.p))
-        self.addresses = self.addresses_now()
+        self.addresses = tuple([_addresses(column) for column in self.columns])
         self.rows = [0] * len(self.tasks)
 
-    def addresses_now(self) -> tuple[list[int], ...]:
-        """The current addresses of parameters and moments."""
-        return tuple([list(map(Tensor.data_ptr, column)) for column in (self.p, self.m, self.v, self.scales)])
-
-    def pick(self, grads: Sequence[Tensor]) -> Iterable[Tensor]:
-        """The gradients of the batch, selected from those of the executor."""
-        return map(grads.__getitem__, self.numbers)
+    @property
+    def columns(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The tensors whose addresses the kernel reads from a table."""
+        return self.p, self.m, self.v, self.scales
 
     def reads(self, grads: Sequence[Tensor]) -> bool:
         """Whether the kernel can read all tensors of the batch, which must be contiguous and aligned."""
         columns = (self.p, self.m, self.v) if self.launch.dense else (self.p,)
-        lying = all(map(_aligned, self.addresses[: len(columns)])) and _aligned(list(map(Tensor.data_ptr, grads)))
+        lying = all(map(_aligned, self.addresses[: len(columns)])) and _aligned(_addresses(grads))
         return lying and all(all(map(Tensor.is_contiguous, column)) for column in (grads, *columns))
 
     def take(self, rows: Sequence[int]) -> None:
@@ -129,7 +133,7 @@ class Batch:
             new = list(map({row: place for place, row in enumerate(distinct)}.__getitem__, own))
         self.distinct = distinct
         if new != self.rows:
-            self.rows = new
+            self.rows, self.table = new, None
 
 
 class KernelExecutor:
@@ -144,32 +148,34 @@ class KernelExecutor:
     def __init__(self, launches: KernelLaunches, batches: Sequence[Batch], attempt: Fallback) -> None:
         self._launches, self._attempt = launches, attempt
         # The longest launch comes first, so that the device is busy while the host prepares the others.
-        self._batches = sorted(batches, key=lambda batch: -sum(p.nbytes for p in batch.p))
+        self._batches = sorted(batches, key=lambda batch: -sum(batch.sizes) * batch.p[0].itemsize)
+        # The tensors of all batches, one batch after another, which are compared in few loops in C.
+        self._pick = picker([number for batch in self._batches for number in batch.numbers])
+        ends = list(accumulate((len(batch.numbers) for batch in self._batches), initial=0))
+        self._places = list(map(slice, ends, ends[1:]))
+        self._held = [t for batch in self._batches for column in batch.columns for t in column]
+        self._addresses = [at for batch in self._batches for column in batch.addresses for at in column]
         self._rows: Sequence[int] = ()
         self._is_new = True
 
-    def bind(self, grads: Sequence[Tensor]) -> list[np.ndarray] | None:
-        """The addresses of each launch's gradients; None if the kernel cannot read a gradient, or if the address of a
-        parameter or a moment has changed.
+    def bind(self, grads: Sequence[Tensor]) -> np.ndarray | None:
+        """The addresses of the gradients of all batches; None if the kernel cannot read a gradient, or if the address
+        of a parameter or a moment has changed.
         """
-        at = [np.array(list(map(Tensor.data_ptr, batch.pick(grads)))) for batch in self._batches]
+        at = np.fromiter(map(Tensor.data_ptr, self._pick(grads)), np.int64)
         if self._is_new:
             self._is_new = False
             return at
-        if not all(map(_aligned, at)):
-            return None
-        return at if all(batch.addresses_now() == batch.addresses for batch in self._batches) else None
+        return at if _aligned(at) and _addresses(self._held) == self._addresses else None
 
-    def run(
-        self, bound: Sequence[np.ndarray], scalars: Sequence[StepScalars], rows: Sequence[int], done: list[int]
-    ) -> list[int]:
+    def run(self, bound: np.ndarray, scalars: Sequence[StepScalars], rows: Sequence[int], done: list[int]) -> list[int]:
         """Steps the tasks; returns the numbers of those whose launch failed, which are unchanged."""
         if rows != self._rows:
             self._rows = rows
             for batch in self._batches:
                 batch.take(rows)
-        for batch, gradients in zip(self._batches, bound, strict=True):
-            batch.gradients = gradients
+        for batch, place in zip(self._batches, self._places, strict=True):
+            batch.gradients = bound[place]
         left: list[int] = []
         for batch, args in zip(self._batches, self._launches.upload(self._batches, scalars), strict=True):
             if self._attempt(lambda batch=batch, args=args: batch.launch.run(batch, args)):  # type: ignore[misc]
@@ -177,11 +183,6 @@ class KernelExecutor:
             else:
                 left += batch.numbers
         return left
-
-
-def scale_address(task: UpdateTask) -> int:
-    """The address of the scales of a first moment that is stored as integers, else 0."""
-    return task.m[1].data_ptr() if len(task.m) == 2 else 0
 
 
 def batched(tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> tuple[list[Batch], list[int]]:
@@ -203,6 +204,19 @@ def batched(tasks: Sequence[UpdateTask], grads: Sequence[Tensor]) -> tuple[list[
         if batch.numbers:
             batches.append(batch)
     return batches, rest
+
+
+def _transposed(rows: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
+    return zip(*rows, strict=True)
+
+
+def _pairs(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The first and the second members of pairs: (2, len(pairs))."""
+    return np.fromiter(chain.from_iterable(pairs), np.int64).reshape(-1, 2).T
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _aligned(at: Sequence[int] | np.ndarray) -> bool:
@@ -232,23 +246,14 @@ class KernelLaunch:
         )  # fmt: skip
         self.uploader = uploader
         # Tables of sets of parameters, each with references that remove it as soon as one of its parameters is gone.
-        self._tables_of_sets: dict[Any, tuple[_Table, list[weakref.ref[ParamLaunch]]]] = {}
-        self._last: tuple[tuple[Any, ...], _Table] | None = None
+        self._tables_of_sets: dict[bytes, tuple[_Table, list[weakref.ref[ParamLaunch]]]] = {}
         self._captured: list[_Table] = []
 
     def run(self, batch: Batch, args: LaunchArgs) -> None:
         """Performs all of a batch's tasks; they must be of different parameters."""
-        if len(batch.tasks) == 1:
-            (task,), ((at_p,), (at_m,), (at_v,), scales) = batch.tasks, batch.addresses
-            table = task.launch.table(task, (at_p, at_m, at_v, scales[0] if scales else 0))
-        else:
-            known = batch.keys, batch.sizes, *batch.addresses, batch.rows
-            if self._last is None or self._last[0] != known:
-                *addresses, scales = batch.addresses
-                columns = *addresses, scales or [0] * len(batch.tasks), batch.rows
-                self._last = known, self._table_of_set(batch, columns)
-            table = self._last[1]
-        self.step(batch.p, batch.m, batch.v, table, args.gradients, args.scalars, batch.skipped)
+        if batch.table is None:
+            batch.table = self._table_of_set(batch)
+        self.step(batch.p, batch.m, batch.v, batch.table, args.gradients, args.scalars, batch.skipped)
 
     def reads(self, task: UpdateTask, g: Tensor) -> bool:
         """Whether the kernel can read these tensors, which must be contiguous and aligned."""
@@ -277,56 +282,51 @@ class KernelLaunch:
         if self.uploader.capturing():
             self._captured.append(table)
 
-    def table(self, tasks: Sequence[UpdateTask], columns: Sequence[Sequence[int]]) -> _Table:
-        """A new table of these tasks: given the addresses of p, m, v and the scales of m, and a row of scalars each."""
+    def table(self, batch: Batch) -> _Table:
+        """A new table of the tasks of a batch."""
         if self.uploader.capturing():
             raise RuntimeError(
                 "Collins.step() is being captured in a CUDA graph before any step with the same parameters has run:"
                 " run a few steps before the capture"
             )
-        owners: list[int] = []
-        rows: list[Any] = []
-        span = SPAN // tasks[0].p.element_size()
-        for i, (task, at_p, at_m, at_v, at_scale, row) in enumerate(zip(tasks, *columns, strict=True)):
-            local = task.p.numel()
-            sign, rounding, _, period = task.keys
-            rows += (
-                at_p,
-                at_m,
-                at_v,
-                local,
-                len(owners),
-                task.start,
-                task.numel,
-                *sign,
-                *rounding,
-                period,
-                row,
-                at_scale,
-            )
-            owners += [i] * -(-local // span)
+        count, (at_p, at_m, at_v, at_scale) = len(batch.p), batch.addresses
+        sizes = np.array(batch.sizes, np.int64)
+        programs = -(-sizes // (SPAN // batch.p[0].element_size()))
+        signs, roundings, _, periods = _transposed(batch.keys)
+        columns = (
+            at_p, at_m, at_v, sizes, np.cumsum(programs) - programs, batch.starts, batch.numels,
+            *_pairs(signs), *_pairs(roundings), periods, batch.rows, at_scale or 0,
+        )  # fmt: skip
+        rows = np.empty((count, len(COLUMNS)), np.int64)
+        for i, column in enumerate(columns):
+            rows[:, i] = column
+        owners = np.repeat(np.arange(count, dtype=np.int32), programs)
         upload = self.uploader.to_device
-        owners_of_programs = torch.tensor(owners, dtype=torch.int32, device="cpu")
-        return _Table(upload(owners_of_programs), upload(torch.tensor(rows, device="cpu")))
+        return _Table(upload(torch.from_numpy(owners)), upload(torch.from_numpy(rows.reshape(-1))))
 
-    def _table_of_set(self, batch: Batch, columns: Sequence[Sequence[int]]) -> _Table:
-        key = batch.keys, batch.sizes, *map(tuple, columns)
+    def _table_of_set(self, batch: Batch) -> _Table:
+        if len(batch.launches) == 1:
+            return batch.launches[0].table(batch.tasks[0], [at for column in batch.addresses for at in column])
+        # Everything that the table is made from, since keys, numels and starts are constants of the launches. A key of
+        # bytes is hashed many times as fast as one of tuples.
+        own = map(id, batch.launches), batch.sizes, *batch.addresses, batch.rows
+        key = np.fromiter(chain.from_iterable(own), np.int64).tobytes()
         kept = self._tables_of_sets
-        if key not in kept:
-            table = self.table(batch.tasks, columns)
+        found = kept.get(key)
+        if found is None:
+            table = self.table(batch)
             if len(kept) == _KEPT_SETS:
                 kept.pop(next(iter(kept)), None)  # the oldest
             forget = partial(_forget_set, weakref.ref(self), key)
-            kept[key] = table, [weakref.ref(task.launch, forget) for task in batch.tasks]
-        return kept[key][0]
+            found = kept[key] = table, [weakref.ref(launch, forget) for launch in batch.launches]
+        return found[0]
 
 
-def _forget_set(launch: weakref.ref[KernelLaunch], key: Any, _: object) -> None:
+def _forget_set(launch: weakref.ref[KernelLaunch], key: bytes, _: object) -> None:
     """Removes the table of a set, since one of its parameters is gone."""
     alive = launch()
     if alive is not None:
         alive._tables_of_sets.pop(key, None)
-        alive._last = None
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -350,17 +350,17 @@ class ParamLaunch:
         shared = self.shared
         if not shared.reads(task, g):
             return False
-        p, m, v = task.p, task.m[0], task.v[0]
-        table = self.table(task, (p.data_ptr(), m.data_ptr(), v.data_ptr(), scale_address(task)))
+        p, (m, *scales), (v,) = task.p, task.m, task.v
+        table = self.table(task, _addresses((p, m, v, *scales)))
         shared.step((p,), (m,), (v,), table, g, shared.uploader.scalars(hp), task.skipped)
         return True
 
-    def table(self, task: UpdateTask, addresses: tuple[int, ...]) -> _Table:
+    def table(self, task: UpdateTask, addresses: Iterable[int]) -> _Table:
         """The table of a task of this parameter, given the addresses of p, m, v and the scales of m."""
         key = task.p.numel(), *addresses
         table = self._tables.get(key)
         if table is None:
-            table = self.shared.table([task], [[at] for at in (*addresses, 0)])
+            table = self.shared.table(Batch(self.shared, [0], [task]))
             if len(self._tables) == _KEPT:
                 del self._tables[next(iter(self._tables))]  # the oldest
             self._tables[key] = table

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -19,10 +19,12 @@ from torch import Tensor
 from collins._torch_internals import GUARDS_AVAILABLE, foreach_copy_, tensor_guards
 from collins.entries import Hash, ParamEntry
 from collins.hashing import UniversalHash
+from collins.identical import identical
 from collins.nonfinite import require_finite
+from collins.options import CheckedOptions
 from collins.rule import StepScalars, default_rho, step_scalars
 from collins.sharding import agreed
-from collins.state import StepCounters
+from collins.state import Places, StepCounters, places_of
 
 _grad = attrgetter("grad")
 
@@ -77,15 +79,19 @@ class StepProgram:
         self.entries = [entry for group in groups for entry in group.entries]
         self._executor = executor
         self._counters = counters
-        self._places = [[entry.counter for entry in group.entries] for group in groups]
+        self._places = [
+            places_of([entry.counter for entry in group.entries if entry.counter is not None]) for group in groups
+        ]
         self._requires_finite = any(group.options["nonfinite"] == "error" for group in groups)
         self._guards: _Guards | None = None
+        self.options: list[CheckedOptions] = []  # of the groups, once `guard` has been called
         self.stepped: list[int] = []  # the indices of the entries that the last run has stepped
 
     @functools.cached_property
     def skippable(self) -> int:
         """The largest number that nonfinite="skip" can add to the counter; see `ParamSpec.skippable`."""
-        return sum(entry.known_spec.skippable for entry in self.entries)
+        groups = [group for group in self.groups if group.options["nonfinite"] == "skip"]
+        return sum(entry.known_spec.skippable for group in groups for entry in group.entries)
 
     def guard(self, grads: Sequence[Tensor], others: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Sets guards, so that `matches` lets later steps run this program again.
@@ -95,6 +101,7 @@ class StepProgram:
             others: the parameters that have no gradient.
             states: the `state` of the optimizer.
         """
+        self.options = [CheckedOptions(group.options) for group in self.groups]
         plain = all(entry.p.grad is g for entry, g in zip(self.entries, grads, strict=True))
         on_host = all(not group.options["capturable"] for group in self.groups)
         if GUARDS_AVAILABLE and self.entries and plain and on_host:
@@ -131,7 +138,8 @@ class StepProgram:
         counts: list[Any] = []  # step numbers after this step, by group; a counter may be set to them twice
         self.stepped = []
         for group, places in zip(self.groups, self._places, strict=True):
-            counts.append(self._add_scalars(group, places, scalars, rows, scalars_of, advance) if places else None)
+            own = group.entries
+            counts.append(self._add_scalars(group, places, scalars, rows, scalars_of, advance) if own else None)
         try:
             self._executor.run(prepared, scalars, rows, self.stepped)
             for group, places, count in zip(self.groups, self._places, counts, strict=True):
@@ -143,14 +151,18 @@ class StepProgram:
     def _add_scalars(
         self,
         group: ProgramGroup,
-        places: Sequence[int | None],
+        places: Places,
         scalars: list[StepScalars],
         rows: list[int],
         scalars_of: ScalarsOf,
         advance: int,
     ) -> Any:
-        """Adds the scalars of a group's entries, and the row of each entry; returns the step numbers after the step."""
-        options, first, count = group.options, len(scalars), len(places)
+        """Adds the scalars of a group's entries, and the row of each entry.
+
+        Returns:
+            The step numbers after the step, or one number if it is the same for all entries.
+        """
+        options, first, count = group.options, len(scalars), len(group.entries)
         if options["capturable"]:
             steps = torch.stack([entry.step for entry in group.entries if entry.step is not None]) + advance
             columns = [
@@ -159,30 +171,29 @@ class StepProgram:
             scalars += (StepScalars(*row) for row in zip(*columns, strict=True))
             rows += range(first, first + count)
             return steps.unbind()
-        if count == 1:
-            number = self._counters.read_one(cast(int, places[0])) + advance
-            scalars.append(scalars_of(options, number))
-            rows.append(first)
-            return (number,)
-        numbers = self._counters.read(places) + advance
-        if (numbers == numbers[0]).all():
-            scalars.append(scalars_of(options, int(numbers[0])))
+        counters = self._counters
+        common = counters.read_one(cast(int, group.entries[0].counter)) if count == 1 else counters.common(places)
+        if common is not None:
+            scalars.append(scalars_of(options, common + advance))
             rows += [first] * count
-            return numbers
+            return common + advance
+        numbers = counters.read(places) + advance
         distinct = {t: row for row, t in enumerate(dict.fromkeys(numbers.tolist()), first)}
         scalars += (scalars_of(options, int(t)) for t in distinct)
         rows += map(distinct.__getitem__, numbers.tolist())
         return numbers
 
-    def _set_counters(self, group: ProgramGroup, places: Sequence[int | None], counts: Any) -> None:
+    def _set_counters(self, group: ProgramGroup, places: Places, counts: Any) -> None:
         if group.options["capturable"]:
             if group.entries:
                 foreach_copy_([entry.step for entry in group.entries if entry.step is not None], list(counts))
-        elif places:
+        elif group.entries:
             self._counters.set(places, counts)
 
     def _set_some(self, done: Sequence[int], counts: Sequence[Any]) -> None:
-        every = [count for own in counts if own is not None for count in own]
+        every: list[Any] = []
+        for group, own in zip(self.groups, counts, strict=True):
+            every += [own] * len(group.entries) if own is None or isinstance(own, int) else own
         for number in done:
             step = self.entries[number].step
             if step is not None:
@@ -225,17 +236,8 @@ class _Guards:
     ) -> None:
         self._params, self._others, self._states = [entry.p for entry in entries], others, states
         self._tensors = tensor_guards([*map(_grad, self._params), *self._params])
-        self._kept = list(states.values())
+        self._owners, self._kept = list(states), list(map(dict, states.values()))
         self._hashes = [(hash, hash.coefficients) for hash in map(_hash, entries) if isinstance(hash, UniversalHash)]
-        columns: dict[str, tuple[list[dict[str, Any]], list[Tensor]]] = {}
-        for entry in entries:
-            held = zip(("step", *entry.known_spec.tensors), (entry.step, *(entry.moments or ())), strict=True)
-            for name, tensor in held:
-                assert tensor is not None
-                where, tensors = columns.setdefault(name, ([], []))
-                where.append(states[entry.p])
-                tensors.append(tensor)
-        self._columns = [(itemgetter(name), *column) for name, column in columns.items()]
 
     def gradients(self, states: Mapping[Tensor, dict[str, Any]]) -> list[Tensor] | None:
         """The current gradients, or None if anything else has changed."""
@@ -250,14 +252,8 @@ class _Guards:
         return grads if same else None
 
     def _same_states(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
-        if states is not self._states or len(states) != len(self._kept):
-            return False
-        try:
-            return all(map(is_, states.values(), self._kept)) and all(
-                all(map(is_, map(getter, where), tensors)) for getter, where, tensors in self._columns
-            )
-        except KeyError:
-            return False
+        same = states is self._states and identical(list(states), self._owners)
+        return same and identical(list(states.values()), self._kept)
 
 
 def _hash(entry: ParamEntry) -> Hash | None:

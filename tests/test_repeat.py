@@ -10,16 +10,24 @@ from helpers import DEVICE, bits, give_gradients, parameters, with_kernel
 
 pytest.importorskip("triton")
 
-from collins import Collins
+from collins import Collins, entries
 from collins.compile import program
 from collins.compile.program import StepProgram
+from collins.entries import ParamEntry
 from collins.stepper import Stepper
 
 
-def made():
+def made(compile=None):
     ps = parameters(torch.float32, [(64, 64), (40,), (33, 37), (96, 64)])
     groups = [{"params": ps[:2]}, {"params": ps[2:], "lr": 2e-2, "weight_decay": 0.1}]
-    return ps, with_kernel(Collins(groups, min_K=16, rehash_period=3, table_dtype=torch.float32))
+    opt = Collins(groups, min_K=16, rehash_period=3, table_dtype=torch.float32, compile=compile)
+    return ps, opt if compile is False else with_kernel(opt)
+
+
+def give_some(step, ps):
+    """Gradients to another set of parameters in each step."""
+    give_gradients(step, ps)
+    ps[2 + step % 2].grad = None
 
 
 def nothing(ps, opt):
@@ -144,6 +152,76 @@ def test_a_repeated_step_equals_an_ordinary_step(change, monkeypatch):
         assert all(torch.equal(bits(opt.state[p][name]), bits(other.state[q][name])) for name in opt.state[p])
 
 
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_step_of_another_set_of_parameters_equals_one_that_checks_all(change, monkeypatch):
+    sides, accepted, original = [], [], ParamEntry.accepts
+
+    def counted(*args):
+        accepted.append(original(*args))
+        return accepted[-1]
+
+    for accepts in (counted, lambda *_: False):
+        with monkeypatch.context() as patched:
+            patched.setattr(ParamEntry, "accepts", accepts)
+            ps, opt = made(compile=False)
+            for step in range(8):
+                give_some(step, ps)
+                if step == 4:
+                    opt = change(ps, opt)
+                opt.step()
+            sides.append((ps, opt))
+    (ps, opt), (others, other) = sides
+    assert all(accepted[-3:])
+    for p, q in zip(ps, others, strict=True):
+        assert torch.equal(p.detach(), q.detach())
+        assert opt.state[p].keys() == other.state[q].keys()
+        assert all(torch.equal(bits(opt.state[p][name]), bits(other.state[q][name])) for name in opt.state[p])
+
+
+@pytest.mark.parametrize("give", [give_gradients, give_some])
+def test_other_values_in_a_state_are_left_alone_and_not_kept(give):
+    ps, opt = made(compile=False)
+    for step in range(4):
+        give(step, ps)
+        opt.step()
+        opt.state[ps[0]]["average"] = value = torch.full((3,), float(step))
+    for step in range(4, 8):
+        give(step, ps)
+        opt.step()
+    assert opt.state[ps[0]]["average"] is value
+    held = weakref.ref(value)
+    del value, opt.state[ps[0]]["average"]
+    for step in range(8, 11):
+        give(step, ps)
+        opt.step()
+    gc.collect()
+    assert held() is None
+
+
+@pytest.mark.parametrize("give", [give_gradients, give_some])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", -1.0), ("lr", True), ("lr", torch.tensor(-1.0)), ("maximize", 1), ("min_K", True), ("eps", float("nan"))],
+)
+def test_an_option_is_checked_in_every_step(name, value, give):
+    """Also one that equals the value before, but is of a type that is not accepted."""
+    ps, opt = made(compile=False)
+    for group in opt.param_groups:
+        group.update(maximize=True, min_K=1)
+    for step in range(5):
+        give(step, ps)
+        if step == 4:
+            opt.param_groups[1][name] = value
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                opt.step()
+        else:
+            opt.step()
+    opt.param_groups[1].update({name: {"lr": "3e-3", "maximize": "true", "min_K": "1", "eps": "1e-8"}[name]})
+    opt.step()
+    assert not isinstance(opt.param_groups[1][name], str)
+
+
+@pytest.mark.parametrize("give", [give_gradients, give_some])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -155,12 +233,12 @@ def test_a_repeated_step_equals_an_ordinary_step(change, monkeypatch):
     ],
     ids=["gradient", "option", "state", "size", "dtype"],
 )
-def test_invalid_changes_raise_and_change_nothing(spoil, message):
-    ps, opt = made()
+def test_invalid_changes_raise_and_change_nothing(spoil, message, give):
+    ps, opt = made() if give is give_gradients else made(compile=False)
     for step in range(3):
-        give_gradients(step, ps)
+        give(step, ps)
         opt.step()
-    give_gradients(3, ps)
+    give(3, ps)
     spoil(ps, opt)
     before = [p.detach().clone() for p in ps]
     with pytest.raises((ValueError, TypeError), match=message):
@@ -180,8 +258,9 @@ def test_no_repetition_is_prepared_while_the_set_of_gradients_changes(monkeypatc
 
 
 def test_without_the_guards_of_torch_each_step_checks_everything(monkeypatch):
-    monkeypatch.setattr(program, "GUARDS_AVAILABLE", False)
-    monkeypatch.setattr(program, "tensor_guards", None)
+    for module in (program, entries):
+        monkeypatch.setattr(module, "GUARDS_AVAILABLE", False)
+        monkeypatch.setattr(module, "tensor_guards", None)
     ps, opt = made()
     for step in range(3):
         give_gradients(step, ps)

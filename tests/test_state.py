@@ -1,6 +1,8 @@
 """Counters are set together, and their tensors stay the same objects."""
 
-from collins.state import StepCounters
+import pytest
+
+from collins.state import StepCounters, places_of
 
 
 def test_each_counter_is_a_tensor_that_remains_valid_after_growth():
@@ -26,3 +28,24 @@ def test_a_counter_can_be_set_again():
     assert counters.adopt(place, 9) == (place, tensor)
     counters.set([place], counters.read([place]) + 1)
     assert counters.read_one(place) == int(tensor) == 10
+
+
+@pytest.mark.parametrize("places", [[0, 1, 2], [2, 3], [3], [0, 2], [3, 1, 2], [1, 0], []])
+def test_places_that_follow_one_another_are_a_slice(places):
+    counters = StepCounters()
+    for value in range(4):
+        counters.adopt(None, value)
+    found = places_of(places)
+    assert isinstance(found, slice) == (places == sorted(places) and places != [0, 2])
+    assert counters.read(found).tolist() == places
+    counters.set(found, 7)
+    assert counters.read(range(4)).tolist() == [7 if value in places else value for value in range(4)]
+
+
+@pytest.mark.parametrize("places", [[0, 1, 2, 3], [0, 2], [3], [0, 3]])
+def test_the_common_value_of_counters(places):
+    counters = StepCounters()
+    for value in (5, 5, 5, 6):
+        counters.adopt(None, value)
+    values = {6 if place == 3 else 5 for place in places}
+    assert counters.common(places_of(places)) == (values.pop() if len(values) == 1 else None)
