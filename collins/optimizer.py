@@ -60,8 +60,8 @@ class Collins(Measured, FusedBackward, Optimizer):
         compress_ratio: AdamW's 8 bytes of state per fp32 parameter, divided by ours, in a large model; at least 1. It
             determines loads and formats by role (`collins.schemes`). At 32 matrices have M in int4 at c = 4 and V in
             fp32 at c = 128, token tables M in int8 and V at c = 64. 1 keeps exact moments. Under decode="orthogonal"
-            matrices have M in int4 at c = 2 (at 64: c = 4), with a scale for each 128 entries. With a `table_dtype`,
-            hash="universal" or decode="sketch", it is c itself.
+            matrices have M in int4 at c = 2 (at 64: c = 4), with a scale for each 128 entries. M is in fp32 instead of
+            integers up to 2 min_K entries. With a `table_dtype`, hash="universal" or decode="sketch", it is c itself.
         v_compress_ratio: with a `table_dtype`, c of the second moment if it shall be coarser; None for the same c.
         min_K: parameters of at most this many elements keep exact moments; others get at least this many buckets.
         hash: "block" (a bucket is neighbours in memory; one pass, deterministic) or "universal" (Carter-Wegman).

@@ -13,6 +13,9 @@ load, the number of elements per bucket, as in version 0.2; for fp32 tables that
 - Matrices under decode="orthogonal" have no second moment, so M may use all bytes. It may take `ORTHOGONAL_SHARE`
   times the bytes that follow from `compress_ratio`, for the scales of its integers: 32 is int4 at load 2, and 64 is
   int4 at load 4. A LLaMA of 7B parameters takes 0.30 byte per parameter at 32, with its token tables, and 0.15 at 64.
+
+Where a recipe stores M as integers, an M of at most `SMALL_TABLE` times `min_K` entries is stored in float32, at the
+same load.
 """
 
 from __future__ import annotations
@@ -38,6 +41,10 @@ from collins.rule import ELEMENTWISE, ORTHOGONAL
 ADAMW_BYTES = 8  # AdamW's state per fp32 parameter
 TOKEN_SHARE = 5
 ORTHOGONAL_SHARE = 9 / 8
+# A table of M is small up to this many times `min_K` entries, and is then stored in float32: at most 8 KiB by default.
+# `min_K` is what a user calls small. Below it, integers would save two pages of memory for a parameter, and PyTorch
+# cannot compute with two of them in a byte, as programs do that edit `opt.state[p]["m_table"]`.
+SMALL_TABLE = 2
 
 
 class Scheme(NamedTuple):
@@ -161,7 +168,7 @@ def _orthogonal(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, 
     load = ratio if recipe is None else recipe.m_load
     first = bucketing_of(torch.Size(shape).numel(), compress_ratio=load, min_K=group["min_K"], hash="block")
     if recipe is not None and first.load == recipe.m_load and recipe.m_format != "float32":
-        m_format = recipe.m_format
+        m_format = _stored(recipe.m_format, first, dtype, group)
     elif stored is not None and first.hash is not None:
         m_format = format_name(stored)
     else:
@@ -182,9 +189,16 @@ def _by_bytes(shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, An
         first, second = within_rows(first, shape), within_rows(second, shape)
     if first.load != recipe.m_load or recipe.v_load == 1 or second.load < first.load:
         return _exact(numel, dtype, group)  # too small, or of odd rows
-    m_format = recipe.m_format
+    m_format = _stored(recipe.m_format, first, dtype, group)
     if aligned:
         m_format = whole_blocks(m_format, row // recipe.m_load)
     elif sharded and isinstance(FORMATS[m_format], IntFormat):
         m_format = "bfloat16" if first.hash else dense_format(dtype, torch.float32)
     return Scheme(first, second, m_format, second_format(m_format))
+
+
+def _stored(m_format: str, first: Bucketing, dtype: torch.dtype, group: Mapping[str, Any]) -> str:
+    """The format of the first moment of a parameter of `dtype` under a recipe with `m_format`: float32 if small."""
+    if first.buckets > SMALL_TABLE * group["min_K"] or not isinstance(FORMATS[m_format], IntFormat):
+        return m_format
+    return "float32" if first.hash else dense_format(dtype, torch.float32)

@@ -4,6 +4,7 @@ A seed is a string such as "state dict/host/17". A case depends on its seed only
 
 import contextlib
 import copy
+import itertools
 import math
 import os
 import random
@@ -14,6 +15,7 @@ import torch
 
 ONLY = os.environ.get("FUZZ_CASE")  # the seed of the only case to run
 TIME_LIMIT = 60  # seconds
+MOST_VALID = 30  # cases of a kind that may all be valid; up to half of them are, for example with an additional entry
 
 VALUES = [
     None, True, False, 0, 1, -1, 2**24, 2**31, 2**63, 2**70, 10**400, 0.0, -0.0, 0.5, -1.5, 1e-300, 1e300,
@@ -28,7 +30,7 @@ class Cases:
 
     Args:
         kind: the beginning of their seeds.
-        count: their number."""
+        count: their number, which is exceeded if none of them is rejected."""
 
     def __init__(self, *kind, count):
         self.kind = "/".join(kind)
@@ -36,8 +38,14 @@ class Cases:
         self.ended = dict.fromkeys(("refused", "accepted"), 0)
 
     def __iter__(self):
-        seeds = (f"{self.kind}/{number}" for number in range(self.count))
-        yield from [ONLY] * ONLY.startswith(f"{self.kind}/") if ONLY else seeds
+        """The seeds of `count` cases. If all of these are valid, more until one is rejected, up to `MOST_VALID`."""
+        if ONLY:
+            yield from [ONLY] * ONLY.startswith(f"{self.kind}/")
+            return
+        for number in itertools.count():
+            if number >= (self.count if self.ended["refused"] else max(self.count, MOST_VALID)):
+                return
+            yield f"{self.kind}/{number}"
 
     @contextlib.contextmanager
     def case(self, seed):

@@ -92,7 +92,7 @@ def test_every_scheduler(name, tensor_lr):
 @pytest.mark.parametrize("hash", ["block", "universal"])
 def test_no_scheduler_recompiles(hash, tensor_lr):
     ps = parameters(torch.float32, SHAPES, "cpu")
-    opt = Collins(ps, lr=torch.tensor(1e-2) if tensor_lr else 1e-2, min_K=16, hash=hash, compile=True)
+    opt = Collins(ps, lr=torch.tensor(1e-2) if tensor_lr else 1e-2, min_K=8, hash=hash, compile=True)
     give_gradients(0, ps)
     opt.step()
     graphs = opt._stepper.engine.graphs

@@ -142,7 +142,7 @@ def test_each_optimizer_learns_and_uses_the_computed_number_of_bytes(compare, na
     if missing is not None:
         pytest.skip(missing)
     torch.manual_seed(0)
-    model = compare("llama").Llama(1, 32, 64, 2, 2, 160, checkpointed=False).to(weights)
+    model = compare("llama").Llama(1, 32, 160, 2, 2, 160, checkpointed=False).to(weights)
     setup = optimizers.Setup(model, spec.unit * 1e-2, 0.99 if spec.has_beta2 else None, 0.1, clip=1.0)
     opts = spec.make(setup)
     drive = spec.drive(model, opts, 1.0)

@@ -90,9 +90,9 @@ def optimizer_of(configuration):
 def test_configurations_can_be_imported_and_built(text, stand_in):
     configuration = pytest.importorskip("yaml").safe_load(text)
     kind, options = optimizer_of(configuration)
-    parameter = torch.nn.Parameter(torch.ones(64, 64))
+    parameter = torch.nn.Parameter(torch.ones(64, 144))
     opt = kind([parameter], **options)
-    parameter.grad = torch.ones(64, 64)
+    parameter.grad = torch.ones_like(parameter)
     opt.step()
     assert type(opt) is collins.Collins
     for path in configuration.get("plugins", ()):

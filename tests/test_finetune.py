@@ -45,7 +45,7 @@ CONFIGS = {
     "mistral": {"sliding_window": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 8, "pad_token_id": 0, "final_logit_softcapping": 3.0},
     "phi3": {},
-    "mixtral": {"num_local_experts": 4},
+    "mixtral": {"num_local_experts": 8},
 }
 # Other cases of the loss: a bias of the head, a scale of the logits.
 FURTHER = {"phi": {}, "cohere": {"logit_scale": 0.3}, "granite": {"logits_scaling": 0.5}}

@@ -25,7 +25,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import bits, give_gradients, parameters, same
-from mutations import Cases, almost_valid, damaged_bytes, mutated, random_value
+from mutations import MOST_VALID, Cases, almost_valid, damaged_bytes, mutated, random_value
 
 import collins
 from collins import CheckpointError, Collins, checkpoint, convert, files, whole_folder
@@ -189,6 +189,17 @@ def test_removing_a_check_is_detected(saved, monkeypatch):
     with pytest.raises((AssertionError, LookupError, AttributeError)) as caught:
         try_state_dicts("default", saved, 200)
     assert "this case alone: FUZZ_CASE='state dict/default/" in caught.value.__notes__[0]
+
+
+@pytest.mark.skipif("FUZZ_CASE" in os.environ, reason="another case is asked for")
+@pytest.mark.parametrize(("first_refused", "count_of_cases"), [(0, 2), (1, 2), (5, 6), (MOST_VALID, MOST_VALID)])
+def test_a_kind_fails_if_no_case_is_rejected_and_not_if_the_first_ones_are_valid(first_refused, count_of_cases):
+    cases = Cases("none", count=2)
+    for number, _ in enumerate(cases):
+        cases.ended["refused" if number == first_refused else "accepted"] += 1
+    assert sum(cases.ended.values()) == count_of_cases
+    with contextlib.nullcontext() if first_refused < MOST_VALID else pytest.raises(AssertionError):
+        cases.end()
 
 
 @in_every_configuration

@@ -80,7 +80,7 @@ def test_other_parameters_are_stepped_as_without_the_change(change, in_backward,
         pytest.skip("a second optimizer over one parameter is refused")
     sides = []
     for changed in (False, True):
-        a, b, c = (parameter(64, 64, seed=seed) for seed in range(3))
+        a, b, c = (parameter(64, 144, seed=seed) for seed in range(3))
         groups = [{"params": [a]}, {"params": [b]}]
         opt = Collins(groups, lr=1e-2, rehash_period=3, memory=memory, in_backward=in_backward)
         for step in range(9):
@@ -102,7 +102,7 @@ def test_other_parameters_are_stepped_as_without_the_change(change, in_backward,
 def test_a_parameter_that_is_added_again_continues_from_its_state():
     sides = []
     for away in (False, True):
-        a, b = parameter(64, 64), parameter(64, 64, seed=1)
+        a, b = parameter(64, 144), parameter(64, 144, seed=1)
         opt = Collins([a, b], lr=1e-2, rehash_period=3)
         for step in range(9):
             if away and step == 3:
@@ -119,7 +119,7 @@ def test_a_parameter_that_is_added_again_continues_from_its_state():
 
 
 def test_optimizers_of_one_named_parameter_each_have_distinct_hashes():
-    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(3)))
+    model = torch.nn.Sequential(*(torch.nn.Linear(96, 96, bias=False) for _ in range(3)))
     named = [Collins([pair]) for pair in model.named_parameters()]
     together = Collins(model.named_parameters())
     index = torch.arange(64 * 64)
@@ -130,7 +130,7 @@ def test_optimizers_of_one_named_parameter_each_have_distinct_hashes():
 
 
 def test_keys_are_copied_and_loaded_with_state():
-    a, b = parameter(64, 64), parameter(64, 64, seed=1)
+    a, b = parameter(64, 144), parameter(64, 144, seed=1)
     opt = Collins([("a", a), ("b", b)], lr=1e-2)
     for step in range(3):
         for p in (a, b):
@@ -138,7 +138,7 @@ def test_keys_are_copied_and_loaded_with_state():
         opt.step()
     (c, d), other = copy.deepcopy((opt.param_groups[0]["params"], opt))
     loaded = pickle.loads(pickle.dumps(opt))
-    unnamed = Collins([parameter(64, 64), parameter(64, 64)], lr=1e-2)
+    unnamed = Collins([parameter(64, 144), parameter(64, 144)], lr=1e-2)
     unnamed.load_state_dict(opt.state_dict())  # with and without names: keys are loaded with the tables
     for p, q in ((a, c), (b, d)):
         keys = [hash.key for hash in (opt.hash_of(p), other.hash_of(q))]
@@ -230,7 +230,7 @@ def test_a_key_of_dense_moments_does_not_apply_to_tables():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 @pytest.mark.parametrize("memory", TIERS.values(), ids=TIERS)
 def test_a_copy_may_be_reordered_before_it_steps(copied, memory):
-    ps = [parameter(64, 64), parameter(64, 64, seed=1)]
+    ps = [parameter(64, 144), parameter(64, 144, seed=1)]
     opt = Collins([{"params": [p]} for p in ps], lr=1e-2, memory=memory)
     qs, other = copied((ps, opt))
     for one in (opt, other):
@@ -253,7 +253,7 @@ def test_a_copy_may_be_reordered_before_it_steps(copied, memory):
     ],
 )
 def test_an_option_that_contradicts_existing_tables_is_rejected(option, value, text, memory):
-    p = parameter(64, 64)
+    p = parameter(64, 144)
     opt = Collins([p], min_K=1, memory=memory)
     for step in range(3):
         give(p, step)
@@ -272,7 +272,7 @@ def test_an_option_that_contradicts_existing_tables_is_rejected(option, value, t
 
 
 def test_coefficients_set_for_existing_tables_are_rejected():
-    p = parameter(64, 64)
+    p = parameter(64, 144)
     opt = Collins([p], hash="universal")
     for step in range(4):
         give(p, step)
@@ -358,10 +358,28 @@ def test_edits_of_the_state_take_effect_in_every_tier(edit, in_backward):
     assert all(torch.equal(bits(a), bits(b)) for other in sides[1:] for a, b in zip(sides[0], other, strict=True))
 
 
+@pytest.mark.parametrize("edit", [zeroed, halved, replaced])
+@pytest.mark.parametrize(("shape", "ratio"), [((64, 64), 32), ((90, 91), 16), ((64, 128), 64)], ids=str)
+def test_tables_of_small_parameters_can_be_edited_under_the_defaults(shape, ratio, edit):
+    """Between two steps, without a call of the optimizer that waits for copies or changes the state."""
+    sides = []
+    for memory in (None, "host"):
+        p, kept = parameter(*shape), parameter(*shape)
+        opt = Collins([p, kept], lr=1e-2, compress_ratio=ratio, memory=memory)
+        for step in range(5):
+            if step == 3:
+                edit(opt, p)
+            give(p, step), give(kept, step)
+            opt.step()
+        sides.append([p.detach(), *opt.state[p].values()])
+        assert not torch.equal(p, kept)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(*sides, strict=True))
+
+
 @in_every_tier
 @pytest.mark.parametrize("options", [{}, {"hash": "universal"}], ids=str)
 def test_replaced_parameters_are_freed(options, memory):
-    other, p = parameter(64, 64), parameter(64, 64)
+    other, p = parameter(64, 144), parameter(64, 144)
     opt, old = Collins([other, p], memory=memory, **options), []
     for step in range(4):
         give(other, step), give(p, step)
@@ -401,20 +419,20 @@ def test_counters_of_replaced_parameters_are_reused(in_backward):
 
 @in_every_tier
 def test_a_resized_parameter_restarts_once_its_state_is_removed(memory):
-    p, other = parameter(64, 64), parameter(32, 64)
+    p, other = parameter(144, 64), parameter(32, 64)
     opt = Collins([p, other], lr=1e-2, memory=memory)
     for step in range(5):
         if step == 3:
             p.data = torch.cat([p.data, torch.ones(16, 64)])
             give(p, step), give(other, step)
             with pytest.raises(
-                ValueError, match=r"parameter 0 has the shape \(80, 64\); the optimizer holds the tables"
+                ValueError, match=r"parameter 0 has the shape \(160, 64\); the optimizer holds the tables"
             ):
                 opt.step()
             del opt.state[p]
         give(p, step), give(other, step)
         opt.step()
-    assert opt.state[p]["m_table"].shape == (80, 8)  # two entries a byte
+    assert opt.state[p]["m_table"].shape == (160, 8)  # two entries a byte
     assert [int(opt.state[q]["step"]) for q in (p, other)] == [2, 5]
 
 
@@ -424,7 +442,7 @@ def test_a_resized_parameter_restarts_once_its_state_is_removed(memory):
 @in_every_tier
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 def test_frozen_parameters_use_no_memory_until_they_are_trained(memory, in_backward):
-    base, adapter = parameter(256, 256), parameter(64, 64)
+    base, adapter = parameter(256, 256), parameter(64, 144)
     base.requires_grad_(False)
     opt = Collins([("base", base), ("adapter", adapter)], memory=memory, in_backward=in_backward)
     for _ in range(2):
@@ -447,9 +465,9 @@ def test_frozen_parameters_use_no_memory_until_they_are_trained(memory, in_backw
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn, torch.complex64, torch.int64], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_frozen_parameters_may_have_any_dtype_and_device(memory, dtype, device):
-    zeros = [torch.zeros(shape, dtype=torch.float32).to(dtype).to(device) for shape in ((64, 64), (2048,), (3,))]
+    zeros = [torch.zeros(shape, dtype=torch.float32).to(dtype).to(device) for shape in ((64, 144), (2048,), (3,))]
     bases = [torch.nn.Parameter(each, requires_grad=False) for each in zeros]
-    adapter = parameter(64, 64)
+    adapter = parameter(64, 144)
     opt = Collins([*bases, adapter], memory=memory)
     for step in range(2):
         give(adapter, step)
@@ -466,12 +484,12 @@ def test_frozen_parameters_may_have_any_dtype_and_device(memory, dtype, device):
 @pytest.mark.parametrize("options", [{}, {"capturable": True}, {"memory": "host"}, {"in_backward": True}], ids=str)
 def test_the_default_dtype_of_the_process_has_no_effect(dtype, options):
     def run(default):
-        p = parameter(64, 64)
+        p = parameter(64, 144)
         torch.set_default_dtype(default)
         try:
             opt = Collins([p], lr=1e-3, **options)
             opt.load_state_dict(opt.state_dict())
-            g = torch.randn(64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+            g = torch.randn(64, 144, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
             for _ in range(2100 if not options else 300):
                 if "in_backward" in options:
                     (p * g).sum().backward()
@@ -496,8 +514,8 @@ def test_the_default_device_of_the_process_has_no_effect(options, built_inside):
     """The default device is "meta": the contents of tensors that are created there by mistake are lost."""
 
     def run(device):
-        p, small = parameter(64, 64), parameter(12)
-        g = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+        p, small = parameter(64, 144), parameter(12)
+        g = torch.randn(64, 144, generator=torch.Generator().manual_seed(1))
         opt = None if built_inside else Collins([p, small], lr=1e-3, **options)
         with torch.device(device):
             opt = opt or Collins([p, small], lr=1e-3, **options)
@@ -542,7 +560,7 @@ def test_a_checkpoint_of_version_0_2_resumes_bitwise_with_names(options, dtype):
 
     def network():
         torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64)).to(dtype)
+        return torch.nn.Sequential(torch.nn.Linear(64, 144), torch.nn.ReLU(), torch.nn.Linear(144, 64)).to(dtype)
 
     def train(net, opt, steps):
         for step in steps:
@@ -576,9 +594,9 @@ def test_what_is_kept_for_a_name_or_a_shape_goes_with_its_parameter(memory):
         gc.collect()
         return sum(type(one) is Traffic for one in gc.get_objects())
 
-    kept, before, copied, found = torch.nn.Parameter(torch.ones(64, 64)), alive(), 0, []
+    kept, before, copied, found = torch.nn.Parameter(torch.ones(64, 144)), alive(), 0, []
     opt = Collins([("kept", kept)], memory=memory, compile=True)
-    opt.add_param_group({"params": [("0", torch.nn.Parameter(torch.ones(64, 64)))]})
+    opt.add_param_group({"params": [("0", torch.nn.Parameter(torch.ones(64, 144)))]})
     with torch.compiler.set_stance("force_eager"):
         for number in range(6):
             p = torch.nn.Parameter(torch.ones(64 + 32 * (number % 2), 64))
@@ -595,13 +613,13 @@ def test_what_is_kept_for_a_name_or_a_shape_goes_with_its_parameter(memory):
 
 @pytest.mark.parametrize("memory", [None, "device", "host"])
 def test_replaced_parameters_leave_no_hooks_and_no_plans(memory):
-    p, kept = (torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2))
+    p, kept = (torch.nn.Parameter(torch.ones(64, 144)) for _ in range(2))
     opt = Collins([p, kept], memory=memory, in_backward=True)
     for _ in range(5):
         (p.square().sum() + kept.square().sum()).backward()
         opt.step()
         opt.state.pop(p)
-        p = torch.nn.Parameter(torch.ones(64, 64))
+        p = torch.nn.Parameter(torch.ones(64, 144))
         opt.param_groups[0]["params"][:] = [p, kept]
     assert len(opt._grad_hooks._handles) <= 3
     assert len(opt.placement) <= (0 if memory is None else 2)

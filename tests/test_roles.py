@@ -90,6 +90,42 @@ def test_small_parameters_and_ratio_one_are_exact_with_every_role():
         assert list(zip(roles(opt), reasons(opt), strict=True)) == [("exact", "min_K"), ("exact", "compress_ratio=1")]
 
 
+@pytest.mark.parametrize(
+    ("role", "options", "load", "stored"),
+    [
+        ("matrix", {}, 4, torch.uint8),
+        ("matrix", {"compress_ratio": 16}, 4, torch.int8),
+        ("matrix", {"compress_ratio": 64}, 8, torch.uint8),
+        ("tokens", {}, 1, torch.int8),
+        ("tokens", {"compress_ratio": 64}, 1, torch.uint8),
+        ("auto", {"decode": "orthogonal"}, 2, torch.uint8),
+        ("auto", {"decode": "orthogonal", "compress_ratio": 8}, 1, torch.int8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("min_K", [16, 1024])
+def test_small_tables_have_floats_where_large_ones_have_integers(role, options, load, stored, min_K):
+    """The last ones with floats have 2 min_K entries of M, which are those of a parameter with `load` times as many."""
+    ps = weights((load * min_K // 8, 16), (load * min_K // 8 + load, 16))
+    opt = Collins(ps, role=role, min_K=min_K, **options)
+    report = opt.memory_report().rows
+    assert [row.load for row in report] == [load, load]
+    step(opt, ps)
+    small, large = (moments(opt, p) for p in ps)
+    assert [small[0].dtype, large[0].dtype] == [torch.float32, stored]
+    assert small[0].numel() == 2 * min_K
+    assert all(m.dtype == torch.float32 for m in (*small[1:], *large[1:]))
+    tensors = [[t for t in opt.state[p].values() if isinstance(t, torch.Tensor)] for p in ps]
+    assert [row.state_bytes for row in report] == [sum(t.nbytes for t in state) for state in tensors]
+
+
+def test_tables_of_a_named_format_have_it_in_every_size():
+    ps = weights((64, 64), (64, 128))
+    opt = Collins(ps, table_dtype="int4", compress_ratio=4)
+    step(opt, ps)
+    assert [opt.state[p]["m_table"].dtype for p in ps] == [torch.uint8] * 2
+
+
 def test_vectors_are_exact_except_flattened_models():
     ps = weights((5000,), (5000, 1), (1, 1, 5000), (2**20,), (2**20 + 1,), (50, 2, 50), ())
     assert roles(Collins(ps)) == ["exact"] * 4 + ["matrix"] * 2 + ["exact"]
@@ -316,6 +352,31 @@ def test_sharded_parameters_have_the_roles_of_whole_ones(params_of, mesh):
     found = [[(row.role, row.reason, row.shape) for row in rows] for rows in reports]
     assert found[0] == found[1]
     assert [row.role for row in reports[1]].count("tokens") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({}, (8, 128)),
+        ({}, (8, 72)),  # rows of no whole blocks of integers
+        ({"compress_ratio": 64}, (16, 128)),
+        ({"role": "tokens"}, (8, 32)),
+        ({"role": "tokens"}, (8, 31)),
+    ],
+    ids=str,
+)
+def test_sharded_small_tables_have_the_format_of_whole_ones(options, shape, mesh):
+    """The entries of the whole parameter count: a rank has a quarter of them."""
+    placed = functools.partial(torch.distributed.tensor.distribute_tensor, device_mesh=mesh, src_data_rank=None)
+
+    def row_of(p):
+        return Collins([nn.Parameter(p)], min_K=128, **options).memory_report().rows[0]
+
+    small, large = torch.zeros(shape), torch.zeros(2 * shape[0], *shape[1:])
+    rows = [row_of(p) for p in (small, placed(small, placements=[torch.distributed.tensor.Shard(0)]), large)]
+    assert len({row.load for row in rows}) == 1
+    assert [row.m_format for row in rows[:2]] == ["float32", "float32"]
+    assert rows[2].m_format.startswith("int")
 
 
 def test_exact_parameters_may_be_sharded_along_any_dimension(mesh):

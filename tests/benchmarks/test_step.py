@@ -6,8 +6,9 @@ runs on the GPU where there is one, in fp32 and bf16, and on the CPU in fp32 wit
 medians, each as a ratio to fused AdamW's in the same run and as a share of a copy's speed on the bytes that must move.
 On a GPU four steps in a row are timed together, so that the host overhead of a step counts only where it is longer than
 the step itself. On the CPU, whose memory others use too, the ratio is to steps of fused AdamW that each step of the
-others follows. "Collins" is what a GPU gets by default, one launch of a kernel for all tensors of a kind; "Collins compiled" is the
-portable path through torch.compile. `-k host` measures what a step costs the host, `-k process` what compiling costs.
+others follows. "Collins" is what a GPU gets by default, one launch of a kernel for all tensors of a kind; "Collins
+compiled" is the portable path through torch.compile. `-k host` measures what a step costs the host, `-k process` what
+compiling costs.
 """
 
 import gc
