@@ -471,6 +471,18 @@ def test_the_tables_and_figures_of_a_results_file(command, tmp_path, capsys, mon
     assert len(records(path)) == len(RECORDS)
 
 
+def test_a_figure_of_many_optimizers_has_the_best_options_of_each(compare):
+    names = ["adamw", "collins", "collins:min_K=1", "collins@bf16", "collins:min_K=1@bf16", "collins:min_K=2", "muon"]
+    losses = [3.0, 2.0, 1.0, 2.0, 2.5, 4.0, 5.0]
+    report = compare("compare.report")
+    pairs = zip(names, losses, strict=True)
+    cells = tuple(report.Cell(name, None, 1e-3, ({"validation_loss": loss},)) for name, loss in pairs)
+    group = report.Group("lm-small", {}, "", cells)
+    drawn = compare("compare.plots").drawn
+    assert drawn(group) == ["adamw", "collins:min_K=1", "collins@bf16", "muon"]
+    assert drawn(dataclasses.replace(group, cells=cells[:6])) == names[:6]
+
+
 def test_without_matplotlib_there_are_tables_and_a_note(command, compare, tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     path = tmp_path / "fixed.jsonl"

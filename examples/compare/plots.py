@@ -12,6 +12,8 @@ from typing import Any
 from compare.report import Cell, Group, grouped
 from compare.runs import Record
 
+MOST_NAMES = 6  # in a figure
+
 
 def missing() -> str | None:
     """The reason why no figures can be drawn, or None if they can."""
@@ -74,7 +76,7 @@ def against_bytes(axes: Any, group: Group) -> None:
 
 
 def against_rates(axes: Any, group: Group) -> None:
-    for name in group.optimizers:
+    for name in drawn(group):
         best = group.best(name)
         cells = [cell for cell in group.cells_of(name) if cell.beta2 == best.beta2 and cell.mean < float("inf")]
         axes.plot(
@@ -84,6 +86,17 @@ def against_rates(axes: Any, group: Group) -> None:
     axes.set(xlabel="learning rate", ylabel="validation loss (nats)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+
+
+def drawn(group: Group) -> list[str]:
+    """The names of the optimizers in a figure: of more than `MOST_NAMES`, only the best options of each optimizer."""
+    names = group.optimizers
+    if len(names) <= MOST_NAMES:
+        return names
+    best: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: group.best(name).mean):
+        best.setdefault(re.sub(r":[^@]*", "", name), name)
+    return [name for name in names if name in best.values()]
 
 
 def _pyplot() -> Any:
@@ -97,7 +110,7 @@ def _pyplot() -> Any:
 
 def _best(group: Group) -> list[Cell]:
     """The best cell of each optimizer, without those that diverged."""
-    cells = [group.best(name) for name in group.optimizers]
+    cells = [group.best(name) for name in drawn(group)]
     return [cell for cell in cells if cell.mean < float("inf")]
 
 
