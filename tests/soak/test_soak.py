@@ -5,7 +5,7 @@ Run by name, as it takes minutes; what it found is printed at the end:
     pytest -n 0 tests/soak
     pytest -n 0 -m cuda tests/soak  # on a GPU, with fewer steps
 
-`SOAK_STEPS`, a multiple of 1,000, and `SOAK_CYCLES` set how many steps there are, and how many optimizers.
+`SOAK_STEPS`, a multiple of 1,000 and at least 2,000, and `SOAK_CYCLES` set the numbers of steps and of optimizers.
 
 After a warm-up the same must be there as at the end: tensors and their bytes, other Python objects, threads, file
 handles, streams, events, graphs, page-locked memory, and what the process and the device have taken. What leaks on
