@@ -120,6 +120,15 @@ CHANGES = [
 ]  # fmt: skip
 
 
+def assert_equal_runs(first, second):
+    """Of two pairs of parameters and their optimizer, weights are equal, and all values of states bit for bit."""
+    (ps, opt), (other_ps, other) = first, second
+    for p, q in zip(ps, other_ps, strict=True):
+        assert torch.equal(p.detach(), q.detach())
+        assert opt.state[p].keys() == other.state[q].keys()
+        assert all(torch.equal(bits(opt.state[p][name]), bits(other.state[q][name])) for name in opt.state[p])
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_repeated_step_equals_an_ordinary_step(change, monkeypatch):
     results, repeats = [], []
@@ -143,13 +152,9 @@ def test_a_repeated_step_equals_an_ordinary_step(change, monkeypatch):
                     opt = change(ps, opt)
                 opt.step()
             results.append((ps, opt))
-    (ps, opt), (other_ps, other) = results
     assert repeats[:4] == [False, False, True, True]  # the program of the second step has guards
     assert repeats[-1]
-    for p, q in zip(ps, other_ps, strict=True):
-        assert torch.equal(p.detach(), q.detach())
-        assert opt.state[p].keys() == other.state[q].keys()
-        assert all(torch.equal(bits(opt.state[p][name]), bits(other.state[q][name])) for name in opt.state[p])
+    assert_equal_runs(*results)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -170,12 +175,8 @@ def test_a_step_of_another_set_of_parameters_equals_one_that_checks_all(change, 
                     opt = change(ps, opt)
                 opt.step()
             results.append((ps, opt))
-    (ps, opt), (other_ps, other) = results
     assert all(accepted[-3:])
-    for p, q in zip(ps, other_ps, strict=True):
-        assert torch.equal(p.detach(), q.detach())
-        assert opt.state[p].keys() == other.state[q].keys()
-        assert all(torch.equal(bits(opt.state[p][name]), bits(other.state[q][name])) for name in opt.state[p])
+    assert_equal_runs(*results)
 
 
 @pytest.mark.parametrize("set_gradients", [give_gradients, set_gradients_of_some])
