@@ -364,7 +364,7 @@ def test_steps_of_the_kernel_under_the_interpreter(figures, monkeypatch):
 
 
 def use_an_optimizer(options, fake):
-    """Builds, steps, copies, saves and deletes an optimizer with its hooks, slabs and streams; returns a weak reference."""
+    """Builds, steps, copies, saves and deletes an optimizer, with its hooks, slabs and streams; returns a weakref."""
     run = CapturedRun({}) if options is None else Run(options, FakeStreams(1) if fake else None)
     for number in range(4, 9 if options is None else 6):  # neither frozen, nor loaded, nor replaced
         run.step(number)
