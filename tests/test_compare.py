@@ -35,12 +35,6 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def load():
-    with examples() as import_example:
-        yield import_example
-
-
-@pytest.fixture(scope="module")
 def command(load):
     return load("compare_optimizers")
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from helpers import DEVICE, EXAMPLES, environment, examples
+from helpers import DEVICE, EXAMPLES, environment
 from torch.nn import functional
 
 import collins
@@ -111,12 +111,6 @@ def as_line(record):
 def write_lines(path, *records):
     path.write_text("".join(f"{as_line(record)}\n" for record in records))
     return path
-
-
-@pytest.fixture(scope="module")
-def load():
-    with examples() as import_example:
-        yield import_example
 
 
 @pytest.fixture(scope="module")
