@@ -1,8 +1,8 @@
 """After any sequence of operations between steps, every tier and every way to step is bitwise equal to a reference.
 
-The reference (moments beside the parameters, eager, after backward) and several other optimizers perform the same random
-operations; the others are also saved and loaded, copied, pickled and moved to other tiers. After each operation all
-weights and all state are compared.
+The reference (moments beside the parameters, eager, after backward) and several other optimizers perform the same
+random operations; the others are also saved and loaded, copied, pickled and moved to other tiers. After each operation
+all weights and all state are compared.
 
 By default a few short sequences are tried, always the same. With this profile there are more, and others in each run:
 
