@@ -53,6 +53,16 @@ def quotient(x, y, eps, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def reciprocal(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """1 / x to 1 ulp, for normal x."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
 def flipped(x, flips, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
     """x with its sign changed where the top bit of `flips` is set: one instruction, x ^ (flips & top bit)."""
     if FAST:
@@ -122,7 +132,15 @@ def nearest(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def load_integers(  # type: ignore[no-untyped-def]
-    base, scales, first, end, BITS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+    base,
+    scales,
+    first,
+    end,
+    BITS: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FILLED: tl.constexpr,
 ):
     """Loads entries `first` to `first + COUNT`, in the storage of `collins.formats.IntFormat`; zeros from `end` on.
 
@@ -130,12 +148,12 @@ def load_integers(  # type: ignore[no-untyped-def]
         WHOLE: whether the table consists of whole 32-bit words and is aligned to four bytes.
     """
     block = tl.arange(0, COUNT // BLOCK)
-    scale = tl.load(scales + first // BLOCK + block, mask=first + block * BLOCK < end, other=0.0)
+    scale = tl.load(scales + first // BLOCK + block, mask=(first + block * BLOCK < end) | FILLED, other=0.0)
     if WHOLE:
         PER_WORD: tl.constexpr = 32 // BITS
         place = tl.arange(0, COUNT // PER_WORD)
         words = base.to(tl.pointer_type(tl.int32)) + first // PER_WORD
-        word = tl.load(words + place, mask=first + place * PER_WORD < end, other=0)
+        word = tl.load(words + place, mask=(first + place * PER_WORD < end) | FILLED, other=0)
         above = 32 - BITS - BITS * tl.arange(0, PER_WORD)  # bits above an entry; the shift back extends its sign
         q = tl.reshape((word[:, None] << above[None, :]) >> (32 - BITS), (COUNT,))
     else:
@@ -150,16 +168,26 @@ def load_integers(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def store_integers(  # type: ignore[no-untyped-def]
-    base, scales, first, end, M, BITS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+    base,
+    scales,
+    first,
+    end,
+    M,
+    BITS: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FILLED: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """Writes the entries M to where `load_integers` reads them, and the scale of each block."""
     LIMIT: tl.constexpr = 127.0 if BITS == 8 else 7.0
     blocks = tl.reshape(M, (COUNT // BLOCK, BLOCK))
     largest = tl.max(tl.abs(blocks), axis=1)
-    inverse = LIMIT / tl.maximum(largest, _SMALLEST)
+    inverse = LIMIT * reciprocal(tl.maximum(largest, _SMALLEST), FAST)
     q = nearest(blocks * inverse[:, None]).to(tl.int32)
     block = tl.arange(0, COUNT // BLOCK)
-    tl.store(scales + first // BLOCK + block, largest / LIMIT, mask=first + block * BLOCK < end)
+    tl.store(scales + first // BLOCK + block, largest / LIMIT, mask=(first + block * BLOCK < end) | FILLED)
     # Tables of whole words are written word by word, others byte by byte: one 8-bit entry or two 4-bit entries.
     WIDTH: tl.constexpr = 32 if WHOLE else 8
     PER_WORD: tl.constexpr = WIDTH // BITS
@@ -171,4 +199,4 @@ def store_integers(  # type: ignore[no-untyped-def]
         base = base.to(tl.pointer_type(tl.int32))
     else:
         q = tl.reshape(q, (COUNT // PER_WORD,)).to(base.dtype.element_ty)
-    tl.store(base + first // PER_WORD + place, q, mask=first + place * PER_WORD < end)
+    tl.store(base + first // PER_WORD + place, q, mask=(first + place * PER_WORD < end) | FILLED)

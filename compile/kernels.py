@@ -50,6 +50,7 @@ _STRIDE = tl.constexpr(TICK_STRIDE)
 _GOLDEN = tl.constexpr(GOLDEN)
 _PART = tl.constexpr(PART_STRIDE)
 _PARAM, _FIRST, _SECOND = tl.constexpr(PARAM), tl.constexpr(FIRST), tl.constexpr(SECOND)
+_SMALLEST_ROOT = tl.constexpr(1e-15)  # r is divided by sqrt(kappa), which may be 0
 
 WIDE = 16  # bytes that a thread reads or copies at once
 SPAN = 32768  # bytes of a parameter that a program steps, one tile after another
@@ -71,8 +72,8 @@ def _step(  # type: ignore[no-untyped-def]
     LOAD: tl.constexpr, V_LOAD: tl.constexpr,
     M_SCALE: tl.constexpr, V_SCALE: tl.constexpr, RESIDUAL: tl.constexpr,
     REHASH: tl.constexpr, ROUND_P: tl.constexpr, ROUND_T: tl.constexpr, MAXIMIZE: tl.constexpr,
-    SKIP: tl.constexpr, EVEN: tl.constexpr, ONE: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr,
-    SPAN: tl.constexpr, STAGES: tl.constexpr,
+    SKIP: tl.constexpr, EVEN: tl.constexpr, FILLED: tl.constexpr, SCALED: tl.constexpr, ONE: tl.constexpr,
+    FAST: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tensor = tl.load(owners + program).to(tl.int64)
@@ -106,8 +107,8 @@ def _step(  # type: ignore[no-untyped-def]
     step1 = tl.load(scalars + 7).to(tl.float32) * lr
     inv_bias_correction2 = tl.load(scalars + 8).to(tl.float32)
     eps = tl.load(scalars + 9).to(tl.float32)
-    lr_rho = tl.load(scalars + 10).to(tl.float32) * lr
-    kappa = tl.load(scalars + 11).to(tl.float32)
+    kappa_root = tl.maximum(tl.sqrt(tl.load(scalars + 11).to(tl.float32)), _SMALLEST_ROOT)
+    lr_rho = tl.load(scalars + 10).to(tl.float32) * lr / kappa_root
     own1 = tl.load(scalars + 12).to(tl.float32) * lr
     part = tl.load(scalars + 13).to(tl.uint32)
     grad_scale = tl.load(scalars + 14).to(tl.float32)
@@ -133,22 +134,24 @@ def _step(  # type: ignore[no-untyped-def]
             passed = step - begun * period
             old_tick = begun * _STRIDE + sign1
 
-    # Triton's interpreter supports only constant bounds; nothing is read or written past the end.
+    # Triton's interpreter supports only constant bounds, so its tiles are never FILLED: those past the end are masked.
     for at in tl.range(0, end if FAST else SPAN, TILE, num_stages=STAGES):
         # Elements are loaded in wide words, independently of the rows of the computation. For tensors of whole 32-bit
         # sign words the mask is constant within a word, so that these loads stay wide.
-        inside = element // 32 * 32 < end - at if EVEN else element < end - at
-        g = widened(tl.load(g_base + at + element, mask=inside, other=0.0), FAST) * grad_scale
+        inside = (element // 32 * 32 < end - at if EVEN else element < end - at) | FILLED
+        g = widened(tl.load(g_base + at + element, mask=inside, other=0.0), FAST)
+        if SCALED:
+            g *= grad_scale
         p = widened(tl.load(p_base + at + element, mask=inside, other=0.0), FAST)
         if MAXIMIZE:
             g = -g
-        held = inside if LOAD == 1 else bucket * LOAD < end - at
-        v_held = inside if V_LOAD == 1 else v_bucket * V_LOAD < end - at
+        held = inside if LOAD == 1 else (bucket * LOAD < end - at) | FILLED
+        v_held = inside if V_LOAD == 1 else (v_bucket * V_LOAD < end - at) | FILLED
         m_here, v_here = m_base + at // LOAD + bucket, v_base + at // V_LOAD + v_bucket
         if BITS == 0:
             old_m = tl.load(m_here, mask=held, other=0.0).to(tl.float32)
         else:
-            old_m = load_integers(m_base, scales, at // LOAD, m_end, BITS, BUCKETS, BLOCK, EVEN)
+            old_m = load_integers(m_base, scales, at // LOAD, m_end, BITS, BUCKETS, BLOCK, EVEN, FILLED)
         old_v = tl.load(v_here, mask=v_held, other=0.0).to(tl.float32)
         number = first_bucket + (at // LOAD + bucket).to(tl.uint32)
         v_number = (start // V_LOAD).to(tl.uint32) + (at // V_LOAD + v_bucket).to(tl.uint32)
@@ -182,8 +185,9 @@ def _step(  # type: ignore[no-untyped-def]
             of_row = (start // LANES).to(tl.uint32) + (at // LANES + row).to(tl.uint32) if WORDS > 1 else number
             word = mix((of_row + sign0) ^ ticks)
             column = lane.to(tl.uint32)[None, :]
-            shift = (number * LOAD & 31)[:, None] + column if LANES < 32 else column
-            flips = word[:, None] << (31 - shift)
+            if LANES < 32:  # several rows share the 32 bits
+                word = word << (number * LOAD & 32 - LANES ^ 32 - LANES)
+            flips = word[:, None] << (LANES - 1 - column)
             g = tl.reshape(g, (ROWS, LANES))
             signed = flipped(g, flips, FAST)
             total, squares = tl.sum(signed, axis=1), tl.sum(g * g, axis=1)
@@ -202,7 +206,7 @@ def _step(  # type: ignore[no-untyped-def]
             add_count(skipped, v_held & ~v_finite)
         if BITS != 0:
             # Buckets past the end have no elements and the mean 0, which does not change the largest value of a block.
-            store_integers(m_base, scales, at // LOAD, m_end, M, BITS, BUCKETS, BLOCK, EVEN)
+            store_integers(m_base, scales, at // LOAD, m_end, M, BITS, BUCKETS, BLOCK, EVEN, FILLED, FAST)
         elif ROUND_T:
             index, spot = number // 32, number & 31
             tl.store(m_here, rounded(M, noise(index, spot, tick, round0, round1, _FIRST), T), mask=held)
@@ -221,8 +225,9 @@ def _step(  # type: ignore[no-untyped-def]
             v_b = V * scaled(inv_bias_correction2, v_load, v_root, V_SCALE)
             if RESIDUAL:
                 m_b, v_b = along(m_b, ROWS, WORDS)[:, None], along(v_b, ROWS, V_WORDS)[:, None]
-                r = signed - along(mu, ROWS, WORDS)[:, None]
-                change = quotient(m_b + lr_rho * r, v_b + kappa * (r * r), eps, FAST)
+                # r is multiplied by sqrt(kappa), so that its square needs no factor.
+                r = signed * kappa_root - along(mu * kappa_root, ROWS, WORDS)[:, None]
+                change = quotient(m_b + lr_rho * r, v_b + r * r, eps, FAST)
             else:
                 change = quotient(m_b, along(v_b, BUCKETS, V_LOAD // LOAD), eps, FAST)
                 change = tl.broadcast_to(along(change, ROWS, WORDS)[:, None], (ROWS, LANES))
@@ -253,6 +258,7 @@ LARGEST_LOAD = 1024
 # Inline PTX needs an NVIDIA compiler; ROCm and the interpreter use Triton's own operations.
 _FAST = torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") != "1"
 _SMALL_TILE = 1024  # elements
+_WARPS = 4
 
 
 class Tiling(NamedTuple):
@@ -293,14 +299,15 @@ def tiling(itemsize: int, even: bool) -> Tiling:
     Where tensors are even, the next two tiles are copied ahead to shared memory, which takes no registers; that pays
     because a thread copies `WIDE` bytes at a time, twice for a tile. For other tensors a thread loads 8 elements and
     computes them, and the latency of memory is hidden by other programs. The numbers of warps and registers are the
-    fastest of fourteen pairs on an H100, for tables in int4: steps of 16-bit parameters are bound by arithmetic, those
-    of 32-bit parameters by memory.
+    fastest of twenty combinations with spans and stages on an H200, for tables in int4.
     """
-    warps, registers = (8, 80) if itemsize == 4 else (4, 96)
     if not even:
-        warps, registers = 4, 80
-    options = {"num_warps": warps, **({"maxnreg": registers} if _FAST else {})}
-    return Tiling(2 * WIDE * 32 * warps // itemsize, 3, options) if even else Tiling(_SMALL_TILE, 1, options)
+        return Tiling(_SMALL_TILE, 1, _options(80))
+    return Tiling(2 * WIDE * 32 * _WARPS // itemsize, 3, _options(96))
+
+
+def _options(registers: int) -> dict[str, int]:
+    return {"num_warps": _WARPS, **({"maxnreg": registers} if _FAST else {})}
 
 
 def step_(
@@ -324,6 +331,8 @@ def step_(
     maximize: bool,
     skip: bool,
     even: bool,
+    filled: bool,
+    scaled: bool,
 ) -> None:
     """Steps many tensors of one kind: the implementation of the operator `collins::step_`.
 
@@ -342,10 +351,13 @@ def step_(
         m_scale, v_scale, residual: as in `collins.rule.Decode`.
         rehash, rounding, maximize, skip: as in `collins.update.UpdateSpec`.
         even: whether every tensor consists of whole buckets and whole words.
+        filled: whether every tensor consists of whole tiles, so that nothing is masked.
+        scaled: whether gradients are multiplied by `grad_scale`.
     """
     param, moment, one = p[0].dtype, v[0].dtype, grads.dtype is not torch.int64
     decode = m_scale, v_scale, residual
-    key = (owners.device, param, bits, block, moment, load, v_load, decode, rehash, rounding, maximize, skip, even, one)
+    options = rehash, rounding, maximize, skip, even, filled, scaled, one
+    key = (owners.device, param, bits, block, moment, load, v_load, decode, options)
     grid = (owners.numel(), 1, 1)
     with _HERE if _is_current(owners.device) else torch.cuda.device_of(owners):
         if key in _COMPILED:
@@ -353,13 +365,13 @@ def step_(
             stream = current_raw_stream(owners.device.index)
             kernel[grid](owners, table, grads, scalars, skipped, *constants, stream=stream)
             return
-        tile, stages, options = tiling(param.itemsize, even)
+        tile, stages, launch_options = tiling(param.itemsize, even)
         constants = (
             _DTYPES[param], _DTYPES[moment], bits, block, load == 1, load, v_load, *decode, rehash,
-            rounding and param in ROUNDED, rounding and moment in ROUNDED, maximize, skip, even, one, _FAST, tile,
-            SPAN // param.itemsize, stages,
+            rounding and param in ROUNDED, rounding and moment in ROUNDED, maximize, skip, even,
+            filled and _FAST, scaled, one, _FAST, tile, SPAN // param.itemsize, stages,
         )  # fmt: skip
-        kernel = _step[grid](owners, table, grads, scalars, skipped, *constants, **options)
+        kernel = _step[grid](owners, table, grads, scalars, skipped, *constants, **launch_options)
         if isinstance(kernel, CompiledKernel):
             _COMPILED[key] = constants, kernel
 
@@ -377,7 +389,7 @@ _LIBRARY = torch.library.Library("collins", "DEF")
 _LIBRARY.define(
     "step_(Tensor(a!)[] p, Tensor(b!)[] m, Tensor(c!)[] v, Tensor owners, Tensor table, Tensor grads, "
     "Tensor scalars, Tensor(d!) skipped, int bits, int block, int load, int v_load, float m_scale, float v_scale, "
-    "bool residual, bool rehash, bool rounding, bool maximize, bool skip, bool even) -> ()"
+    "bool residual, bool rehash, bool rounding, bool maximize, bool skip, bool even, bool filled, bool scaled) -> ()"
 )
 for _key in ("CUDA", "CPU"):  # on the CPU under Triton's interpreter only
     _LIBRARY.impl("step_", step_, _key)

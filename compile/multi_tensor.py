@@ -176,9 +176,10 @@ class KernelExecutor:
                 batch.take(rows)
         for batch, place in zip(self._batches, self._places, strict=True):
             batch.gradients = bound[place]
+        scaled = any(map(_is_scaled, scalars))
         left: list[int] = []
         for batch, args in zip(self._batches, self._launches.upload(self._batches, scalars), strict=True):
-            if self._attempt(lambda batch=batch, args=args: batch.launch.run(batch, args)):  # type: ignore[misc]
+            if self._attempt(lambda batch=batch, args=args: batch.launch.run(batch, args, scaled)):  # type: ignore[misc]
                 done += batch.numbers
             else:
                 left += batch.numbers
@@ -219,6 +220,11 @@ def _addresses(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
+def _is_scaled(hp: StepScalars) -> bool:
+    """Whether gradients are multiplied by a factor, which may be on the device."""
+    return isinstance(hp.grad_scale, Tensor) or hp.grad_scale != 1.0
+
+
 def _aligned(at: Sequence[int] | np.ndarray) -> bool:
     return bool(np.bitwise_or.reduce(at) % WIDE == 0)
 
@@ -228,6 +234,7 @@ class _Table(NamedTuple):
 
     owners: Tensor  # the index of the tensor that each program steps
     rows: Tensor  # for each tensor its size, its hash constants, and the addresses of the parameter and the moments
+    filled: bool  # whether every tensor consists of whole tiles
 
 
 class KernelLaunch:
@@ -238,7 +245,7 @@ class KernelLaunch:
     """
 
     def __init__(self, spec: UpdateSpec, *, even: bool, uploader: ArgUploader) -> None:
-        self.dense, self._skips = spec.hash is None, spec.skip
+        self.dense, self._skips, self._even = spec.hash is None, spec.skip, even
         load, v_load = map(int, spec.loads)
         self._constants = (
             *kernels.int_constants(spec.m_format), load, v_load, *kernels.decode_constants(spec.decode),
@@ -249,11 +256,17 @@ class KernelLaunch:
         self._tables_of_sets: dict[bytes, tuple[_Table, list[weakref.ref[ParamLaunch]]]] = {}
         self._captured: list[_Table] = []
 
-    def run(self, batch: Batch, args: LaunchArgs) -> None:
-        """Performs all of a batch's tasks; they must be of different parameters."""
+    def run(self, batch: Batch, args: LaunchArgs, scaled: bool) -> None:
+        """Performs all of a batch's tasks; they must be of different parameters.
+
+        Args:
+            batch: the tasks.
+            args: the arguments of this step.
+            scaled: whether a gradient is multiplied by `grad_scale`.
+        """
         if batch.table is None:
             batch.table = self._table_of_set(batch)
-        self.step(batch.p, batch.m, batch.v, batch.table, args.gradients, args.scalars, batch.skipped)
+        self.step(batch.p, batch.m, batch.v, batch.table, args, scaled, batch.skipped)
 
     def reads(self, task: UpdateTask, g: Tensor) -> bool:
         """Whether the kernel can read these tensors, which must be contiguous and aligned."""
@@ -269,15 +282,15 @@ class KernelLaunch:
         m: Sequence[Tensor],
         v: Sequence[Tensor],
         table: _Table,
-        gradients: Tensor,
-        scalars: Tensor,
+        args: LaunchArgs,
+        scaled: bool,
         skipped: Tensor | None,
     ) -> None:
         """Launches the kernel."""
-        owners, rows = table
+        owners, rows, filled = table
         if skipped is None:  # no counter is wanted; without `skip` the kernel does not access the argument
             skipped = torch.zeros_like(rows[:1]) if self._skips else rows
-        kernels.step_(p, m, v, owners, rows, gradients, scalars, skipped, *self._constants)
+        kernels.step_(p, m, v, owners, rows, *args, skipped, *self._constants, filled, scaled)
         torch.autograd.graph.increment_version(p)
         if self.uploader.capturing():
             self._captured.append(table)
@@ -302,7 +315,8 @@ class KernelLaunch:
             rows[:, i] = column
         owners = np.repeat(np.arange(count, dtype=np.int32), programs)
         upload = self.uploader.to_device
-        return _Table(upload(torch.from_numpy(owners)), upload(torch.from_numpy(rows.reshape(-1))))
+        filled = self._even and not (sizes % kernels.tiling(batch.p[0].element_size(), even=True).tile).any()
+        return _Table(upload(torch.from_numpy(owners)), upload(torch.from_numpy(rows.reshape(-1))), bool(filled))
 
     def _table_of_set(self, batch: Batch) -> _Table:
         if len(batch.launches) == 1:
@@ -352,7 +366,8 @@ class ParamLaunch:
             return False
         p, (m, *scales), (v,) = task.p, task.m, task.v
         table = self.table(task, _addresses((p, m, v, *scales)))
-        shared.step((p,), (m,), (v,), table, g, shared.uploader.scalars(hp), task.skipped)
+        args = LaunchArgs(g, shared.uploader.scalars(hp))
+        shared.step((p,), (m,), (v,), table, args, _is_scaled(hp), task.skipped)
         return True
 
     def table(self, task: UpdateTask, addresses: Iterable[int]) -> _Table:

@@ -97,14 +97,14 @@ def test_a_bf16_table_follows_its_average_only_with_stochastic_rounding():
     """V under g = 1 is 1 - beta2^t. Nearest rounding sticks where an increment is under half a unit."""
     means = {}
     for rounding in (None, False):
-        p = torch.nn.Parameter(torch.zeros(2**16))
+        p = torch.nn.Parameter(torch.zeros(2**14))
         opt = Collins([p], lr=0, role="matrix", table_dtype=torch.bfloat16, stochastic_rounding=rounding)
-        for _ in range(2000):
+        for _ in range(700):
             p.grad = torch.ones_like(p)
             opt.step()
         means[rounding] = opt.state[p]["v_table"].double().mean().item()
         assert opt.state[p]["v_table"].dtype == opt.state[p]["m_table"].dtype == torch.bfloat16
-    exact = 1 - 0.999**2000
+    exact = 1 - 0.999**700
     assert abs(means[None] - exact) < 0.01
     assert abs(means[False] - exact) > 0.1
 
