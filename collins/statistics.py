@@ -183,7 +183,7 @@ class UpdateSamples:
             new = _samples(members)
             wide = torch.promote_types(new.dtype, torch.float32)
             columns = new.to(wide) - old.to(wide), new.to(wide), (new != old).to(wide)
-            sizes = [len(_sample(p)) for p in members]
+            sizes = [len(sample(p)) for p in members]
             norms = foreach_norm([part for column in columns for part in column.split(sizes)], 2)
             weights = torch.tensor([p.numel() / size for p, size in zip(members, sizes, strict=True)], device="cpu")
             if not new.is_cpu:
@@ -282,17 +282,17 @@ def _alike(entries: Iterable[ParamEntry]) -> dict[_Kind, list[Tensor]]:
 
 
 def _samples(params: Sequence[Tensor]) -> Tensor:
-    return torch.cat([_sample(p) for p in params])
+    return torch.cat([sample(p) for p in params])
 
 
-def _sample(p: Tensor) -> Tensor:
-    """Elements of a parameter, at equal distances in its memory."""
+def sample(p: Tensor) -> Tensor:
+    """At most `SAMPLE` elements of a parameter, at equal distances in its memory, flat; all of a smaller one."""
     # With an odd distance the sample covers all columns, since their number is mostly a power of two.
-    distance = max(p.numel() // SAMPLE, 1) | 1
+    distance = -(-p.numel() // SAMPLE) | 1
     if not p.is_contiguous():  # sorts the dimensions by stride, which makes a transposed tensor contiguous
         strides = p.stride()
         p = p.permute(sorted(range(p.ndim), key=lambda dim: -strides[dim]))
-    return p.reshape(-1)[:: distance if p.numel() > SAMPLE else 1]
+    return p.reshape(-1)[::distance]
 
 
 def _summary(number: int, found: Mapping[_Kind, _Measured]) -> dict[str, Tensor]:

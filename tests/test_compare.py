@@ -206,6 +206,18 @@ def test_a_changed_default_of_collins_is_a_different_run(load, command, monkeypa
     assert run.key != before
 
 
+def test_beta1_is_an_option_that_identifies_a_run(load):
+    optimizers = load("compare.optimizers")
+    run, task = load("compare.runs").Run, load("compare_optimizers").TASKS["lm-small"]
+    choices = [optimizers.Choice.of(text) for text in ("collins", "collins:beta1=0.95", "collins:beta1=0.9")]
+    assert len({run(task, choice, 1e-3, 0.999, 0, "data", "cpu").key for choice in choices}) == 3
+    model = torch.nn.Linear(4, 4)
+    for choice, beta1 in zip(choices, (0.9, 0.95, 0.9), strict=True):
+        setup = optimizers.Setup(model, 1e-3, 0.99, 0.1, 1.0, options=choice.options)
+        (built,) = choice.spec.make(setup)
+        assert {group["betas"] for group in built.param_groups} == {(beta1, 0.99)}
+
+
 def test_the_weight_of_the_residual_identifies_a_run(load, monkeypatch):
     choice = load("compare.optimizers").Choice
     assert choice.of("collins").described()["residual_weight"] == "0.3"

@@ -21,7 +21,7 @@ from torch import nn
 
 from collins import Collins
 from collins.offload.streams import HostStreams
-from collins.statistics import SAMPLE, Reading
+from collins.statistics import SAMPLE, Reading, sample
 
 SHAPES, FEW_SHAPES = STEP_SHAPES, FEW_STEP_SHAPES
 WAYS = {
@@ -196,6 +196,12 @@ def test_large_parameters_are_sampled(layout):
     change = torch.cat([(p.detach() - before).flatten(), small_param.detach() - 100])
     for name, value in (("weight_rms/0", new), ("update_rms/0", change)):
         assert float(statistics[name]) == pytest.approx(float(value.square().mean().sqrt()), rel=0.03)
+
+
+@pytest.mark.parametrize("count", [0, 1, SAMPLE, SAMPLE + 1, 20_000, 4 * SAMPLE - 1, 4 * SAMPLE])
+def test_a_sample_has_at_most_so_many_elements(count):
+    taken = len(sample(torch.zeros(count)))
+    assert taken == count if count <= SAMPLE else SAMPLE // 3 <= taken <= SAMPLE
 
 
 def test_a_measured_step_allocates_no_memory_of_the_parameters_size():

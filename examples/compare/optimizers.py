@@ -52,6 +52,9 @@ class Split:
         return split
 
 
+BETA1 = 0.9  # of all optimizers, unless the option "beta1" sets it
+
+
 @dataclass(frozen=True)
 class Setup:
     """The model and the hyperparameters with which an optimizer is constructed for a run.
@@ -74,7 +77,7 @@ class Setup:
 
     @property
     def betas(self) -> tuple[float, float]:
-        return 0.9, 0.999 if self.beta2 is None else self.beta2
+        return BETA1, 0.999 if self.beta2 is None else self.beta2
 
     def groups(self) -> Groups:
         """The parameter groups of `collins.param_groups`, without names: vectors have no weight decay."""
@@ -270,36 +273,37 @@ _GIVEN = frozenset(  # options that are set by the run or the spec
 )
 
 
-def _collins(name: str, about: str, *, beta1: float = 0.9, in_backward: bool = False, **settled: Any) -> Spec:
-    """Collins with some options. The defaults of its update rule identify a run, so that runs under other defaults
-    are not mistaken for it.
+def _collins(name: str, about: str, *, in_backward: bool = False, **settled: Any) -> Spec:
+    """Collins with some options, and the option "beta1". The defaults of its update rule identify a run, so that runs
+    under other defaults are not mistaken for it.
     """
     known = {option: p.default for option, p in inspect.signature(Collins).parameters.items() if option not in _GIVEN}
 
     def built(setup: Setup, *, in_backward: bool) -> Collins:
         options = {**settled, **setup.options}
+        betas = options.pop("beta1", BETA1), setup.betas[1]
         if in_backward:
             options |= {"in_backward": True, "max_grad_norm": setup.clip, "accumulation_steps": setup.accumulate}
         params = param_groups(setup.model, weight_decay=setup.weight_decay)
-        optimizer: Collins = Collins(params, lr=setup.lr, betas=(beta1, setup.betas[1]), seed=setup.seed, **options)
+        optimizer: Collins = Collins(params, lr=setup.lr, betas=betas, seed=setup.seed, **options)
         return optimizer
 
     return Spec(
         name,
         about,
         lambda setup: [built(setup, in_backward=in_backward)],
-        options=frozenset(known),
-        settled=lambda options: _rule({**known, **settled, **options}, beta1),
+        options=frozenset({*known, "beta1"}),
+        settled=lambda options: _rule({**known, **settled, **options}),
         computed=lambda setup: built(setup, in_backward=False).memory_report().state_bytes,
         drive=InBackward if in_backward else AfterBackward,
     )
 
 
-def _rule(options: Mapping[str, Any], beta1: float) -> dict[str, Any]:
+def _rule(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that identify a run, with the value of the residual's weight where it follows from others."""
     rule = {option: options[option] for option in _RULE}
     if rule["residual_weight"] is None:
-        rule["residual_weight"] = default_rho(rule["decode"], beta1)
+        rule["residual_weight"] = default_rho(rule["decode"], options.get("beta1", BETA1))
     return rule
 
 
@@ -310,7 +314,7 @@ OPTIMIZERS: dict[str, Spec] = {
         _collins("collins", "Collins with its defaults"),
         _collins("collins-8", "Collins at ratio 8", compress_ratio=8),
         _collins("collins-128", "Collins at ratio 128", compress_ratio=128),
-        _collins("collins-orthogonal", "Collins, orthogonalised momentum of matrices", beta1=0.95, decode="orthogonal"),
+        _collins("collins-orthogonal", "Collins, orthogonalised momentum of matrices", decode="orthogonal"),
         _collins("collins-published", "the published Collins v0.1 update", hash="universal", decode="sketch"),
         _collins("collins-in-backward", "Collins, with steps and clipping in backward", in_backward=True),
         Spec(
