@@ -266,13 +266,19 @@ def without_data(t: Tensor) -> str | None:
     return None
 
 
-def uncopied(value: object) -> str | None:
-    """The reason why a saved value cannot be copied into a moment of its shape and dtype, or None if it can."""
+def unreadable(value: object) -> str | None:
+    """The reason why a value is not a dense tensor with data, or None if it is one."""
     if not isinstance(value, Tensor):
         return _kind(value)
     if value.is_nested or value.layout != torch.strided:
         return "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
-    return without_data(value) or ("a tensor that requires a gradient" if value.requires_grad else None)
+    return without_data(value)
+
+
+def uncopied(value: object) -> str | None:
+    """The reason why a saved value cannot be copied into a moment of its shape and dtype, or None if it can."""
+    requires_grad = isinstance(value, Tensor) and value.requires_grad
+    return unreadable(value) or ("a tensor that requires a gradient" if requires_grad else None)
 
 
 def writable(value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
@@ -324,8 +330,8 @@ def check_moments(name: str, where: str, found: Mapping[str, Any], shapes: dict[
         )
 
 
-def step_of(name: str, state: Mapping[str, Any]) -> float:
-    """The number of steps in a saved state.
+def step_of(name: str, state: Mapping[str, Any], where: str = "state_dict") -> float:
+    """The number of steps in the state of the parameter `name`.
 
     Raises:
         ValueError: if it is missing, or not a whole number from 0 to `LARGEST_STEP`.
@@ -333,14 +339,19 @@ def step_of(name: str, state: Mapping[str, Any]) -> float:
     step = state.get("step")
     number: Any = step
     if isinstance(step, Tensor):
-        number = step.item() if uncopied(step) is None and step.numel() == 1 else None
+        number = step.item() if unreadable(step) is None and step.numel() == 1 else None
     real = isinstance(number, Real) and not isinstance(number, bool)
     if not real or not 0 <= number <= LARGEST_STEP or number != int(number):
-        raise ValueError(
-            f"{name} must have a step that is a whole number from 0 to {LARGEST_STEP}, the range that its float32"
-            f" counter represents exactly; state_dict holds {shown(step)}"
-        )
+        raise invalid_step(name, where, step)
     return float(number)
+
+
+def invalid_step(name: str, where: str, step: object) -> ValueError:
+    """The error for a step counter that is not a whole number from 0 to `LARGEST_STEP`."""
+    return ValueError(
+        f"{name} must have a step that is a whole number from 0 to {LARGEST_STEP}, the range that its float32"
+        f" counter represents exactly; {where} holds {shown(step)}"
+    )
 
 
 def _names(groups: Sequence[dict[str, Any]]) -> Iterator[str | None]:

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from collins.checkpoint import WITH_STATE, CheckedStateDict, ExpectedState, as_dict, loadable
 from collins.clipping import LAST_NORM, Clipping
 from collins.compile.tracing import register, trace_step, untraced
+from collins.devices import ordinary_tensors
 from collins.entries import Carried, Hash, ParamEntry
 from collins.fused_backward import FusedBackward
 from collins.groups import params_of, take_group
@@ -214,7 +215,8 @@ class Collins(Measured, FusedBackward, Optimizer):
     def _start(self, carried: Carried) -> None:
         """Creates the parts that every process and every copy has for itself: compiled code, host memory, hooks."""
         self.step_number = register(self)
-        self._stepper = Stepper(self.seed, self.compile, self.memory, self._clipping, carried)
+        with ordinary_tensors():
+            self._stepper = Stepper(self.seed, self.compile, self.memory, self._clipping, carried)
         self._backward: BackwardSteps | None = None
         self._grad_hooks: GradHooks | None = None
 
@@ -365,7 +367,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         torch.compile does not trace it: the engine compiles graphs of its own, which changes of the learning rate, the
         gradients or the state do not invalidate.
         """
-        with HeldInterrupts():
+        with HeldInterrupts(), ordinary_tensors():
             self._stepper.update(self.param_groups, self.state, repeats=not self.in_backward)
             if self._backward is not None:
                 self._backward.end()

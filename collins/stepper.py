@@ -241,7 +241,7 @@ class Stepper:
         """Raises an error for a parameter or a state that cannot be stepped."""
         spec = self.spec(entry, settings)
         state = states.get(entry.p) or {}
-        if entry.holds(state):
+        if entry.holds(state) and self._counters.attached(entry.counter):
             if isinstance(spec.hash, UniversalHash):  # its coefficients may have been set
                 check_state(entry, state, self.seed, self.store)
             return
