@@ -325,7 +325,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         self._drain("state_dict()")
         result = super().state_dict()
         for group, own in zip(result["param_groups"], self.param_groups, strict=True):
-            group["table_dtype"] = group["table_dtype"] and str(group["table_dtype"])
+            group["table_dtype"] = None if group["table_dtype"] is None else str(group["table_dtype"])
             if LAST_NORM in group:  # a number, which no later step overwrites
                 group[LAST_NORM] = float(group[LAST_NORM])
             group[WITH_STATE] = sum(bool(self.state.get(p)) for p in own["params"])

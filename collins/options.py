@@ -261,7 +261,7 @@ def check_options(group: dict[str, Any]) -> None:
 
     Values are converted to Python numbers in `group`, so that every step computes with the same numbers and every way
     of saving supports them: betas, any sequence of two numbers, to a tuple of two floats; scalars of numpy to floats
-    and ints; strings to the values that they represent (`read`).
+    and ints; strings, of subclasses too, to plain strings or to the values that they represent (`read`).
     """
     if not OF_THE_WHOLE.isdisjoint(group):
         name = min(OF_THE_WHOLE & group.keys())
@@ -271,7 +271,8 @@ def check_options(group: dict[str, Any]) -> None:
         )
     for name, value in group.items():
         if isinstance(value, str):
-            group[name] = read(name, value)
+            known = type(value) is str or name not in _kinds()
+            group[name] = read(name, value if known else str.__str__(value))
     _check_lr(group)
     betas = group["betas"]
     if type(betas) is not tuple or not all(type(beta) is float for beta in betas):
