@@ -44,12 +44,12 @@ from collins.checkpoint import (
     part_of,
     saved_groups,
     step_of,
-    uncopied,
 )
 from collins.fingerprint import LAYOUT, Fingerprint
 from collins.formats import FORMATS, NONE, IntFormat
 from collins.hashing import BlockHash, UniversalHash
 from collins.options import OF_THE_WHOLE, check_options, shown
+from collins.readable import uncopied
 from collins.sharding import is_sharded
 
 if TYPE_CHECKING:

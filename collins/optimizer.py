@@ -24,13 +24,13 @@ from collins.loading import load_into
 from collins.measured import Measured
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
-from collins.options import accumulation_of, check_options, max_norm_of, read_whole_options
+from collins.options import FixedOptions, accumulation_of, check_options, max_norm_of, read_whole_options
 from collins.parameter import expected_state
 from collins.report import MemoryReport, report_row
 from collins.stepper import Stepper
 
 
-class Collins(Measured, FusedBackward, Optimizer):
+class Collins(FixedOptions, Measured, FusedBackward, Optimizer):
     r"""AdamW with its moments in Count-Sketch tables, `compress_ratio` times smaller than AdamW's in fp32.
 
     With h, s the position and sign hashes of a parameter, c the load of a bucket (larger for V than for M), and g the
@@ -375,7 +375,7 @@ class Collins(Measured, FusedBackward, Optimizer):
 
     def _step_in_backward(self) -> None:
         """Registers the hooks that step parameters when their gradients arrive."""
-        self.in_backward = True
+        self.__dict__["in_backward"] = True  # the option is fixed
         self._backward = BackwardSteps(self.accumulation_steps)
         self._grad_hooks = GradHooks(self, Collins._update_one)
         # Makes a GradScaler pass its scale to `step` instead of looking for gradients: see BackwardSteps.check.

@@ -321,6 +321,20 @@ def check_options(group: dict[str, Any]) -> None:
     require(not waits, "nonfinite", group["nonfinite"], accepted)
 
 
+class FixedOptions:
+    """A base class of the optimizer, by which options of the whole optimizer cannot be set once it has been built."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and "_stepper" in self.__dict__:
+            raise ValueError(
+                f"{name} cannot be changed once the optimizer has been built, got {shown(value)}: build Collins with"
+                f" {name}, and load the state dict into it"
+            )
+        super().__setattr__(name, value)
+
+
+_FIXED = OF_THE_WHOLE - {"max_grad_norm"}
+
 _DECODES: Mapping[str, Any] = ChainMap[str, Any]({ORTHOGONAL: None}, DECODES)
 _CHOICES = (("role", ROLES), ("hash", HASHES), ("decode", _DECODES), ("nonfinite", NONFINITE))
 

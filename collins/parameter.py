@@ -19,7 +19,6 @@ from collins.checkpoint import (
     check_shape,
     is_moment,
     step_of,
-    unreadable,
 )
 from collins.entries import Hash, ParamEntry, ParamSpec
 from collins.fingerprint import LAYOUT, Fingerprint, dense_fingerprint, fingerprint, unpacked
@@ -27,6 +26,7 @@ from collins.formats import FORMATS, TensorSpec
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.options import check_table_dtype, listed
 from collins.orthogonal import parts_of_rows
+from collins.readable import unreadable
 from collins.roles import Role, found_roles, role_under
 from collins.rounding import ROUNDED
 from collins.rule import ORTHOGONAL
@@ -279,8 +279,8 @@ def check_state(entry: ParamEntry, state: Mapping[str, Any], seed: int, store: _
         return
     _check_values(entry, state)
     difference = unpacked(state[LAYOUT]).difference(own) if own is not None and LAYOUT in state else None
-    fits = all(
-        isinstance(state.get(name), Tensor) and state[name].shape == due.shape for name, due in spec.tensors.items()
+    fits = set(filter(is_moment, state)) == spec.tensors.keys() and all(
+        isinstance(state[name], Tensor) and state[name].shape == due.shape for name, due in spec.tensors.items()
     )
     if difference or not fits:
         check_shape(entry.name, "the optimizer", state, tuple(spec.size))

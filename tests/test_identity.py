@@ -271,6 +271,31 @@ def test_an_option_that_contradicts_existing_tables_is_rejected(option, value, t
     assert opt.state[p]["step"] == 1
 
 
+def test_a_decode_without_a_second_moment_is_rejected_where_there_is_one():
+    """It would be saved with a state that no optimizer of this decode loads."""
+    p = parameter(64, 144)
+    opt = Collins([p], table_dtype=torch.bfloat16)
+    give(p, 0)
+    opt.step()
+    opt.param_groups[0]["decode"] = "orthogonal"
+    with pytest.raises(ValueError, match=r"parameter 0 has moments .*; the optimizer holds .*v_table"):
+        opt.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", 1), ("compile", True), ("memory", "host"), ("in_backward", True), ("accumulation_steps", 2)],
+)
+def test_options_of_the_whole_optimizer_are_fixed_once_it_is_built(name, value):
+    p = parameter(64, 64)
+    opt = Collins([p])
+    for each in (opt, copy.deepcopy(opt)):
+        with pytest.raises(ValueError, match=f"{name} cannot be changed once the optimizer has been built, got"):
+            setattr(each, name, value)
+        give(each.param_groups[0]["params"][0], 0)
+        each.step()
+
+
 def test_coefficients_set_for_existing_tables_are_rejected():
     p = parameter(64, 144)
     opt = Collins([p], hash="universal")
