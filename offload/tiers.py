@@ -142,8 +142,11 @@ class ResidentStore:
 
 
 def _is_changeable(t: Tensor) -> bool:
-    """Whether a tensor can be changed in place: it is no inference tensor, and its elements do not share memory."""
-    return not t.is_inference() and all(stride or size == 1 for size, stride in zip(t.shape, t.stride(), strict=True))
+    """Whether later code can change a tensor in place: its elements do not share memory, and neither inference mode
+    nor autograd forbids it.
+    """
+    distinct = all(stride or size == 1 for size, stride in zip(t.shape, t.stride(), strict=True))
+    return distinct and not t.is_inference() and not t.requires_grad
 
 
 def _fitting(specs: Sequence[TensorSpec], present: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:

@@ -375,6 +375,10 @@ def expanded(opt, p):
     opt.state[p]["m_table"] = torch.full((), 0.25).expand(m.shape)
 
 
+def replaced_with_gradient(opt, p):
+    opt.state[p]["m_table"] = torch.full_like(opt.state[p]["m_table"], 0.25).requires_grad_()
+
+
 def replaced_in_inference_mode(opt, p):
     with torch.inference_mode():
         opt.state[p]["m_table"] = torch.full_like(opt.state[p]["m_table"], 0.25)
@@ -385,7 +389,8 @@ def replaced_in_inference_mode(opt, p):
     "edit",
     [
         reset_by_clear, reset_by_del, reset_by_replacement, emptied, zeroed, halved, replaced, one_replaced,
-        counter_set, counter_filled, data_moved, data_replaced, storage_replaced, expanded, replaced_in_inference_mode,
+        counter_set, counter_filled, data_moved, data_replaced, storage_replaced, expanded,
+        replaced_with_gradient, replaced_in_inference_mode,
     ],
 )  # fmt: skip
 def test_edits_of_the_state_take_effect_in_every_tier(edit, in_backward):
@@ -397,6 +402,8 @@ def test_edits_of_the_state_take_effect_in_every_tier(edit, in_backward):
             if step == 4:
                 opt.state_dict()  # waits for copies to the host
                 edit(opt, p)
+            if step == 6:
+                opt.load_state_dict(opt.state_dict())
             give(p, step), give(q, 50 + step)
             grads, p.grad, q.grad = (p.grad, q.grad), None, None
             ((p * grads[0]).sum() + (q * grads[1]).sum()).backward()
