@@ -1,5 +1,6 @@
-"""Steps with moments in host slabs bitwise equal resident ones, in every order that the waits allow; and each wait is
-needed: without it, some order gives a wrong result.
+"""Steps with moments in host slabs are bitwise equal to resident ones, in every order that the waits allow.
+
+Each wait is needed: without it, some order gives a wrong result.
 """
 
 import gc
@@ -112,7 +113,7 @@ class Staged(Model):
         self.pipeline.run(order, compute)
 
     def arrive(self, step, indices, streams=(), stop_at=None):
-        """Steps the parameters `which` in this order, on the given streams in turn."""
+        """Steps the parameters with these indices, in this order, on the given streams in turn."""
         streams = streams or [self.streams.current]
         remaining = {b: sum(self.place[i][0] == b for i in indices) for b in range(len(self.members))}
         for number, i in enumerate(indices):
@@ -143,12 +144,12 @@ def same_bits(staged, resident):
     return equal_bits(staged.p, resident.p) and same_moments(staged, resident)
 
 
-def settle(staged):
+def drain_and_check(staged):
     """Drains the pipeline, and checks that values read then equal those after all work of the device."""
     staged.pipeline.drain()
     read = [t.clone() for t in chain(*staged.moments)]
     staged.streams.finish_everything()
-    assert equal_bits(read, chain(*staged.moments)), "drained, but the slabs changed afterwards"
+    assert equal_bits(read, chain(*staged.moments)), "the slabs changed after the pipeline was drained"
 
 
 # Scenarios: each trains a few steps and returns whether the result is bitwise that of resident moments.
@@ -161,7 +162,7 @@ def whole_steps(streams, **options):
         staged.whole_step(step, shuffled(len(order)) if step == 2 else order)
         resident.step(step, range(8))
         streams.next_step()
-    settle(staged)
+    drain_and_check(staged)
     return same_bits(staged, resident)
 
 
@@ -175,7 +176,7 @@ def arrivals(streams, **options):
         resident.step(step, order)
         staged.pipeline.prefetch_first()  # without effect if the next order differs
         streams.next_step()
-    settle(staged)
+    drain_and_check(staged)
     return same_bits(staged, resident)
 
 
@@ -188,7 +189,7 @@ def failures(streams, **options):
         staged.arrive(step, order, stop_at=fails)
         resident.step(step, [i for i in order if i != fails])
         streams.next_step()
-    settle(staged)
+    drain_and_check(staged)
     return same_bits(staged, resident)
 
 
@@ -231,7 +232,7 @@ def test_results_bitwise_equal_resident_ones_for_any_order_of_arrival(data):
         elif prefetched == "drain":
             staged.pipeline.drain()
             assert same_moments(staged, resident)
-    settle(staged)
+    drain_and_check(staged)
     assert same_bits(staged, resident)
 
 
@@ -243,7 +244,7 @@ MUTANTS["current stream cached at construction"] = {"caches_current": True}
 MUTANTS["new streams every step"] = {"remakes_streams": True}
 
 
-def goes_wrong(scenario, mode, options, mutation):
+def gives_a_wrong_result(scenario, mode, options, mutation):
     try:
         return not scenario(FakeStreams(mode, **mutation), **options)
     except (AssertionError, FreedMemoryError):
@@ -254,7 +255,7 @@ def goes_wrong(scenario, mode, options, mutation):
 def test_each_rule_is_needed(mutant):
     """Without it, some scenario fails; the tests above show that with it none does."""
     attempts = product(SCENARIOS.values(), (*MODES, *range(4, 20)), SETTINGS)
-    assert any(goes_wrong(scenario, mode, options, MUTANTS[mutant]) for scenario, mode, options in attempts)
+    assert any(gives_a_wrong_result(scenario, mode, options, MUTANTS[mutant]) for scenario, mode, options in attempts)
 
 
 def test_slabs_are_freed_only_when_copies_are_complete():
@@ -322,12 +323,12 @@ def test_both_directions_overlap_with_compute():
     streams, log = FakeStreams("late"), []
     slabs = [Slab([TensorSpec((4,), torch.float32)]) for _ in range(6)]
     pipeline = Pipeline(slabs, streams, slots=3)
-    names = {slab.bytes.data_ptr(): b for b, slab in enumerate(slabs)}
+    transfer_at = {slab.bytes.data_ptr(): b for b, slab in enumerate(slabs)}
     copy = streams.copy
 
     def log_copy(kind, target, source):
         host = target if kind is StreamKind.D2H else source
-        log.append((kind.name, names[host.data_ptr()]))
+        log.append((kind.name, transfer_at[host.data_ptr()]))
         copy(kind, target, source)
 
     streams.copy = log_copy
@@ -398,14 +399,14 @@ def test_a_failed_transfer_keeps_its_values_and_the_pipeline_remains_usable(mode
     before = [p.clone() for p in staged.p]
     with pytest.raises(ComputeError):
         staged.whole_step(2, range(8), stop_at=4)
-    settle(staged)
+    drain_and_check(staged)
     # The caller restores its parameters: here those of the failed transfer.
     staged.p[4].copy_(before[4])
     resident.step(2, range(4))
     assert same_bits(staged, resident)
     staged.whole_step(3, range(8))
     resident.step(3, range(8))
-    settle(staged)
+    drain_and_check(staged)
     assert same_bits(staged, resident)
 
 
