@@ -356,8 +356,7 @@ class Collins(FixedOptions, Measured, FusedBackward, Optimizer):
 
     def expected_states(self) -> list[ExpectedState]:
         """The required state of each parameter, through all groups."""
-        entries = list(self._members())
-        for entry in entries:
+        for entry in (entries := list(self._members())):
             self._stepper.spec(entry)
         return [expected_state(entry, self.seed) for entry in entries]
 
