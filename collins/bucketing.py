@@ -28,6 +28,7 @@ def bucketing_of(numel: int, *, compress_ratio: float, min_K: int, hash: str) ->
 
     N <= min_K, or compress_ratio = 1: dense. "universal": K = max(N // compress_ratio, min_K). "block": c is the
     largest power of two <= compress_ratio that leaves at least min_K buckets, and K = ceil(N / c); c = 1 means dense.
+    The bucket of a parameter that has a single one is not made larger than it has to be.
     """
     dense = Bucketing(None, numel, numel, 1)
     if numel <= min_K or compress_ratio == 1:
@@ -36,7 +37,7 @@ def bucketing_of(numel: int, *, compress_ratio: float, min_K: int, hash: str) ->
         buckets = max(int(numel // compress_ratio), min_K)
         return Bucketing(hash, numel, buckets, numel / buckets)
     load = 1
-    while 2 * load <= compress_ratio and -(-numel // (2 * load)) >= min_K:
+    while load < numel and 2 * load <= compress_ratio and -(-numel // (2 * load)) >= min_K:
         load *= 2
     return Bucketing(hash, numel, -(-numel // load), load) if load > 1 else dense
 

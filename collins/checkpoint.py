@@ -8,6 +8,7 @@ tables could then be read under other options than those that the optimizer was 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -16,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from collins._torch_internals import tree_leaves, tree_map, tree_map_only
 from collins.clipping import LAST_NORM
@@ -24,11 +24,11 @@ from collins.fingerprint import LAYOUT, Fingerprint, unpacked
 from collins.formats import FORMATS, TensorSpec, format_name
 from collins.hashing import BlockHash, UniversalHash
 from collins.options import OF_THE_WHOLE, TABLE_DTYPES, check_options, listed, shown
-from collins.sharding import is_sharded, local, saved_part
+from collins.readable import kind_of, uncopied, unreadable, without_data
+from collins.sharding import is_sharded, saved_part
 from collins.update import UpdateSpec
 
 DENSE, TABLES = ("exp_avg", "exp_avg_sq"), ("m_table", "v_table")
-_LONGEST_FIRST = sorted((*DENSE, *TABLES), key=len, reverse=True)  # "exp_avg" is a prefix of "exp_avg_sq"
 
 # The options that are loaded from a state dict, which schedules change. All others keep the values of this optimizer.
 ADOPTED = ("lr", "betas", "eps", "weight_decay", "residual_weight", "residual_square")
@@ -40,7 +40,14 @@ LARGEST_STEP = 2**24  # float32, the counter's dtype, cannot represent the next 
 
 def part_of(name: object) -> str | None:
     """The moment of which the state entry `name` is the whole or a part; None if it is not of a moment."""
-    return next((m for m in _LONGEST_FIRST if isinstance(name, str) and (name == m or name.startswith(f"{m}_"))), None)
+    return _moments_by_name(tuple(FORMATS)).get(name) if isinstance(name, str) else None
+
+
+@functools.cache
+def _moments_by_name(formats: tuple[str, ...]) -> dict[str, str]:
+    """The moment to which each name of a tensor belongs that one of these formats uses. All other names are free."""
+    suffixes = {suffix for format in formats for suffix in FORMATS[format].parts((FORMATS[format].unit,))}
+    return {moment + suffix: moment for moment in (*DENSE, *TABLES) for suffix in {"", *suffixes}}
 
 
 def is_moment(name: object) -> bool:
@@ -200,7 +207,7 @@ def saved_groups(
 def as_dict(state_dict: object) -> dict[str, Any]:
     """A shallow copy of a state dict; raises a ValueError if it is not a mapping."""
     if not isinstance(state_dict, Mapping):
-        raise ValueError(f"state_dict must be a dict, got {_kind(state_dict)}")
+        raise ValueError(f"state_dict must be a dict, got {kind_of(state_dict)}")
     return dict(state_dict)
 
 
@@ -213,7 +220,7 @@ def _check_keys(what: str, value: object, keys: Sequence[str]) -> None:
 
 def _check_kind(what: str, value: object, kind: Any, accepted: str) -> None:
     if not isinstance(value, kind):
-        raise ValueError(f"{what} must be {accepted}, got {_kind(value)}")
+        raise ValueError(f"{what} must be {accepted}, got {kind_of(value)}")
 
 
 def _check_group(what: str, group: object) -> None:
@@ -227,10 +234,6 @@ def _check_group(what: str, group: object) -> None:
         _check_kind(f"{what}['param_names']", names, list | tuple, "a list")
         for name in names:
             _check_kind(f"each of {what}['param_names']", name, str | None, "a string")
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def copied(what: str, value: Any) -> Any:
@@ -251,39 +254,6 @@ def check_order(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) 
                 f"parameter {name!r} is number {place} in state_dict and number {places[name]} in this optimizer: "
                 "build the optimizer with its parameters in the saved order"
             )
-
-
-def without_data(t: Tensor) -> str | None:
-    """The reason why a tensor has no data that could be read, or None if it has."""
-    if is_lazy(t):
-        return "a parameter that has not been initialized"
-    t = local(t)
-    # The device of a fake tensor is the one that it simulates; its storage is on the meta device.
-    if t.is_meta or (t.layout == torch.strided and not t.is_nested and t.untyped_storage().device.type == "meta"):
-        return "a tensor on the meta device, which has no data"
-    if t.layout == torch.strided and t.numel() and not t.untyped_storage().nbytes():
-        return "a tensor whose memory has been freed"
-    return None
-
-
-def uncopied(value: object) -> str | None:
-    """The reason why a saved value cannot be copied into a moment of its shape and dtype, or None if it can."""
-    if not isinstance(value, Tensor):
-        return _kind(value)
-    if value.is_nested or value.layout != torch.strided:
-        return "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
-    return without_data(value) or ("a tensor that requires a gradient" if value.requires_grad else None)
-
-
-def writable(value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a value in an optimizer's state is a tensor of the required form that can be overwritten in place."""
-    return (
-        isinstance(value, Tensor)
-        and uncopied(value) is None
-        and (value.shape, value.dtype, value.device) == (shape, dtype, device)
-        and local(value).is_contiguous()
-        and not value.is_inference()
-    )
 
 
 def check_shape(name: str, where: str, state: Mapping[str, Any], shape: tuple[int, ...]) -> None:
@@ -324,8 +294,8 @@ def check_moments(name: str, where: str, found: Mapping[str, Any], shapes: dict[
         )
 
 
-def step_of(name: str, state: Mapping[str, Any]) -> float:
-    """The number of steps in a saved state.
+def step_of(name: str, state: Mapping[str, Any], where: str = "state_dict") -> float:
+    """The number of steps in the state of the parameter `name`.
 
     Raises:
         ValueError: if it is missing, or not a whole number from 0 to `LARGEST_STEP`.
@@ -333,14 +303,19 @@ def step_of(name: str, state: Mapping[str, Any]) -> float:
     step = state.get("step")
     number: Any = step
     if isinstance(step, Tensor):
-        number = step.item() if uncopied(step) is None and step.numel() == 1 else None
+        number = step.item() if unreadable(step) is None and step.numel() == 1 else None
     real = isinstance(number, Real) and not isinstance(number, bool)
     if not real or not 0 <= number <= LARGEST_STEP or number != int(number):
-        raise ValueError(
-            f"{name} must have a step that is a whole number from 0 to {LARGEST_STEP}, the range that its float32"
-            f" counter represents exactly; state_dict holds {shown(step)}"
-        )
+        raise invalid_step(name, where, step)
     return float(number)
+
+
+def invalid_step(name: str, where: str, step: object) -> ValueError:
+    """The error for a step counter that is not a whole number from 0 to `LARGEST_STEP`."""
+    return ValueError(
+        f"{name} must have a step that is a whole number from 0 to {LARGEST_STEP}, the range that its float32"
+        f" counter represents exactly; {where} holds {shown(step)}"
+    )
 
 
 def _names(groups: Sequence[dict[str, Any]]) -> Iterator[str | None]:

@@ -44,12 +44,12 @@ from collins.checkpoint import (
     part_of,
     saved_groups,
     step_of,
-    uncopied,
 )
 from collins.fingerprint import LAYOUT, Fingerprint
 from collins.formats import FORMATS, NONE, IntFormat
 from collins.hashing import BlockHash, UniversalHash
 from collins.options import OF_THE_WHOLE, check_options, shown
+from collins.readable import uncopied
 from collins.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ def _from_tables(state: Mapping[str, Any], expected: ExpectedState, step: int) -
     if not _keeps_second(state, expected, TABLES[1]):
         m = _first_moment(name, state, TABLES, saved.buckets, None, None)
         if own is None or saved.difference(own) is not None:
-            m = torch.zeros(saved.numel if own is None else own.buckets, device=m.device)
+            m = torch.zeros(saved.numel if own is None else own.buckets, dtype=torch.float32, device=m.device)
         return m, m[:0]
     v_buckets, v_load = _second_buckets(saved, state.get(TABLES[1]))
     m = _first_moment(name, state, TABLES, saved.buckets, None, v_buckets)
@@ -321,7 +321,7 @@ def _from_tables(state: Mapping[str, Any], expected: ExpectedState, step: int) -
         raise ValueError(f"{name} keeps dense moments here; the bucket means in state_dict do not determine them")
     v = _coarser(state[TABLES[1]], v_load, expected)
     entries = math.prod(expected.param_shape) if own is None else own.buckets
-    return m if same else torch.zeros(entries, device=v.device), v
+    return m if same else torch.zeros(entries, dtype=torch.float32, device=v.device), v
 
 
 def _second_buckets(saved: Fingerprint, v: Tensor | None) -> tuple[int, int]:

@@ -1,7 +1,9 @@
-"""The current stream of a device, and whether a CUDA graph is being captured."""
+"""The current stream of a device, and modes of PyTorch that concern steps."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,3 +26,13 @@ def place_on(device: torch.device) -> Place:
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """A context in which new tensors may be changed later, also if it is entered under `torch.inference_mode`."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield

@@ -23,7 +23,7 @@ from collins.formats import TensorSpec
 from collins.hashing import BlockHash, UniversalHash, name_key
 from collins.identical import identical
 from collins.roles import Role, found_roles
-from collins.sharding import Slice
+from collins.sharding import Slice, is_sharded
 from collins.update import HashKeys, UpdateSpec, UpdateTask
 
 Hash = BlockHash | UniversalHash
@@ -102,6 +102,7 @@ class ParamEntry:
     """
 
     __slots__ = (
+        "_addresses",
         "_guards",
         "_held",
         "counter",
@@ -136,13 +137,14 @@ class ParamEntry:
         self.program: Any = None
         self.state: dict[str, Any] | None = None
         self._guards: Any = None  # of the parameter, a gradient and the moments that have been checked together
-        self._held: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = []
+        self._held: list[tuple[str, Tensor, TensorSpec, torch.device, int]] = []
+        self._addresses: list[int] = []  # of the counter and the moments that have been checked
 
     def adopt(self, state: Mapping[str, Any]) -> None:
         """Sets the entry's tensors to those of a state."""
         tensors = self.known_spec.tensors
         self.step, self.moments = state["step"], tuple(state[name] for name in tensors)
-        self._held = [(name, state[name], due.shape, due.dtype) for name, due in tensors.items()]
+        self._held = [(name, t := state[name], due, t.device, address(t)) for name, due in tensors.items()]
         self.task = self.program = self.state = self._guards = None
 
     def accept(self, g: Tensor, state: Mapping[str, Any]) -> None:
@@ -152,6 +154,7 @@ class ParamEntry:
         mutable = isinstance(spec.hash, UniversalHash)  # its coefficients may be set
         if GUARDS_AVAILABLE and moments is not None and plain and not mutable:
             self.state, self._guards = dict(state), tensor_guards([self.p, g, *moments])
+            self._addresses = self._current_addresses()
 
     def accepts(self, g: Tensor, settings: tuple[Any, ...]) -> bool:
         """Whether a step may use this gradient without further checks, given that the values of the state are `state`.
@@ -161,14 +164,21 @@ class ParamEntry:
         """
         if self._guards is None or self.spec is None or self.spec.settings is not settings:
             return False
-        return bool(self._guards.check(self.p, g, *(self.moments or ())))
+        if not self._guards.check(self.p, g, *(self.moments or ())):
+            return False
+        return self._current_addresses() == self._addresses
+
+    def _current_addresses(self) -> list[int]:
+        """The addresses of the counter and of the moments, which are plain tensors."""
+        return [t.data_ptr() for t in (self.step, *(self.moments or ())) if t is not None]
 
     def holds(self, state: Mapping[str, Any]) -> bool:
-        """Whether a state still has the counter and the moments that were adopted, with unchanged shapes and dtypes."""
+        """Whether a state still has the counter and the moments that were adopted, of the same form and memory."""
         if self.moments is None or state.get("step") is not self.step:
             return False
-        for name, moment, shape, dtype in self._held:
-            if state.get(name) is not moment or moment.shape != shape or moment.dtype is not dtype:
+        for name, moment, due, device, at in self._held:
+            same = state.get(name) is moment and (moment.shape, moment.dtype, moment.device) == (*due, device)
+            if not same or address(moment) != at:
                 return False
         return True
 
@@ -266,6 +276,7 @@ class ParamEntries:
 
     def _made(self, groups: Sequence[dict[str, Any]], known: Mapping[int, ParamEntry]) -> list[list[ParamEntry]]:
         params = [p for group in groups for p in group["params"]]
+        _refuse_repeated(groups, params)
         found = [known.get(id(p)) for p in params]
         for number, carried in enumerate(self._copied[: len(params)]):
             found[number] = ParamEntry(params[number], *carried)
@@ -291,9 +302,27 @@ def _is_same_group(known: tuple[dict[str, Any], list[Tensor]], group: dict[str, 
     return known[0] is group and identical(known[1], params)
 
 
+def _refuse_repeated(groups: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> None:
+    """Raises a ValueError for a parameter that occurs twice in the groups: one step would update it twice at a time."""
+    if len(set(map(id, params))) == len(params):
+        return
+    seen: dict[int, str] = {}
+    for number, group in enumerate(groups):
+        for place, p in enumerate(group["params"]):
+            where = f"params[{place}] of parameter group {number}"
+            if id(p) in seen:
+                raise ValueError(f"{where} must be a parameter that no other place has, got that of {seen[id(p)]}")
+            seen[id(p)] = where
+
+
 def _free(number: int, taken: set[int]) -> int:
     """A key for a parameter without a name: its number, unless another one has it."""
     return number if number not in taken else 1 + max(key for key in taken if key < 2**63)
+
+
+def address(t: Tensor) -> int:
+    """The address of a tensor; 0 for a DTensor, whose local tensor no assignment to `.data` replaces."""
+    return 0 if is_sharded(t) else t.data_ptr()
 
 
 def label(name: str | int) -> str:

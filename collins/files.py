@@ -23,7 +23,8 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from collins._torch_internals import keystr, tree_flatten, tree_leaves_with_path, tree_map_only
-from collins.checkpoint import saved_groups, without_data
+from collins.checkpoint import saved_groups
+from collins.readable import without_data
 
 _MAGIC = b"collins\x01"
 _DIGEST = 32  # bytes

@@ -136,7 +136,7 @@ def signed(x: Tensor, masks: Tensor, *, bitwise: bool = True) -> Tensor:
 
 def _as_signs(masks: Tensor) -> Tensor:
     """Masks as signs: -1 or +1, float32."""
-    return signed(torch.ones(masks.shape, device=masks.device), masks)
+    return signed(torch.ones(masks.shape, dtype=torch.float32, device=masks.device), masks)
 
 
 def universal_bucket(index: Tensor, a: int | Tensor, b: int | Tensor, buckets: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from collins.checkpoint import CheckedStateDict
+from collins.devices import ordinary_tensors
 from collins.entries import ParamEntry
 from collins.interrupts import HeldInterrupts
 from collins.sharding import local
@@ -74,7 +75,7 @@ def load_into(
         optimizer.register_load_state_dict_post_hook(finish, prepend=True),
     )
     try:
-        with HeldInterrupts(), torch.no_grad():  # overwrites state that requires gradients too
+        with HeldInterrupts(), ordinary_tensors(), torch.no_grad():  # overwrites state that requires gradients too
             Optimizer.load_state_dict(optimizer, state_dict)
     finally:
         for hook in hooks:

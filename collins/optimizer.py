@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from collins.checkpoint import WITH_STATE, CheckedStateDict, ExpectedState, as_dict, loadable
 from collins.clipping import LAST_NORM, Clipping
 from collins.compile.tracing import register, trace_step, untraced
+from collins.devices import ordinary_tensors
 from collins.entries import Carried, Hash, ParamEntry
 from collins.fused_backward import FusedBackward
 from collins.groups import params_of, take_group
@@ -23,13 +24,13 @@ from collins.loading import load_into
 from collins.measured import Measured
 from collins.offload import MemoryPolicy, PlacementPlan
 from collins.offload.backward import GradHooks
-from collins.options import accumulation_of, check_options, max_norm_of, read_whole_options
+from collins.options import FixedOptions, accumulation_of, check_options, max_norm_of, read_whole_options
 from collins.parameter import expected_state
 from collins.report import MemoryReport, report_row
 from collins.stepper import Stepper
 
 
-class Collins(Measured, FusedBackward, Optimizer):
+class Collins(FixedOptions, Measured, FusedBackward, Optimizer):
     r"""AdamW with its moments in Count-Sketch tables, `compress_ratio` times smaller than AdamW's in fp32.
 
     With h, s the position and sign hashes of a parameter, c the load of a bucket (larger for V than for M), and g the
@@ -213,7 +214,8 @@ class Collins(Measured, FusedBackward, Optimizer):
     def _start(self, carried: Carried) -> None:
         """Creates the parts that every process and every copy has for itself: compiled code, host memory, hooks."""
         self.step_number = register(self)
-        self._stepper = Stepper(self.seed, self.compile, self.memory, self._clipping, carried)
+        with ordinary_tensors():
+            self._stepper = Stepper(self.seed, self.compile, self.memory, self._clipping, carried)
         self._backward: BackwardSteps | None = None
         self._grad_hooks: GradHooks | None = None
 
@@ -323,7 +325,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         self._drain("state_dict()")
         result = super().state_dict()
         for group, own in zip(result["param_groups"], self.param_groups, strict=True):
-            group["table_dtype"] = group["table_dtype"] and str(group["table_dtype"])
+            group["table_dtype"] = None if group["table_dtype"] is None else str(group["table_dtype"])
             if LAST_NORM in group:  # a number, which no later step overwrites
                 group[LAST_NORM] = float(group[LAST_NORM])
             group[WITH_STATE] = sum(bool(self.state.get(p)) for p in own["params"])
@@ -354,8 +356,7 @@ class Collins(Measured, FusedBackward, Optimizer):
 
     def expected_states(self) -> list[ExpectedState]:
         """The required state of each parameter, through all groups."""
-        entries = list(self._members())
-        for entry in entries:
+        for entry in (entries := list(self._members())):
             self._stepper.spec(entry)
         return [expected_state(entry, self.seed) for entry in entries]
 
@@ -366,7 +367,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         torch.compile does not trace it: the engine compiles graphs of its own, which changes of the learning rate, the
         gradients or the state do not invalidate.
         """
-        with HeldInterrupts():
+        with HeldInterrupts(), ordinary_tensors():
             self._stepper.update(self.param_groups, self.state, repeats=not self.in_backward)
             if self._backward is not None:
                 self._backward.end()
@@ -374,7 +375,7 @@ class Collins(Measured, FusedBackward, Optimizer):
 
     def _step_in_backward(self) -> None:
         """Registers the hooks that step parameters when their gradients arrive."""
-        self.in_backward = True
+        self.__dict__["in_backward"] = True  # the option is fixed
         self._backward = BackwardSteps(self.accumulation_steps)
         self._grad_hooks = GradHooks(self, Collins._update_one)
         # Makes a GradScaler pass its scale to `step` instead of looking for gradients: see BackwardSteps.check.

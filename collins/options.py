@@ -261,7 +261,7 @@ def check_options(group: dict[str, Any]) -> None:
 
     Values are converted to Python numbers in `group`, so that every step computes with the same numbers and every way
     of saving supports them: betas, any sequence of two numbers, to a tuple of two floats; scalars of numpy to floats
-    and ints; strings to the values that they represent (`read`).
+    and ints; strings, of subclasses too, to plain strings or to the values that they represent (`read`).
     """
     if not OF_THE_WHOLE.isdisjoint(group):
         name = min(OF_THE_WHOLE & group.keys())
@@ -271,7 +271,8 @@ def check_options(group: dict[str, Any]) -> None:
         )
     for name, value in group.items():
         if isinstance(value, str):
-            group[name] = read(name, value)
+            known = type(value) is str or name not in _kinds()
+            group[name] = read(name, value if known else str.__str__(value))
     _check_lr(group)
     betas = group["betas"]
     if type(betas) is not tuple or not all(type(beta) is float for beta in betas):
@@ -319,6 +320,20 @@ def check_options(group: dict[str, Any]) -> None:
     accepted = "propagate or skip with capturable=True, since a captured step cannot synchronize"
     require(not waits, "nonfinite", group["nonfinite"], accepted)
 
+
+class FixedOptions:
+    """A base class of the optimizer, by which options of the whole optimizer cannot be set once it has been built."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and "_stepper" in self.__dict__:
+            raise ValueError(
+                f"{name} cannot be changed once the optimizer has been built, got {shown(value)}: build Collins with"
+                f" {name}, and load the state dict into it"
+            )
+        super().__setattr__(name, value)
+
+
+_FIXED = OF_THE_WHOLE - {"max_grad_norm"}
 
 _DECODES: Mapping[str, Any] = ChainMap[str, Any]({ORTHOGONAL: None}, DECODES)
 _CHOICES = (("role", ROLES), ("hash", HASHES), ("decode", _DECODES), ("nonfinite", NONFINITE))

@@ -11,13 +11,22 @@ from torch.nn.parameter import is_lazy
 
 from collins._torch_internals import is_fsdp_flattened
 from collins.bucketing import Bucketing, moment_shape
-from collins.checkpoint import DENSE, TABLES, ExpectedState, check_moments, check_shape, is_moment
+from collins.checkpoint import (
+    DENSE,
+    TABLES,
+    ExpectedState,
+    check_moments,
+    check_shape,
+    is_moment,
+    step_of,
+)
 from collins.entries import Hash, ParamEntry, ParamSpec
 from collins.fingerprint import LAYOUT, Fingerprint, dense_fingerprint, fingerprint, unpacked
 from collins.formats import FORMATS, TensorSpec
 from collins.hashing import BlockHash, HashKey, UniversalHash, hash_key
 from collins.options import check_table_dtype, listed
 from collins.orthogonal import parts_of_rows
+from collins.readable import unreadable
 from collins.roles import Role, found_roles, role_under
 from collins.rounding import ROUNDED
 from collins.rule import ORTHOGONAL
@@ -268,9 +277,10 @@ def check_state(entry: ParamEntry, state: Mapping[str, Any], seed: int, store: _
     spec, own = entry.known_spec, fingerprint_of(entry, seed)
     if not has_moments(state):
         return
+    _check_values(entry, state)
     difference = unpacked(state[LAYOUT]).difference(own) if own is not None and LAYOUT in state else None
-    fits = all(
-        isinstance(state.get(name), Tensor) and state[name].shape == due.shape for name, due in spec.tensors.items()
+    fits = set(filter(is_moment, state)) == spec.tensors.keys() and all(
+        isinstance(state[name], Tensor) and state[name].shape == due.shape for name, due in spec.tensors.items()
     )
     if difference or not fits:
         check_shape(entry.name, "the optimizer", state, tuple(spec.size))
@@ -298,6 +308,23 @@ def check_state(entry: ParamEntry, state: Mapping[str, Any], seed: int, store: _
                 f"{name} of {entry.name} must be where its step needs it, got one on {moment.device} for a"
                 f" parameter on {spec.device}: move both, or call load_state_dict(state_dict()) after moving the"
                 " parameter"
+            )
+
+
+def _check_values(entry: ParamEntry, state: Mapping[str, Any]) -> None:
+    """Raises a ValueError for a counter without a valid number, and for moments that cannot be read."""
+    step, p = state.get("step"), entry.p
+    # A counter on the device is not read there: this would synchronize.
+    unread = isinstance(step, Tensor) and entry.group["capturable"] and step.device == p.device and not p.is_cpu
+    if not unread:
+        step_of(entry.name, state, "the optimizer")
+    for name in entry.known_spec.tensors:
+        moment = state.get(name)
+        # The device of a moment is compared below.
+        problem = unreadable(moment) if isinstance(moment, Tensor) and not moment.is_meta else None
+        if problem is not None:
+            raise ValueError(
+                f"{entry.name} must have a {name} that is a dense tensor with data; the optimizer holds {problem}"
             )
 
 

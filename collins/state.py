@@ -42,8 +42,19 @@ class StepCounters:
                 self._move(grown)
             self._views.append(self._steps[place])
         view = cast(Tensor, self._views[place])
+        if not self.attached(place):
+            view.data = self._steps[place]
         view.fill_(value)
         return place, view
+
+    def attached(self, place: int | None) -> bool:
+        """Whether the tensor of the counter at `place` still has the counter's memory; also True for None.
+
+        It has other memory after an assignment to its `.data`, as programs move the state of an optimizer to a device.
+        """
+        if place is None:
+            return True
+        return cast(Tensor, self._views[place]).data_ptr() == self._steps.data_ptr() + place * self._steps.itemsize
 
     def retain(self, entries: Iterable[ParamEntry]) -> None:
         """Releases the counters of all other entries; their tensors keep their values, in memory of their own."""
@@ -61,31 +72,34 @@ class StepCounters:
     def _move(self, grown: Tensor) -> None:
         """Moves the memory of all counters, or of none; the tensor objects in the state stay the same."""
         before = self._steps
+        views = [
+            (view, *memory)
+            for place, (view, *memory) in enumerate(zip(self._views, before.unbind(), grown.unbind(), strict=False))
+            if view is not None and self.attached(place)
+        ]
         try:
-            for view, new in zip(self._views, grown.unbind(), strict=False):
-                if view is not None:
-                    view.data = new
+            for view, _, new in views:
+                view.data = new
             self._numbers, self._steps = grown.numpy(), grown
         except BaseException:
             self._numbers, self._steps = before.numpy(), before
-            for view, old in zip(self._views, before.unbind(), strict=False):
-                if view is not None:
-                    view.data = old
+            for view, old, _ in views:
+                view.data = old
             raise
 
     def read(self, places: Places) -> np.ndarray:
         """The values of the counters at these places: float32, 1-d."""
         return self._numbers[places].copy()
 
-    def read_one(self, place: int) -> int:
+    def read_one(self, place: int) -> float:
         """The value of the counter at this place."""
-        return int(self._numbers[place])
+        return float(self._numbers[place])
 
-    def common(self, places: Places) -> int | None:
+    def common(self, places: Places) -> float | None:
         """The value of the counters at these places, of which there is at least one; None if they differ."""
         values = self._numbers[places]
         found = values.tobytes()  # compared faster than numpy's operations begin
-        return int(values[0]) if found == found[: values.itemsize] * len(values) else None
+        return float(values[0]) if found == found[: values.itemsize] * len(values) else None
 
     def set(self, places: Places, counts: Any) -> None:
         """Sets the counters at these places, which must be distinct, to values of their own or to one number."""
@@ -127,7 +141,7 @@ def adopt(
         own = {"step": counter}
     for (name, due), tensor, old in zip(spec.tensors.items(), kept, given, strict=True):
         own[name] = state[name] if tensor is old else placed(tensor, p, due.shape)
-    if p not in states:
+    if states.get(p) is None:
         states[p] = {}
     states[p].update(own)
     if made or spec.hash is None:  # dense moments do not depend on the key
@@ -139,7 +153,7 @@ def adopt(
 def drop(entries: Iterable[ParamEntry], states: MutableMapping[Tensor, Any]) -> None:
     """Removes the state that `adopt` allocated for parameters that were not stepped in the end."""
     for entry in entries:
-        state = states.get(entry.p, {})
+        state = states.get(entry.p) or {}
         for name in ("step", LAYOUT, *entry.known_spec.tensors):
             state.pop(name, None)
         if not state:

@@ -185,7 +185,8 @@ class UpdateSamples:
             columns = new.to(wide) - old.to(wide), new.to(wide), (new != old).to(wide)
             sizes = [len(sample(p)) for p in members]
             norms = foreach_norm([part for column in columns for part in column.split(sizes)], 2)
-            weights = torch.tensor([p.numel() / size for p, size in zip(members, sizes, strict=True)], device="cpu")
+            counts = [p.numel() / size for p, size in zip(members, sizes, strict=True)]
+            weights = torch.tensor(counts, dtype=wide, device="cpu")
             if not new.is_cpu:
                 weights = weights.pin_memory().to(new.device, non_blocking=True)
             sums = (torch.stack(norms).view(3, -1).square() * weights).sum(1)
@@ -262,7 +263,7 @@ class Statistics:
     def values(self, norm: Tensor | None, link_bytes: int) -> dict[str, Tensor | int]:
         """All statistics, including the given gradient norm of the last step, if known, and the bytes copied so far."""
         counts = self.skips.buckets, self.skips.steps
-        norm = torch.full((), math.nan, device=counts[0].device) if norm is None else norm
+        norm = torch.full((), math.nan, dtype=torch.float32, device=counts[0].device) if norm is None else norm
         known = {"grad_norm": norm, "skipped_buckets": counts[0], "skipped_steps": counts[1]}
         return {**known, "link_bytes": link_bytes, **self.updates.values}
 

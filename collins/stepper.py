@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from collins.checkpoint import writable
 from collins.clipping import UNSCALED, Clipping
 from collins.compile import Engine
 from collins.compile.program import ProgramGroup, ScalarsOf, StepProgram, scalars_under
@@ -29,6 +28,7 @@ from collins.offload.staging import StateRequest
 from collins.offload.tiers import ResidentStore, Store, TieredStore
 from collins.options import check_options
 from collins.parameter import check_state, gradient_of, has_moments, role_of, settings_of, spec_of, task_of
+from collins.readable import writable
 from collins.roles import Role
 from collins.rule import StepScalars, partial_scalars
 from collins.sharding import is_placed_like, is_sharded, local, placed, refuse_flat_partitions, sharded_over
@@ -241,7 +241,7 @@ class Stepper:
         """Raises an error for a parameter or a state that cannot be stepped."""
         spec = self.spec(entry, settings)
         state = states.get(entry.p) or {}
-        if entry.holds(state):
+        if entry.holds(state) and self._counters.attached(entry.counter):
             if isinstance(spec.hash, UniversalHash):  # its coefficients may have been set
                 check_state(entry, state, self.seed, self.store)
             return

@@ -13,7 +13,7 @@ from torch import Tensor
 from collins._torch_internals import foreach_copy_, is_compile_error, version_of
 from collins.compile.graphs import Graphs, ScalarTensors, is_small, split, stack_key, whole_of
 from collins.compile.matrices import MatrixSteps
-from collins.compile.program import Executor
+from collins.compile.program import Executor, moment_guards
 from collins.rule import ORTHOGONAL, StepScalars
 from collins.update import EagerUpdate, UpdateSpec, UpdateTask
 
@@ -207,8 +207,12 @@ class EngineExecutor:
             if batches:
                 self._kernel = KernelExecutor(engine.launches, batches, engine.run_kernel)
         self._rest = {number: tasks[number] for number in rest}
+        self._moments = [t for number in rest for t in (*tasks[number].m, *tasks[number].v)]
+        self._guards = moment_guards(self._moments)
 
     def bind(self, grads: Sequence[Tensor]) -> Any:
+        if self._guards is not None and not self._guards.check(*self._moments):  # the kernel compares addresses
+            return None
         addresses = None if self._kernel is None else self._kernel.bind(grads)
         return None if self._kernel is not None and addresses is None else (grads, addresses)
 

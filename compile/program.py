@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from collins._torch_internals import GUARDS_AVAILABLE, foreach_copy_, tensor_guards
+from collins.checkpoint import LARGEST_STEP, invalid_step
 from collins.entries import Hash, ParamEntry
 from collins.hashing import UniversalHash
 from collins.identical import identical
@@ -47,6 +48,12 @@ class Executor(Protocol):
             done: the number of each task is appended when the task has been stepped. If `run` raises, parameters and
                 moments of all other tasks are unchanged.
         """
+
+
+def moment_guards(moments: Sequence[Tensor]) -> Any:
+    """Guards that compare the form of the moments of an executor; None where there are none to be compared."""
+    distinct = len(set(map(id, moments))) == len(moments)  # the guards reject a tensor that is given twice
+    return tensor_guards(moments) if GUARDS_AVAILABLE and moments and distinct else None
 
 
 class ProgramGroup(NamedTuple):
@@ -174,10 +181,17 @@ class StepProgram:
         counters = self._counters
         common = counters.read_one(cast(int, group.entries[0].counter)) if count == 1 else counters.common(places)
         if common is not None:
-            scalars.append(scalars_of(options, common + advance))
+            if not 0 <= common <= LARGEST_STEP:  # set to it by the user
+                raise invalid_step(group.entries[0].name, "the optimizer", common)
+            now = int(common) + advance
+            scalars.append(scalars_of(options, now))
             rows += [first] * count
-            return common + advance
-        numbers = counters.read(places) + advance
+            return now
+        numbers = counters.read(places)
+        for entry, number in zip(group.entries, numbers.tolist(), strict=True):
+            if not 0 <= number <= LARGEST_STEP:
+                raise invalid_step(entry.name, "the optimizer", number)
+        numbers += advance
         distinct = {t: row for row, t in enumerate(dict.fromkeys(numbers.tolist()), first)}
         scalars += (scalars_of(options, int(t)) for t in distinct)
         rows += map(distinct.__getitem__, numbers.tolist())
@@ -236,6 +250,8 @@ class _Guards:
     ) -> None:
         self._params, self._others, self._states = [entry.p for entry in entries], others, states
         self._tensors = tensor_guards([*map(_grad, self._params), *self._params])
+        self._steps = [entry.step for entry in entries if entry.step is not None]
+        self._addresses = list(map(Tensor.data_ptr, self._steps))
         self._owners, self._kept = list(states), list(map(dict, states.values()))
         self._hashes = [(hash, hash.coefficients) for hash in map(_hash, entries) if isinstance(hash, UniversalHash)]
 
@@ -247,6 +263,7 @@ class _Guards:
             self._tensors.check(*grads, *params)
             and all(p.grad is None for p in self._others)
             and self._same_states(states)
+            and list(map(Tensor.data_ptr, self._steps)) == self._addresses
             and all(hash.coefficients == known for hash, known in self._hashes)
         )
         return grads if same else None

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from collins._torch_internals import post_accumulate_grad_hooks
 
@@ -52,12 +53,13 @@ class GradHooks:
                     f"{name} is stepped in backward by another optimizer already, which would take its gradients:"
                     " delete that one first (and call gc.collect(), if a scheduler refers to it)"
                 )
-            if p.requires_grad:
+            if p.requires_grad and not is_lazy(p):  # it cannot have hooks before the first forward
                 new.append(p)
         if new:
             # A handle refers to the hooks of its parameter weakly.
-            live = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
-            self._handles[:] = [*live, *(p.register_post_accumulate_grad_hook(self._hook) for p in new)]
+            self._handles[:] = [handle for handle in self._handles if handle.hooks_dict_ref() is not None]
+            for p in new:
+                self._handles.append(p.register_post_accumulate_grad_hook(self._hook))
 
 
 def refuse_replicas(params: Iterable[Tensor]) -> None:

@@ -98,8 +98,9 @@ class Slab:
         block = _mapped(max(self.nbytes, 1))  # no mapping is empty
         self.pinned = pin and self.nbytes > 0 and torch.cuda.is_available() and _pinned(block, self.nbytes)
         self._bytes = torch.frombuffer(block, dtype=torch.uint8)[: self.nbytes]
-        starts, _ = offsets(self.parts)
-        self._tensors = [_part(block, start, part) for start, part in zip(starts, self.parts, strict=True)]
+        self._block = block
+        self._starts, _ = offsets(self.parts)
+        self._tensors = list(map(self._tensor, range(len(self.parts))))
 
     @property
     def bytes(self) -> Tensor:
@@ -120,6 +121,32 @@ class Slab:
         """
         self.check_process()
         return self._tensors
+
+    def reattach(self, part: int) -> Tensor | None:
+        """Gives a part's tensor the memory of the block again, if it has other memory after an assignment to `.data`.
+
+        Returns:
+            The tensor that it was until then; None if it had the memory of the block.
+        """
+        t, spec = self.tensors[part], self.parts[part]
+        at = ctypes.addressof(self._block) + self._starts[part]
+        if (tuple(t.shape), t.dtype) == spec and (not spec.nbytes or t.data_ptr() == at):
+            return None
+        other = t.detach()
+        t.data = self._tensor(part)
+        return other
+
+    def _tensor(self, part: int) -> Tensor:
+        """A new tensor of a part, whose storage has only the bytes of the part.
+
+        Saving a tensor saves its whole storage, and `torch.distributed.checkpoint` (2.13) cannot stage a DTensor whose
+        local part has an offset in its storage.
+        """
+        shape, dtype = self.parts[part]
+        count = self.parts[part].nbytes // dtype.itemsize
+        if not count:
+            return torch.zeros(shape, dtype=dtype, device="cpu")
+        return torch.frombuffer(self._block, dtype=dtype, count=count, offset=self._starts[part]).view(shape)
 
     def check_process(self) -> None:
         """Raises a RuntimeError in any process other than the one that made the slab."""
@@ -173,18 +200,6 @@ def _mapped(nbytes: int) -> _Block:
         with contextlib.suppress(OSError):
             mapping.madvise(_WIPE_ON_FORK)
     return (ctypes.c_char * nbytes).from_buffer(mapping)
-
-
-def _part(block: _Block, start: int, part: TensorSpec) -> Tensor:
-    """A part as a tensor whose storage has only the bytes of the part.
-
-    Saving a tensor saves its whole storage, and `torch.distributed.checkpoint` (2.13) cannot stage a DTensor whose
-    local part has an offset in its storage.
-    """
-    count = part.nbytes // part.dtype.itemsize
-    if not count:
-        return torch.zeros(part.shape, dtype=part.dtype)
-    return torch.frombuffer(block, dtype=part.dtype, count=count, offset=start).view(part.shape)
 
 
 def _pinned(block: _Block, nbytes: int) -> bool:

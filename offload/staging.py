@@ -15,7 +15,7 @@ from torch import Tensor
 
 from collins._torch_internals import version_of
 from collins.compile import Engine
-from collins.compile.program import Executor
+from collins.compile.program import Executor, moment_guards
 from collins.formats import TensorSpec
 from collins.offload.memory import DeviceFigures, device_figures, host_memory_free
 from collins.offload.pipeline import Pipeline
@@ -110,9 +110,26 @@ class HostTier:
         found = self._slabs[transfer].tensors
         return tuple(found[part] for part in parts)
 
+    def reattach(self, region: int) -> None:
+        """Moves the moments of a region back into their slab, if an assignment to `.data` has given them other memory.
+
+        Programs that move the state of an optimizer to a device assign so.
+        """
+        transfer, parts = self._where[region]
+        slab = self._slabs[transfer]
+        others = {part: other for part in parts if (other := slab.reattach(part)) is not None}
+        if not others:
+            return
+        self.drain()
+        for part, other in others.items():
+            if other.shape == slab.parts[part].shape:
+                slab.tensors[part].copy_(other)
+        self.take_versions(region)
+
     def free_region(self, request: StateRequest) -> int | None:
         """Assigns a free region that the request's moments fit exactly; None if there is none."""
         for region in sorted(self._free):
+            self.reattach(region)
             found = tuple(TensorSpec(tuple(t.shape), t.dtype) for t in self.tensors(region))
             if found == request.tensors:
                 self._free.remove(region)
@@ -191,7 +208,8 @@ class HostTier:
     def finish(self) -> None:
         self._arrived.clear()
         self.pipeline.finish()
-        self.pipeline.prefetch_first()
+        if self.pipeline.streams.asynchronous:
+            self.pipeline.prefetch_first()
 
     def drain(self) -> None:
         self.pipeline.drain()
@@ -221,11 +239,16 @@ class TieredExecutor:
                 self._resident.append(number)
             else:
                 self._hosts.setdefault(host, []).append((number, region))
+        self._on_host = [t for each in placed if each.host is not None for t in each.tensors]
+        self._addresses, self._guards = list(map(Tensor.data_ptr, self._on_host)), moment_guards(self._on_host)
         own = [grads[number] for number in self._resident]
         self._executor = engine.executor([tasks[number] for number in self._resident], own)
         self._staged: dict[Any, Executor] = {}
 
     def bind(self, grads: Sequence[Tensor]) -> Any:
+        same = self._guards is None or self._guards.check(*self._on_host)
+        if not same or list(map(Tensor.data_ptr, self._on_host)) != self._addresses:
+            return None
         bound = self._executor.bind([grads[number] for number in self._resident])
         return None if bound is None else (grads, bound)
 

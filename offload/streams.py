@@ -40,6 +40,7 @@ class Streams(Protocol):
     """The streams of a device. Work on one stream runs in order; work on different streams is ordered by waits only."""
 
     device: torch.device
+    asynchronous: bool  # whether copies run beside the work of the host
 
     def empty(self, nbytes: int) -> Tensor:
         """Device memory for the current stream: uint8, shape (nbytes,)."""
@@ -68,6 +69,8 @@ class Streams(Protocol):
 
 class CudaStreams:
     """The streams of a CUDA device: one for each copy direction, made once for the device, and the current stream."""
+
+    asynchronous = True
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -122,6 +125,8 @@ def _copy_streams(index: int) -> dict[StreamKind, torch.cuda.Stream]:
 
 class HostStreams:
     """Synchronous streams, for parameters on the CPU."""
+
+    asynchronous = False
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")

@@ -112,7 +112,10 @@ class ResidentStore:
         return moment.device == p.device
 
     def adopt(self, p: Tensor, specs: Sequence[TensorSpec], given: Sequence[Tensor | None]) -> list[Tensor]:
-        return [zeros(spec, p.device) if t is None else t for spec, t in zip(specs, given, strict=True)]
+        return [
+            zeros(spec, p.device) if t is None else t if _is_changeable(t) else t.detach().clone()
+            for spec, t in zip(specs, given, strict=True)
+        ]
 
     def tensors_to_load(self, p: Tensor, specs: Sequence[TensorSpec], present: Sequence[Tensor | None]) -> list[Tensor]:
         return _fitting(specs, present, p.device)
@@ -136,6 +139,14 @@ class ResidentStore:
 
     def drain(self) -> None:
         pass
+
+
+def _is_changeable(t: Tensor) -> bool:
+    """Whether later code can change a tensor in place: its elements do not share memory, and neither inference mode
+    nor autograd forbids it.
+    """
+    distinct = all(stride or size == 1 for size, stride in zip(t.shape, t.stride(), strict=True))
+    return distinct and not t.is_inference() and not t.requires_grad
 
 
 def _fitting(specs: Sequence[TensorSpec], present: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
@@ -201,10 +212,12 @@ class TieredStore:
 
     def serves(self, p: Tensor, moment: Tensor) -> bool:
         placed = self._placed.get(p)
-        return placed is None or placed.device == p.device
+        has_data = p.is_meta or not moment.is_meta
+        return has_data and (placed is None or placed.device == p.device)
 
     def adopt(self, p: Tensor, specs: Sequence[TensorSpec], given: Sequence[Tensor | None]) -> list[Tensor]:
         placed = self._placed[p]
+        _reattach(placed)
         pairs = list(zip(placed.tensors, given, strict=True))
         if any(own is not t for own, t in pairs):
             if placed.host is not None:
@@ -222,6 +235,7 @@ class TieredStore:
         placed = self._placed.get(p)
         if placed is None:
             return _fitting(specs, present, torch.device("cpu"))
+        _reattach(placed)
         if placed.host is not None:
             placed.host.drain()
         return list(placed.tensors)
@@ -267,6 +281,16 @@ class TieredStore:
                 self._placed[request.p] = Placed(host.tensors(region), host, region, request.p.device, plan)
                 return True
         return False
+
+
+def _reattach(placed: Placed) -> None:
+    """Moves moments whose `.data` has been replaced back to where they were placed."""
+    if placed.host is not None:
+        placed.host.reattach(placed.region)
+        return
+    for t in placed.tensors:
+        if t.device != placed.device:
+            t.data = t.detach().to(placed.device)
 
 
 def _holds(placed: Placed, request: StateRequest) -> bool:

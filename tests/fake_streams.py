@@ -98,6 +98,7 @@ class FakeStreams:
 
     def __init__(self, mode="late", drop=(), *, inherits=True, holds=True, caches_current=False, remakes_streams=False):
         self.device = torch.device("cpu")
+        self.asynchronous = True
         self.mode, self.drop, self.inherits, self.holds = mode, set(drop), inherits, holds
         self.remakes_streams = remakes_streams
         self.rng = random.Random(mode if isinstance(mode, int) else 0)

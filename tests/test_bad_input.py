@@ -1,5 +1,7 @@
 """Errors for invalid input name the argument, its value and what is accepted, and leave everything unchanged."""
 
+import contextlib
+import math
 import re
 from collections import UserList
 
@@ -341,6 +343,57 @@ def test_modified_moments_are_rejected(what, options):
     with pytest.raises(ValueError, match=message):
         opt.step()
     assert torch.equal(other.detach(), before)
+
+
+def freed(t):
+    t.untyped_storage().resize_(0)
+    return t
+
+
+UNREADABLE = {
+    "sparse": ("exp_avg", lambda t: t.to_sparse(), "dense tensor with data; the optimizer holds a tensor of layout"),
+    "freed": ("exp_avg_sq", lambda t: freed(t.clone()), "the optimizer holds a tensor whose memory has been freed"),
+    "meta": ("exp_avg", lambda t: t.to("meta"), "got one on meta"),
+    "no step": ("step", lambda t: None, "must have a step that is a whole number .* the optimizer holds None"),
+    "NaN": ("step", lambda t: torch.tensor(math.nan), "parameter 0 must have a step that .* holds tensor.nan"),
+    "negative": ("step", lambda t: torch.tensor(-1.0), "parameter 0 must have a step that .* holds tensor.-1"),
+    "two": ("step", lambda t: torch.ones(2), "parameter 0 must have a step that .* holds tensor"),
+    "filled with NaN": ("step", lambda t: t.fill_(math.nan), "parameter 0 must have a step that .* holds nan"),
+    "filled with -1": ("step", lambda t: t.fill_(-1), "parameter 0 must have a step that .* holds -1.0"),
+}
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+@pytest.mark.parametrize("memory", [None, "device", "host"])
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_state_that_cannot_be_read_is_rejected_in_every_tier(what, memory, in_backward):
+    name, change, message = UNREADABLE[what]
+    p = param(64, 64)
+    opt = Collins([p], compress_ratio=1, memory=memory, in_backward=in_backward)
+    for step in range(4):
+        if step == 3:
+            before = p.detach().clone()
+            opt.state[p][name] = change(opt.state[p][name])
+        with pytest.raises(ValueError, match=message) if step == 3 else contextlib.nullcontext():
+            p.square().sum().backward()
+            opt.step()
+    assert torch.equal(p.detach(), before)
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
+def test_a_parameter_listed_twice_after_construction(in_backward):
+    p, q = param(64, 64), param(40)
+    opt = Collins([{"params": [p]}, {"params": [q]}], in_backward=in_backward)
+    opt.param_groups[1]["params"].append(p)
+    before = p.detach().clone()
+    message = r"params\[1\] of parameter group 1 must be .* got that of params\[0\] of parameter group 0"
+    step = (p.square().sum() + q.square().sum()).backward
+    if not in_backward:
+        step()
+        step = opt.step
+    with pytest.raises(ValueError, match=message):
+        step()
+    assert torch.equal(p.detach(), before)
 
 
 @pytest.mark.parametrize("what", ["size", "dtype"])

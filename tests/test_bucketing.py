@@ -32,7 +32,8 @@ def test_layout_follows_its_rules(numel, ratio, min_K, hash):
         assert load & (load - 1) == 0
         assert 2 <= load <= ratio
         assert layout.buckets == -(-numel // load)
-        assert 2 * load > ratio or -(-numel // (2 * load)) < min_K  # none larger would do
+        # None larger would do.
+        assert 2 * load > ratio or -(-numel // (2 * load)) < min_K or layout.buckets == 1
 
 
 def test_examples_by_hand():
@@ -45,5 +46,6 @@ def test_examples_by_hand():
     assert of(4096 * 4096)[2:] == (2**19, 32)
     assert of(4096 * 4096, ratio=100)[2:] == (2**18, 64)
     assert of(4096 * 4096, ratio=1).hash is None
+    assert of(3072, ratio=2**70, min_K=1)[2:] == (1, 4096)
     assert of(1025, hash="universal")[2:] == (1024, 1025 / 1024)
     assert of(10**6, ratio=128, hash="universal")[2:] == (7812, 10**6 / 7812)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import bits, same_snapshots, snapshot
 
-from collins import Collins
+from collins import Collins, convert
 from collins.fingerprint import dense_fingerprint, unpacked
 from collins.offload.pipeline import Traffic
 
@@ -273,6 +273,31 @@ def test_an_option_that_contradicts_existing_tables_is_rejected(option, value, t
     assert opt.state[p]["step"] == 1
 
 
+def test_a_decode_without_a_second_moment_is_rejected_where_there_is_one():
+    """It would be saved with a state that no optimizer of this decode loads."""
+    p = parameter(64, 144)
+    opt = Collins([p], table_dtype=torch.bfloat16)
+    give_gradient(p, 0)
+    opt.step()
+    opt.param_groups[0]["decode"] = "orthogonal"
+    with pytest.raises(ValueError, match=r"parameter 0 has moments .*; the optimizer holds .*v_table"):
+        opt.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", 1), ("compile", True), ("memory", "host"), ("in_backward", True), ("accumulation_steps", 2)],
+)
+def test_options_of_the_whole_optimizer_are_fixed_once_it_is_built(name, value):
+    p = parameter(64, 64)
+    opt = Collins([p])
+    for each in (opt, copy.deepcopy(opt)):
+        with pytest.raises(ValueError, match=f"{name} cannot be changed once the optimizer has been built, got"):
+            setattr(each, name, value)
+        give_gradient(each.param_groups[0]["params"][0], 0)
+        each.step()
+
+
 def test_coefficients_set_for_existing_tables_are_rejected():
     p = parameter(64, 144)
     opt = Collins([p], hash="universal")
@@ -331,12 +356,43 @@ def counter_filled(opt, p):
     opt.state[p]["step"].fill_(20)
 
 
+def data_moved(opt, p):
+    """As programs move the state of an optimizer between devices: `t.data = t.data.to(device)`."""
+    for t in filter(torch.is_tensor, opt.state[p].values()):
+        t.data = t.data.clone()
+
+
+def data_replaced(opt, p):
+    opt.state[p]["m_table"].data = torch.full_like(opt.state[p]["m_table"], 0.25)
+    opt.state[p]["step"].data = torch.tensor(20.0)
+
+
+def storage_replaced(opt, p):
+    opt.state[p]["v_table"].set_(torch.full_like(opt.state[p]["v_table"], 0.25))
+
+
+def expanded(opt, p):
+    """All elements share memory, and cannot be changed in place."""
+    m = opt.state[p]["m_table"]
+    opt.state[p]["m_table"] = torch.full((), 0.25).expand(m.shape)
+
+
+def replaced_with_gradient(opt, p):
+    opt.state[p]["m_table"] = torch.full_like(opt.state[p]["m_table"], 0.25).requires_grad_()
+
+
+def replaced_in_inference_mode(opt, p):
+    with torch.inference_mode():
+        opt.state[p]["m_table"] = torch.full_like(opt.state[p]["m_table"], 0.25)
+
+
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 @pytest.mark.parametrize(
     "edit",
     [
         reset_by_clear, reset_by_del, reset_by_replacement, emptied, zeroed, halved, replaced, one_replaced,
-        counter_set, counter_filled,
+        counter_set, counter_filled, data_moved, data_replaced, storage_replaced, expanded,
+        replaced_with_gradient, replaced_in_inference_mode,
     ],
 )  # fmt: skip
 def test_edits_of_the_state_take_effect_in_every_tier(edit, in_backward):
@@ -348,6 +404,8 @@ def test_edits_of_the_state_take_effect_in_every_tier(edit, in_backward):
             if step == 4:
                 opt.state_dict()  # waits for copies to the host
                 edit(opt, p)
+            if step == 6:
+                opt.load_state_dict(opt.state_dict())
             give_gradient(p, step), give_gradient(q, 50 + step)
             grads, p.grad, q.grad = (p.grad, q.grad), None, None
             ((p * grads[0]).sum() + (q * grads[1]).sum()).backward()
@@ -357,10 +415,31 @@ def test_edits_of_the_state_take_effect_in_every_tier(edit, in_backward):
         results.append(
             [p.detach(), q.detach(), *(state[i][name] for i in state for name in ("step", "m_table", "v_table"))]
         )
+        assert edit is not data_moved or state[0]["step"] == 7
     assert all(torch.equal(bits(a), bits(b)) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("edit", [zeroed, halved, replaced])
+def test_counters_whose_data_was_moved_are_kept_when_others_are_added():
+    """The 65th counter moves the memory of all others."""
+    ps = [parameter(4) for _ in range(66)]
+    opt = Collins(ps[:64])
+    for step in range(3):
+        for p in ps[: 64 if step < 2 else 66]:
+            give_gradient(p, step)
+        opt.step()
+        if step == 1:
+            for p in ps[:2]:
+                opt.state[p]["step"].data = torch.tensor(7.0)
+            opt.add_param_group({"params": ps[64:]})
+    assert [int(opt.state[p]["step"]) for p in (ps[0], ps[1], ps[2], ps[65])] == [8, 8, 3, 1]
+
+
+def zeroed_through_data(opt, p):
+    for name in ("m_table", "v_table"):
+        opt.state[p][name].data.zero_()
+
+
+@pytest.mark.parametrize("edit", [zeroed, halved, replaced, zeroed_through_data])
 @pytest.mark.parametrize(("shape", "ratio"), [((64, 64), 32), ((90, 91), 16), ((64, 128), 64)], ids=str)
 def test_tables_of_small_parameters_can_be_edited_under_the_defaults(shape, ratio, edit):
     """Between two steps, without a call of the optimizer that waits for copies or changes the state."""
@@ -504,6 +583,50 @@ def test_the_default_dtype_of_the_process_has_no_effect(dtype, options):
         return [p.detach(), *(t for name, t in opt.state[p].items() if name != "layout")]
 
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(run(torch.float32), run(dtype), strict=True))
+
+
+def test_the_default_dtype_has_no_effect_on_conversion_and_statistics():
+    def run(default):
+        p, q = parameter(192, 144), parameter(192, 144)
+        adamw = torch.optim.AdamW([p])
+        opt, other = Collins([q], lr=1e-3), Collins([q], lr=1e-3, seed=1)
+        give_gradient(p, 0), give_gradient(q, 0)
+        adamw.step(), other.step()
+        torch.set_default_dtype(default)
+        try:
+            opt.load_state_dict(convert(adamw.state_dict(), opt))
+            opt.statistics(updates=True)
+            opt.step()
+            statistics = opt.statistics()
+            opt.load_state_dict(convert(other.state_dict(), opt))
+            signs = opt.hash_of(q).sign(torch.arange(8), 1)
+            opt.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return [q.detach(), signs, *(t for t in statistics.values() if torch.is_tensor(t))]
+
+    for dtype in (torch.bfloat16, torch.float64):
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(run(torch.float32), run(dtype), strict=True))
+
+
+@in_every_tier
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}], ids=str)
+def test_what_is_built_loaded_or_stepped_in_inference_mode_can_be_stepped_outside(options, memory):
+    def run(mode):
+        p = parameter(64, 144)
+        with mode():
+            opt = Collins([p], lr=1e-3, memory=memory, **options)
+        for inside in (True, False, True, False):
+            with mode() if inside else torch.no_grad():
+                if opt.state:
+                    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+                give_gradient(p, len(opt.state))
+                opt.step()
+        return [p.detach(), *(t for name, t in opt.state[p].items() if name != "layout")]
+
+    assert all(
+        torch.equal(bits(a), bits(b)) for a, b in zip(run(torch.no_grad), run(torch.inference_mode), strict=True)
+    )
 
 
 @pytest.mark.parametrize("built_inside", [True, False])

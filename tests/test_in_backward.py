@@ -494,3 +494,17 @@ def test_options_loaded_within_a_step_apply_to_the_rest_of_it():
         half(torch.ones(1, 32)).square().sum().backward()
         assert torch.equal(half.weight, before) == (rate == 0)
     opt.step()
+
+
+def test_parameters_without_a_shape_are_stepped_in_backward_once_they_have_one():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LazyLinear(4))
+    opt = Collins(model.named_parameters(), in_backward=True)
+    for step in range(3):
+        before = [p.detach().clone() for p in model.parameters()] if step else []
+        model(torch.ones(2, 8)).square().sum().backward()
+        assert all(p.grad is None for p in model.parameters()) == bool(step)
+        opt.step()
+        opt.zero_grad()
+        assert not any(map(torch.equal, model.parameters(), before))
+    assert len(opt.state) == 4

@@ -1,8 +1,11 @@
 """Options as strings, as configuration files and command lines pass them."""
 
+import enum
 import inspect
+import io
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,3 +129,20 @@ def test_a_number_out_of_range_is_rejected_as_a_string_too():
         make_optimizer(betas="0.9,1.5")
     with pytest.raises(ValueError, match=r"lr must be finite and at least 0, got -1\.0"):
         make_optimizer(lr="-1")
+
+
+class Decode(enum.StrEnum):
+    """Options as programs declare them."""
+
+    RESIDUAL = "residual"
+
+
+def test_a_string_of_a_subclass_is_kept_as_a_plain_string():
+    """`torch.load` with `weights_only=True` reads plain strings only."""
+    opt = make_optimizer(decode=Decode.RESIDUAL, nonfinite=np.str_("skip"))
+    (group,) = opt.param_groups
+    assert alike(group["decode"], "residual")
+    assert alike(group["nonfinite"], "skip")
+    torch.save(opt.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    opt.load_state_dict(torch.load(file, weights_only=True))

@@ -429,6 +429,7 @@ def test_additional_state_of_a_wrapper_is_loaded_bitwise(device, memory, round_t
     train(other, target, 1)
     slow = torch.randn(128, 64, dtype=torch.float64, device=device)
     extra = {"slow": slow, "turn": 3, "history": [(1, torch.ones(2, dtype=torch.int32))], "mask": torch.eye(2).bool()}
+    extra |= {"exp_avg_slow": torch.ones(3), "m_table_age": 2}  # names that begin as those of moments do
     source.state[net[0].weight].update(extra)
     saved = ROUND_TRIPS[round_trip](source.state_dict())
     target.load_state_dict(saved)
