@@ -404,6 +404,18 @@ def test_a_large_transfer_finds_its_slot_free_when_it_is_expected(slots):
             assert len({offset for _, offset in offsets[1:-1]}) == slots
 
 
+@pytest.mark.parametrize(("slots", "expected"), [(2, [0, 1, 0, 1]), (3, [1, 2, 1, 2]), (4, [1, 2, 3, 1])])
+def test_neighbours_use_different_slots_before_any_order_is_known(slots, expected):
+    """The smaller slots in turn; a single one takes turns with the larger slot."""
+    pipeline = pipeline_of([3000, *[100] * 4, 2000], FakeStreams("late"), slots)
+    offsets, _ = spied(pipeline)
+    for transfer in (1, 2, 3, 4):
+        with pipeline.using(transfer):
+            pass
+    starts = list(accumulate(pipeline.ring.sizes, initial=0))
+    assert [starts.index(offset) for _, offset in offsets] == expected
+
+
 def test_a_transfer_uses_only_slots_that_it_fits_into():
     pipeline = pipeline_of(SIZES, HostStreams(), 3)
     assert pipeline.ring.sizes == (3072, 512, 512)
