@@ -14,9 +14,9 @@ where n' is the norm of the last step with a finite norm (0 before the first one
 of this step that have arrived on the device and stream of g_i, including g_i. If a step takes several backward passes,
 the gradients of each are counted separately, in n' and below too: this is the norm of their sum if they are orthogonal,
 as independent noise is. If norms change little between steps, this is exact clipping with the norm of the step before.
-For any gradients, the norm of the scaled gradients of a step
-is at most C sqrt(1 + 2 ln(n_t / ||g_1||)) on one device, since sum_i ||g_i||^2 / s_i^2 <= 1 + ln(s_n^2 / s_1^2). n' is
-kept in the parameter groups, so that it is saved and loaded with them.
+For any gradients, the norm of the scaled gradients of a step is at most C sqrt(1 + 2 ln(n_t / ||g_1||)) on one device,
+since sum_i ||g_i||^2 / s_i^2 <= 1 + ln(s_n^2 / s_1^2). n' is kept in the parameter groups, so that it is saved and
+loaded with them.
 
 An infinite norm multiplies gradients by 0 and a NaN norm by NaN, as `clip_grad_norm_` does. Under nonfinite="skip" a
 norm that is not finite skips the whole step (in backward: the parameter whose gradient is not finite), and in backward

@@ -13,7 +13,7 @@ From tables of hash="block" with load c to coarser ones with load c', where c di
 - V is exact: a mean of means, each weighted by its bucket's load.
 - M restarts at 0, as in every bucket that draws new signs. The old signs belong to the old buckets, and no linear map
   takes the old M to the new one. Encoding the unbiased decode c s(i) M_{h(i)} again would be right on average, but its
-  noise has sqrt(c) times the size of the moment, and all of that noise would enter the step.
+  noise has about sqrt(c) times the size of the moment, and all of that noise would enter the step.
 
 Two conversions are impossible and refused: to finer tables, since a mean does not determine its parts, and between
 hash="universal" with different coefficients, since elements that shared a bucket no longer share one.
@@ -77,8 +77,8 @@ def convert(state_dict: Mapping[str, Any], optimizer: Collins) -> dict[str, Any]
     Other entries of a parameter's state (slow weights of a wrapper) are kept unchanged.
 
     "Exact" means up to the rounding of the saved format and of the new one, which is to nearest. Every other conversion
-    is refused. lr, betas, eps, weight_decay and maximize are the saved ones; note that the best learning rate of AdamW
-    is lower than that of Collins.
+    is refused. lr, betas, eps, weight_decay and, from Collins, residual_weight and residual_square are the saved ones;
+    set those that were for another rule after loading: the best learning rate of AdamW is lower than that of Collins.
 
     Args:
         state_dict: the state dict of an optimizer with the same groups of parameters in the same order. It is not

@@ -24,9 +24,9 @@ def whole_folder(path: str | os.PathLike[str], *, group: dist.ProcessGroup | Non
     """A context manager for a temporary folder, which is renamed to `path` when every rank has exited without an error.
 
     Every rank of the group enters and exits the context; both are collective operations. All files must be complete at
-    exit, so wait for the result of an asynchronous save before. Files are flushed to the disk before the folder is
-    renamed. If a process is killed before the rename, or any rank fails, a folder `.NAME.partial` remains, which
-    nothing reads and which the next call for `path` empties.
+    exit: wait for the result of an asynchronous save first. Files are flushed to the disk before the folder is renamed.
+    If a process is killed before the rename, or any rank fails, a folder `.NAME.partial` remains, which nothing reads
+    and which the next call for `path` empties.
 
     Args:
         path: the folder, the same on all ranks. It must not exist, because no file system replaces a folder by another

@@ -165,9 +165,13 @@ class UniversalHash:
     over residues, so i and i + P share bucket and sign in tensors of more than P elements.
 
     Args:
-        numel: N, the elements hashed.
+        numel: N, the number of elements.
         buckets: K.
         seed, key: the coefficients derive from these; `key` is that of the parameter.
+
+    Raises:
+        ValueError: for `buckets` outside [1, P], and for a coefficient out of range.
+        TypeError: from the methods, for indices or bucket numbers that are not tensors of integers.
     """
 
     def __init__(self, numel: int, buckets: int, *, seed: int = 0, key: int = 0) -> None:
@@ -229,10 +233,15 @@ class BlockHash:
     at a phase of its own. A bucket of one element keeps its sign, so that its sketch stays exact.
 
     Args:
-        numel: N, the elements hashed.
-        block: c, a power of two: the load of every bucket but the last, which holds what remains.
+        numel: N, the number of elements.
+        block: c, a power of two: the load of every bucket but the last, which holds the remaining elements.
         seed, key: the signs derive from these; `key` is that of the parameter.
-        period: steps after which a bucket draws new signs; None for signs that never change.
+        period: steps after which a bucket draws new signs (the `rehash_period` of `Collins`, whose default differs);
+            None for signs that never change.
+
+    Raises:
+        ValueError: for a `block` that is not a power of two, and a `period` below 1.
+        TypeError: from the methods, for indices or bucket numbers that are not tensors of integers.
     """
 
     numel: int

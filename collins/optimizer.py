@@ -62,7 +62,7 @@ class Collins(Measured, FusedBackward, Optimizer):
             fp32 at c = 128, token tables M in int8 and V at c = 64. 1 keeps exact moments. Under decode="orthogonal"
             matrices have M in int4 at c = 2 (at 64: c = 4), with a scale for each 128 entries. M is in fp32 instead of
             integers up to 2 min_K entries. With a `table_dtype`, hash="universal" or decode="sketch", it is c itself.
-        v_compress_ratio: with a `table_dtype`, c of the second moment if it shall be coarser; None for the same c.
+        v_compress_ratio: with a `table_dtype`, c of the second moment, at least `compress_ratio`; None for the same c.
         min_K: parameters of at most this many elements keep exact moments; others get at least this many buckets.
         hash: "block" (a bucket is neighbours in memory; one pass, deterministic) or "universal" (Carter-Wegman).
         decode: "least_squares" (above); "residual", that of version 0.2 with sqrt(c) M in place of M; "sketch", the
@@ -75,15 +75,14 @@ class Collins(Measured, FusedBackward, Optimizer):
             each: 3 for a weight that consists of Q, K and V, (4096, 1024, 1024) if K and V have fewer rows.
         residual_weight: rho; None for 0.3, for 0.6 under decode="orthogonal", and for sqrt((1 - beta1) / (1 + beta1))
             under "residual". To fine-tune, use 0.8 and 1 to 1.4 times AdamW's lr.
-        residual_square: kappa.
+        residual_square: kappa, the weight of r^2 in the denominator.
         rehash_period: steps T after which a bucket of hash="block" draws new signs and restarts M_b; None for never.
         table_dtype: None for formats by role. Otherwise the dtype of all tables: torch.float32, torch.bfloat16
             (stochastically rounded) or, for torch.float64 parameters only, torch.float64; or "int8" or "int4" for M in
             integers with a scale for each 64 entries (`collins.formats.IntFormat`) and V in float32. Exact moments use
             the wider of this (float32 by default) and the parameter's dtype. The settings of version 0.2 were
             decode="residual", table_dtype=torch.float32, rehash_period=100, residual_square=1.
-        seed: every hash derives from the seed and the parameter's name (its number if it has no name). Replicas must
-            use the same seed.
+        seed: hashes derive from it and the parameter's name, or number if it has none. Replicas must use the same seed.
         maximize: ascend instead of descend.
         stochastic_rounding: whether parameters and tables in 16 bits are rounded stochastically; None for True.
         compile: True for steps by torch.compile, False for eager steps. None chooses the fastest: on CUDA devices one
@@ -245,8 +244,8 @@ class Collins(Measured, FusedBackward, Optimizer):
         """Adds a group, as `torch.optim.Optimizer` does, after checking its options and its parameters.
 
         Raises:
-            ValueError, TypeError: for an option out of range, and for a parameter that is complex, sparse, not floating
-                point, given twice or already present. The optimizer is then unchanged.
+            ValueError, TypeError: for an option out of range or of the whole optimizer, and for a parameter that is
+                complex, sparse, not floating point, given twice or already present. The optimizer is then unchanged.
         """
         refuse_accumulation({**self.defaults, **param_group}, self.accumulation_steps)
         by_module = take_group(param_group, self.defaults, self._members())
@@ -279,6 +278,7 @@ class Collins(Measured, FusedBackward, Optimizer):
         Raises:
             TypeError, ValueError: for a gradient that is sparse or whose shape, dtype or device is not its parameter's,
                 an option that was set out of range, or a state that does not fit. Nothing has changed then.
+            FloatingPointError, MemoryError: under nonfinite="error"; if the tables do not fit under the memory policy.
             RuntimeError: for the uses that `in_backward` refuses.
         """
         if closure is None and not self.in_backward and torch.compiler.is_dynamo_compiling():
@@ -341,8 +341,9 @@ class Collins(Measured, FusedBackward, Optimizer):
         other options keep the values of this optimizer.
 
         Raises:
-            ValueError: if the state dict was saved under another bucketing, hash, seed or order of parameters, naming
-                the parameter and the difference. The optimizer is then unchanged.
+            ValueError: for a state dict that is not one, or was saved under another bucketing, hash, seed or order of
+                parameters, naming the parameter and the difference. The optimizer is then unchanged.
+            RuntimeError: between two backward passes of a step with `accumulation_steps`, as from `state_dict`.
         """
         self._drain("load_state_dict()")
         load_into(self, as_dict(state_dict), list(self._members()), self._stepper, self._loadable)

@@ -15,8 +15,8 @@ The iteration, its coefficients and its precision, bfloat16, are those of Jordan
 layers in neural networks" (2024). The scale of the update is that of Liu et al., "Muon is scalable for LLM training"
 (2025): with it the update has the RMS of AdamW's update, so that AdamW's learning rate and weight decay fit. This
 differs from both in three ways: (1) the first moment is sketched; (2) the residual, the part of the gradient that this
-step's sketch cannot represent, is added with the weight rho; (3) there is
-no Nesterov term. At c = 1 it is Muon without that term. float64 parameters are orthogonalised in float64.
+step's sketch cannot represent, is added with the weight rho; (3) there is no Nesterov term. At c = 1 it is Muon without
+that term. float64 parameters are orthogonalised in float64.
 
 A parameter of two dimensions is one matrix; one of three dimensions is a stack of matrices (experts), one for each
 index of the first dimension. A parameter of more dimensions is a convolution and is reshaped to (out, rest), as in

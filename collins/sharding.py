@@ -257,6 +257,6 @@ def refuse_flat_partitions(groups: Sequence[dict[str, Any]]) -> None:
             raise RuntimeError(
                 f"{type(wrapper).__name__} of DeepSpeed has replaced parameters by flat partitions: Collins needs whole"
                 " parameters, whose rows, names and sizes determine how their moments are stored. Set ZeRO stage 0, or"
-                " shard the model with torch.distributed.fsdp.fully_shard. With 0.25 byte of state per parameter, ZeRO"
+                " shard the model with torch.distributed.fsdp.fully_shard. With 0.2 byte of state per parameter, ZeRO"
                 " stage 1 would save little"
             )

@@ -89,6 +89,15 @@ def fresh_accelerate():
     os.environ.update(before)
 
 
+@pytest.fixture(scope="module")
+def load():
+    """Imports an example, or one of its modules, by name."""
+    from helpers import examples  # imports Triton, so after `TRITON_INTERPRET` has been set
+
+    with examples() as import_example:
+        yield import_example
+
+
 @pytest.fixture
 def reproducible():
     """Requires deterministic algorithms on a GPU, where hash="universal" otherwise adds atomically in any order."""

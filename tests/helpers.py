@@ -68,6 +68,12 @@ def moments(opt, p):
     return [value for name, value in opt.state[p].items() if name not in ("step", "layout")]
 
 
+def weights_and_moments(ps, opt):
+    """Copies of the weights, and of the moments, of these parameters."""
+    opt.state_dict()  # waits for moments on their way to the host
+    return [t.detach().clone() for p in ps for t in (p, *moments(opt, p))]
+
+
 def same(a, b):
     """Whether two nested values have the same structure and equal tensors, dtypes and numbers."""
     if isinstance(a, torch.Tensor):
@@ -142,9 +148,9 @@ class Allocations(TorchDispatchMode):
         self._allocated = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        argument_storages = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        argument_storages = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
         result = function(*args, **(kwargs or {}))
-        for t in _tensors(result):
+        for t in tensors_in(result):
             storage = t.untyped_storage()
             if storage._cdata not in argument_storages:
                 self.shapes.append(tuple(t.shape))
@@ -156,7 +162,7 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def _tensors(tree):
+def tensors_in(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 

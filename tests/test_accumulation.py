@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import OPTIONS, bits, moments, parameters, same, with_kernel
+from helpers import OPTIONS, bits, moments, parameters, same, weights_and_moments, with_kernel
 from reference import DECODES, Block, Reference, Universal
 from training import TIERS, backward, make_model, same_bits
 
@@ -40,11 +40,6 @@ def run_steps(steps=4, dtype=torch.float32, kernel=False, shapes=SHAPES, **optio
         assert all(p.grad is None for p in ps)
         opt.step()
     return ps, opt
-
-
-def weights_and_moments(ps, opt):
-    opt.state_dict()  # waits for moments on their way to the host
-    return [t.detach().clone() for p in ps for t in (p, *moments(opt, p))]
 
 
 @pytest.mark.parametrize("decode", DECODES)

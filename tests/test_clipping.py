@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from helpers import (
     moments,
     parameters,
     same,
+    weights_and_moments,
     with_kernel,
 )
 from reference import Block, Reference
@@ -25,37 +27,30 @@ from torch import nn
 from collins import Collins
 from collins.clipping import LAST_NORM
 
-SHAPES, FEW_SHAPES = STEP_SHAPES, FEW_STEP_SHAPES
 CLIP = 0.5
-WAYS = STEP_WAYS
 
 
 def make_optimizer(way, ps, **options):
     if way == "kernel":
         pytest.importorskip("triton")
-    opt = Collins(ps, **{**OPTIONS, "table_dtype": torch.float32, **WAYS[way], **options})
+    opt = Collins(ps, **{**OPTIONS, "table_dtype": torch.float32, **STEP_WAYS[way], **options})
     return with_kernel(opt) if way == "kernel" else opt
 
 
 def shapes(way):
-    return FEW_SHAPES if way in ("compiled", "kernel") else SHAPES
-
-
-def weights_and_moments(opt, ps):
-    opt.state_dict()  # waits for moments on their way to the host
-    return [t.detach().clone() for p in ps for t in (p, *moments(opt, p))]
+    return FEW_STEP_SHAPES if way in ("compiled", "kernel") else STEP_SHAPES
 
 
 def norm_of(grads):
     return math.sqrt(sum(g.double().square().sum().item() for g in grads))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", STEP_WAYS)
 def test_a_step_equals_one_after_clip_grad_norm(way):
     ps, copies = parameters(torch.float32, shapes(way)), parameters(torch.float32, shapes(way))
-    opt, other = (
+    opt, reference_opt = (
         make_optimizer(way, ps, max_grad_norm=CLIP),
-        make_optimizer("eager", copies, hash=WAYS[way].get("hash", "block")),
+        make_optimizer("eager", copies, hash=STEP_WAYS[way].get("hash", "block")),
     )
     assert opt.grad_norm is None
     for step in range(3):
@@ -63,16 +58,16 @@ def test_a_step_equals_one_after_clip_grad_norm(way):
         grads = [p.grad.clone() for p in ps]
         norm = nn.utils.clip_grad_norm_(copies, CLIP)
         opt.step()
-        other.step()
+        reference_opt.step()
         assert float(norm) > CLIP
         assert torch.equal(opt.grad_norm, norm)
         assert all(torch.equal(p.grad, g) for p, g in zip(ps, grads, strict=True))  # nothing is written to them
-    for actual, expected in zip(weights_and_moments(opt, ps), weights_and_moments(other, copies), strict=True):
+    for actual, expected in zip(weights_and_moments(ps, opt), weights_and_moments(copies, reference_opt), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_norm_of_bf16_gradients_is_not_rounded_to_bf16():
-    ps = parameters(torch.bfloat16, SHAPES)
+    ps = parameters(torch.bfloat16, STEP_SHAPES)
     opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP)
     give_gradients(0, ps)
     opt.step()
@@ -86,7 +81,7 @@ def test_the_norm_of_bf16_gradients_is_not_rounded_to_bf16():
     assert float(opt.grad_norm) == pytest.approx(norm_of([p.grad for p in ps]), rel=1e-6)
 
 
-LIMITS = [(way, 1e6) for way in WAYS] + [("eager", math.inf)]
+LIMITS = [(way, 1e6) for way in STEP_WAYS] + [("eager", math.inf)]
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
@@ -100,7 +95,7 @@ def test_a_factor_of_one_changes_no_bit(way, limit, in_backward):
         for step in range(2):
             set_gradients(ps, step, in_backward)
             opt.step()
-        results.append(weights_and_moments(opt, ps))
+        results.append(weights_and_moments(ps, opt))
     assert same(*results)
     assert float(opt.grad_norm) == pytest.approx(norm_of([gradient(p, 1, i) for i, p in enumerate(ps)]), rel=1e-6)
 
@@ -123,7 +118,7 @@ def set_gradients(ps, step, in_backward=True, scale=1.0):
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_steps_equal_the_float64_reference(in_backward, max_norm):
     """The factors are computed here: those of `clip_grad_norm_`, and those defined for backward."""
-    ps = parameters(torch.float64, SHAPES, "cpu")
+    ps = parameters(torch.float64, STEP_SHAPES, "cpu")
     opt = Collins(ps, **OPTIONS, table_dtype=torch.float64, max_grad_norm=max_norm, in_backward=in_backward)
     references = []
     for key, p in enumerate(ps):
@@ -173,7 +168,7 @@ def test_in_backward_every_executor_equals_the_eager_one(way):
         for step in range(3):
             set_gradients(ps, step, scale=10.0**step)
             opt.step()
-        results.append([*weights_and_moments(opt, ps), opt.grad_norm])
+        results.append([*weights_and_moments(ps, opt), opt.grad_norm])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     assert way != "host" or same(*results)
@@ -198,7 +193,7 @@ def load_with_dcp(ps, opt, new_opt, tmp_path, flat):
 
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, other = (
-        nn.ParameterDict({str(i): p for i, p in enumerate(params)}) for params in (ps, list(_params(new_opt)))
+        nn.ParameterDict({str(i): p for i, p in enumerate(params)}) for params in (ps, list(parameters_of(new_opt)))
     )
     dcp.save(get_optimizer_state_dict(model, opt, options=options), checkpoint_id=tmp_path, no_dist=True)
     state_dict = get_optimizer_state_dict(other, new_opt, options=options)
@@ -207,7 +202,7 @@ def load_with_dcp(ps, opt, new_opt, tmp_path, flat):
     return new_opt
 
 
-def _params(opt):
+def parameters_of(opt):
     return (p for group in opt.param_groups for p in group["params"])
 
 
@@ -216,8 +211,8 @@ def _params(opt):
 def test_training_resumes_bitwise(way, tmp_path):
     """In backward the next factor depends on the last norm."""
 
-    def make_run():
-        ps = parameters(torch.float32, SHAPES)
+    def new_run():
+        ps = parameters(torch.float32, STEP_SHAPES)
         groups = [{"params": ps[:2]}, {"params": ps[2:], "lr": 3e-3}]
         return ps, Collins(groups, **OPTIONS, max_grad_norm=CLIP, in_backward=True)
 
@@ -225,16 +220,15 @@ def test_training_resumes_bitwise(way, tmp_path):
         for step in range(first, last):
             set_gradients(ps, step, scale=3.0 ** (5 - step))
             opt.step()
-        return [*weights_and_moments(opt, ps), opt.grad_norm]
+        return [*weights_and_moments(ps, opt), opt.grad_norm]
 
-    ps, opt = make_run()
+    ps, opt = new_run()
     run(ps, opt, 0, 3)
     last = float(opt.grad_norm)
     if way in ("deepcopy", "pickle"):
-        copied = copy.deepcopy((ps, opt)) if way == "deepcopy" else pickle.loads(pickle.dumps((ps, opt)))
-        resumed_ps, resumed = copied
+        resumed_ps, resumed = copy.deepcopy((ps, opt)) if way == "deepcopy" else pickle.loads(pickle.dumps((ps, opt)))
     else:
-        resumed_ps, resumed = make_run()
+        resumed_ps, resumed = new_run()
         if way == "load into a used one":
             run(resumed_ps, resumed, 0, 2)
         with torch.no_grad():
@@ -254,7 +248,7 @@ def test_after_a_state_dict_without_a_norm_a_step_clips_like_the_first_step():
     """Such as a state dict of version 0.2, or of a run without clipping."""
     results = []
     for has_stepped in (False, True):
-        ps = parameters(torch.float32, SHAPES)
+        ps = parameters(torch.float32, STEP_SHAPES)
         unclipped = Collins(ps, **OPTIONS)
         set_gradients(ps, 0, in_backward=False)
         unclipped.step()
@@ -275,7 +269,7 @@ def test_after_a_state_dict_without_a_norm_a_step_clips_like_the_first_step():
             p.grad = None
         set_gradients(ps, 2)
         opt.step()
-        results.append(weights_and_moments(opt, ps))
+        results.append(weights_and_moments(ps, opt))
     assert same(*results)
 
 
@@ -283,17 +277,17 @@ def test_after_a_state_dict_without_a_norm_a_step_clips_like_the_first_step():
     "value", ["1.0", None, -1.0, math.inf, math.nan, True, torch.ones(2), torch.ones((), device="meta")]
 )
 def test_a_malformed_norm_is_rejected_and_nothing_changes(value):
-    ps = parameters(torch.float32, SHAPES)
+    ps = parameters(torch.float32, STEP_SHAPES)
     opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, in_backward=True)
     set_gradients(ps, 0)
     opt.step()
     saved = copy.deepcopy(opt.state_dict())
-    before = weights_and_moments(opt, ps)
+    before = weights_and_moments(ps, opt)
     saved["param_groups"][0][LAST_NORM] = value
     saved["param_groups"][0]["lr"] = 7.0
     with pytest.raises(ValueError, match=LAST_NORM):
         opt.load_state_dict(saved)
-    assert same(weights_and_moments(opt, ps), before)
+    assert same(weights_and_moments(ps, opt), before)
     assert opt.param_groups[0]["lr"] == OPTIONS["lr"]
 
 
@@ -301,7 +295,7 @@ def test_a_malformed_norm_is_rejected_and_nothing_changes(value):
 @pytest.mark.parametrize("bad_value", [math.inf, math.nan, 1e30])
 def test_a_nonfinite_norm_has_no_effect_with_skip(bad_value, in_backward):
     """The step - in backward that of one parameter - is skipped; the next one is unaffected."""
-    ps = parameters(torch.float32, SHAPES)
+    ps = parameters(torch.float32, STEP_SHAPES)
     opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP, nonfinite="skip", in_backward=in_backward)
     for step in range(2):
         set_gradients(ps, step, in_backward)
@@ -319,21 +313,21 @@ def test_a_nonfinite_norm_has_no_effect_with_skip(bad_value, in_backward):
     assert not opt.grad_norm.isfinite()
     unchanged = [torch.equal(p, old) for p, old in zip(ps, before, strict=True)]
     assert unchanged == ([False, True, False, False, False] if in_backward else [True] * 5)
-    assert all(t.isfinite().all() for t in weights_and_moments(opt, ps))
+    assert all(t.isfinite().all() for t in weights_and_moments(ps, opt))
     if in_backward:
         assert [float(group[LAST_NORM]) for group in opt.param_groups] == [pytest.approx(last)]
     set_gradients(ps, 3, in_backward)
     opt.step()
     assert opt.grad_norm.isfinite()
     assert not any(torch.equal(p, old) for p, old in zip(ps, before, strict=True))
-    assert all(t.isfinite().all() for t in weights_and_moments(opt, ps))
+    assert all(t.isfinite().all() for t in weights_and_moments(ps, opt))
 
 
 @pytest.mark.parametrize("bad_value", [math.inf, math.nan])
 def test_without_skip_a_nonfinite_norm_has_the_effect_of_clip_grad_norm(bad_value):
     results = []
     for clips in (False, True):
-        ps = parameters(torch.float32, SHAPES)
+        ps = parameters(torch.float32, STEP_SHAPES)
         opt = Collins(ps, **OPTIONS, max_grad_norm=CLIP if clips else None)
         give_gradients(0, ps)
         ps[1].grad[5, 7] = bad_value
@@ -385,20 +379,20 @@ def test_closures_and_compiled_steps_clip():
         net = nn.Linear(32, 64)
         opt = Collins(net.parameters(), **OPTIONS, max_grad_norm=0.01)
 
-        def loss(net=net, opt=opt):
+        def backward_and_loss(net=net, opt=opt):
             opt.zero_grad()
-            value = net(torch.ones(4, 32)).square().mean()
-            value.backward()
-            return value
+            loss = net(torch.ones(4, 32)).square().mean()
+            loss.backward()
+            return loss
 
         step = torch.compile(lambda opt=opt: opt.step(), backend="eager") if way == "compiled" else opt.step
         for _ in range(3):
             if way == "closure":
-                step(loss)
+                step(backward_and_loss)
             else:
-                loss()
+                backward_and_loss()
                 step()
-        results.append([*weights_and_moments(opt, list(net.parameters())), opt.grad_norm])
+        results.append([*weights_and_moments(list(net.parameters()), opt), opt.grad_norm])
     assert same(results[0], results[1])
     assert same(results[0], results[2])
     assert float(opt.grad_norm) > 0.01
@@ -416,7 +410,7 @@ def test_gradients_are_clipped_after_a_grad_scaler_has_unscaled_them():
             scaler.scale(net(x).square().mean()).backward()
             scaler.step(opt)
             scaler.update()
-        results.append([*weights_and_moments(opt, list(net.parameters())), opt.grad_norm])
+        results.append([*weights_and_moments(list(net.parameters()), opt), opt.grad_norm])
     assert same(*results)  # a power of two leaves no rounding
     assert float(opt.grad_norm) > 0.01
 
@@ -438,7 +432,7 @@ def test_invalid_limits_are_rejected(value):
 def test_the_limit_may_change_between_steps():
     results = []
     for way in ("changed", "by hand"):
-        ps = parameters(torch.float32, SHAPES)
+        ps = parameters(torch.float32, STEP_SHAPES)
         opt = make_optimizer("eager", ps, max_grad_norm=1.0 if way == "changed" else None)
         for step, limit in enumerate((1.0, 0.1, 10.0)):
             give_gradients(step, ps)
@@ -447,17 +441,12 @@ def test_the_limit_may_change_between_steps():
             else:
                 nn.utils.clip_grad_norm_(ps, limit)
             opt.step()
-        results.append(weights_and_moments(opt, ps))
+        results.append(weights_and_moments(ps, opt))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-class _Settings:
-    def __init__(self, **values):
-        self.__dict__.update(values)
-
-
-def _trainer(package, **settings):
+def imitated_trainer(package, **settings):
     """Imitates a trainer of the package: a method that is defined in one of its modules, and its settings."""
     module = {"__name__": f"{package}.trainer"}
     exec("class Trainer:\n    def train(self, opt):\n        opt.step()", module)
@@ -467,8 +456,10 @@ def _trainer(package, **settings):
 
 
 TRAINERS = {
-    "transformers": lambda norm: _trainer("transformers", args=_Settings(max_grad_norm=norm)),
-    "torchtitan": lambda norm: _trainer("torchtitan", config=_Settings(training=_Settings(max_norm=norm))),
+    "transformers": lambda norm: imitated_trainer("transformers", args=SimpleNamespace(max_grad_norm=norm)),
+    "torchtitan": lambda norm: imitated_trainer(
+        "torchtitan", config=SimpleNamespace(training=SimpleNamespace(max_norm=norm))
+    ),
 }
 
 
@@ -490,7 +481,7 @@ def test_ineffective_clipping_by_a_trainer_is_warned_of_once(package):
     take_steps(1.5, max_grad_norm=0.5)
     take_steps(1.5, max_grad_norm=math.inf)
     TRAINERS[package](1.5).train(Collins([nn.Parameter(torch.ones(4))]))
-    _trainer(package).train(Collins([nn.Parameter(torch.ones(4))], in_backward=True))
+    imitated_trainer(package).train(Collins([nn.Parameter(torch.ones(4))], in_backward=True))
 
 
 def test_the_norm_of_whole_matrices_is_clipped_as_well():

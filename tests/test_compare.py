@@ -1,7 +1,7 @@
 """The comparison of optimizers: every task and optimizer at a small size, resuming, tables, and messages."""
 
 import dataclasses
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT
+from helpers import EXAMPLES, ROOT, environment, examples
 from torch import nn
 from torch.nn import functional
 
@@ -35,21 +35,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def compare():
-    """Imports modules as the command does: with its folder in `sys.path`."""
-    before = list(sys.path)
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module
-    sys.path[:] = before
-    for name in [
-        name for name in sys.modules if name.split(".")[0] in ("compare", "compare_optimizers", "corpus", "llama")
-    ]:
-        del sys.modules[name]
-
-
-@pytest.fixture(scope="module")
-def command(compare):
-    return compare("compare_optimizers")
+def command(load):
+    return load("compare_optimizers")
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +61,9 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_figures(compare, monkeypatch):
+def no_figures(load, monkeypatch):
     """Drawing figures takes seconds. Tests of figures undo this."""
-    monkeypatch.setattr(compare("compare.plots"), "missing", lambda: "no figures in this test")
+    monkeypatch.setattr(load("compare.plots"), "missing", lambda: "no figures in this test")
 
 
 @pytest.fixture
@@ -125,36 +112,33 @@ def test_every_task_and_optimizer_is_trained_in_a_test(command):
 
 
 def optimizer_names():
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        return list(importlib.import_module("compare.optimizers").OPTIMIZERS)
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    with examples() as import_example:
+        return list(import_example("compare.optimizers").OPTIMIZERS)
 
 
 @pytest.mark.filterwarnings("ignore:OptimState4bit does not implement _stable_hash_for_caching")  # torchao's
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", optimizer_names())
-def test_each_optimizer_learns_and_uses_the_computed_number_of_bytes(compare, name, weights):
-    optimizers, training = compare("compare.optimizers"), compare("compare.training")
+def test_each_optimizer_learns_and_uses_the_computed_number_of_bytes(load, name, dtype):
+    optimizers, training = load("compare.optimizers"), load("compare.training")
     spec = optimizers.OPTIMIZERS[name]
     missing = spec.missing(CPU)
     if missing is not None:
         pytest.skip(missing)
     torch.manual_seed(0)
-    model = compare("llama").Llama(1, 32, 160, 2, 2, 160, checkpointed=False).to(weights)
+    model = load("llama").Llama(1, 32, 160, 2, 2, 160, checkpointed=False).to(dtype)
     setup = optimizers.Setup(model, spec.unit * 1e-2, 0.99 if spec.has_beta2 else None, 0.1, clip=1.0)
     opts = spec.make(setup)
-    drive = spec.drive(model, opts, 1.0)
+    train_step = spec.drive(model, opts, 1.0)
     tokens = torch.randint(160, (4, 9))
 
     def loss():
         logits = model.head(model.features(tokens[:, :-1])).float()
         return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-    losses = [drive([loss]).item() for _ in range(8)]
+    losses = [train_step([loss]).item() for _ in range(8)]
     assert losses[-1] < losses[0] - 0.1
-    assert drive.times.median() > 0
+    assert train_step.times.median() > 0
     state_bytes = training.state_bytes(opts)
     if spec.computed is not None:
         # Collins has its counters in one tensor.
@@ -164,11 +148,11 @@ def test_each_optimizer_learns_and_uses_the_computed_number_of_bytes(compare, na
     assert state_bytes <= bound * parameters + 16 * len(list(model.parameters()))
 
 
-def test_master_weights_step_as_fp32_weights_that_get_the_gradients_of_bf16(compare):
+def test_master_weights_step_as_fp32_weights_that_get_the_gradients_of_bf16(load):
     torch.manual_seed(0)
     weights, gradients = torch.randn(8, 16, dtype=torch.bfloat16), torch.randn(3, 8, 16, dtype=torch.bfloat16)
     p, reference = torch.nn.Parameter(weights.clone()), torch.nn.Parameter(weights.float())
-    masters = compare("compare.peers").MasterWeights([p], lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1)
+    masters = load("compare.peers").MasterWeights([p], lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1)
     adamw = torch.optim.AdamW([reference], lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
     for g in gradients:
         p.grad, reference.grad = g, g.float()
@@ -178,8 +162,8 @@ def test_master_weights_step_as_fp32_weights_that_get_the_gradients_of_bf16(comp
         assert torch.equal(masters.state[p]["master"], reference)
 
 
-def test_all_optimizers_are_swept_over_the_same_rates(compare, command):
-    schedule, choice = compare("compare.schedule"), compare("compare.optimizers").Choice.of
+def test_all_optimizers_are_swept_over_the_same_rates(load, command):
+    schedule, choice = load("compare.schedule"), load("compare.optimizers").Choice.of
     task = command.TASKS["lm-60m"]
     names = ("adamw", "collins", "muon", "scale", "collins@bf16")
     runs = schedule.grid(task, [choice(name) for name in names], [0, 1], data="", device="cuda", rates={})
@@ -194,8 +178,8 @@ def test_all_optimizers_are_swept_over_the_same_rates(compare, command):
     assert {run.lr for run in runs} == {3.0}
 
 
-def test_a_changed_setting_digest_or_option_is_a_different_run(compare, command):
-    make_run, choice = compare("compare.runs").Run, compare("compare.optimizers").Choice.of
+def test_a_changed_setting_digest_or_option_is_a_different_run(load, command):
+    make_run, choice = load("compare.runs").Run, load("compare.optimizers").Choice.of
     task = command.TASKS["lm-small"]
     base = make_run(task, choice("collins"), 1e-3, 0.999, 0, "data", "cpu")
     others = [
@@ -211,9 +195,9 @@ def test_a_changed_setting_digest_or_option_is_a_different_run(compare, command)
     assert dataclasses.replace(base).key == base.key
 
 
-def test_a_changed_default_of_collins_is_a_different_run(compare, command, monkeypatch):
-    optimizers = compare("compare.optimizers")
-    run = compare("compare.runs").Run(
+def test_a_changed_default_of_collins_is_a_different_run(load, command, monkeypatch):
+    optimizers = load("compare.optimizers")
+    run = load("compare.runs").Run(
         command.TASKS["lm-small"], optimizers.Choice.of("collins"), 1e-3, 0.999, 0, "data", "cpu"
     )
     before, spec = run.key, optimizers.OPTIMIZERS["collins"]
@@ -222,8 +206,8 @@ def test_a_changed_default_of_collins_is_a_different_run(compare, command, monke
     assert run.key != before
 
 
-def test_the_weight_of_the_residual_identifies_a_run(compare, monkeypatch):
-    choice = compare("compare.optimizers").Choice
+def test_the_weight_of_the_residual_identifies_a_run(load, monkeypatch):
+    choice = load("compare.optimizers").Choice
     assert choice.of("collins").described()["residual_weight"] == "0.3"
     assert choice.of("collins-orthogonal").described()["residual_weight"] == "0.6"
     weight = choice.of("collins:decode=residual").described()["residual_weight"]
@@ -252,16 +236,15 @@ def without_times(tables, results):
     return tables([{**record, "optimizer_ms": 0.0} for record in results])
 
 
-def test_a_killed_comparison_is_resumed_with_the_same_table(command, compare, arguments, tmp_path, capsys):
+def test_a_killed_comparison_is_resumed_with_the_same_table(command, load, arguments, tmp_path, capsys):
     rates = ("--rates", "1e-3", "2e-3", "--optimizers", "adamw", "collins")
     path = tmp_path / "runs.jsonl"
     command.main(arguments("lm-small", *rates, steps=30))
     uninterrupted = records(path)
     path.unlink()
 
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command_line = [sys.executable, str(EXAMPLES / "compare_optimizers.py"), *arguments("lm-small", *rates, steps=30)]
-    process = subprocess.Popen(command_line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command_line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (path.exists() and path.read_bytes().count(b"\n") >= 2):
         assert process.poll() is None or path.exists(), process.stderr.read().decode()
@@ -282,12 +265,12 @@ def test_a_killed_comparison_is_resumed_with_the_same_table(command, compare, ar
     results = records(path)
     assert len({record["key"] for record in results}) == len(results) == 4
     assert "removed the last line, which was incomplete (16 bytes)" in capsys.readouterr().out
-    tables = compare("compare.report").tables
+    tables = load("compare.report").tables
     assert without_times(tables, results) == without_times(tables, uninterrupted)
 
 
-def test_workers_share_the_runs_and_a_killed_worker_is_replaced(command, compare, arguments, tmp_path, monkeypatch):
-    worker, begin, killed = compare("compare.workers").Worker, compare("compare.workers").Worker.begin, []
+def test_workers_share_the_runs_and_a_killed_worker_is_replaced(command, load, arguments, tmp_path, monkeypatch):
+    worker, begin, killed = load("compare.workers").Worker, load("compare.workers").Worker.begin, []
 
     def begin_and_kill_the_first(self, job, deadline):
         begin(self, job, deadline)
@@ -353,10 +336,10 @@ def test_runs_that_would_exceed_the_time_limit_are_skipped_and_listed(command, a
     assert (path.read_bytes() if path.exists() else None) == before
 
 
-def test_a_run_is_stopped_at_its_deadline(compare, command, arguments, tmp_path):
-    workers, messages = compare("compare.workers"), []
+def test_a_run_is_stopped_at_its_deadline(load, command, arguments, tmp_path):
+    workers, messages = load("compare.workers"), []
     callback = workers.ProgressReporter(messages.append, time.time() - 1)
-    with pytest.raises(compare("compare.training").OutOfTimeError):
+    with pytest.raises(load("compare.training").OutOfTimeError):
         callback(1)
     more = ("--optimizers", "adamw", "--rates", "1e-3", "--time-limit", "3")
     outcome = command.main(arguments("lm-small", *more, steps=1_000_000))
@@ -364,7 +347,7 @@ def test_a_run_is_stopped_at_its_deadline(compare, command, arguments, tmp_path)
     assert not (tmp_path / "runs.jsonl").exists()
 
 
-def test_pretraining_is_run_once_and_not_for_finished_runs(command, compare, arguments, cache, capsys):
+def test_pretraining_is_run_once_and_not_for_finished_runs(command, arguments, capsys):
     more = ("--optimizers", "adamw", "--rates", "1e-3")
     command.main(arguments("finetune-small", *more, settings=["pretraining_rate=3e-3"]))
     assert "finetune-small: pretraining on code: finished" in capsys.readouterr().out
@@ -373,11 +356,11 @@ def test_pretraining_is_run_once_and_not_for_finished_runs(command, compare, arg
     assert "pretraining on code" not in capsys.readouterr().out
 
 
-def test_runs_whose_pretraining_failed_are_reported(command, compare, arguments, monkeypatch):
+def test_runs_whose_pretraining_failed_are_reported(command, load, arguments, monkeypatch):
     def pretrain(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(compare("compare.language").Finetune, "pretrain", pretrain)
+    monkeypatch.setattr(load("compare.language").Finetune, "pretrain", pretrain)
     more = ("--optimizers", "adamw", "--rates", "1e-3", "--seeds", "0", "1")
     outcome = command.main(arguments("finetune-small", *more, settings=["pretraining_rate=5e-3"]))
     assert list(outcome.failed) == [
@@ -471,19 +454,19 @@ def test_the_tables_and_figures_of_a_results_file(command, tmp_path, capsys, mon
     assert len(records(path)) == len(RECORDS)
 
 
-def test_a_figure_of_many_optimizers_has_the_best_options_of_each(compare):
+def test_a_figure_of_many_optimizers_has_the_best_options_of_each(load):
     names = ["adamw", "collins", "collins:min_K=1", "collins@bf16", "collins:min_K=1@bf16", "collins:min_K=2", "muon"]
     losses = [3.0, 2.0, 1.0, 2.0, 2.5, 4.0, 5.0]
-    report = compare("compare.report")
+    report = load("compare.report")
     pairs = zip(names, losses, strict=True)
     cells = tuple(report.Cell(name, None, 1e-3, ({"validation_loss": loss},)) for name, loss in pairs)
     group = report.Group("lm-small", {}, "", cells)
-    drawn = compare("compare.plots").drawn
-    assert drawn(group) == ["adamw", "collins:min_K=1", "collins@bf16", "muon"]
-    assert drawn(dataclasses.replace(group, cells=cells[:6])) == names[:6]
+    shown = load("compare.plots").drawn
+    assert shown(group) == ["adamw", "collins:min_K=1", "collins@bf16", "muon"]
+    assert shown(dataclasses.replace(group, cells=cells[:6])) == names[:6]
 
 
-def test_without_matplotlib_there_are_tables_and_a_note(command, compare, tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_there_are_tables_and_a_note(command, tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     path = tmp_path / "fixed.jsonl"
     path.write_text(json.dumps(RECORDS[0]) + "\n")
@@ -595,10 +578,10 @@ def test_a_file_of_another_kind_is_not_appended_to(command, arguments, tmp_path,
     assert path.read_text() == '{"a": 1}\n'
 
 
-def test_the_list_names_every_task_and_optimizer(command, compare, capsys):
+def test_the_list_names_every_task_and_optimizer(command, load, capsys):
     command.main(["--list"])
     output = capsys.readouterr().out
-    for name in (*command.TASKS, *compare("compare.optimizers").OPTIMIZERS):
+    for name in (*command.TASKS, *load("compare.optimizers").OPTIMIZERS):
         assert f"\n  {name}: " in output
 
 
@@ -632,8 +615,8 @@ def test_it_runs_without_tqdm(command, arguments, monkeypatch, capsys):
     assert output.err == ""
 
 
-def test_text_is_identified_by_content_and_not_by_path(compare, text, tmp_path, cache):
-    corpus = compare("compare.text").Corpus
+def test_text_is_identified_by_content_and_not_by_path(load, text, tmp_path, cache):
+    corpus = load("compare.text").Corpus
     copy = tmp_path / "moved"
     (copy / "deep").mkdir(parents=True)
     for number, path in enumerate(sorted(text.iterdir())):
@@ -653,27 +636,27 @@ def test_text_is_identified_by_content_and_not_by_path(compare, text, tmp_path, 
     assert (train == 0).sum() + (held_out == 0).sum() == 120  # the end of each text
 
 
-def test_text_for_finetuning_is_prose_that_is_not_in_the_code(compare, tmp_path, cache, words):
-    module, generator = compare("compare.text"), random.Random(2)
+def test_text_for_finetuning_is_prose_that_is_not_in_the_code(load, tmp_path, cache, words):
+    text_module, generator = load("compare.text"), random.Random(2)
 
     def sentence(count):
         return " ".join(generator.choices(words, k=count))
 
-    corpus = module.Corpus(300, (tmp_path,), (tmp_path,), disjoint=True)
+    corpus = text_module.Corpus(300, (tmp_path,), (tmp_path,), disjoint=True)
     docstring_sources = 0
     for number in range(200):
         docstring = sentence(80)
         path = tmp_path / f"{number}.py"
         function = f'def f():\n    """Short."""\n    return """\n      {docstring}\n      """'
         path.write_text(f'"""{docstring}"""\nx = {number}\n\n{function}')
-        file = module.File(path, bytes([number % 256] * 32), path.read_text())
+        file = text_module.File(path, bytes([number % 256] * 32), path.read_text())
         code, prose = corpus._code(file), corpus._prose(file)
         docstring_sources += file.is_docstring_source
         assert (code, prose) == (("", f"{docstring}\n\n{docstring}") if file.is_docstring_source else (file.text, ""))
     assert 0 < docstring_sources < 100
     (tmp_path / "METADATA").write_text(f"Name: collins\nRequires: torch\n\n{sentence(100)}")
     (tmp_path / "data.txt").write_text(" ".join(map(str, range(500))))
-    files = {path.name: module.File(path, bytes(32), path.read_text()) for path in tmp_path.iterdir()}
+    files = {path.name: text_module.File(path, bytes(32), path.read_text()) for path in tmp_path.iterdir()}
     assert corpus._prose(files["METADATA"]) == files["METADATA"].text.split("\n\n", 1)[1]
     assert corpus._prose(files["data.txt"]) == ""
     tokens = corpus.tokens(cache)
@@ -681,37 +664,37 @@ def test_text_for_finetuning_is_prose_that_is_not_in_the_code(compare, tmp_path,
     assert min(tokens.count(part, kind) for part in ("train", "valid") for kind in tokens.kinds) > 0
 
 
-def test_tokens_are_cached(compare, text, cache, monkeypatch):
-    module = compare("compare.text")
-    corpus = module.Corpus(310, (text,))
+def test_tokens_are_cached(load, text, cache, monkeypatch):
+    text_module = load("compare.text")
+    corpus = text_module.Corpus(310, (text,))
     tokens = corpus.tokens(cache)
     assert tokens.kinds == ("code",)
-    monkeypatch.setattr(module, "_texts", None)
+    monkeypatch.setattr(text_module, "_texts", None)
     assert corpus.tokens(cache) == tokens
 
 
-def test_an_interrupted_tokenization_leaves_no_files(compare, text, tmp_path, monkeypatch):
-    module = compare("compare.text")
+def test_an_interrupted_tokenization_leaves_no_files(load, text, tmp_path, monkeypatch):
+    text_module = load("compare.text")
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_tokenizer", interrupted)
+    monkeypatch.setattr(text_module, "_tokenizer", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        module.Corpus(300, (text,)).tokens(tmp_path / "cache")
+        text_module.Corpus(300, (text,)).tokens(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_installed_text_includes_the_standard_library_and_the_packages_of_this_interpreter(compare):
-    roots = compare("compare.text").installed_folders()
+def test_installed_text_includes_the_standard_library_and_the_packages_of_this_interpreter(load):
+    roots = load("compare.text").installed_folders()
     assert any((root / "torch").is_dir() for root in roots)
     assert any((root / "dataclasses.py").is_file() for root in roots)
 
 
-def test_the_loss_in_chunks_equals_cross_entropy(compare):
-    language = compare("compare.language")
+def test_the_loss_in_chunks_equals_cross_entropy(load):
+    language = load("compare.language")
     generator = torch.Generator().manual_seed(0)
-    features, head = (torch.randn(n, 16, generator=generator) for n in (300, 50))
+    features, head = (torch.randn(rows, 16, generator=generator) for rows in (300, 50))
     targets = torch.randint(50, (300,), generator=generator)
     results = []
     for loss in (language.head_loss, language.HeadLoss.apply):
@@ -723,8 +706,8 @@ def test_the_loss_in_chunks_equals_cross_entropy(compare):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_scale_follows_its_formulas(compare):
-    scale = compare("compare.peers").Scale
+def test_scale_follows_its_formulas(load):
+    scale = load("compare.peers").Scale
     w, g = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     rms = {1: torch.tensor([[12.5**0.5], [2**0.5]]), 0: torch.tensor([[4.5**0.5, 10**0.5]])}
     for inputs in (0, 1):
@@ -743,32 +726,32 @@ def test_scale_follows_its_formulas(compare):
     torch.testing.assert_close(p.detach(), w - 0.2 * g / rms[1])  # the scale of a momentum cancels
 
 
-def test_the_rate_has_a_linear_warmup_and_a_cosine_decay(compare):
-    settings = compare("compare.tasks").Settings(steps=110, batch=1, warmup=10 / 110, final=0.1)
-    rates = [compare("compare.training").rate_at(step, settings) for step in range(110)]
+def test_the_rate_has_a_linear_warmup_and_a_cosine_decay(load):
+    settings = load("compare.tasks").Settings(steps=110, batch=1, warmup=10 / 110, final=0.1)
+    rates = [load("compare.training").rate_at(step, settings) for step in range(110)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[60] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_an_optimizer_may_step_in_backward(compare):
-    training = compare("compare.training")
+def test_an_optimizer_may_step_in_backward(load):
+    training = load("compare.training")
     results, x = [], torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     for in_backward in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
         opt = Collins(model, lr=1e-2, min_K=16, in_backward=in_backward)
-        drive = (training.InBackward if in_backward else training.AfterBackward)(model, [opt], math.inf)
+        train_step = (training.InBackward if in_backward else training.AfterBackward)(model, [opt], math.inf)
         for _ in range(3):
-            drive([lambda model=model: model(x).square().mean()])
+            train_step([lambda model=model: model(x).square().mean()])
         assert all(p.grad is None for p in model.parameters())
         results.append([p.detach().clone() for p in model.parameters()])
     assert all(map(torch.equal, *results))
 
 
-def test_a_run_in_backward_takes_partial_steps(command, compare, arguments, tmp_path, monkeypatch):
-    calls, optimizers = [], compare("compare.optimizers")
+def test_a_run_in_backward_takes_partial_steps(command, load, arguments, tmp_path, monkeypatch):
+    calls, optimizers = [], load("compare.optimizers")
     monkeypatch.setattr(
         optimizers, "Collins", lambda *args, **options: calls.append(options) or Collins(*args, **options)
     )
@@ -789,7 +772,7 @@ def test_accumulated_steps_equal_those_of_the_whole_batch(command, arguments, tm
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_state_bytes_finds_nested_tensors_and_counts_storages_once(compare):
+def test_state_bytes_finds_nested_tensors_and_counts_storages_once(load):
     class Projector:
         def __init__(self):
             self.matrix, self.state = torch.zeros(10), self  # which refers to itself
@@ -798,26 +781,26 @@ def test_state_bytes_finds_nested_tensors_and_counts_storages_once(compare):
     opt = torch.optim.SGD([p], lr=1.0)
     shared = torch.zeros(100)
     opt.state[p] = {"a": shared[:50], "b": shared[50:], "c": [torch.zeros(3), {"d": torch.zeros(2)}], "e": Projector()}
-    assert compare("compare.training").state_bytes([opt]) == 4 * (100 + 3 + 2 + 10)
+    assert load("compare.training").state_bytes([opt]) == 4 * (100 + 3 + 2 + 10)
 
 
-def test_interactions_follow_zipf_and_can_be_learned(compare, command):
-    module = compare("compare.recommender")
+def test_interactions_follow_zipf_and_can_be_learned(load, command):
+    recommender = load("compare.recommender")
     settings = command.TASKS["recommender"].with_settings({"users": "500", "items": "500"}).settings
-    train, held_out, floor = module.interactions(settings)
+    train, held_out, lowest_loss = recommender.interactions(settings)
     assert len(train) == 500 * (settings.interactions - settings.held_out)
     assert len(held_out) == 500 * settings.held_out
     counts = torch.bincount(train[:, 2], minlength=500).float()
     assert counts[:50].sum() > 5 * counts[-50:].sum()
     popular = (counts + 1) / (counts + 1).sum()
-    assert floor < -popular[held_out[:, 2]].log().mean() - 0.1
-    again = module.interactions.__wrapped__(settings)
-    assert torch.equal(again[0], train)
+    assert lowest_loss < -popular[held_out[:, 2]].log().mean() - 0.1
+    repeated = recommender.interactions.__wrapped__(settings)
+    assert torch.equal(repeated[0], train)
 
 
-def test_digits_are_shifted_by_at_most_one_pixel(compare):
+def test_digits_are_shifted_by_at_most_one_pixel(load):
     pytest.importorskip("sklearn")
-    digits = compare("compare.digits")
+    digits = load("compare.digits")
     batch = torch.zeros(2, 65, dtype=torch.long)
     batch[:, 9 * 3] = 7
     batch[:, -1] = 4

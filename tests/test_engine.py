@@ -77,9 +77,9 @@ assert all(torch.equal(p, q) for p, q in zip(ps, eager))
 assert all(state["step"] == 2 for state in opt.state.values())
 """
     without_compiler = environment(CXX="/no/such/compiler", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
-    told = output_of(sys.executable, "-c", code, env=without_compiler)
-    assert "Collins steps eagerly, because torch.compile failed" in told
-    assert "compiler" in told
+    output = output_of(sys.executable, "-c", code, env=without_compiler)
+    assert "Collins steps eagerly, because torch.compile failed" in output
+    assert "compiler" in output
 
 
 def parameters(*shapes, device=None):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import Allocations, examples
+from helpers import Allocations
 from torch.nn import functional
 
 TINY_CARD = [
@@ -14,12 +14,6 @@ TINY_CARD = [
     *("--kv-heads", "2", "--vocab", "256", "--seq-len", "32", "--batch-size", "8", "--lr", "1e-2"),
 ]
 CODES = ["own", "transformers"]
-
-
-@pytest.fixture
-def load():
-    with examples() as import_example:
-        yield import_example
 
 
 @pytest.fixture

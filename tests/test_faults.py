@@ -1,6 +1,7 @@
-"""Whatever fails in the middle of a step, each parameter is stepped or as it was, to the bit, and training goes on.
+"""After any failure in the middle of a step, each parameter is bitwise either stepped or unchanged, and training can
+continue.
 
-The step is made to fail at every allocation, at lines spread over all the code that steps, in copies between host and
+Steps fail at every allocation, at lines spread over all the code that performs steps, in copies between host and
 device, and in hooks of backward. The state afterwards is compared with that of an optimizer whose steps did not fail.
 """
 
@@ -21,17 +22,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from fake_streams import MODES, FakeStreams
-from helpers import give_gradients, parameters, same_snapshots, snapshot
+from helpers import give_gradients, parameters, same_snapshots, snapshot, tensors_in
 from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import collins
 from collins import Collins, whole_folder
 from collins.offload import Slab, pinned_bytes, set_pin_limit, slabs, staging
 from collins.offload.streams import HostStreams
 
-POINTS = 100 if settings.get_current_profile_name() == "thorough" else 10
+FAILURE_POINTS = 100 if settings.get_current_profile_name() == "thorough" else 10
 SHAPES = [(32, 64), (40,), (33, 37), (32, 64), (24, 64)]
 WAYS = {
     "resident": {},
@@ -59,7 +59,7 @@ def make_optimizer(options, steps):
 
 
 def step(ps, opt, number, indices=None):
-    """With gradients for all parameters, or for those with these indices."""
+    """Steps with gradients for all parameters, or for those with these indices."""
     give_gradients(number, ps)
     grads = [p.grad if indices is None or i in indices else None for i, p in enumerate(ps)]
     try:
@@ -78,7 +78,7 @@ def step(ps, opt, number, indices=None):
 
 
 class Fault:
-    """A step at which things fail, over and over, and what it may leave behind."""
+    """A step that is made to fail in many ways, with the state of all parameters before and after it."""
 
     def __init__(self, options, first):
         self.number = 0 if first else 3
@@ -135,7 +135,7 @@ def failed_steps(fault, owner, name, error, monkeypatch):
 
 
 class FailingAllocations(TorchDispatchMode):
-    """The operation that makes new memory for the `failing`-th time finds none."""
+    """Makes the `failing`-th operation that allocates memory fail."""
 
     def __init__(self, failing=None):
         super().__init__()
@@ -143,16 +143,12 @@ class FailingAllocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        argument_storages = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
-        if any(t.untyped_storage()._cdata not in argument_storages for t in tensors(result)):
+        argument_storages = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
+        if any(t.untyped_storage()._cdata not in argument_storages for t in tensors_in(result)):
             self.count += 1
             if self.count == self.failing:
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return result
-
-
-def tensors(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 @in_every_configuration
@@ -163,7 +159,7 @@ def test_memory_that_runs_out_at_any_allocation_of_a_step(options, first):
     with FailingAllocations() as allocations:
         step(ps, opt, fault.number)
     assert allocations.count > 10
-    stride = max(allocations.count // POINTS, 1)
+    stride = max(allocations.count // FAILURE_POINTS, 1)
     for failing in range(1, allocations.count + 1, stride):
         ps, opt = fault.new()
         try:
@@ -178,7 +174,7 @@ def test_memory_that_runs_out_at_any_allocation_of_a_step(options, first):
 @in_every_configuration
 @at_either_step
 def test_memory_that_runs_out_at_any_allocation_of_a_load(options, first):
-    """Of a state under other keys, which are those of its parameters' names."""
+    """The saved state has other hash keys, those of the names of its parameters."""
 
     def new_optimizer():
         ps, opt = make_optimizer(options, 0 if first else 3)
@@ -192,7 +188,7 @@ def test_memory_that_runs_out_at_any_allocation_of_a_load(options, first):
     ps, opt, _ = new_optimizer()
     with FailingAllocations() as allocations:
         opt.load_state_dict(copy.deepcopy(saved))
-    for failing in range(1, allocations.count + 1, max(allocations.count // POINTS, 1)):
+    for failing in range(1, allocations.count + 1, max(allocations.count // FAILURE_POINTS, 1)):
         ps, opt, before = new_optimizer()
         state_dict = copy.deepcopy(saved)
         try:
@@ -208,7 +204,7 @@ def test_memory_that_runs_out_at_any_allocation_of_a_load(options, first):
             assert same_snapshots([ps[0], opt.state_dict()["state"][0]], [ps[0], saved["state"][0]])
 
 
-def test_what_is_mixed_is_on_both_tiers():
+def test_the_mixed_policy_uses_both_tiers():
     _, opt = make_optimizer(WAYS["mixed"], 1)
     assert [row.tier for plan in opt.placement for row in plan.rows] == ["device", *["host"] * 4]
 
@@ -244,14 +240,14 @@ def test_host_memory_that_runs_out_at_any_slab(kind, way, monkeypatch):
 
 @pytest.mark.parametrize("way", ["host", "mixed", "host in_backward"])
 def test_pages_that_cannot_be_locked_change_no_bit(way, monkeypatch):
-    """At any slab of the first step: that one stays pageable, which one warning says."""
+    """The slab whose pages cannot be locked, any one of the first step, stays pageable, with one warning."""
     fault, before = Fault(WAYS[way], first=True), pinned_bytes()
     for failing in range(1, 20):
         runtime = RuntimeWithLockFailure(failing)
         with monkeypatch.context() as patch:
             patch.setattr(slabs, "torch", runtime)
             patch.setattr(staging, "Slab", lambda parts, pin: Slab(parts, pin=True))
-            set_pin_limit(None)  # which warns anew
+            set_pin_limit(None)  # enables the warning again
             ps, opt = fault.new()
             with warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always")
@@ -285,7 +281,7 @@ class RuntimeWithLockFailure:
         return getattr(torch, name)
 
     def ones(self, *_, device):
-        """The kernel that takes a pending error."""
+        """The kernel launch that clears a pending error."""
 
     def cudaHostRegister(self, address, nbytes, flags):
         self.calls += 1
@@ -306,17 +302,18 @@ class RuntimeWithLockFailure:
 
 # Interruptions.
 
-ROOT = Path(collins.__file__).parent
+PACKAGE = Path(collins.__file__).parent
+SUBPACKAGES = [Path(sys.modules[f"collins.{name}"].__path__[0]) for name in ("compile", "offload")]
 TRACED_FILES = {
     str(file)
-    for folder in (ROOT, *map(Path, (sys.modules[f"collins.{room}"].__path__[0] for room in ("compile", "offload"))))
+    for folder in (PACKAGE, *SUBPACKAGES)
     for file in folder.glob("*.py")
-    if folder != ROOT or file.name in ("stepper.py", "state.py", "update.py", "entries.py")
+    if folder != PACKAGE or file.name in ("stepper.py", "state.py", "update.py", "entries.py")
 }
 
 
-class Lines:
-    """Counts the lines of Collins that are run, and fails before the `failing`-th: with a KeyboardInterrupt."""
+class FailureAtLine:
+    """Counts the executed lines of `TRACED_FILES`, and raises a KeyboardInterrupt before the `failing`-th."""
 
     def __init__(self, failing=None):
         self.failing, self.count, self.where = failing, 0, None
@@ -339,13 +336,13 @@ class Lines:
                 self.fail()
         return self.trace_line
 
-    def fail(self):
+    def fail(self):  # test_interrupts.py overrides it
         raise KeyboardInterrupt
 
 
 def step_interrupted_at(fault, failing):
     ps, opt = fault.new()
-    lines = Lines(failing)
+    lines = FailureAtLine(failing)
     try:
         with lines:
             step(ps, opt, fault.number)
@@ -359,7 +356,7 @@ def step_interrupted_at(fault, failing):
 def test_an_interruption_at_any_line_of_a_step(options, first):
     fault = Fault(options, first)
     *_, lines = step_interrupted_at(fault, None)
-    stride = max(lines.count // POINTS, 1)
+    stride = max(lines.count // FAILURE_POINTS, 1)
     for failing in range(1, lines.count + 1, stride):
         ps, opt, trace = step_interrupted_at(fault, failing)
         try:
@@ -375,7 +372,7 @@ def test_an_interruption_at_any_line_of_a_step(options, first):
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
 @at_either_step
 def test_a_copy_that_fails(in_backward, first, monkeypatch):
-    """Between host and device, on the way there or on the way back."""
+    """Any copy between host and device, in either direction."""
     fault, count = Fault({**WAYS["host"], "in_backward": in_backward}, first), 0
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
     for count, (ps, opt) in enumerate(failed_steps(fault, HostStreams, "copy", error, monkeypatch), 1):  # noqa: B007
@@ -401,7 +398,7 @@ def test_a_hook_that_fails_in_backward(index, memory):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_optimizer_that_is_collected_while_copies_are_in_flight(mode):
-    """Nothing that they read or write is let go of before they are done."""
+    """Memory that a copy reads or writes is not freed before the copy is complete."""
     from test_tiers import on_fake_device
 
     fake, options = FakeStreams(mode), WAYS["host"]
@@ -422,25 +419,25 @@ def test_an_optimizer_that_is_collected_while_copies_are_in_flight(mode):
 
 
 class FullDisk(io.BytesIO):
-    """A disk with so much room."""
+    """A file on a disk that has `capacity` bytes."""
 
-    room = 0
+    capacity = 0
 
     def write(self, data):
-        if self.tell() + len(data) > self.room:
+        if self.tell() + len(data) > self.capacity:
             raise OSError(28, "No space left on device")
         return super().write(data)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.99])
-def test_a_disk_that_is_full_leaves_the_checkpoint_and_the_optimizer_as_they_were(fraction, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_checkpoint_and_the_optimizer_unchanged(fraction, tmp_path, monkeypatch):
     ps, opt = make_optimizer(WAYS["host"], 3)
     path, before = tmp_path / "last.pt", snapshot(ps, opt)
     collins.save(path, opt=opt)
     content = path.read_bytes()
     step(ps, opt, 3)
     after = snapshot(ps, opt)
-    FullDisk.room = int(fraction * len(content))
+    FullDisk.capacity = int(fraction * len(content))
 
     def open_full(name, mode="r"):
         Path(name).touch()
@@ -461,7 +458,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_and_the_optimizer_as_they_wer
 
 @contextmanager
 def file_size_limit(nbytes):
-    """No file that is written meanwhile can be larger: the system refuses, as where a disk is full."""
+    """Limits the size of files that this process writes: larger writes fail, as they do on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
     try:
@@ -470,8 +467,8 @@ def file_size_limit(nbytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_files_that_the_system_refuses_to_write_on_leave_the_checkpoint_as_it_was(tmp_path):
-    """At 100 places, random ones but for the first and the last byte."""
+def test_a_failed_write_leaves_the_checkpoint_unchanged(tmp_path):
+    """Writes fail at 100 positions: the first byte, the last one, and random ones."""
     _, opt = make_optimizer({}, 3)
     path, rng = tmp_path / "last.pt", random.Random(0)
     collins.save(path, opt=opt, epoch=1)
@@ -487,7 +484,7 @@ def test_files_that_the_system_refuses_to_write_on_leave_the_checkpoint_as_it_wa
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # it is: one process saves
-def test_folders_that_the_system_refuses_to_write_on_are_not_there(tmp_path):
+def test_a_failed_write_leaves_no_folder(tmp_path):
     ps, opt = make_optimizer({}, 3)
     before, content = snapshot(ps, opt), {"opt": opt.state_dict()}
 
@@ -502,10 +499,8 @@ def test_folders_that_the_system_refuses_to_write_on_are_not_there(tmp_path):
         file.unlink()
     (tmp_path / "step-3").rmdir()
     for nbytes in [0, max(sizes) - 1, *(rng.randrange(max(sizes)) for _ in range(98))]:
-        with (
-            pytest.raises(BaseException, match="File too large"),
-            file_size_limit(nbytes),
-        ):  # CheckpointException is no Exception
+        # CheckpointException is a BaseException, not an Exception.
+        with pytest.raises(BaseException, match="File too large"), file_size_limit(nbytes):
             save()
         assert [path.name for path in tmp_path.iterdir()] in ([], [".step-3.partial"])
     save()

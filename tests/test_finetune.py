@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from helpers import DEVICE, EXAMPLES, environment, examples
+from helpers import DEVICE, EXAMPLES, environment
 from torch.nn import functional
 
 import collins
@@ -34,7 +34,7 @@ COMMON = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
     **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None},
 }
-OLDER = {  # whose configurations have names of their own
+OLDER = {  # their configurations use other names
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 2},
 }
@@ -63,7 +63,7 @@ STEPS, EVERY, STOP = 9, 4, 6
 
 
 def tiny_tokenizer(template=TEMPLATE):
-    """A tokenizer of single bytes and one token of two: a space with an f."""
+    """A tokenizer of single bytes, and one token of two bytes: a space and an f."""
     letters = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "Ġf"]
     vocabulary = {token: number for number, token in enumerate(SPECIAL + letters)}
     model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[("Ġ", "f")]))
@@ -103,15 +103,14 @@ CHAT = {
 }
 
 
-def lines(path, *records):
-    path.write_text("".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records))
+def as_line(record):
+    """A record as a line of JSON; a string is a line already."""
+    return record if isinstance(record, str) else json.dumps(record)
+
+
+def write_lines(path, *records):
+    path.write_text("".join(f"{as_line(record)}\n" for record in records))
     return path
-
-
-@pytest.fixture(scope="module")
-def load():
-    with examples() as import_example:
-        yield import_example
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def finetune(load):
 def data_folder(tmp_path_factory):
     """A folder with the data, and models, which are created on demand."""
     folder = tmp_path_factory.mktemp("finetune")
-    lines(folder / "data.jsonl", *[TEXT, COMPLETION, CHAT] * 8)
+    write_lines(folder / "data.jsonl", *[TEXT, COMPLETION, CHAT] * 8)
     return folder
 
 
@@ -208,6 +207,17 @@ class StopError(Exception):
     """Imitates a SIGKILL between two saves."""
 
 
+def stopping_at(stop, batch):
+    """`Rows.batch`, which raises a StopError when the batch of step `stop` is requested."""
+
+    def batch_or_stop(self, step):
+        if step == stop:
+            raise StopError
+        return batch(self, step)
+
+    return batch_or_stop
+
+
 @pytest.mark.parametrize(
     ("kind", "more"),
     [*((kind, {}) for kind in (*CONFIGS, "gemma3")), ("gpt2", {"resid_pdrop": 0.3})],
@@ -216,16 +226,8 @@ class StopError(Exception):
 def test_a_stopped_run_resumes_bitwise(finetune, finetuned, data_folder, source, tmp_path, monkeypatch, kind, more):
     uninterrupted, expected, _ = finetuned(kind, **more)
     args = arguments(data_folder, source(kind, **more), tmp_path / "out", "--resume")
-    rows = sys.modules["finetuning.packing"].Rows
-    batch = rows.batch
-
-    def stop_at_step(self, step):
-        if step == STOP:
-            raise StopError
-        return batch(self, step)
-
     with monkeypatch.context() as patch:
-        patch.setattr(rows, "batch", stop_at_step)
+        patch.setattr(finetune.Rows, "batch", stopping_at(STOP, finetune.Rows.batch))
         with pytest.raises(StopError):
             finetune.main(args)  # there is nothing to resume from
     assert sorted(path.name for path in (tmp_path / "out.checkpoints").iterdir()) == [f"step-{EVERY}"]
@@ -242,22 +244,22 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {str(EXAMPLES)!r})
 import collins, finetune
-save, said = collins.save, Path(sys.argv[1])
+save, marker = collins.save, Path(sys.argv[1])
 
-def halting(path, **parts):
+def save_then_wait(path, **parts):
     save(path, **parts)
-    if path.parent.name.startswith(".step-{2 * EVERY}"):  # weights and optimizer are written, the folder is not whole
-        said.touch()
+    if path.parent.name.startswith(".step-{2 * EVERY}"):  # weights and optimizer are written, the folder is incomplete
+        marker.touch()
         time.sleep(600)
 
-collins.save = halting
+collins.save = save_then_wait
 finetune.main(sys.argv[2:])
 """
 
 
 def test_a_run_killed_while_it_saves_resumes_bitwise(finetune, finetuned, data_folder, source, tmp_path):
     _, expected, _ = finetuned("llama")
-    args, marker = arguments(data_folder, source("llama"), tmp_path / "out"), tmp_path / "said"
+    args, marker = arguments(data_folder, source("llama"), tmp_path / "out"), tmp_path / "marker"
     command = [sys.executable, "-W", "ignore", "-c", KILLED, str(marker), *args]
     process = subprocess.Popen(command, env=environment(OMP_NUM_THREADS=str(torch.get_num_threads())))
     try:
@@ -295,10 +297,10 @@ def test_older_checkpoints_are_removed_and_others_kept(load, tmp_path):
     ],
 )
 def test_a_run_is_resumed_with_its_settings_only(finetune, data_folder, source, tmp_path, changes, capsys, monkeypatch):
-    other = lines(tmp_path / "other.jsonl", *[TEXT, COMPLETION] * 8)
+    other = write_lines(tmp_path / "other.jsonl", *[TEXT, COMPLETION] * 8)
     args = arguments(data_folder, source("llama"), tmp_path / "out", "--save-every", "1", "--resume")
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Rows, "batch", stop_after_first(finetune.Rows.batch))
+        patch.setattr(finetune.Rows, "batch", stopping_at(2, finetune.Rows.batch))
         with pytest.raises(StopError):
             finetune.main(args)
     changes = [str(other) if value == "other" else value for value in changes]
@@ -308,7 +310,7 @@ def test_a_run_is_resumed_with_its_settings_only(finetune, data_folder, source, 
 def test_a_run_is_resumed_with_its_original_packing(finetune, load, data_folder, source, tmp_path, capsys, monkeypatch):
     args = arguments(data_folder, source("llama"), tmp_path / "out", "--save-every", "1", "--resume")
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Rows, "batch", stop_after_first(finetune.Rows.batch))
+        patch.setattr(finetune.Rows, "batch", stopping_at(2, finetune.Rows.batch))
         with pytest.raises(StopError):
             finetune.main(args)
     mask = torch.ones(8, dtype=torch.bool)
@@ -324,20 +326,16 @@ def test_a_run_of_a_version_without_accumulation_is_resumed_without_it(load, tmp
         refuse_others(tmp_path, {"--lr": 1.0, "--accumulation-steps": 2})
 
 
-def stop_after_first(batch):
-    def first_batch_only(self, step):
-        if step > 1:
-            raise StopError
-        return batch(self, step)
-
-    return first_batch_only
+def errors_at_exit(finetune, args, capsys, code):
+    """What is printed as an error when the script exits with this code."""
+    with pytest.raises(SystemExit) as exit_info:
+        finetune.main(args)
+    assert exit_info.value.code == code
+    return capsys.readouterr().err
 
 
 def assert_refused(finetune, args, capsys, *messages):
-    with pytest.raises(SystemExit) as exit_info:
-        finetune.main(args)
-    assert exit_info.value.code == 2
-    errors = capsys.readouterr().err
+    errors = errors_at_exit(finetune, args, capsys, code=2)
     for text in messages:
         assert text in errors
 
@@ -370,12 +368,12 @@ def test_a_run_that_is_stopped_between_the_batches_of_a_step_resumes_bitwise(
     loss, batch, batch_numbers, rates = language_model.loss, rows.batch, [], []
     monkeypatch.setattr(rows, "batch", lambda self, number: batch_numbers.append(number) or batch(self, number))
 
-    class Rated(finetune.Collins):
+    class RateRecorder(finetune.Collins):
         def step(self):
             rates.append(self.param_groups[0]["lr"])
             super().step()
 
-    monkeypatch.setattr(finetune, "Collins", Rated)
+    monkeypatch.setattr(finetune, "Collins", RateRecorder)
 
     def arguments_for(out):
         more = ["--accumulation-steps", "2", "--resume", "--save-every", "2", "--eval-every", "3", "--warmup", "0.3"]
@@ -576,7 +574,7 @@ def test_a_nonfinite_loss_ends_the_run(finetune, data_folder, source, tmp_path):
 def documents_of(load, tmp_path, *records, seq_len=64, tokenizer=None):
     """Each document as its tokens and its targets; "·" stands for tokens that are not trained on."""
     tokenizer = tokenizer or tiny_tokenizer()
-    path = lines(tmp_path / "data.jsonl", *records)
+    path = write_lines(tmp_path / "data.jsonl", *records)
     documents = load("finetuning.data").read_documents(path, tokenizer, seq_len=seq_len, vocabulary=VOCABULARY)
     texts = []
     for start, stop in zip(documents.bounds, documents.bounds[1:], strict=False):
@@ -673,7 +671,7 @@ def test_each_epoch_uses_every_row_once_in_a_different_order(load, tmp_path):
 
 def test_dropped_tokens_and_documents_are_reported(finetune, source, tmp_path, capsys):
     too_long = {"prompt": "p" * 70, "completion": "c"}
-    lines(tmp_path / "data.jsonl", too_long, {"prompt": "p", "completion": "c" * 70}, *[TEXT] * 8)
+    write_lines(tmp_path / "data.jsonl", too_long, {"prompt": "p", "completion": "c" * 70}, *[TEXT] * 8)
     finetune.main(arguments(tmp_path, source("llama"), tmp_path / "out", "--steps", "1"))
     assert "left out: 14 tokens beyond --seq-len, 1 documents without a target" in capsys.readouterr().out
 
@@ -690,7 +688,7 @@ def test_held_out_lines_are_not_trained_on(finetune, load, tmp_path):
 
 
 def test_held_out_data_may_be_in_a_separate_file(finetune, data_folder, source, tmp_path):
-    held_out = lines(tmp_path / "held-out.jsonl", TEXT)
+    held_out = write_lines(tmp_path / "held-out.jsonl", TEXT)
     args = arguments(data_folder, source("llama"), tmp_path / "out", "--eval-data", str(held_out), "--eval-every", "1")
     run = finetune.main([*args, "--steps", "2"])
     assert list(run.held_out) == [0, 1, 2]
@@ -711,7 +709,7 @@ def test_the_rate_rises_then_falls(load):
 
 @pytest.fixture
 def no_model_loading(finetune, monkeypatch):
-    """Fails if anything is loaded onto the device."""
+    """Fails if a model is loaded onto the device."""
     monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("the model was loaded"))
 
 
@@ -837,10 +835,6 @@ def test_invalid_data_are_rejected(finetune, source, tmp_path, case, capsys):
     assert_refused(finetune, arguments(tmp_path, source("llama"), tmp_path / "out"), capsys, message)
 
 
-def as_line(record):
-    return record if isinstance(record, str) else json.dumps(record)
-
-
 @pytest.mark.usefixtures("no_model_loading")
 @pytest.mark.parametrize(
     ("template", "message"),
@@ -856,7 +850,7 @@ def as_line(record):
 def test_a_chat_that_the_template_cannot_format_is_rejected(finetune, model_copy, tmp_path, template, message, capsys):
     (model_copy / "chat_template.jinja").unlink()
     tiny_tokenizer(template).save_pretrained(model_copy)
-    lines(tmp_path / "data.jsonl", CHAT)
+    write_lines(tmp_path / "data.jsonl", CHAT)
     assert_refused(finetune, arguments(tmp_path, model_copy, tmp_path / "out"), capsys, message)
 
 
@@ -873,7 +867,7 @@ def test_a_tokenizer_of_another_model_is_rejected(finetune, data_folder, tmp_pat
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|new|>"])
     tokenizer.save_pretrained(extended_model)
-    lines(tmp_path / "data.jsonl", TEXT, {"text": "a <|new|> token"})
+    write_lines(tmp_path / "data.jsonl", TEXT, {"text": "a <|new|> token"})
     message = "data.jsonl:2: becomes token 262, '<|new|>', but the model has 262 embeddings"
     assert_refused(finetune, arguments(tmp_path, extended_model, tmp_path / "out"), capsys, message)
 
@@ -968,11 +962,8 @@ def test_out_of_memory_is_reported_with_the_plan_and_proposed_changes(
 
     monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "check", lambda *_: None)  # so that training begins
     monkeypatch.setattr(load("finetuning.causal_lm").CausalLM, "loss", raise_out_of_memory)
-    monkeypatch.setattr("collins.offload.trial.MOST_LAYERS", 4)  # to look for the largest model among
-    with pytest.raises(SystemExit) as exit_info:
-        finetune.main(arguments(data_folder, source("llama"), tmp_path / "out"))
-    assert exit_info.value.code == 1
-    errors = capsys.readouterr().err
+    monkeypatch.setattr("collins.offload.trial.MOST_LAYERS", 4)  # limits the search for the largest model
+    errors = errors_at_exit(finetune, arguments(data_folder, source("llama"), tmp_path / "out"), capsys, code=1)
     for figure in ("weights", "activations: checkpoints", "staging ring on the device", "largest that fits"):
         assert figure in errors
     assert errors.index("What to change:") < errors.index(
@@ -981,15 +972,13 @@ def test_out_of_memory_is_reported_with_the_plan_and_proposed_changes(
     assert "expandable_segments:True" in errors
 
 
+@pytest.mark.usefixtures("no_model_loading")
 def test_weights_that_exceed_the_device_are_not_loaded(
     finetune, load, data_folder, source, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(load("finetuning.forecast"), "host_memory_free", lambda: 10_000)
-    monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    with pytest.raises(SystemExit) as exit_info:
-        finetune.main(arguments(data_folder, source("llama"), tmp_path / "out"))
-    assert exit_info.value.code == 1
-    assert "9.8 KiB are free" in capsys.readouterr().err
+    args = arguments(data_folder, source("llama"), tmp_path / "out")
+    assert "9.8 KiB are free" in errors_at_exit(finetune, args, capsys, code=1)
 
 
 GIB = 1 << 30
@@ -1036,17 +1025,12 @@ def test_on_a_gpu_it_is_compiled_and_resumes_bitwise(finetune, data_folder, sour
 
     uninterrupted = finetune.main(arguments_for(tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        rows, batch = finetune.Rows, finetune.Rows.batch
-        patch.setattr(rows, "batch", lambda self, step: batch(self, step) if step < STOP else stop())
+        patch.setattr(finetune.Rows, "batch", stopping_at(STOP, finetune.Rows.batch))
         with pytest.raises(StopError):
             finetune.main(arguments_for(tmp_path / "out"))
     run = finetune.main(arguments_for(tmp_path / "out"))
     assert run.losses == {step: loss for step, loss in uninterrupted.losses.items() if step > EVERY}
     assert files(tmp_path / "out") == files(tmp_path / "whole")
-
-
-def stop():
-    raise StopError
 
 
 @pytest.mark.cuda

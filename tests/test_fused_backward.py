@@ -111,16 +111,16 @@ def test_statistics_of_a_step_in_hooks_include_all_parameters():
         torch.testing.assert_close(actual[name], expected[name])
 
 
-@pytest.mark.parametrize("change", ["option", "gradient", "stranger", "in_backward", "max_grad_norm"])
+@pytest.mark.parametrize("change", ["option", "gradient", "foreign parameter", "in_backward", "max_grad_norm"])
 def test_an_unsupported_step_is_rejected_and_nothing_changes(change):
-    p, stranger = (torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2))
+    p, foreign = (torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2))
     opt = Collins([p], in_backward=change == "in_backward")
-    p.grad = stranger.grad = torch.ones(64, 64)
+    p.grad = foreign.grad = torch.ones(64, 64)
     if change != "in_backward":
         opt.step_parameter(p)
     opt.max_grad_norm = 1.0 if change == "max_grad_norm" else None
     before, state = p.detach().clone(), copy.deepcopy(opt.state_dict())
-    error, text, parameter = ValueError, "p must be a parameter of this optimizer", stranger
+    error, text, parameter = ValueError, "p must be a parameter of this optimizer", foreign
     if change == "option":
         opt.param_groups[0]["decode"] = "raw"
         error, text, parameter = ValueError, "decode must be", p

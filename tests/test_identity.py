@@ -28,7 +28,7 @@ def parameter(*shape, seed=0):
     return torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
 
 
-def give(p, step):
+def give_gradient(p, step):
     p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 + step))
 
 
@@ -78,7 +78,7 @@ def copied(opt, a, c):
 def test_other_parameters_are_stepped_as_without_the_change(change, in_backward, memory):
     if in_backward and change is copied:
         pytest.skip("a second optimizer over one parameter is refused")
-    sides = []
+    results = []
     for changed in (False, True):
         a, b, c = (parameter(64, 144, seed=seed) for seed in range(3))
         groups = [{"params": [a]}, {"params": [b]}]
@@ -86,7 +86,7 @@ def test_other_parameters_are_stepped_as_without_the_change(change, in_backward,
         for step in range(9):
             if step == 5 and changed:
                 change(opt, a, c)
-            give(b, step)
+            give_gradient(b, step)
             g, b.grad = b.grad, None
             loss = (b * g).sum()
             if step < 5:
@@ -94,28 +94,28 @@ def test_other_parameters_are_stepped_as_without_the_change(change, in_backward,
             loss.backward()
             opt.step()
             opt.zero_grad()
-        opt._stepper.store.drain()  # torch's own state_dict does not take the state of what is in no group
-        sides.append((b.detach(), *(opt.state[b][name] for name in ("m_table", "v_table", "layout", "step"))))
-    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(*sides, strict=True))
+        opt._stepper.store.drain()  # torch's own state_dict omits the state of parameters that are in no group
+        results.append((b.detach(), *(opt.state[b][name] for name in ("m_table", "v_table", "layout", "step"))))
+    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(*results, strict=True))
 
 
 def test_a_parameter_that_is_added_again_continues_from_its_state():
-    sides = []
-    for away in (False, True):
+    results = []
+    for removed in (False, True):
         a, b = parameter(64, 144), parameter(64, 144, seed=1)
         opt = Collins([a, b], lr=1e-2, rehash_period=3)
         for step in range(9):
-            if away and step == 3:
+            if removed and step == 3:
                 opt.param_groups[0]["params"].remove(a)
-            if away and step == 6:
+            if removed and step == 6:
                 opt.param_groups[0]["params"].append(a)
             for p in (a, b):
-                give(p, step)
+                give_gradient(p, step)
             if 3 <= step < 6:
                 a.grad = None
             opt.step()
-        sides.append([a.detach(), *(opt.state[a][name] for name in ("m_table", "v_table", "step"))])
-    assert all(map(torch.equal, *sides))
+        results.append([a.detach(), *(opt.state[a][name] for name in ("m_table", "v_table", "step"))])
+    assert all(map(torch.equal, *results))
 
 
 def test_optimizers_of_one_named_parameter_each_have_distinct_hashes():
@@ -134,26 +134,28 @@ def test_keys_are_copied_and_loaded_with_state():
     opt = Collins([("a", a), ("b", b)], lr=1e-2)
     for step in range(3):
         for p in (a, b):
-            give(p, step)
+            give_gradient(p, step)
         opt.step()
-    (c, d), other = copy.deepcopy((opt.param_groups[0]["params"], opt))
+    (copied_a, copied_b), copied_opt = copy.deepcopy((opt.param_groups[0]["params"], opt))
     loaded = pickle.loads(pickle.dumps(opt))
     unnamed = Collins([parameter(64, 144), parameter(64, 144)], lr=1e-2)
     unnamed.load_state_dict(opt.state_dict())  # with and without names: keys are loaded with the tables
-    for p, q in ((a, c), (b, d)):
-        keys = [hash.key for hash in (opt.hash_of(p), other.hash_of(q))]
+    for p, q in ((a, copied_a), (b, copied_b)):
+        keys = [hash.key for hash in (opt.hash_of(p), copied_opt.hash_of(q))]
         assert keys[0] == keys[1] > 2**62
-    for one in (loaded, unnamed):
-        saved, theirs = opt.state_dict()["state"], one.state_dict()["state"]
-        assert all(torch.equal(bits(saved[i][name]), bits(theirs[i][name])) for i in saved for name in saved[i])
-        assert [one.hash_of(p).key for p in one.param_groups[0]["params"]] == [opt.hash_of(p).key for p in (a, b)]
+    for restored in (loaded, unnamed):
+        saved, restored_state = opt.state_dict()["state"], restored.state_dict()["state"]
+        assert all(torch.equal(bits(saved[i][name]), bits(restored_state[i][name])) for i in saved for name in saved[i])
+        assert [restored.hash_of(p).key for p in restored.param_groups[0]["params"]] == [
+            opt.hash_of(p).key for p in (a, b)
+        ]
 
 
-ROUNDED = [{}, {"hash": "universal"}, {"memory": "host"}, {"in_backward": True}, {"table_dtype": torch.bfloat16}]
+ROUNDED_WAYS = [{}, {"hash": "universal"}, {"memory": "host"}, {"in_backward": True}, {"table_dtype": torch.bfloat16}]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", ROUNDED, ids=str)
+@pytest.mark.parametrize("options", ROUNDED_WAYS, ids=str)
 @pytest.mark.parametrize("names", [(False, False), (True, False), (False, True)], ids=str)
 def test_rounding_resumes_bitwise_with_another_order_and_other_names(names, options, dtype):
     """Random bits derive from the key, which is saved with dense moments as well as with tables."""
@@ -167,13 +169,13 @@ def test_rounding_resumes_bitwise_with_another_order_and_other_names(names, opti
                 p.grad = g
         opt.step()
 
-    def named(ps, wanted):
-        return [(f"p{i}", p) for i, p in enumerate(ps)] if wanted else ps
+    def named(ps, has_names):
+        return [(f"p{i}", p) for i, p in enumerate(ps)] if has_names else ps
 
     shapes = [(40,), (64, 64), (), (33, 7), (64, 48), (5,)]
     ps = [torch.nn.Parameter(parameter(*shape, seed=i).to(dtype)) for i, shape in enumerate(shapes)]
-    built = {"lr": 1e-2, "min_K": 16, "rehash_period": 3, **options}
-    opt = Collins(named(ps, names[0]), **built)
+    all_options = {"lr": 1e-2, "min_K": 16, "rehash_period": 3, **options}
+    opt = Collins(named(ps, names[0]), **all_options)
     step(ps, opt, 0)
     group, order = opt.param_groups[0], [3, 5, 0, 4, 2, 1]
     for key in {"params", "param_names"} & group.keys():
@@ -182,33 +184,33 @@ def test_rounding_resumes_bitwise_with_another_order_and_other_names(names, opti
     for number in (1, 2):
         step(ps, opt, number)
     qs = [torch.nn.Parameter(p.detach().clone()) for p in ps]
-    other = Collins(named(qs, names[1]), **built)
+    resumed = Collins(named(qs, names[1]), **all_options)
     if not names[0]:  # no names were saved: an optimizer with names uses its own
-        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+        resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
     else:
         file = io.BytesIO()
         torch.save(opt.state_dict(), file)
         file.seek(0)
-        other.load_state_dict(torch.load(file, weights_only=True))
+        resumed.load_state_dict(torch.load(file, weights_only=True))
     for number in (3, 4):
         step(ps, opt, number)
-        step(qs, other, number)
-    assert all(map(same_snapshots, snapshot(ps, opt), snapshot(qs, other)))
+        step(qs, resumed, number)
+    assert all(map(same_snapshots, snapshot(ps, opt), snapshot(qs, resumed)))
 
 
 def test_a_cast_parameter_saves_the_key_of_its_rounding():
     """State that another optimizer created is saved with the key that steps use."""
     a, b = parameter(40), parameter(40)
     opt, other = Collins([parameter(3), a]), Collins([b])
-    give(a, 0)
+    give_gradient(a, 0)
     opt.step()
     assert "layout" not in opt.state[a]
     a.data, b.data = a.data.bfloat16(), b.data.bfloat16()
     other.state[b] = dict(opt.state[a])
-    for p, one in ((a, opt), (b, other)):
+    for p, optimizer in ((a, opt), (b, other)):
         p.grad = torch.ones_like(p)
-        one.step()
-    keys = [unpacked(one.state[p]["layout"]).place for p, one in ((a, opt), (b, other))]
+        optimizer.step()
+    keys = [unpacked(optimizer.state[p]["layout"]).place for p, optimizer in ((a, opt), (b, other))]
     assert keys == [1, 0]
 
 
@@ -227,17 +229,17 @@ def test_a_key_of_dense_moments_does_not_apply_to_tables():
     assert unpacked(opt.state[ps[2]]["layout"]).place == 1
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-@pytest.mark.parametrize("memory", TIERS.values(), ids=TIERS)
-def test_a_copy_may_be_reordered_before_it_steps(copied, memory):
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@in_every_tier
+def test_a_copy_may_be_reordered_before_it_steps(make_copy, memory):
     ps = [parameter(64, 144), parameter(64, 144, seed=1)]
     opt = Collins([{"params": [p]} for p in ps], lr=1e-2, memory=memory)
-    qs, other = copied((ps, opt))
-    for one in (opt, other):
-        one.param_groups.reverse()
+    qs, other = make_copy((ps, opt))
+    for optimizer in (opt, other):
+        optimizer.param_groups.reverse()
     for step in range(3):
         for p in (*ps, *qs):
-            give(p, step)
+            give_gradient(p, step)
         opt.step()
         other.step()
     assert all(map(torch.equal, ps, qs))
@@ -256,16 +258,16 @@ def test_an_option_that_contradicts_existing_tables_is_rejected(option, value, t
     p = parameter(64, 144)
     opt = Collins([p], min_K=1, memory=memory)
     for step in range(3):
-        give(p, step)
+        give_gradient(p, step)
         opt.step()
     opt.param_groups[0][option] = value
     before, saved = p.detach().clone(), copy.deepcopy(opt.state_dict()["state"])
-    give(p, 3)
+    give_gradient(p, 3)
     with pytest.raises(ValueError, match=f"parameter 0 has tables that the current options cannot decode: .*{text}"):
         opt.step()
     assert torch.equal(p.detach(), before)
-    now = opt.state_dict()["state"]
-    assert all(torch.equal(bits(now[0][name]), bits(saved[0][name])) for name in saved[0])
+    current = opt.state_dict()["state"]
+    assert all(torch.equal(bits(current[0][name]), bits(saved[0][name])) for name in saved[0])
     opt.state.clear()  # a restart must be explicit
     opt.step()
     assert opt.state[p]["step"] == 1
@@ -275,7 +277,7 @@ def test_coefficients_set_for_existing_tables_are_rejected():
     p = parameter(64, 144)
     opt = Collins([p], hash="universal")
     for step in range(4):
-        give(p, step)
+        give_gradient(p, step)
         if step < 3:
             opt.step()
     opt.hash_of(p).a += 1
@@ -338,7 +340,7 @@ def counter_filled(opt, p):
     ],
 )  # fmt: skip
 def test_edits_of_the_state_take_effect_in_every_tier(edit, in_backward):
-    sides = []
+    results = []
     for memory in TIERS.values():
         p, q = parameter(64, 64), parameter(32, 64, seed=1)
         opt = Collins([p, q], lr=1e-2, memory=memory, in_backward=in_backward, table_dtype=torch.float32)
@@ -346,52 +348,52 @@ def test_edits_of_the_state_take_effect_in_every_tier(edit, in_backward):
             if step == 4:
                 opt.state_dict()  # waits for copies to the host
                 edit(opt, p)
-            give(p, step), give(q, 50 + step)
+            give_gradient(p, step), give_gradient(q, 50 + step)
             grads, p.grad, q.grad = (p.grad, q.grad), None, None
             ((p * grads[0]).sum() + (q * grads[1]).sum()).backward()
             opt.step()
             opt.zero_grad()
         state = opt.state_dict()["state"]
-        sides.append(
+        results.append(
             [p.detach(), q.detach(), *(state[i][name] for i in state for name in ("step", "m_table", "v_table"))]
         )
-    assert all(torch.equal(bits(a), bits(b)) for other in sides[1:] for a, b in zip(sides[0], other, strict=True))
+    assert all(torch.equal(bits(a), bits(b)) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("edit", [zeroed, halved, replaced])
 @pytest.mark.parametrize(("shape", "ratio"), [((64, 64), 32), ((90, 91), 16), ((64, 128), 64)], ids=str)
 def test_tables_of_small_parameters_can_be_edited_under_the_defaults(shape, ratio, edit):
     """Between two steps, without a call of the optimizer that waits for copies or changes the state."""
-    sides = []
+    results = []
     for memory in (None, "host"):
         p, kept = parameter(*shape), parameter(*shape)
         opt = Collins([p, kept], lr=1e-2, compress_ratio=ratio, memory=memory)
         for step in range(5):
             if step == 3:
                 edit(opt, p)
-            give(p, step), give(kept, step)
+            give_gradient(p, step), give_gradient(kept, step)
             opt.step()
-        sides.append([p.detach(), *opt.state[p].values()])
+        results.append([p.detach(), *opt.state[p].values()])
         assert not torch.equal(p, kept)
-    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(*sides, strict=True))
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(*results, strict=True))
 
 
 @in_every_tier
 @pytest.mark.parametrize("options", [{}, {"hash": "universal"}], ids=str)
 def test_replaced_parameters_are_freed(options, memory):
     other, p = parameter(64, 144), parameter(64, 144)
-    opt, old = Collins([other, p], memory=memory, **options), []
+    opt, references = Collins([other, p], memory=memory, **options), []
     for step in range(4):
-        give(other, step), give(p, step)
+        give_gradient(other, step), give_gradient(p, step)
         opt.step()
         opt.state.pop(p)
-        old.append(weakref.ref(p))
+        references.append(weakref.ref(p))
         p = torch.nn.Parameter(p.detach().clone())
         opt.param_groups[0]["params"][1] = p
-    give(p, 5)
+    give_gradient(p, 5)
     opt.step()
     gc.collect()
-    assert not any(ref() is not None for ref in old)
+    assert not any(ref() is not None for ref in references)
     if memory == TIERS["host"]:
         assert len(opt.placement) == 1  # memory of a removed parameter is reused
 
@@ -400,21 +402,21 @@ def test_replaced_parameters_are_freed(options, memory):
 def test_counters_of_replaced_parameters_are_reused(in_backward):
     """Counters that were handed out keep their values; other counters continue."""
     a, b = parameter(40), parameter(5)
-    opt, old = Collins([a, b], in_backward=in_backward), []
+    opt, removed_counters = Collins([a, b], in_backward=in_backward), []
     for step in range(1, 200):
         for p in (a, b):
             (p * step).sum().backward()
         opt.step()
         opt.zero_grad()
         if step % 2:
-            old.append(opt.state.pop(a)["step"])
+            removed_counters.append(opt.state.pop(a)["step"])
             a = opt.param_groups[0]["params"][0] = parameter(40)
             if in_backward:
                 opt.add_param_group({"params": [parameter(1)]})  # this registers hooks of new parameters
                 del opt.param_groups[-1]
         assert opt.state[b]["step"] == step
     assert len(opt._stepper._counters._views) <= 3
-    assert [int(count) for count in old] == [1, *([2] * 99)]
+    assert [int(count) for count in removed_counters] == [1, *([2] * 99)]
 
 
 @in_every_tier
@@ -424,13 +426,13 @@ def test_a_resized_parameter_restarts_once_its_state_is_removed(memory):
     for step in range(5):
         if step == 3:
             p.data = torch.cat([p.data, torch.ones(16, 64)])
-            give(p, step), give(other, step)
+            give_gradient(p, step), give_gradient(other, step)
             with pytest.raises(
                 ValueError, match=r"parameter 0 has the shape \(160, 64\); the optimizer holds the tables"
             ):
                 opt.step()
             del opt.state[p]
-        give(p, step), give(other, step)
+        give_gradient(p, step), give_gradient(other, step)
         opt.step()
     assert opt.state[p]["m_table"].shape == (160, 8)  # two entries a byte
     assert [int(opt.state[q]["step"]) for q in (p, other)] == [2, 5]
@@ -450,15 +452,15 @@ def test_frozen_parameters_use_no_memory_until_they_are_trained(memory, in_backw
         opt.step()
         opt.zero_grad()
     assert base not in opt.state
-    held = sum(t.nbytes for t in opt.state[adapter].values() if isinstance(t, torch.Tensor))
-    assert opt.memory_report().state_bytes == held
-    assert sum(plan.bytes for plan in opt.placement) in (0, held - 4)
+    state_bytes = sum(t.nbytes for t in opt.state[adapter].values() if isinstance(t, torch.Tensor))
+    assert opt.memory_report().state_bytes == state_bytes
+    assert sum(plan.bytes for plan in opt.placement) in (0, state_bytes - 4)
     base.requires_grad_(True)
     opt.step()  # this detects that it requires gradients now
     (adapter.sum() + base.sum()).backward()
     opt.step()
     assert opt.state[base]["step"] == 1
-    assert opt.memory_report().state_bytes > held
+    assert opt.memory_report().state_bytes > state_bytes
 
 
 @in_every_tier
@@ -466,11 +468,11 @@ def test_frozen_parameters_use_no_memory_until_they_are_trained(memory, in_backw
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_frozen_parameters_may_have_any_dtype_and_device(memory, dtype, device):
     zeros = [torch.zeros(shape, dtype=torch.float32).to(dtype).to(device) for shape in ((64, 144), (2048,), (3,))]
-    bases = [torch.nn.Parameter(each, requires_grad=False) for each in zeros]
+    frozen_params = [torch.nn.Parameter(each, requires_grad=False) for each in zeros]
     adapter = parameter(64, 144)
-    opt = Collins([*bases, adapter], memory=memory)
+    opt = Collins([*frozen_params, adapter], memory=memory)
     for step in range(2):
-        give(adapter, step)
+        give_gradient(adapter, step)
         opt.step()
     opt.load_state_dict(opt.state_dict())
     assert list(opt.state) == [adapter]
@@ -530,20 +532,20 @@ def test_the_default_device_of_the_process_has_no_effect(options, built_inside):
 
 
 def test_the_error_after_a_failed_backward_names_the_cause():
-    class Fails(torch.autograd.Function):
+    class FailingBackward(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             return x.clone()
 
         @staticmethod
         def backward(ctx, g):
-            raise torch.OutOfMemoryError("as on a device that is full")
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
     first, last = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
     opt = Collins([*first.parameters(), *last.parameters()], in_backward=True)
     x = torch.ones(4, 64)
     with pytest.raises(torch.OutOfMemoryError):
-        last(Fails.apply(first(x))).sum().backward()
+        last(FailingBackward.apply(first(x))).sum().backward()
     opt.zero_grad()
     with pytest.raises(RuntimeError, match=r"Call step\(\) after every backward pass, including failed ones"):
         last(first(x)).sum().backward()
@@ -587,14 +589,14 @@ def test_a_checkpoint_of_version_0_2_resumes_bitwise_with_names(options, dtype):
 
 
 @pytest.mark.parametrize("memory", [None, "host"])
-def test_what_is_kept_for_a_name_or_a_shape_goes_with_its_parameter(memory):
-    """Constants of graphs, by hash key, and the counters of host tiers, whose bytes are counted all the same."""
+def test_constants_and_counters_of_replaced_parameters_are_freed(memory):
+    """Constants of graphs, by hash key, and the byte counters of host tiers, whose sums are kept."""
 
-    def alive():
+    def traffic_objects():
         gc.collect()
-        return sum(type(one) is Traffic for one in gc.get_objects())
+        return sum(type(each) is Traffic for each in gc.get_objects())
 
-    kept, before, copied, found = torch.nn.Parameter(torch.ones(64, 144)), alive(), 0, []
+    kept, before, link_bytes, counts = torch.nn.Parameter(torch.ones(64, 144)), traffic_objects(), 0, []
     opt = Collins([("kept", kept)], memory=memory, compile=True)
     opt.add_param_group({"params": [("0", torch.nn.Parameter(torch.ones(64, 144)))]})
     with torch.compiler.set_stance("force_eager"):
@@ -605,10 +607,10 @@ def test_what_is_kept_for_a_name_or_a_shape_goes_with_its_parameter(memory):
             opt.step()
             opt.zero_grad()
             opt.state.pop(p)
-            found.append((len(opt._stepper.engine._graphs._constants), alive() - before))
-            copied, previously = opt.statistics()["link_bytes"], copied
-            assert (copied > previously) is (memory == "host")
-    assert found[-1] == found[1]
+            counts.append((len(opt._stepper.engine._graphs._constants), traffic_objects() - before))
+            link_bytes, previous = opt.statistics()["link_bytes"], link_bytes
+            assert (link_bytes > previous) is (memory == "host")
+    assert counts[-1] == counts[1]
 
 
 @pytest.mark.parametrize("memory", [None, "device", "host"])

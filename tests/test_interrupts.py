@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from helpers import OPTIONS, give_gradients, parameters, same_snapshots, snapshot, with_kernel
-from test_faults import SHAPES, WAYS, Fault, Lines, make_optimizer, step
+from test_faults import SHAPES, WAYS, FailureAtLine, Fault, make_optimizer, step
 
 from collins import Collins, interrupts
 from collins.compile.graphs import Graphs
@@ -28,7 +28,7 @@ def send_ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
 
-class CtrlCAtLine(Lines):
+class CtrlCAtLine(FailureAtLine):
     """Sends Ctrl-C before the `failing`-th executed line of the code of steps."""
 
     def fail(self):

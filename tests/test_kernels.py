@@ -10,7 +10,17 @@ import weakref
 
 import pytest
 import torch
-from helpers import DEVICE, OPTIONS, environment, give_gradients, moments, output_of, parameters, with_kernel
+from helpers import (
+    DEVICE,
+    OPTIONS,
+    environment,
+    give_gradients,
+    moments,
+    output_of,
+    parameters,
+    weights_and_moments,
+    with_kernel,
+)
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -46,22 +56,35 @@ CASES = [
 ]
 
 
-def count_launches(monkeypatch):
-    """The number of tensors of each launch, appended at each launch."""
-    taken = []
+def record_launches(monkeypatch):
+    """A list to which each launch appends the number of its tensors."""
+    tensor_counts = []
     original = kernels.step_
 
-    def counted(p, *rest):
-        taken.append(len(p))
+    def recording_step(p, *rest):
+        tensor_counts.append(len(p))
         original(p, *rest)
 
-    monkeypatch.setattr(kernels, "step_", counted)
-    return taken
+    monkeypatch.setattr(kernels, "step_", recording_step)
+    return tensor_counts
+
+
+def record_uploads(monkeypatch):
+    """A list to which each upload of a table of addresses appends a weak reference to the table."""
+    tables, to_device = [], ArgUploader.to_device
+
+    def recording_upload(self, host):
+        table = to_device(self, host)
+        tables.append(weakref.ref(table))
+        return table
+
+    monkeypatch.setattr(ArgUploader, "to_device", recording_upload)
+    return tables
 
 
 @pytest.mark.parametrize(("dtype", "options"), CASES, ids=str)
 def test_the_kernel_equals_eager_code(dtype, options):
-    sides, options = [], {"table_dtype": torch.float32, **options}  # test_parity.py has those of integers
+    results, options = [], {"table_dtype": torch.float32, **options}  # test_parity.py has those of integers
     for through_kernel in (False, True):
         ps = parameters(dtype, SHAPES)
         opt = Collins(ps, **{**OPTIONS, "compile": False, **options})
@@ -70,9 +93,9 @@ def test_the_kernel_equals_eager_code(dtype, options):
         for step in range(3):  # in each step a third of the buckets draw new signs
             give_gradients(step, ps)
             opt.step()
-        sides.append([t for p in ps for t in (p.detach(), *moments(opt, p))])
-    for eager, launched in zip(*sides, strict=True):
-        ulp = max(torch.finfo(kept).eps for kept in (eager.dtype, torch.promote_types(dtype, torch.float32)))
+        results.append(weights_and_moments(ps, opt))
+    for eager, launched in zip(*results, strict=True):
+        ulp = max(torch.finfo(each).eps for each in (eager.dtype, torch.promote_types(dtype, torch.float32)))
         torch.testing.assert_close(eager, launched, rtol=4 * ulp, atol=4 * ulp)
         if eager.dtype in ROUNDED and eager.numel():  # the same random bits
             assert (eager != launched).float().mean() < 0.02
@@ -81,7 +104,7 @@ def test_the_kernel_equals_eager_code(dtype, options):
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 @pytest.mark.parametrize("options", [{}, {"compress_ratio": 128}, {"compress_ratio": 1}], ids=str)
 def test_the_kernel_skips_buckets_with_nonfinite_gradients(options):
-    sides = []
+    results = []
     for through_kernel in (False, True):
         ps = parameters(torch.float32, SHAPES)
         opt = Collins(ps, **{"min_K": 16, "compile": None if through_kernel else False, "nonfinite": "skip", **options})
@@ -92,8 +115,8 @@ def test_the_kernel_skips_buckets_with_nonfinite_gradients(options):
                 if p.numel() > 7:
                     p.grad.view(-1)[::1000] = (float("inf"), float("nan"), 1e30)[step]
             opt.step()
-        sides.append([t for p in ps for t in (p.detach(), *moments(opt, p))])
-    for eager, launched in zip(*sides, strict=True):
+        results.append(weights_and_moments(ps, opt))
+    for eager, launched in zip(*results, strict=True):
         assert eager.isfinite().all()
         torch.testing.assert_close(eager, launched, rtol=1e-6, atol=1e-6)
 
@@ -102,10 +125,10 @@ def test_tensors_of_one_kind_share_a_launch_whatever_their_shapes(monkeypatch):
     ps = parameters(torch.float32, [(96, 64), (64, 128), (4096,), (40,), (24,), (8,), (33, 37)])
     opt = with_kernel(Collins(ps, min_K=64, table_dtype=torch.float32, role="matrix"))
     give_gradients(0, ps)
-    taken = count_launches(monkeypatch)
+    tensor_counts = record_launches(monkeypatch)
     opt.step()
     # Tables; dense moments; separate launches if sizes are not multiples of 32.
-    assert sorted(taken) == [1, 3, 3]
+    assert sorted(tensor_counts) == [1, 3, 3]
 
 
 def test_tensors_that_the_kernel_cannot_read_are_stepped_by_other_code(monkeypatch):
@@ -115,12 +138,12 @@ def test_tensors_that_the_kernel_cannot_read_are_stepped_by_other_code(monkeypat
     ps = [transposed, shifted, even]
     copies = [torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in ps]
     opt, other = with_kernel(Collins(ps, min_K=16)), Collins(copies, min_K=16, compile=False)
-    taken = count_launches(monkeypatch)
+    tensor_counts = record_launches(monkeypatch)
     for step in range(3):
         give_gradients(step, ps, copies)
         opt.step()
         other.step()
-    assert taken == [1, 1, 1]
+    assert tensor_counts == [1, 1, 1]
     for p, q in zip(ps, copies, strict=True):
         torch.testing.assert_close(p.detach(), q.detach())
 
@@ -130,9 +153,7 @@ def test_the_table_of_addresses_is_rebuilt_only_if_an_address_changes(monkeypatc
     opt = with_kernel(Collins(ps, min_K=16))
     copies = parameters(torch.float32, [(96, 64), (64, 96)])
     other = Collins(copies, min_K=16, compile=False)
-    made = []
-    upload = ArgUploader.to_device
-    monkeypatch.setattr(ArgUploader, "to_device", lambda self, host: made.append(1) or upload(self, host))
+    uploads = record_uploads(monkeypatch)
     for step in range(8):
         if step == 3:
             for p in (*ps, *copies):
@@ -146,8 +167,8 @@ def test_the_table_of_addresses_is_rebuilt_only_if_an_address_changes(monkeypatc
             ps[0].grad = copies[0].grad = None
         opt.step()
         other.step()
-    # At first, with moved parameters, with one alone, with two whose numbers of steps differ; not for loading in place.
-    assert len(made) == 2 * 4
+    # At first, with moved parameters, with one alone, with two whose step counts differ; not for loading in place.
+    assert len(uploads) == 2 * 4
     for p, q in zip(ps, copies, strict=True):
         torch.testing.assert_close(p.detach(), q.detach())
 
@@ -173,14 +194,7 @@ def test_tables_of_addresses_of_changing_sets_are_freed(monkeypatch):
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_tables_of_replaced_parameters_are_freed(in_backward, memory, monkeypatch):
     """In a set, in a launch of its own, and alone: as an embedding is resized, or an expert exchanged."""
-    uploaded, to_device = [], ArgUploader.to_device
-
-    def noted(self, host):
-        tensor = to_device(self, host)
-        uploaded.append(weakref.ref(tensor))
-        return tensor
-
-    monkeypatch.setattr(ArgUploader, "to_device", noted)
+    uploads = record_uploads(monkeypatch)
     kept = [torch.nn.Parameter(torch.ones(64, 64, device=DEVICE)) for _ in range(2)]
     opt = with_kernel(Collins(kept, min_K=16, memory=memory, in_backward=in_backward))
     alive = []
@@ -193,8 +207,8 @@ def test_tables_of_replaced_parameters_are_freed(in_backward, memory, monkeypatc
             opt.zero_grad()
         opt.state.pop(p)
         gc.collect()
-        alive.append(sum(tensor() is not None for tensor in uploaded))
-    assert alive[-2:] == alive[2:4]  # of either dtype
+        alive.append(sum(table() is not None for table in uploads))
+    assert alive[-2:] == alive[2:4]  # for either dtype
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -204,27 +218,27 @@ def test_a_smaller_parameter_in_the_same_memory_has_a_table_of_its_own(alone):
     hp = step_scalars(
         1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, residual_weight=0.3, residual_square=1.0
     )
-    launches, sides = KernelLaunches(DEVICE), []
+    launches, results = KernelLaunches(DEVICE), []
     for through_kernel in (True, False):
         p, g = torch.ones(2, 64 * 96, device=DEVICE).cumsum(1)
         m, v = torch.zeros(2, 64 * 3, device=DEVICE)
         for size in (64 * 96, 32 * 96):
-            part, table = slice(size), slice(size // 32)
-            task = UpdateTask(p[part], (m[table],), (v[table],), spec, keys, size)
+            elements, buckets = slice(size), slice(size // 32)
+            task = UpdateTask(p[elements], (m[buckets],), (v[buckets],), spec, keys, size)
             if not through_kernel:
-                update_(task, g[part], hp)
+                update_(task, g[elements], hp)
                 continue
             task = task._replace(launch=launches.of(spec, task.p, 0))
             if alone:
-                assert task.launch.run_one(task, g[part], hp)
+                assert task.launch.run_one(task, g[elements], hp)
                 continue
-            batches, rest = batched([task], [g[part]])
+            batches, rest = batched([task], [g[elements]])
             assert not rest
             executor, done = KernelExecutor(launches, batches, lambda launch: launch() is not False), []
-            assert executor.run(executor.bind([g[part]]), [hp], [0], done) == []
+            assert executor.run(executor.bind([g[elements]]), [hp], [0], done) == []
             assert done == [0]
-        sides.append((p, m, v))
-    for launched, eager in zip(*sides, strict=True):
+        results.append((p, m, v))
+    for launched, eager in zip(*results, strict=True):
         torch.testing.assert_close(launched, eager)
 
 
@@ -238,7 +252,7 @@ def test_a_scale_is_applied_where_gradients_are_read(load, on_device):
         KernelLaunches(DEVICE),
     )
 
-    def stepped(scale, before=1.0, kernel=False):
+    def step_results(scale, gradient_factor=1.0, kernel=False):
         p, g = torch.linspace(-1, 2, 64 * 96, device=DEVICE), torch.linspace(3, -2, 64 * 96, device=DEVICE)
         m, v = torch.zeros(2, 64 * 96 // load, device=DEVICE)
         scale = torch.tensor(scale, device=DEVICE) if on_device else scale
@@ -252,19 +266,19 @@ def test_a_scale_is_applied_where_gradients_are_read(load, on_device):
             residual_square=1.0,
             grad_scale=scale,
         )
-        task, g = UpdateTask(p, (m,), (v,), spec, keys, p.numel()), g * before
-        given = g.clone()
+        task, g = UpdateTask(p, (m,), (v,), spec, keys, p.numel()), g * gradient_factor
+        g_before = g.clone()
         if kernel:
             assert launches.of(spec, p, 0).run_one(task, g, hp)
         else:
             update_(task, g, hp)
-        assert torch.equal(g, given)
+        assert torch.equal(g, g_before)
         return p, m, v
 
     for kernel in (False, True):
-        assert all(map(torch.equal, stepped(0.25, kernel=kernel), stepped(1.0, 0.25, kernel=kernel)))
-        assert all(map(torch.equal, stepped(1.0, kernel=kernel), stepped(0.25, 4.0, kernel=kernel)))
-    for eager, launched in zip(stepped(0.3), stepped(0.3, kernel=True), strict=True):
+        assert all(map(torch.equal, step_results(0.25, kernel=kernel), step_results(1.0, 0.25, kernel=kernel)))
+        assert all(map(torch.equal, step_results(1.0, kernel=kernel), step_results(0.25, 4.0, kernel=kernel)))
+    for eager, launched in zip(step_results(0.3), step_results(0.3, kernel=True), strict=True):
         torch.testing.assert_close(eager, launched)
 
 
@@ -272,20 +286,18 @@ def test_a_parameter_stepped_alone_keeps_its_table_of_addresses(monkeypatch):
     """As in steps in backward: no table is built twice."""
     ps = parameters(torch.float32, [(96, 64), (64, 96), (32, 64)])
     opt = with_kernel(Collins(ps, min_K=16, in_backward=True))
-    made = []
-    upload = ArgUploader.to_device
-    monkeypatch.setattr(ArgUploader, "to_device", lambda self, host: made.append(1) or upload(self, host))
+    uploads = record_uploads(monkeypatch)
     for step in range(3):
         for p in ps:
             (p * (step + 1)).sum().backward()
         opt.step()
-    assert len(made) == 2 * len(ps)
+    assert len(uploads) == 2 * len(ps)
 
 
 @pytest.mark.parametrize("memory", [None, {"tier": "host", "transfer_size": 2000}], ids=["device", "host"])
 def test_gradients_that_are_stepped_one_by_one_give_bitwise_the_same_result(memory, monkeypatch):
     """Each has its own launch, if the kernel can read it, with the options of its group."""
-    sides = []
+    results = []
     for in_backward in (False, True):
         generator = torch.Generator().manual_seed(0)
         shifted = torch.randn(64 * 96 + 1, generator=generator).to(DEVICE)[1:].view(64, 96)
@@ -293,18 +305,18 @@ def test_gradients_that_are_stepped_one_by_one_give_bitwise_the_same_result(memo
         groups = [{"params": ps[::2]}, {"params": ps[1::2], "lr": 3e-2, "weight_decay": 0.1}]
         opt = with_kernel(Collins(groups, min_K=16, rehash_period=3, memory=memory, in_backward=in_backward))
         with monkeypatch.context() as patched:
-            taken = count_launches(patched)
+            tensor_counts = record_launches(patched)
             for step in range(4):
                 give_gradients(step, ps)
                 gradients = [p.grad for p in ps]
                 opt.zero_grad()
-                used = [(p, g) for p, g in zip(ps, gradients, strict=True) if (p is not ps[3] or step != 1)]
-                sum((p * g).sum() for p, g in used).backward()
+                used_pairs = [(p, g) for p, g in zip(ps, gradients, strict=True) if (p is not ps[3] or step != 1)]
+                sum((p * g).sum() for p, g in used_pairs).backward()
                 opt.step()
         opt.state_dict()  # waits for copies of tables to the host
-        sides.append([t for p in ps for t in (p.detach(), opt.state[p]["step"], *moments(opt, p))])
-    assert taken == [1] * (4 + 3 + 4 + 4)
-    assert all(torch.equal(after, within) for after, within in zip(*sides, strict=True))
+        results.append([t for p in ps for t in (p.detach(), opt.state[p]["step"], *moments(opt, p))])
+    assert tensor_counts == [1] * (4 + 3 + 4 + 4)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_stepped_parameter_cannot_be_used_by_an_older_backward():
@@ -321,10 +333,10 @@ def test_a_stepped_parameter_cannot_be_used_by_an_older_backward():
 def test_a_kernel_that_does_not_compile_is_warned_of_once_and_replaced(monkeypatch):
     from triton.runtime.errors import OutOfResources
 
-    def broken(*_):
+    def raise_out_of_resources(*_):
         raise OutOfResources(1, 0, "shared memory")
 
-    monkeypatch.setattr(kernels, "step_", broken)
+    monkeypatch.setattr(kernels, "step_", raise_out_of_resources)
     ps, copies = parameters(torch.float32, [(96, 64)] * 2), parameters(torch.float32, [(96, 64)] * 2)
     opt, other = with_kernel(Collins(ps, min_K=16)), Collins(copies, min_K=16, compile=False)
     give_gradients(0, ps, copies)
@@ -337,7 +349,7 @@ def test_a_kernel_that_does_not_compile_is_warned_of_once_and_replaced(monkeypat
         torch.testing.assert_close(p.detach(), q.detach())
 
 
-COMPILED = """
+COMPILATION = """
 import gc
 import re
 import triton.language as tl
@@ -379,37 +391,37 @@ for param, moment, bits, load, v_load, rounding, one in (
 def test_compiled_for_a_gpu_each_tensor_is_read_and_written_once_in_wide_words():
     """No GPU is needed to compile for one. A wide access is 16 bytes a thread; p and g are read, p is written.
 
-    What is read is copied to shared memory: of the first two tiles before the loop, of one to come within.
+    Tiles are copied to shared memory: the first ones before the loop, and one later tile in each iteration.
     """
-    lines = output_of(sys.executable, "-c", COMPILED, env=environment(TRITON_INTERPRET=None)).splitlines()
+    lines = output_of(sys.executable, "-c", COMPILATION, env=environment(TRITON_INTERPRET=None)).splitlines()
     for line in lines:
-        each, stages, copies, reads, writes, load = map(int, re.findall(r"\d+", line))
-        places, written = (4, 3) if load == 1 else (2, 1)  # dense moments are as large as the parameter
-        assert (copies, reads, writes) == (stages * places * each, 0, written * each)
+        accesses, stages, copies, reads, writes, load = map(int, re.findall(r"\d+", line))
+        tensors_read, tensors_written = (4, 3) if load == 1 else (2, 1)  # dense moments are as large as the parameter
+        assert (copies, reads, writes) == (stages * tensors_read * accesses, 0, tensors_written * accesses)
     assert len(lines) == 7
 
 
 def test_the_operator_is_the_kernel_that_a_step_calls(monkeypatch):
     """Steps call its implementation without the dispatcher, which would inspect every tensor."""
-    sides, original = [], kernels.step_
+    results, original = [], kernels.step_
     for function in (original, torch.ops.collins.step_):
         monkeypatch.setattr(kernels, "step_", function)
         ps = parameters(torch.float32, [(96, 64), (40,)])
         opt = with_kernel(Collins(ps, min_K=16))
         give_gradients(0, ps)
         opt.step()
-        sides.append([t for p in ps for t in (p.detach(), *moments(opt, p))])
-    assert all(torch.equal(a, b) for a, b in zip(*sides, strict=True))
+        results.append(weights_and_moments(ps, opt))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_operator_declares_the_arguments_that_it_changes(monkeypatch):
-    given, original = [], kernels.step_
-    monkeypatch.setattr(kernels, "step_", lambda *args: (given.append(args), original(*args)))
+    calls, original = [], kernels.step_
+    monkeypatch.setattr(kernels, "step_", lambda *args: (calls.append(args), original(*args)))
     ps = parameters(torch.float32, [(96, 64), (64, 64)])
     opt = with_kernel(Collins(ps, min_K=16))
     give_gradients(0, ps)
     opt.step()
-    ((p, m, v, *rest),) = given
+    ((p, m, v, *rest),) = calls
     args = [p.detach() for p in p], list(m), list(v), *rest
     torch.library.opcheck(torch.ops.collins.step_, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -426,20 +438,20 @@ def test_a_step_needs_no_memory_of_the_parameters_size(dtype, compile):
     torch.cuda.reset_peak_memory_stats()
     opt.step()
     tables = sum(t.nbytes for t in moments(opt, p))
-    aside = tables if compile else 0  # a graph computes integers and scales before it writes either
-    assert torch.cuda.max_memory_allocated() <= 1.001 * resident + aside
+    temporaries = tables if compile else 0  # a graph computes integers and scales before it writes either
+    assert torch.cuda.max_memory_allocated() <= 1.001 * resident + temporaries
 
 
-def train(wrap, steps, **options):
+def train(run, steps, **options):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 64)).to(DEVICE)
     opt = Collins(net.parameters(), lr=torch.tensor(1e-2, device=DEVICE), min_K=100, rehash_period=3, **options)
     inputs = torch.randn(steps, 8, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    wrap(net, opt, inputs)
+    run(net, opt, inputs)
     return [p.detach() for p in net.parameters()], [opt.state[p]["step"].item() for p in net.parameters()]
 
 
-def plainly(net, opt, inputs):
+def take_steps(net, opt, inputs):
     for x in inputs:
         opt.zero_grad(set_to_none=False)
         net(x).square().mean().backward()
@@ -447,9 +459,9 @@ def plainly(net, opt, inputs):
 
 
 def test_a_capturable_step_keeps_its_counters_on_the_device_and_changes_nothing_else():
-    plain, steps = train(plainly, 6)
-    capturable, counted = train(lambda net, opt, x: plainly(net, with_kernel(opt), x), 6, capturable=True)
-    assert steps == counted == [6.0] * 4
+    plain, steps = train(take_steps, 6)
+    capturable, capturable_steps = train(lambda net, opt, x: take_steps(net, with_kernel(opt), x), 6, capturable=True)
+    assert steps == capturable_steps == [6.0] * 4
     for p, q in zip(plain, capturable, strict=True):
         torch.testing.assert_close(p, q)
 
@@ -505,30 +517,30 @@ def test_memory_for_a_capture_is_ready_after_a_step_outside_of_it(busy_link, mon
     ids=["kernel", "graphs", "eager", "policy"],
 )
 def test_a_cuda_graph_of_a_training_step_replays_it(compile, memory):
-    def captured(net, opt, inputs):
-        held = inputs[0].clone()
+    def capture_and_replay(net, opt, inputs):
+        static_input = inputs[0].clone()
 
         def step():
             opt.zero_grad(set_to_none=False)
-            net(held).square().mean().backward()
+            net(static_input).square().mean().backward()
             opt.step()
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             for x in inputs[:3]:
-                held.copy_(x)
+                static_input.copy_(x)
                 step()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
         for x in inputs[3:]:
-            held.copy_(x)
+            static_input.copy_(x)
             graph.replay()
 
-    plain, _ = train(plainly, 9, capturable=True, compile=compile, memory=memory)
-    replayed, steps = train(captured, 9, capturable=True, compile=compile, memory=memory)
+    plain, _ = train(take_steps, 9, capturable=True, compile=compile, memory=memory)
+    replayed, steps = train(capture_and_replay, 9, capturable=True, compile=compile, memory=memory)
     assert steps == [9.0] * 4
     for p, q in zip(plain, replayed, strict=True):
         torch.testing.assert_close(p, q)
@@ -549,7 +561,7 @@ def test_capture_is_rejected_unless_capturable():
 
 @pytest.mark.cuda
 def test_reduce_overhead_around_the_step():
-    sides = []
+    results = []
     for wrap in (lambda step: step, lambda step: torch.compile(step, mode="reduce-overhead")):
         ps = parameters(torch.float32, [(96, 64), (40,)])
         opt = Collins(ps, min_K=16, capturable=True)
@@ -557,14 +569,14 @@ def test_reduce_overhead_around_the_step():
         for i in range(6):
             give_gradients(i, ps)
             step()
-        sides.append(ps)
-    for p, q in zip(*sides, strict=True):
+        results.append(ps)
+    for p, q in zip(*results, strict=True):
         torch.testing.assert_close(p.detach(), q.detach())
 
 
 @pytest.mark.parametrize("busy_link", [False, True])
-def test_buffers_of_sizes_that_change_from_step_to_step_are_let_go_of(busy_link, monkeypatch):
-    """But for those that a kernel still reads."""
+def test_buffers_of_changing_sizes_are_freed(busy_link, monkeypatch):
+    """Except for those that a kernel still reads."""
 
     class Event:
         def __init__(self):
@@ -593,4 +605,4 @@ def test_buffers_of_sizes_that_change_from_step_to_step_are_let_go_of(busy_link,
     if busy_link:
         sizes = [size - len(hp) for size in uploader._pool._pieces]
         assert len(sizes) == 4
-        assert 2 in sizes  # that one is read for ever
+        assert 2 in sizes  # the read of this one never ends

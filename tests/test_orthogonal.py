@@ -6,7 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import DEVICE, Allocations, bits, give_gradients, moments, parameters, same, same_snapshots, snapshot
+from helpers import (
+    DEVICE,
+    Allocations,
+    bits,
+    give_gradients,
+    moments,
+    parameters,
+    same,
+    same_snapshots,
+    snapshot,
+    weights_and_moments,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import Block, OrthogonalReference, quantised
@@ -23,17 +34,15 @@ OPTIONS = {"decode": "orthogonal", "lr": 1e-2, "betas": (0.95, 0.999), "min_K": 
 SHAPES = [(32, 64), (64, 32), (32, 64), (3, 16, 32), (8, 4, 3, 3), (33, 37), (12,)]
 
 
-def stepped(steps=4, dtype=torch.float32, shapes=SHAPES, scale=1.0, load=None, **options):
-    """Parameters after some steps, their moments, and the optimizer."""
+def train(steps=4, dtype=torch.float32, shapes=SHAPES, scale=1.0, **options):
+    """Weights and moments after some steps, and the optimizer."""
     ps = parameters(dtype, shapes)
     opt = Collins(ps, **{**OPTIONS, **options})
-    if load is not None:
-        opt.load_state_dict(load)
-    go_on(ps, opt, range(steps), scale)
-    return [t for p in ps for t in (p.detach(), *moments(opt, p))], opt
+    take_steps(ps, opt, range(steps), scale)
+    return weights_and_moments(ps, opt), opt
 
 
-def go_on(ps, opt, steps, scale=1.0):
+def take_steps(ps, opt, steps, scale=1.0):
     for step in steps:
         give_gradients(step, ps)
         grads = [p.grad * scale for p in ps]
@@ -44,11 +53,20 @@ def go_on(ps, opt, steps, scale=1.0):
             for p, g in zip(ps, grads, strict=True):
                 p.grad = g
         opt.step()
-    opt.state_dict()  # waits for copies of moments to the host
 
 
-def names(opt, p):
-    return set(opt.state[p])
+def limit_batches(monkeypatch, elements):
+    """Limits the elements of a batch of matrices."""
+    monkeypatch.setattr(matrix_steps, "BATCH_CPU" if DEVICE == "cpu" else "BATCH", elements)
+
+
+def record_products(monkeypatch):
+    """A list to which each call of the Newton-Schulz iteration appends the shape of its matrices."""
+    shapes, original = [], matrix_steps.orthogonalised
+    monkeypatch.setattr(
+        matrix_steps, "orthogonalised", lambda X, own: (shapes.append(tuple(X.shape)), original(X, own))[1]
+    )
+    return shapes
 
 
 # The formula.
@@ -78,21 +96,21 @@ def test_steps_equal_the_float64_reference(cut, tables):
     (p,) = parameters(torch.float64, [shape], "cpu")
     opt = Collins([p], **{**OPTIONS, **TABLES[tables]}, weight_decay=0.1, role="matrix", row_parts=row_parts)
     hash = opt.hash_of(p)
-    twin_hash = None if hash is None else Block(p.numel(), hash.block, 0, 0, 3)
+    reference_hash = None if hash is None else Block(p.numel(), hash.block, 0, 0, 3)
     assert hash is None if tables == "load 1" else hash.block == {"load 4": 4}.get(tables, 2)
-    kept = {"int4": quantised(4), "by bytes": quantised(4, 128)}.get(tables)
-    twin = OrthogonalReference(
-        p.detach().numpy(), twin_hash, cut, lr=1e-2, betas=(0.95, 0.999), weight_decay=0.1, kept=kept
+    rounded_M = {"int4": quantised(4), "by bytes": quantised(4, 128)}.get(tables)
+    reference = OrthogonalReference(
+        p.detach().numpy(), reference_hash, cut, lr=1e-2, betas=(0.95, 0.999), weight_decay=0.1, kept=rounded_M
     )
     for step in range(5):
         give_gradients(step, [p])
         opt.step()
-        twin.step(p.grad.numpy())
+        reference.step(p.grad.numpy())
         # Scales are float32: values near the middle between two integers may be rounded either way.
         torch.testing.assert_close(
-            p.detach().view(-1), torch.from_numpy(twin.p), rtol=0, atol=1e-12 if kept is None else 1e-5
+            p.detach().view(-1), torch.from_numpy(reference.p), rtol=0, atol=1e-12 if rounded_M is None else 1e-5
         )
-        assert names(opt, p) <= {"step", "layout", "exp_avg", "m_table", "m_table_scale"}
+        assert set(opt.state[p]) <= {"step", "layout", "exp_avg", "m_table", "m_table_scale"}
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 48)])
@@ -114,8 +132,8 @@ def test_at_load_1_it_equals_torchs_muon_without_nesterov(shape):
 
 @pytest.mark.parametrize("power", [-20, 10, 40])
 def test_the_scale_of_gradients_does_not_matter(power):
-    plain, _ = stepped(shapes=SHAPES[:5])
-    scaled, _ = stepped(shapes=SHAPES[:5], scale=2.0**power)
+    plain, _ = train(shapes=SHAPES[:5])
+    scaled, _ = train(shapes=SHAPES[:5], scale=2.0**power)
     assert same(plain[::3], scaled[::3])  # weights; of moments, integers and scales follow each
 
 
@@ -140,17 +158,17 @@ def test_products_in_bfloat16_stay_bounded_for_ill_conditioned_matrices(shape, p
     st.sampled_from([torch.bfloat16, torch.float64]),
 )
 def test_singular_values_end_near_1_and_singular_vectors_stay(shape, smallest, seed, dtype):
-    n, rows, cols = shape
+    stacked, rows, cols = shape
     generator = torch.Generator().manual_seed(seed)
     U, _, V = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
-    values = torch.linspace(1, smallest, min(rows, cols), dtype=torch.float64).expand(n, -1)
+    values = torch.linspace(1, smallest, min(rows, cols), dtype=torch.float64).expand(stacked, -1)
     Q, norms = newton_schulz(((U * values[:, None]) @ V).to(dtype))
     torch.testing.assert_close(norms.double(), values.norm(dim=1), rtol=1e-2, atol=0)
     rotated = U.mT @ Q.double() @ V.mT  # diagonal where the vectors are the same
-    found = rotated.diagonal(dim1=1, dim2=2)
-    assert found.min() > 0.65
-    assert found.max() < 1.25
-    assert (rotated - torch.diag_embed(found)).abs().max() < (1e-12 if dtype == torch.float64 else 0.06)
+    singular_values = rotated.diagonal(dim1=1, dim2=2)
+    assert singular_values.min() > 0.65
+    assert singular_values.max() < 1.25
+    assert (rotated - torch.diag_embed(singular_values)).abs().max() < (1e-12 if dtype == torch.float64 else 0.06)
 
 
 def test_zeros_stay_zeros():
@@ -165,15 +183,18 @@ def test_zeros_stay_zeros():
 def test_row_parts_are_stepped_as_separate_matrices():
     whole, parts = parameters(torch.float32, [(48, 32)]), parameters(torch.float32, [(16, 32)] * 3)
     with torch.no_grad():
-        for part, own in zip(parts, whole[0].split(16), strict=True):
-            part.copy_(own)
-    fused, apart = Collins(whole, **OPTIONS, compress_ratio=2, row_parts=3), Collins(parts, **OPTIONS, compress_ratio=2)
+        for part, rows in zip(parts, whole[0].split(16), strict=True):
+            part.copy_(rows)
+    fused_opt, parts_opt = (
+        Collins(whole, **OPTIONS, compress_ratio=2, row_parts=3),
+        Collins(parts, **OPTIONS, compress_ratio=2),
+    )
     for step in range(3):
         give_gradients(step, whole)
         for part, g in zip(parts, whole[0].grad.split(16), strict=True):
             part.grad = g
-        fused.step()
-        apart.step()
+        fused_opt.step()
+        parts_opt.step()
     torch.testing.assert_close(whole[0].detach(), torch.cat([p.detach() for p in parts]), rtol=0, atol=2e-5)
 
 
@@ -184,9 +205,9 @@ def test_parameters_that_are_not_matrices_keep_their_rule():
         ps = parameters(torch.float32, [(32, 64)] * 3 + [(12,)])
         groups = [{"params": [p], **kind} for p, kind in zip(ps, [*kinds, {}], strict=True)]
         opt = Collins(groups, **{**OPTIONS, "decode": decode})
-        go_on(ps, opt, range(3))
+        take_steps(ps, opt, range(3))
         results.append([(p.detach(), *moments(opt, p)) for p in ps])
-    assert [same(some, others) for some, others in zip(*results, strict=True)] == [False, True, True, True]
+    assert [same(a, b) for a, b in zip(*results, strict=True)] == [False, True, True, True]
 
 
 # Every way to step.
@@ -200,9 +221,9 @@ WAYS = {
 }
 
 
-def close(some, others, atol):
-    """Equal, except for integers that may be rounded to the other of the two nearest values."""
-    for a, b in zip(some, others, strict=True):
+def assert_close(actual, expected, atol):
+    """Weights and moments agree; a few integers may be rounded to the other of the two nearest values."""
+    for a, b in zip(actual, expected, strict=True):
         if a.dtype in (torch.uint8, torch.int8):
             assert (a != b).float().mean() < 0.02
         else:
@@ -212,14 +233,14 @@ def close(some, others, atol):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_step_gives_the_same_result(way, dtype, monkeypatch):
-    eager, _ = stepped(dtype=dtype, compile=False)
+    eager, _ = train(dtype=dtype, compile=False)
     if way == "batches of one":
-        monkeypatch.setattr(matrix_steps, "BATCH_CPU" if DEVICE == "cpu" else "BATCH", 1)
-    other, opt = stepped(dtype=dtype, compile=False, **WAYS[way])
+        limit_batches(monkeypatch, 1)
+    other, opt = train(dtype=dtype, compile=False, **WAYS[way])
     if DEVICE == "cpu" and way != "batches of one":
         assert same(eager, other)
     else:  # batched products round differently from single ones
-        close(eager, other, 2e-4 if dtype == torch.float32 else 0.05)
+        assert_close(eager, other, 2e-4 if dtype == torch.float32 else 0.05)
     if "memory" in WAYS[way]:
         assert sum(plan.host_bytes for plan in opt.placement) == opt.memory_report().state_bytes - 4 * len(SHAPES)
 
@@ -229,22 +250,22 @@ def test_every_way_to_step_gives_the_same_result(way, dtype, monkeypatch):
 )
 def test_compiled_steps_equal_eager_ones(dtype, options):
     shapes = [(32, 64), (32, 64), (64, 32), (2, 32, 32), (12,)]
-    eager, _ = stepped(dtype=dtype, shapes=shapes, compile=False, **options)
-    compiled, opt = stepped(dtype=dtype, shapes=shapes, compile=True, **options)
+    eager, _ = train(dtype=dtype, shapes=shapes, compile=False, **options)
+    compiled, opt = train(dtype=dtype, shapes=shapes, compile=True, **options)
     assert opt._stepper.engine.graphs >= 3  # X, the new weights, and the vector's
     # Random bits are the same: an element differs by a step of bf16 where its sum was at the edge of one.
-    close(eager, compiled, 2e-4 if dtype == torch.float32 else 2.0**-6)
+    assert_close(eager, compiled, 2e-4 if dtype == torch.float32 else 2.0**-6)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("compile", [None, False])
 def test_a_captured_step_equals_an_ordinary_one(compile):
-    plain, _ = stepped(9, compile=compile, capturable=True, shapes=SHAPES[:4])
+    plain, _ = train(9, compile=compile, capturable=True, shapes=SHAPES[:4])
     ps = parameters(torch.float32, SHAPES[:4])
     opt = Collins(ps, **OPTIONS, compile=compile, capturable=True)
     static = [torch.empty_like(p) for p in ps]
 
-    def give(step):
+    def set_static_gradients(step):
         give_gradients(step, ps)
         for p, g in zip(ps, static, strict=True):
             g.copy_(p.grad)
@@ -253,47 +274,43 @@ def test_a_captured_step_equals_an_ordinary_one(compile):
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for step in range(3):
-            give(step)
+            set_static_gradients(step)
             opt.step()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        give(3)
+        set_static_gradients(3)
         with torch.cuda.graph(graph, stream=stream):
             opt.step()
         for step in range(3, 9):
-            give(step)
+            set_static_gradients(step)
             graph.replay()
         stream.synchronize()
-    close(plain, [t for p in ps for t in (p.detach(), *moments(opt, p))], 2e-4)
+    assert_close(plain, weights_and_moments(ps, opt), 2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_of_parameters_and_gradients_do_not_matter(dtype):
-    plain, _ = stepped(dtype=dtype, shapes=SHAPES[:5])
+    plain, _ = train(dtype=dtype, shapes=SHAPES[:5])
     ps = parameters(dtype, SHAPES[:5])
-    turned = [torch.nn.Parameter(p.detach().mT.contiguous().mT) for p in ps]
-    opt = Collins(turned, **OPTIONS)
-    go_on(turned, opt, range(4))
-    assert same(plain, [t for p in turned for t in (p.detach(), *moments(opt, p))])
+    transposed = [torch.nn.Parameter(p.detach().mT.contiguous().mT) for p in ps]
+    opt = Collins(transposed, **OPTIONS)
+    take_steps(transposed, opt, range(4))
+    assert same(plain, weights_and_moments(transposed, opt))
 
 
 def test_a_large_stack_is_stepped_in_batches(monkeypatch):
-    plain, _ = stepped(shapes=[(7, 16, 32)], nonfinite="skip")
-    calls, original = [], matrix_steps.orthogonalised
-    monkeypatch.setattr(matrix_steps, "BATCH_CPU" if DEVICE == "cpu" else "BATCH", 2 * 16 * 32)
-    monkeypatch.setattr(matrix_steps, "orthogonalised", lambda X, own: (calls.append(len(X)), original(X, own))[1])
-    cut, _ = stepped(shapes=[(7, 16, 32)], nonfinite="skip")
-    assert calls == [2, 2, 2, 1] * 4
-    close(plain, cut, 0 if DEVICE == "cpu" else 2e-4)
+    plain, _ = train(shapes=[(7, 16, 32)], nonfinite="skip")
+    limit_batches(monkeypatch, 2 * 16 * 32)
+    shapes = record_products(monkeypatch)
+    in_batches, _ = train(shapes=[(7, 16, 32)], nonfinite="skip")
+    assert [count for count, _, _ in shapes] == [2, 2, 2, 1] * 4
+    assert_close(plain, in_batches, 0 if DEVICE == "cpu" else 2e-4)
 
 
 def test_matrices_of_one_shape_share_a_product(monkeypatch):
-    calls, original = [], matrix_steps.orthogonalised
-    monkeypatch.setattr(
-        matrix_steps, "orthogonalised", lambda X, own: (calls.append(tuple(X.shape)), original(X, own))[1]
-    )
-    stepped(1)
-    assert sorted(calls) == [(1, 8, 36), (1, 33, 37), (1, 64, 32), (2, 32, 64), (3, 16, 32)]
+    shapes = record_products(monkeypatch)
+    train(1)
+    assert sorted(shapes) == [(1, 8, 36), (1, 33, 37), (1, 64, 32), (2, 32, 64), (3, 16, 32)]
 
 
 def test_temporaries_do_not_grow_with_the_number_of_matrices(monkeypatch):
@@ -304,40 +321,40 @@ def test_temporaries_do_not_grow_with_the_number_of_matrices(monkeypatch):
         opt = Collins(ps, **OPTIONS, compile=False)
         for step in range(2):
             give_gradients(step, ps)
-            with Allocations() as watched:
+            with Allocations() as allocations:
                 opt.step()
-        peaks.append(watched.peak)
+        peaks.append(allocations.peak)
     assert peaks[1] < 1.1 * peaks[0]
 
 
 @pytest.mark.parametrize("options", [{"memory": None}, {"memory": "host"}, {"in_backward": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_resuming_is_bitwise(options, dtype):
-    whole, _ = stepped(8, dtype=dtype, **options)
+    uninterrupted, _ = train(8, dtype=dtype, **options)
     ps = parameters(dtype, SHAPES)
     opt = Collins(ps, **OPTIONS, **options)
-    go_on(ps, opt, range(4))
+    take_steps(ps, opt, range(4))
     saved = io.BytesIO()
     torch.save(opt.state_dict(), saved)
     saved.seek(0)
     ps = [torch.nn.Parameter(p.detach().clone()) for p in ps]
-    later = Collins(ps, **OPTIONS, **options)
-    later.load_state_dict(torch.load(saved, weights_only=True))
-    go_on(ps, later, range(4, 8))
-    assert same(whole, [t for p in ps for t in (p.detach(), *moments(later, p))])
+    resumed = Collins(ps, **OPTIONS, **options)
+    resumed.load_state_dict(torch.load(saved, weights_only=True))
+    take_steps(ps, resumed, range(4, 8))
+    assert same(uninterrupted, weights_and_moments(ps, resumed))
 
 
 def test_autocast_changes_nothing():
-    plain, _ = stepped()
+    plain, _ = train()
     with torch.autocast(DEVICE, torch.float16 if DEVICE == "cuda" else torch.bfloat16):
-        cast, _ = stepped()
-        exact, _ = stepped(dtype=torch.float64)
+        cast, _ = train()
+        exact, _ = train(dtype=torch.float64)
     assert same(plain, cast)
-    assert same(exact, stepped(dtype=torch.float64)[0])
+    assert same(exact, train(dtype=torch.float64)[0])
 
 
 def test_maximizing_equals_stepping_with_the_negated_gradient():
-    assert same(stepped(maximize=True)[0][0], stepped(scale=-1.0)[0][0])
+    assert same(train(maximize=True)[0][0], train(scale=-1.0)[0][0])
 
 
 def test_clipping_equals_clipped_gradients():
@@ -348,17 +365,17 @@ def test_clipping_equals_clipped_gradients():
         torch.nn.utils.clip_grad_norm_(qs, 1.0)
         opt.step()
         other.step()
-    close([p.detach() for p in ps], [q.detach() for q in qs], 2e-4)
+    assert_close([p.detach() for p in ps], [q.detach() for q in qs], 2e-4)
 
 
 # Gradients that are not finite.
 
 
-def broken(value, **options):
+def step_with_nonfinite(value, **options):
     """A stack of four matrices and a matrix, after a step with one nonfinite element in the stack."""
     ps = parameters(torch.float32, [(4, 16, 32), (16, 32)])
     opt = Collins(ps, **OPTIONS, **options)
-    go_on(ps, opt, range(2))
+    take_steps(ps, opt, range(2))
     before = snapshot(ps, opt)
     give_gradients(2, ps)
     ps[0].grad[1, 3, 5] = value
@@ -368,7 +385,7 @@ def broken(value, **options):
 
 @pytest.mark.parametrize(("value", "compile"), [(math.nan, False), (math.inf, False), (1e30, False), (math.nan, True)])
 def test_skip_skips_one_matrix_and_steps_all_others(value, compile):
-    ps, opt, before = broken(value, nonfinite="skip", compile=compile)
+    ps, opt, before = step_with_nonfinite(value, nonfinite="skip", compile=compile)
     rows = {name: t.view(4, -1) for name, t in before[0][1].items() if name in ("m_table", "m_table_scale")}
     for number in range(4):
         kept = torch.equal(ps[0][number], before[0][0][number])
@@ -381,7 +398,7 @@ def test_skip_skips_one_matrix_and_steps_all_others(value, compile):
 def test_skip_skips_a_whole_stack_whose_matrices_share_a_scale():
     ps = parameters(torch.float32, [(4, 5, 7)])
     opt = Collins(ps, **OPTIONS, nonfinite="skip")
-    go_on(ps, opt, range(2))
+    take_steps(ps, opt, range(2))
     before = snapshot(ps, opt)
     give_gradients(2, ps)
     ps[0].grad[1, 3, 5] = math.nan
@@ -395,12 +412,12 @@ def test_skipped_buckets_are_counted(in_backward):
     ps = parameters(torch.float32, [(4, 16, 32), (4, 5, 7)])
     opt = Collins(ps, **OPTIONS, nonfinite="skip", in_backward=in_backward)
     skips = opt._stepper.statistics.skips
-    go_on(ps, opt, range(2))
+    take_steps(ps, opt, range(2))
     assert (int(skips.buckets), int(skips.steps)) == (0, 0)
-    for wrong, buckets, steps in (([1, 2], 2 * 16 * 32 // 2 + 4 * 5 * 7 // 2, 0), ([0, 1, 2, 3], 1024 + 70, 1)):
+    for matrices, buckets, steps in (([1, 2], 2 * 16 * 32 // 2 + 4 * 5 * 7 // 2, 0), ([0, 1, 2, 3], 1024 + 70, 1)):
         before = int(skips.buckets)
         factor = torch.ones(4, 1, 1, device=DEVICE)
-        factor[wrong] = math.nan
+        factor[matrices] = math.nan
         opt.zero_grad()
         sum((p * factor).sum() for p in ps).backward()
         opt.step()
@@ -408,7 +425,7 @@ def test_skipped_buckets_are_counted(in_backward):
 
 
 def test_propagate_spreads_within_a_matrix():
-    ps, _, _ = broken(math.nan, nonfinite="propagate")
+    ps, _, _ = step_with_nonfinite(math.nan, nonfinite="propagate")
     assert [bool(torch.isfinite(ps[0][number]).all()) for number in range(4)] == [True, False, True, True]
     assert torch.isfinite(ps[1]).all()
     assert torch.isnan(ps[0][1]).all()
@@ -417,7 +434,7 @@ def test_propagate_spreads_within_a_matrix():
 def test_error_changes_nothing():
     ps = parameters(torch.float32, [(4, 16, 32), (16, 32)])
     opt = Collins(ps, **OPTIONS, nonfinite="error")
-    go_on(ps, opt, range(2))
+    take_steps(ps, opt, range(2))
     before = snapshot(ps, opt)
     give_gradients(2, ps)
     ps[1].grad[3, 5] = math.inf
@@ -431,33 +448,33 @@ def test_error_changes_nothing():
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
 def test_a_stack_in_several_batches_is_stepped_completely_or_not_at_all(fails_at, monkeypatch):
-    monkeypatch.setattr(matrix_steps, "BATCH_CPU" if DEVICE == "cpu" else "BATCH", 16 * 32)
+    limit_batches(monkeypatch, 16 * 32)
     shapes = [(3, 16, 32), (16, 32)]
-    whole, _ = stepped(2, shapes=shapes)
+    expected, _ = train(2, shapes=shapes)
     ps = parameters(torch.float32, shapes)
     opt = Collins(ps, **OPTIONS)
-    go_on(ps, opt, range(1))
+    take_steps(ps, opt, range(1))
     before, calls, original = snapshot(ps, opt), [], matrix_steps.orthogonalised
 
-    def failing(X, own):
+    def failing_product(X, own):
         calls.append(1)
         if len(calls) == fails_at:
             raise MemoryError
         return original(X, own)
 
-    monkeypatch.setattr(matrix_steps, "orthogonalised", failing)
+    monkeypatch.setattr(matrix_steps, "orthogonalised", failing_product)
     with pytest.raises(MemoryError):
-        go_on(ps, opt, range(1, 2))
+        take_steps(ps, opt, range(1, 2))
     after = snapshot(ps, opt)
     monkeypatch.setattr(matrix_steps, "orthogonalised", original)
     stack, matrix = map(same_snapshots, before, after)
     assert (stack, matrix) == (fails_at == 1, True)
     if stack:
-        go_on(ps, opt, range(1, 2))
+        take_steps(ps, opt, range(1, 2))
     else:
         ps[0].grad = None
         opt.step()
-    assert same(whole, [t for p in ps for t in (p.detach(), *moments(opt, p))])
+    assert same(expected, weights_and_moments(ps, opt))
 
 
 # Bytes.
@@ -478,9 +495,9 @@ def test_the_state_of_a_7b_llama_is_at_most_0_30_bytes_per_parameter():
 
 
 def test_the_report_equals_the_state():
-    _, opt = stepped(1)
-    kept = sum(t.nbytes for state in opt.state.values() for t in state.values() if isinstance(t, torch.Tensor))
-    assert kept == opt.memory_report().state_bytes
+    _, opt = train(1)
+    state_bytes = sum(t.nbytes for state in opt.state.values() for t in state.values() if isinstance(t, torch.Tensor))
+    assert state_bytes == opt.memory_report().state_bytes
 
 
 def test_the_cost_of_a_step_in_floating_point_operations():
@@ -494,7 +511,7 @@ def test_the_cost_of_a_step_in_floating_point_operations():
 # Converted state.
 
 
-def adamws(shapes, steps=3):
+def stepped_adamw(shapes, steps=3):
     ps = parameters(torch.float32, shapes)
     adamw = torch.optim.AdamW(ps, betas=(0.95, 0.999))
     for step in range(steps):
@@ -505,12 +522,12 @@ def adamws(shapes, steps=3):
 
 @pytest.mark.parametrize("ratio", [2, 32])
 def test_moments_of_adamw_are_encoded(ratio):
-    adamw = adamws(SHAPES)
+    adamw = stepped_adamw(SHAPES)
     ps = parameters(torch.float32, SHAPES)
     opt = Collins(ps, **OPTIONS, compress_ratio=ratio)
     opt.load_state_dict(convert(adamw.state_dict(), opt))
-    for p, theirs in zip(ps[:-1], adamw.state.values(), strict=False):
-        m, hash = theirs["exp_avg"].view(-1), opt.hash_of(p)
+    for p, adamw_state in zip(ps[:-1], adamw.state.values(), strict=False):
+        m, hash = adamw_state["exp_avg"].view(-1), opt.hash_of(p)
         entry = next(entry for entry in opt._members() if entry.p is p)
         parts = [opt.state[p][name].view(-1) for name in entry.known_spec.tensors]
         if hash is not None:
@@ -519,7 +536,7 @@ def test_moments_of_adamw_are_encoded(ratio):
             m = m / hash.load(torch.arange(hash.buckets, device=p.device))
         M = entry.known_spec.update.formats[0].load(parts, len(m), torch.float32)
         torch.testing.assert_close(M, m, rtol=0, atol=1e-6 if hash is None else float(m.abs().max()) / 13)
-    go_on(ps, opt, range(3, 5))
+    take_steps(ps, opt, range(3, 5))
 
 
 def tables(opt):
@@ -528,13 +545,13 @@ def tables(opt):
 
 def test_tables_of_the_same_hash_are_kept_and_others_restart():
     same_load = {"compress_ratio": 2, "table_dtype": "int4"}
-    _, residual = stepped(decode="least_squares", role="matrix", shapes=SHAPES[:4], **same_load)
+    _, elementwise_opt = train(decode="least_squares", role="matrix", shapes=SHAPES[:4], **same_load)
     ps = parameters(torch.float32, SHAPES[:4])
     opt = Collins(ps, **OPTIONS, role="matrix", **same_load)
-    opt.load_state_dict(convert(residual.state_dict(), opt))
-    assert same(tables(opt), tables(residual))
+    opt.load_state_dict(convert(elementwise_opt.state_dict(), opt))
+    assert same(tables(opt), tables(elementwise_opt))
     with pytest.raises(ValueError, match="state_dict holds"):
-        opt.load_state_dict(residual.state_dict())
+        opt.load_state_dict(elementwise_opt.state_dict())
     other = Collins(ps, **OPTIONS, role="matrix", compress_ratio=64)
     other.load_state_dict(convert(opt.state_dict(), other))
     assert all((table["m_table_scale"] == 0).all() for table in tables(other))
@@ -543,11 +560,11 @@ def test_tables_of_the_same_hash_are_kept_and_others_restart():
     assert [len(t["m_table_scale"].view(-1)) for t in tables(coarse)] == [-(-p.numel() // 256) for p in ps]
     assert all((table["m_table_scale"] != 0).any() for table in tables(coarse))
     with pytest.raises(ValueError, match="keeps a second moment here"):
-        convert(opt.state_dict(), residual)
+        convert(opt.state_dict(), elementwise_opt)
 
 
 def test_dense_first_moments_without_second_ones_are_converted():
-    _, opt = stepped(compress_ratio=2)
+    _, opt = train(compress_ratio=2)
     ps = parameters(torch.float32, SHAPES)
     other = Collins(ps, **OPTIONS, compress_ratio=32)
     other.load_state_dict(convert(opt.state_dict(), other))
@@ -582,10 +599,10 @@ def test_inconsistent_options_are_rejected(options, message):
         Collins(parameters(torch.float32, [(32, 64)]), **{**OPTIONS, **options})
 
 
-@pytest.mark.parametrize(("text", "meant"), [("4", 4), ("16, 8,8", (16, 8, 8)), ("[16,16]", (16, 16))])
-def test_row_parts_are_accepted_as_strings(text, meant):
+@pytest.mark.parametrize(("text", "expected"), [("4", 4), ("16, 8,8", (16, 8, 8)), ("[16,16]", (16, 16))])
+def test_row_parts_are_accepted_as_strings(text, expected):
     opt = Collins(parameters(torch.float32, [(32, 64)]), **OPTIONS, row_parts=text)
-    assert opt.param_groups[0]["row_parts"] == meant
+    assert opt.param_groups[0]["row_parts"] == expected
 
 
 def test_parameters_without_matrices_are_rejected_and_nothing_changes():
@@ -620,11 +637,11 @@ def test_a_matrix_that_is_sharded_over_ranks_is_rejected_by_name(sizes, placemen
             with pytest.raises(ValueError, match=r"'weight' is a DTensor placed as .* needs the whole matrix"):
                 Collins([("weight", p)], **OPTIONS)
             return
-        opt, plain = Collins([("weight", p)], **OPTIONS), torch.nn.Parameter(whole.clone())
-        other = Collins([("weight", plain)], **OPTIONS)
+        opt, unsharded = Collins([("weight", p)], **OPTIONS), torch.nn.Parameter(whole.clone())
+        other = Collins([("weight", unsharded)], **OPTIONS)
         for step in range(2):
-            give_gradients(step, [plain])
-            p.grad = distribute_tensor(plain.grad, mesh, placements, src_data_rank=None)
+            give_gradients(step, [unsharded])
+            p.grad = distribute_tensor(unsharded.grad, mesh, placements, src_data_rank=None)
             opt.step()
             other.step()
-        assert torch.equal(p.to_local(), plain)
+        assert torch.equal(p.to_local(), unsharded)

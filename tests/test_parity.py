@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 
 import pytest
 import torch
-from helpers import give_gradients, moments, parameters, same, with_kernel
+from helpers import give_gradients, moments, parameters, same, weights_and_moments, with_kernel
 from reference import Block, Reference, quantised
 
 from collins import Collins, convert
@@ -91,8 +91,7 @@ def stepped(decode, table_dtype, loads, steps=3, kernel=False, shapes=SHAPES, **
             opt.zero_grad()
             sum((p * g).sum() for p, g in zip(ps, grads, strict=True)).backward()
         opt.step()
-    opt.state_dict()  # waits for copies of moments to the host
-    return [t for p in ps for t in (p.detach(), *moments(opt, p))], opt
+    return weights_and_moments(ps, opt), opt
 
 
 def test_every_recipe_has_a_case():

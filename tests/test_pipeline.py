@@ -1,5 +1,6 @@
-"""Steps with moments in host slabs bitwise equal resident ones, in every order that the waits allow; and each wait is
-needed: without it, some order gives a wrong result.
+"""Steps with moments in host slabs are bitwise equal to resident ones, in every order that the waits allow.
+
+Each wait is needed: without it, some order gives a wrong result.
 """
 
 import gc
@@ -113,7 +114,7 @@ class Staged(Model):
         self.pipeline.run(order, compute)
 
     def arrive(self, step, indices, streams=(), stop_at=None):
-        """Steps the parameters `which` in this order, on the given streams in turn."""
+        """Steps the parameters with these indices, in this order, on the given streams in turn."""
         streams = streams or [self.streams.current]
         remaining = {b: sum(self.place[i][0] == b for i in indices) for b in range(len(self.members))}
         for number, i in enumerate(indices):
@@ -144,15 +145,15 @@ def same_bits(staged, resident):
     return equal_bits(staged.p, resident.p) and same_moments(staged, resident)
 
 
-def settle(staged):
+def drain_and_check(staged):
     """Drains the pipeline, and checks that values read then equal those after all work of the device."""
     staged.pipeline.drain()
     read = [t.clone() for t in chain(*staged.moments)]
     staged.streams.finish_everything()
-    assert equal_bits(read, chain(*staged.moments)), "drained, but the slabs changed afterwards"
+    assert equal_bits(read, chain(*staged.moments)), "the slabs changed after the pipeline was drained"
 
 
-def both(streams, *, dtype=torch.float32, shapes=SHAPES, **options):
+def staged_and_resident(streams, *, dtype=torch.float32, shapes=SHAPES, **options):
     return Staged(streams, 8, dtype, shapes=shapes, **options), Resident(8, dtype, shapes=shapes)
 
 
@@ -160,19 +161,19 @@ def both(streams, *, dtype=torch.float32, shapes=SHAPES, **options):
 
 
 def whole_steps(streams, **options):
-    staged, resident = both(streams, **options)
+    staged, resident = staged_and_resident(streams, **options)
     for step in (1, 2, 3):
         order = list(range(len(staged.members)))
         staged.whole_step(step, shuffled(len(order)) if step == 2 else order)
         resident.step(step, range(8))
         streams.next_step()
-    settle(staged)
+    drain_and_check(staged)
     return same_bits(staged, resident)
 
 
 def arrivals(streams, **options):
     """Orders that differ from step to step, parameters without gradient, and three streams in turn."""
-    staged, resident = both(streams, **options)
+    staged, resident = staged_and_resident(streams, **options)
     streams_in_turn = [streams.current, streams.new_stream("side"), streams.new_stream("other")]
     orders = [[7, 6, 5, 4, 3, 2, 1, 0], [7, 6, 5, 4, 3, 2, 1, 0], [0, 2, 4, 6, 7, 5, 1], [3, 0, 7], [1, 5, 0, 6, 2, 7]]
     for step, order in enumerate(orders, 1):
@@ -180,20 +181,20 @@ def arrivals(streams, **options):
         resident.step(step, order)
         staged.pipeline.prefetch_first()  # without effect if the next order differs
         streams.next_step()
-    settle(staged)
+    drain_and_check(staged)
     return same_bits(staged, resident)
 
 
 def failures(streams, **options):
     """The update of one parameter fails after others of its transfer have been updated."""
-    staged, resident = both(streams, **options)
+    staged, resident = staged_and_resident(streams, **options)
     for step, (order, fails) in enumerate(
         [([0, 1, 2, 3, 4, 5, 6, 7], 2), ([7, 6, 5, 4, 3, 2, 1, 0], 1), ([2, 1], 2), ([7, 3, 0], 0)], 1
     ):
         staged.arrive(step, order, stop_at=fails)
         resident.step(step, [i for i in order if i != fails])
         streams.next_step()
-    settle(staged)
+    drain_and_check(staged)
     return same_bits(staged, resident)
 
 
@@ -242,7 +243,7 @@ def test_results_bitwise_equal_resident_ones_for_any_order_of_arrival(data):
         elif prefetched == "drain":
             staged.pipeline.drain()
             assert same_moments(staged, resident)
-    settle(staged)
+    drain_and_check(staged)
     assert same_bits(staged, resident)
 
 
@@ -254,7 +255,7 @@ MUTANTS["current stream cached at construction"] = {"caches_current": True}
 MUTANTS["new streams every step"] = {"remakes_streams": True}
 
 
-def goes_wrong(scenario, mode, options, mutation):
+def gives_a_wrong_result(scenario, mode, options, mutation):
     try:
         return not scenario(FakeStreams(mode, **mutation), **options)
     except (AssertionError, FreedMemoryError):
@@ -265,7 +266,7 @@ def goes_wrong(scenario, mode, options, mutation):
 def test_each_rule_is_needed(mutant):
     """Without it, some scenario fails; the tests above show that with it none does."""
     attempts = product((*MODES, *range(4, 20)), SETTINGS, SCENARIOS.values())
-    assert any(goes_wrong(scenario, mode, options, MUTANTS[mutant]) for mode, options, scenario in attempts)
+    assert any(gives_a_wrong_result(scenario, mode, options, MUTANTS[mutant]) for mode, options, scenario in attempts)
 
 
 def test_slabs_are_freed_only_when_copies_are_complete():
@@ -459,12 +460,12 @@ def test_both_directions_overlap_with_compute():
     streams, log = FakeStreams("late"), []
     slabs = [Slab([TensorSpec((4,), torch.float32)]) for _ in range(6)]
     pipeline = Pipeline(slabs, streams, slots=3)
-    names = {slab.bytes.data_ptr(): b for b, slab in enumerate(slabs)}
+    transfer_at = {slab.bytes.data_ptr(): b for b, slab in enumerate(slabs)}
     copy = streams.copy
 
     def log_copy(kind, target, source):
         host = target if kind is StreamKind.D2H else source
-        log.append((kind.name, names[host.data_ptr()]))
+        log.append((kind.name, transfer_at[host.data_ptr()]))
         copy(kind, target, source)
 
     streams.copy = log_copy
@@ -536,14 +537,14 @@ def test_a_failed_transfer_keeps_its_values_and_the_pipeline_remains_usable(mode
     before = [p.clone() for p in staged.p]
     with pytest.raises(ComputeError):
         staged.whole_step(2, range(8), stop_at=fails)
-    settle(staged)
+    drain_and_check(staged)
     # The caller restores its parameters: here those of the failed transfer.
     staged.p[fails].copy_(before[fails])
     resident.step(2, range(fails))
     assert same_bits(staged, resident)
     staged.whole_step(3, range(8))
     resident.step(3, range(8))
-    settle(staged)
+    drain_and_check(staged)
     assert same_bits(staged, resident)
 
 

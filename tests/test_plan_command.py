@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -300,6 +301,14 @@ def test_the_readme_shows_the_output_of_the_command(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert main(shlex.split(command)) == 0
     assert capsys.readouterr().out == output
+
+
+def test_the_command_on_the_front_page_shows_the_bytes_that_it_claims(capsys):
+    readme = (ROOT / "README.md").read_text()
+    claimed = re.search(r"has\s+([\d.]+) GB \(([\d.]+) GiB\)\s+of optimizer state", readme)
+    assert main(shlex.split(re.search(r"`python -m collins (plan [^`]+)`", readme)[1])) == 0
+    assert f"\nTables take {claimed[2]} GiB." in capsys.readouterr().out
+    assert math.isclose(float(claimed[1]) * 1e9, float(claimed[2]) * 2**30, rel_tol=0.01)
 
 
 def test_the_readmes_table_of_optimizers_is_what_the_command_computes(monkeypatch, capsys):

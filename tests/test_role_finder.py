@@ -1,7 +1,7 @@
 """Token tables are found in public architectures: by modules, by names only, and by shapes only.
 
-Each is built by transformers on the meta device in its published widths, in three layers, so that the matrices of its
-blocks share their numbers of rows as they do in all of them; or it is listed by its names and shapes.
+Each architecture is built by transformers on the meta device with its published widths and three layers, so that the
+matrices of its blocks share their numbers of rows, as they do in the whole model; or its names and shapes are listed.
 """
 
 import copy
@@ -43,13 +43,13 @@ IMAGES, IMAGES_AND_TEXT = "AutoModelForImageClassification", "AutoModelForImageT
 
 
 class Model(NamedTuple):
-    """A model of transformers, and its token tables in order."""
+    """A model of transformers, and its token tables in order, as they are found by module, by name and by shape."""
 
-    kind: str
-    keys: dict
-    module: list[str]
-    name: list[str] | None = None  # None: the same as by module
-    shape: list[str] | None = None
+    kind: str  # the automatic class of transformers, or the class itself
+    keys: dict  # the configuration
+    by_module: list[str]
+    by_name: list[str] | None = None  # None: the same as by module
+    by_shape: list[str] | None = None  # likewise
 
 
 def three_layers(published, **more):
@@ -112,7 +112,7 @@ MODELS = {
         },
         ["model.vision_tower.embeddings.position_embedding", "model.language_model.embed_tokens"],
     ),
-    "Gemma 3n": Model(  # whose 35 layers are projected to in one matrix
+    "Gemma 3n": Model(  # one matrix projects to all 35 layers
         CAUSAL,
         {"model_type": "gemma3n_text", "num_hidden_layers": 35},
         ["model.embed_tokens", "model.embed_tokens_per_layer", "model.per_layer_model_projection"],
@@ -147,7 +147,7 @@ MODELS = {
             "vocab_size": 102400,
         },
         UNTIED,
-        shape=[
+        by_shape=[
             "model.embed_tokens",
             "model.layers.0.mlp.gate_proj",
             "model.layers.0.mlp.up_proj",
@@ -173,15 +173,15 @@ MODELS = {
         {"model_type": "roberta", "num_hidden_layers": 3, "vocab_size": 50265},
         ["roberta.embeddings.word_embeddings"],
     ),
-    "ALBERT": Model(  # all of whose layers are one
+    "ALBERT": Model(  # all layers share their weights
         MASKED,
         {"model_type": "albert"},
         ["albert.embeddings.word_embeddings"],
-        shape=["albert.embeddings.word_embeddings", "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn"],
+        by_shape=["albert.embeddings.word_embeddings", "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn"],
     ),
     "I-BERT": Model(
         MASKED, {"model_type": "ibert", "num_hidden_layers": 3}, ["ibert.embeddings.word_embeddings"]
-    ),  # it has a class of its own
+    ),  # its embedding has a class of its own
     "ViT base": Model(IMAGES, {"model_type": "vit", "num_hidden_layers": 3, "num_labels": 1000}, []),
     "ViT base, ImageNet-21k": Model(
         IMAGES, {"model_type": "vit", "num_hidden_layers": 3, "num_labels": 21843}, ["classifier"]
@@ -190,20 +190,20 @@ MODELS = {
         "MusicgenForCausalLM",
         {"model_type": "musicgen_decoder", "num_hidden_layers": 3},
         [*(f"model.decoder.embed_tokens.{i}" for i in range(4)), *(f"lm_heads.{i}" for i in range(4))],
-        shape=[],
+        by_shape=[],
     ),
     "CANINE": Model(  # hashes of characters, which only modules identify
         "CanineModel",
         {"model_type": "canine", "num_hidden_layers": 3},
         [f"char_embeddings.HashBucketCodepointEmbedder_{i}" for i in range(8)],
-        name=[],
-        shape=[],
+        by_name=[],
+        by_shape=[],
     ),
 }
 
 
-def block(prefix, **shapes):
-    """Three blocks of matrices."""
+def blocks(prefix, **shapes):
+    """Names and shapes of the matrices of three blocks."""
     return [
         (f"{prefix}.{i}.{name.replace('_0', '')}.weight", shape) for i in range(3) for name, shape in shapes.items()
     ]
@@ -215,10 +215,10 @@ LLAMA |= {"feed_forward.w1": (11008, 4096), "feed_forward.w2": (4096, 11008), "f
 T5 = {"layer.0.SelfAttention.q": (768, 768), "layer.1.DenseReluDense.wi_0": (2048, 768)}
 T5 |= {"layer.1.DenseReluDense.wi_1": (2048, 768), "layer.1.DenseReluDense.wo": (768, 2048)}
 
-# Names and shapes of matrices, the token tables that names tell, and those that shapes tell (None: the same).
+# Names and shapes of parameters, the token tables found by names, and those found by shapes (None: the same).
 LISTED = {
     "LLaMA 2 7B, as Meta and torchtitan name it": (
-        [("tok_embeddings.weight", (32000, 4096)), *block("layers", **LLAMA), ("output.weight", (32000, 4096))],
+        [("tok_embeddings.weight", (32000, 4096)), *blocks("layers", **LLAMA), ("output.weight", (32000, 4096))],
         ["tok_embeddings", "output"],
         None,
     ),
@@ -226,20 +226,20 @@ LISTED = {
         [
             ("transformer.wte.weight", (50304, 768)),
             ("transformer.wpe.weight", (1024, 768)),
-            *block("transformer.h", **GPT),
+            *blocks("transformer.h", **GPT),
         ],
         ["transformer.wte"],
         None,
     ),
     "GPT over bytes": (
-        [("transformer.wte.weight", (256, 768)), *block("transformer.h", **GPT), ("lm_head.weight", (256, 768))],
+        [("transformer.wte.weight", (256, 768)), *blocks("transformer.h", **GPT), ("lm_head.weight", (256, 768))],
         ["transformer.wte", "lm_head"],
         [],
     ),
-    "DeepSeek V3's own, with a module that predicts one token more": (
+    "DeepSeek V3, as its own code names it, with a module that predicts a second token": (
         [
             ("embed.weight", (129280, 7168)),
-            *block("layers", **LLAMA),
+            *blocks("layers", **LLAMA),
             ("layers.3.embed_tokens.weight", (129280, 7168)),
             ("layers.3.shared_head.head.weight", (129280, 7168)),
             ("head.weight", (129280, 7168)),
@@ -251,7 +251,7 @@ LISTED = {
         [
             ("embedding.word_embeddings.weight", (50432, 1024)),
             ("embedding.position_embeddings.weight", (8192, 1024)),
-            *block("decoder.layers", **{"mlp.linear_fc1": (4096, 1024), "mlp.linear_fc2": (1024, 4096)}),
+            *blocks("decoder.layers", **{"mlp.linear_fc1": (4096, 1024), "mlp.linear_fc2": (1024, 4096)}),
             ("output_layer.weight", (50432, 1024)),
         ],
         ["embedding.word_embeddings", "embedding.position_embeddings", "output_layer"],  # positions by their shape
@@ -260,9 +260,9 @@ LISTED = {
     "T5 1.1 base, untied": (
         [
             ("shared.weight", (32128, 768)),
-            *block("encoder.block", **T5),
+            *blocks("encoder.block", **T5),
             ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 12)),
-            *block("decoder.block", **T5),
+            *blocks("decoder.block", **T5),
             ("lm_head.weight", (32128, 768)),
         ],
         ["shared", "lm_head"],
@@ -271,7 +271,7 @@ LISTED = {
     "fairseq transformer": (
         [
             ("encoder.embed_tokens.weight", (42024, 1024)),
-            *block("encoder.layers", **{"fc1": (4096, 1024), "fc2": (1024, 4096)}),
+            *blocks("encoder.layers", **{"fc1": (4096, 1024), "fc2": (1024, 4096)}),
             ("decoder.embed_tokens.weight", (40480, 1024)),
             ("decoder.output_projection.weight", (40480, 1024)),
         ],
@@ -283,7 +283,7 @@ LISTED = {
             ("cls_token", (1, 1, 768)),
             ("pos_embed", (1, 197, 768)),
             ("patch_embed.proj.weight", (768, 3, 16, 16)),
-            *block("blocks", **{"attn.qkv": (2304, 768), "mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072)}),
+            *blocks("blocks", **{"attn.qkv": (2304, 768), "mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072)}),
             ("head.weight", (1000, 768)),
         ],
         [],
@@ -313,22 +313,22 @@ LISTED = {
     "PEFT, fine-tuning embeddings whole": (
         [
             ("base_model.model.model.embed_tokens.modules_to_save.default.weight", (32000, 4096)),
-            *block("base_model.model.model.layers", **{"q.lora_A.default": (8, 4096), "q.lora_B.default": (4096, 8)}),
+            *blocks("base_model.model.model.layers", **{"q.lora_A.default": (8, 4096), "q.lora_B.default": (4096, 8)}),
             ("base_model.model.lm_head.modules_to_save.default.weight", (32000, 4096)),
         ],
         [f"base_model.model.{name}.modules_to_save.default" for name in ("model.embed_tokens", "lm_head")],
         None,
     ),
     "a stage of a pipeline with the head alone": (
-        [*block("layers", **LLAMA), ("output.weight", (32000, 4096))],
+        [*blocks("layers", **LLAMA), ("output.weight", (32000, 4096))],
         ["output"],
         None,
     ),
 }
 
 
-def tables(params, roles):
-    """The token tables, by the names of their modules."""
+def token_tables(params, roles):
+    """The names of the modules whose weights are token tables."""
     return [
         name.removesuffix(".weight") for (name, _), role in zip(params, roles, strict=True) if role.kind == "tokens"
     ]
@@ -348,21 +348,21 @@ def build_model(kind, keys):
 
 @pytest.mark.parametrize("architecture", MODELS)
 def test_token_tables_of_a_public_architecture(architecture):
-    kind, keys, module, name, shape = MODELS[architecture]
+    kind, keys, by_module, by_name, by_shape = MODELS[architecture]
     model = build_model(kind, keys)
     params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
-    assert tables(params, found_roles(params, roles_of_modules(model))) == module
-    assert tables(params, found_roles(params)) == (module if name is None else name)
+    assert token_tables(params, found_roles(params, roles_of_modules(model))) == by_module
+    assert token_tables(params, found_roles(params)) == (by_module if by_name is None else by_name)
     nameless = [(None, shape) for _, shape in params]
-    assert tables(params, found_roles(nameless)) == (module if shape is None else shape)
+    assert token_tables(params, found_roles(nameless)) == (by_module if by_shape is None else by_shape)
 
 
 @pytest.mark.parametrize("architecture", LISTED)
 def test_token_tables_of_an_architecture_by_names_and_shapes(architecture):
-    params, name, shape = LISTED[architecture]
-    assert tables(params, found_roles(params)) == name
+    params, by_name, by_shape = LISTED[architecture]
+    assert token_tables(params, found_roles(params)) == by_name
     nameless = [(None, shape) for _, shape in params]
-    assert tables(params, found_roles(nameless)) == (name if shape is None else shape)
+    assert token_tables(params, found_roles(nameless)) == (by_name if by_shape is None else by_shape)
 
 
 @pytest.mark.parametrize(("architecture", "layers", "extra"), [
@@ -373,24 +373,24 @@ def test_token_tables_of_an_architecture_by_names_and_shapes(architecture):
     ("GPT-NeoX 20B", 3, []),
 ])  # fmt: skip
 def test_by_shapes_only_models_of_one_or_two_layers_have_more_tables(architecture, layers, extra):
-    kind, keys, module, *_ = MODELS[architecture]
+    kind, keys, by_module, *_ = MODELS[architecture]
     model = build_model(kind, {**keys, "num_hidden_layers": layers})
     params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
-    assert tables(params, found_roles(params)) == module
-    names = tables(params, found_roles([(None, shape) for _, shape in params]))
-    block_weights = [name for name in names if name not in module]
+    assert token_tables(params, found_roles(params)) == by_module
+    names = token_tables(params, found_roles([(None, shape) for _, shape in params]))
+    block_weights = [name for name in names if name not in by_module]
     assert [name.partition("layers.")[2].partition(".")[2] for name in block_weights] == extra * layers
 
 
 @pytest.mark.parametrize("architecture", ["Mixtral 8x7B", "GPT-2 XL", "ViT base", "Mamba"])
 def test_all_other_weights_are_matrices_and_vectors_exact(architecture):
-    """Stacks of experts, transposed weights of GPT-2, convolutions and the recurrence of Mamba among them."""
-    kind, keys, module, *_ = MODELS[architecture]
+    """This includes stacks of experts, transposed weights of GPT-2, convolutions and the recurrence of Mamba."""
+    kind, keys, by_module, *_ = MODELS[architecture]
     model = build_model(kind, keys)
     params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     dimensions = set()
     for (name, shape), role in zip(params, found_roles(params, roles_of_modules(model)), strict=True):
-        if name.removesuffix(".weight") not in module:
+        if name.removesuffix(".weight") not in by_module:
             vector = sum(size > 1 for size in shape) < 2
             assert role == (("exact", "vector") if vector else ("matrix", "shape")), name
             dimensions.add(len(shape))
@@ -444,7 +444,7 @@ def test_embeddings_of_positions_and_types_are_not_token_tables():
     })  # fmt: skip
     params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     assert roles_of_modules(model).keys() == {"bags.weight"}
-    assert tables(params, found_roles(params, roles_of_modules(model))) == ["embed_positions", "bags"]
+    assert token_tables(params, found_roles(params, roles_of_modules(model))) == ["embed_positions", "bags"]
 
 
 def test_linear_layers_within_blocks_are_not_heads():
@@ -456,7 +456,7 @@ def test_linear_layers_within_blocks_are_not_heads():
     model = nn.ModuleDict({"table": nn.Embedding(8192, 64), "layers": nn.ModuleList([block(), block(), block()]),
                            "out": nn.Linear(64, 8192)})  # fmt: skip
     params = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
-    assert tables(params, found_roles(params, roles_of_modules(model))) == ["table", "out"]
+    assert token_tables(params, found_roles(params, roles_of_modules(model))) == ["table", "out"]
 
 
 def test_a_parametrized_embedding_and_a_single_one():

@@ -1,11 +1,10 @@
-"""Whatever is done to an optimizer between its steps, every tier and every way to step stays with one that is never
-interrupted, to the bit.
+"""After any sequence of operations between steps, every tier and every way to step is bitwise equal to a reference.
 
-A reference (moments beside the parameters, eager, after backward) and several subjects go through the same random
-operations; subjects are also saved and loaded, copied, pickled and moved to other tiers on the way. After each
-operation all weights and all state are compared.
+The reference (moments beside the parameters, eager, after backward) and several other optimizers perform the same
+random operations; the others are also saved and loaded, copied, pickled and moved to other tiers. After each operation
+all weights and all state are compared.
 
-Normally a few short sequences are tried, always the same. More of them, by name and drawn anew each time:
+By default a few short sequences are tried, always the same. With this profile there are more, and others in each run:
 
     pytest -n 0 tests/test_stateful.py --hypothesis-profile=thorough
 """

@@ -1,4 +1,4 @@
-"""Weights and state are bitwise the same in every tier; and steps when memory runs out."""
+"""Weights and state are bitwise the same in every tier, also if memory runs out."""
 
 import copy
 import gc
@@ -106,9 +106,9 @@ class FakeExecutor:
 
     def run(self, grads, scalars, rows, done):
         for number, (task, g) in enumerate(zip(self.tasks, grads, strict=True)):
-            other, count = task._replace(p=None, m=None, v=None), len(task.m)  # this keeps no reference to a tensor
+            without_tensors, count = task._replace(p=None, m=None, v=None), len(task.m)  # keeps no tensor alive
 
-            def kernel(p, g, *moments, task=other, count=count, hp=scalars[rows[number]]):
+            def kernel(p, g, *moments, task=without_tensors, count=count, hp=scalars[rows[number]]):
                 update_(task._replace(p=p, m=moments[:count], v=moments[count:]), g, hp)
 
             self.fake.launch(kernel, *(t.detach() for t in (task.p, g, *task.m, *task.v)))
@@ -190,11 +190,11 @@ STREAMS_OF_A_HOOK = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Exception ignored in.*finalize")  # those that are wrong, when they are let go of
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*finalize")  # when optimizers with incorrect hooks are freed
 @pytest.mark.parametrize(("hook", "correct"), STREAMS_OF_A_HOOK.values(), ids=STREAMS_OF_A_HOOK)
 def test_pending_gradients_are_read_once_computed_and_freed_once_read(hook, correct, monkeypatch):
-    """On a stream of its own, a hook would read gradients before backward has computed them, or memory that backward
-    has used again since: each gradient is made late, on backward's stream, and belongs to the optimizer alone.
+    """A hook on a stream of its own could read gradients before backward has computed them, or after backward has
+    reused their memory. Here each gradient is computed late, on backward's stream, and only the optimizer refers to it.
     """
 
     def train_on(mode, own_stream=False, waits=False, holds=False):
@@ -309,21 +309,21 @@ def test_gradients_left_to_step_do_not_disturb_the_prefetch_order(monkeypatch):
     """A gradient without a hook is stepped at the end, and tables of the others are prefetched in their order."""
     model = make_model()
     opt = Collins(model.parameters(), **OPTIONS, memory=TIERS["host"], in_backward=True)
-    stage, fetched = staging.Pipeline._stage, []
-    monkeypatch.setattr(staging.Pipeline, "_stage", lambda self, b, slot: (fetched.append(b), stage(self, b, slot)))
+    stage, staged = staging.Pipeline._stage, []
+    monkeypatch.setattr(staging.Pipeline, "_stage", lambda self, b, slot: (staged.append(b), stage(self, b, slot)))
     unhooked = model.blocks[1].norm.weight
     for handle in list(unhooked._post_accumulate_grad_hooks):
         del unhooked._post_accumulate_grad_hooks[handle]
     monkeypatch.setattr(Collins, "_watch", lambda self: None)
     prefetched = []
     for step in range(0, 8, 2):
-        fetched.clear()
+        staged.clear()
         backward(model, step)
-        in_backward = [*prefetched, *fetched]
-        fetched.clear()
+        in_backward = [*prefetched, *staged]
+        staged.clear()
         assert unhooked.grad is not None
         opt.step()
-        prefetched = fetched[-2:]  # the slots of the ring
+        prefetched = staged[-2:]  # the slots of the ring
         opt.zero_grad()
     assert len(in_backward) == len(set(in_backward)) > 5  # every transfer was copied once, and none needlessly
     other, other_opt = train_model(steps=0)
@@ -345,12 +345,12 @@ def assert_first_step_refused(model, opt, match):
     opt.zero_grad()
 
 
-def failing_allocator(after):
+def failing_allocator(count):
     """The device's allocator provides memory for `after` moments, then fails."""
     allocated = []
 
     def allocate(spec, device):
-        if len(allocated) >= after:
+        if len(allocated) >= count:
             raise torch.OutOfMemoryError("CUDA out of memory")
         allocated.append(weakref.ref(zeros(spec, device)))
         return zeros(spec, device)
@@ -388,21 +388,21 @@ def test_a_forced_device_that_runs_out_changes_nothing(in_backward):
 
 def failing_ring(monkeypatch):
     """No ring fits on the device until all moments have left it, and the first ring does not fit even then."""
-    empty, tries, placed = HostStreams.empty, [], []
+    empty, requested_sizes, placed = HostStreams.empty, [], []
 
-    def place(spec, device):
+    def allocate_moment(spec, device):
         moment = zeros(spec, device)
         placed.append(weakref.ref(moment))
         return moment
 
-    def allocate(self, nbytes):
-        tries.append(nbytes)
-        if len(tries) == 1 or any(moment() is not None for moment in placed):
+    def allocate_ring(self, nbytes):
+        requested_sizes.append(nbytes)
+        if len(requested_sizes) == 1 or any(moment() is not None for moment in placed):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return empty(self, nbytes)
 
-    monkeypatch.setattr(HostStreams, "empty", allocate)
-    return place
+    monkeypatch.setattr(HostStreams, "empty", allocate_ring)
+    return allocate_moment
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in_backward"])
@@ -453,7 +453,7 @@ def test_the_pin_limit_of_the_policy_is_applied():
     train_model(steps=1, memory={"tier": "host", "pin_limit": "3KiB"})
     assert slabs._pins.limit == 3072
     slabs._pins.warned = True
-    train_model(steps=1, memory="host")  # neither another optimizer's limit nor its warning
+    train_model(steps=1, memory="host")  # the limit and the warning of another optimizer have no effect
     assert slabs._pins.limit is None
     assert not slabs._pins.warned
 
@@ -484,7 +484,7 @@ def test_the_device_tier_stays_within_free_memory():
 def limit_device_memory(monkeypatch):
     """Returns a function that reduces the device memory of this process after a plan has been made."""
 
-    def shrink(room, planned=tiers.planned):
+    def limit_after_planning(room, planned=tiers.planned):
         def planned_then_limited(*args):
             plan = planned(*args)
             limit = torch.cuda.memory_reserved() + room
@@ -495,7 +495,7 @@ def limit_device_memory(monkeypatch):
 
     gc.collect()
     torch.cuda.empty_cache()
-    yield shrink
+    yield limit_after_planning
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
@@ -524,11 +524,11 @@ def test_tables_spill_when_a_real_device_is_full(in_backward, room, limit_device
     )
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    failed = torch.cuda.memory_stats()["num_ooms"]
+    ooms_before = torch.cuda.memory_stats()["num_ooms"]
     limit_device_memory(room * 2**20)
     with pytest.warns(UserWarning, match="Collins moves tables to the host: the device ran out of memory"):
         train(*actual)
-    assert torch.cuda.memory_stats()["num_ooms"] > failed
+    assert torch.cuda.memory_stats()["num_ooms"] > ooms_before
     (plan,) = actual[1].placement
     assert [row.tier for row in plan.rows] == sorted(row.tier for row in plan.rows)
     assert {row.tier for row in plan.rows} == {"device", "host"}
@@ -559,9 +559,9 @@ def test_a_plan_reserves_memory_for_gradients_to_come():
 
 @pytest.mark.parametrize(("early", "tier"), [(True, "host"), (False, "device")])
 def test_a_device_with_space_only_for_the_ring_uses_the_host_tier(early, tier):
-    spare = DeviceFigures(100 * GIB, 4 * GIB, fraction=1.0, reserved=96 * GIB, allocated=96 * GIB, peak=97 * GIB)
-    assert spare.spare == 3 * GIB
-    machine = Backend(measure=lambda device: spare)
+    figures = DeviceFigures(100 * GIB, 4 * GIB, fraction=1.0, reserved=96 * GIB, allocated=96 * GIB, peak=97 * GIB)
+    assert figures.spare == 3 * GIB
+    machine = Backend(measure=lambda device: figures)
     p = torch.empty(GIB // 2, device="meta", dtype=torch.bfloat16)  # 1 GiB
     moments = (TensorSpec((2**24,), torch.float32),) * 2
     requests = [StateRequest(str(i), p, moments, Role("matrix", "shape")) for i in range(8)]  # of 1 GiB in all

@@ -30,5 +30,5 @@ def register() -> None:
             " (timm.optim._optim_factory.default_registry, since 1.0.12): build collins.Collins(model) instead"
         ) from error
     if NAME not in registry.list_optimizers():
-        description = "AdamW with its moments in Count-Sketch tables, 0.25 byte of state per parameter"
+        description = "AdamW with its moments in Count-Sketch tables, 0.2 byte of state per parameter"
         registry.register(OptimInfo(name=NAME, opt_class=Collins, description=description, has_betas=True))

@@ -5,12 +5,12 @@
 runs on a GPU, and is skipped where there is none. It ends with two tables. The first is of LLaMA-7B's tables in pinned
 slabs: each direction of the link alone, both at once ("copy"), the pipeline with nothing to compute, the pipeline with
 Collins' update of bf16 parameters, that update with resident tables, and `Collins(memory="host").step()` as a user
-calls it. "of copy speed" is the share of the rate that both directions reach at once: a pipeline whose directions do
-not overlap gets to about half of it. The second is of training steps of LLaMA-7B, in backward, a few in a row as in
-training: what is still copied when a step ends goes on under the next forward.
+calls it. "of copy speed" is relative to the rate of both directions at once: a pipeline whose directions do not overlap
+reaches about half of it. The second is of training steps of LLaMA-7B, in backward, a few in a row as in training:
+copies that are pending when a step ends overlap with the next forward.
 
-Two bars are asserted: that step reaches 80 % of the link's rate, and training on the host tier takes at most 5 % longer
-than on the device tier, whose steps are timed in turns with it: what slows a machine down for a while slows both.
+Two bounds are asserted. The step after backward reaches 80 % of the link's rate. Training on the host tier takes at
+most 5 % longer than on the device tier; their steps are timed in turns, so that a slower machine affects both.
 """
 
 import gc
@@ -103,10 +103,10 @@ class Tables:
 
 @pytest.fixture(scope="module")
 def tables():
-    made = Tables()
-    assert all(slab.pinned for slab in made.slabs)
-    yield made
-    del made
+    tables_of_model = Tables()
+    assert all(slab.pinned for slab in tables_of_model.slabs)
+    yield tables_of_model
+    del tables_of_model
     gc.collect()
 
 
@@ -205,7 +205,7 @@ def training():
         sys.path.remove(str(EXAMPLES))
     tokens = torch.randint(32000, (1, LENGTH + 1), device=DEVICE)
 
-    def built(tier):
+    def build(tier):
         with torch.device("meta"):
             llama_7b = Llama(32, 4096, 11008, 32, 32, 32000).to(torch.bfloat16)
         llama_7b.to_empty(device=DEVICE)
@@ -220,7 +220,7 @@ def training():
 
         return steps, opt
 
-    return {tier: built(tier) for tier in ("device", "host")}
+    return {tier: build(tier) for tier in ("device", "host")}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile's own look at its inputs

@@ -2,18 +2,21 @@
 
     pytest tests/benchmarks/test_orthogonal.py --benchmark-json=orthogonal.json
 
-It ends with a table of medians for each model and dtype. `extra_info` has, for each optimizer, the floating-point
-operations of Newton-Schulz in one step (`step_flops`) and how many of them it does a second; and the tokens a step from
-which on it takes at most 3 % of a training step: `tokens_by_flops` counts operations (6 a parameter and token, see
-`collins.orthogonal`), `tokens_by_time` takes the measured time, and forward and backward at the speed of a product of
-4096 x 4096 matrices in bfloat16, which they do not reach: fewer tokens will do. On the CPU it runs at a small width,
-for the code alone.
+It ends with a table of medians for each model and dtype. `extra_info` has, for each optimizer:
+
+- `flops`, the floating-point operations of Newton-Schulz in one step, and `flops_per_second`;
+- the number of tokens per step from which the optimizer takes at most 3 % of a training step. `tokens_by_flops` counts
+  operations (6 per parameter and token, see `collins.orthogonal`). `tokens_by_time` uses the measured time, and assumes
+  that forward and backward run at the speed of a product of 4096 x 4096 matrices in bfloat16. They are slower, so fewer
+  tokens suffice.
+
+On the CPU it runs at a small width, to test its code.
 """
 
 import pytest
 import torch
 from helpers import DEVICE
-from test_step import HELD, ON_CPU, measure, synchronize  # noqa: F401
+from test_step import ON_CPU, PEAK_VALUES, measure, synchronize  # noqa: F401
 from turns import Turns
 
 from collins import Collins
@@ -44,7 +47,7 @@ def matrices(model):
     if ON_CPU:
         layers = 1
     else:
-        room = torch.cuda.get_device_properties(DEVICE).total_memory * 0.9 / (HELD * 4)
+        room = torch.cuda.get_device_properties(DEVICE).total_memory * 0.9 / (PEAK_VALUES * 4)
         layers = min(layers, max(int(layers * room / count), 1))
     built = build(layers)
     names = [name for name, _ in built.parameters()]

@@ -4,11 +4,11 @@
 
 runs on the GPU where there is one, in fp32 and bf16, and on the CPU in fp32 with fewer layers; it ends with a table of
 medians, each as a ratio to fused AdamW's in the same run and as a share of a copy's speed on the bytes that must move.
-On a GPU four steps in a row are timed together, so that the host overhead of a step counts only where it is longer than
-the step itself. On the CPU, whose memory others use too, the ratio is to steps of fused AdamW that each step of the
-others follows. "Collins" is what a GPU gets by default, one launch of a kernel for all tensors of a kind; "Collins
-compiled" is the portable path through torch.compile. `-k host` measures what a step costs the host, `-k process` what
-compiling costs.
+On a GPU four steps in a row are timed together, so that the host overhead of a step counts only if it exceeds the time
+of the step on the device. On the CPU, whose speed changes with the load of the machine, each step of an optimizer is
+timed right after a step of fused AdamW, to which its ratio refers. "Collins" is the default on a GPU, one launch of a
+kernel for all tensors of a kind; "Collins compiled" is the portable path through torch.compile. `-k host` measures the
+host overhead of a step, `-k process` the time that compilation takes in a new process.
 """
 
 import gc
@@ -32,7 +32,7 @@ MODELS = {  # and how many layers there are
     "llama-7b": (lambda layers: llama(layers, 4096, 11008, 4096, 32000), 32),
 }
 IN_A_ROW = 1 if ON_CPU else 4  # calls that are timed together: in training the host runs ahead of the device
-HELD = 6  # peak memory of foreach AdamW, in values of the parameter's dtype per element
+PEAK_VALUES = 6  # the peak memory of foreach AdamW, in values of the parameter's dtype for each element
 OPTIMIZERS = {
     "AdamW fused": lambda ps: torch.optim.AdamW(ps, fused=True),
     "AdamW foreach": lambda ps: torch.optim.AdamW(ps, foreach=True),
@@ -87,7 +87,7 @@ def model_of(name, dtype):
     build, layers = MODELS[name]
     if ON_CPU:
         return build(1)
-    room = torch.cuda.get_device_properties(DEVICE).total_memory * 0.95 / (HELD * dtype.itemsize)
+    room = torch.cuda.get_device_properties(DEVICE).total_memory * 0.95 / (PEAK_VALUES * dtype.itemsize)
     return build(next((n for n in range(layers, 1, -1) if build(n).count <= room), 1))
 
 
@@ -116,7 +116,7 @@ def test_step(measure, model, name, dtype):
     opt = OPTIMIZERS[name](ps)
     opt.step()
     state = sum(t.nbytes for kept in opt.state.values() for t in kept.values() if isinstance(t, torch.Tensor))
-    held = sum(p.nbytes for p in ps)
+    parameter_bytes = sum(p.nbytes for p in ps)
     peak = None
     if not ON_CPU:
         synchronize()
@@ -126,15 +126,15 @@ def test_step(measure, model, name, dtype):
         synchronize()
         peak = torch.cuda.max_memory_allocated() - resident
     # Each gradient is read; each parameter and each moment is read and written.
-    extra = {"bytes": 3 * held + 2 * state, "rounds": rounds(sum(p.numel() for p in ps)), "peak": peak}
+    extra = {"bytes": 3 * parameter_bytes + 2 * state, "rounds": rounds(sum(p.numel() for p in ps)), "peak": peak}
     beside = torch.optim.AdamW(ps, fused=True).step if ON_CPU and name != "AdamW fused" else None
     measure(opt.step, group_of(model, dtype, built), name, beside, in_a_row=IN_A_ROW, **extra)
 
 
 @pytest.mark.parametrize("name", ["AdamW fused", "Collins"])
 def test_host(benchmark, name, monkeypatch):
-    """The time of the host for 300 tensors, device work aside: on a GPU nothing waits for it; on the CPU the kernel
-    is not launched, while fused AdamW does its work, on tiny tensors.
+    """The host overhead of a step of 300 tensors. On a GPU the host does not wait for the device. On the CPU the kernel
+    is not launched, while fused AdamW performs its step, on tiny tensors.
     """
     ps = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in llama(33, 64, 192, 16, 512).shapes][:300]
     for p in ps:
@@ -144,11 +144,11 @@ def test_host(benchmark, name, monkeypatch):
         pytest.importorskip("triton")
         from collins.compile import kernels
 
-        class Unlaunched:
+        class KernelWithoutLaunch:
             def __getitem__(self, grid):
                 return lambda *args, **options: None
 
-        monkeypatch.setattr(kernels, "_step", Unlaunched())
+        monkeypatch.setattr(kernels, "_step", KernelWithoutLaunch())
         with_kernel(opt)
     benchmark.group = f"host, {len(ps)} tensors, {DEVICE}"
     benchmark.extra_info.update(name=name, bytes=0, peak=None)

@@ -30,9 +30,9 @@ def advance(schedules, loss):
         schedule.step(loss) if isinstance(schedule, lr_scheduler.ReduceLROnPlateau) else schedule.step()
 
 
-def on_two_devices(config):
+def skip_tensor_lr_on_two_devices(config):
     if config.options.get("capturable") and isinstance(config.lr(), torch.Tensor):
-        pytest.skip("a rate on one GPU is not read by a step on another")
+        pytest.skip("a step on one GPU cannot read a learning rate on another")
 
 
 # Training changes the loss as expected.
@@ -53,7 +53,7 @@ def test_forloop_goes_right_direction(config, contiguous, schedules):
 @two_gpus
 @uncompiled
 def test_forloop_goes_right_direction_multigpu(config):
-    on_two_devices(config)
+    skip_tensor_lr_on_two_devices(config)
     task = Regression(config, devices=("cuda:0", "cuda:1"))
     before, opt = task.value(), config.build(task.params)
     running = SCHEDULES["with_lrsched"](opt)
@@ -281,15 +281,15 @@ def compare_between(models, opts, inputs, **tolerances):
             assert (
                 state["step"]
                 == other_state["step"]
-                == (step if step > 1 else step + 1) - (p_frozen(models[0], p, step))
+                == (step if step > 1 else step + 1) - (frozen_steps(models[0], p, step))
             )
             assert state["step"].dtype == other_state["step"].dtype == torch.float32
             for name in state.keys() & other_state.keys() - {"layout"}:
                 torch.testing.assert_close(state[name], other_state[name], check_device=False, **tolerances)
 
 
-def p_frozen(model, p, step):
-    """The number of steps that skipped a parameter of the frozen layer."""
+def frozen_steps(model, p, step):
+    """The number of steps so far that skipped this parameter, because its layer was frozen."""
     return max(min(step - 2, 2), 0) if any(p is q for q in model[2].parameters()) else 0
 
 
@@ -342,7 +342,7 @@ def test_fused_cpu_matches_cuda(config):
     compare_between(models, opts, [batch(config.dtype, device) for device in ("cpu", "cuda")], rtol=1e-4, atol=1e-5)
 
 
-def mixed(devices):
+def mixed_parameters(devices):
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.rand(40, 30, generator=generator).to(device, dtype) for device in devices for dtype in dtypes]
@@ -356,8 +356,8 @@ def test_mixed_device_dtype(config, devices):
     if config.dtype != torch.float32 and config.options.get("table_dtype"):
         pytest.skip("tables of float64 are for parameters of float64 only")
     if len(devices) > 1:
-        on_two_devices(config)
-    joint, separate = mixed(devices), mixed(devices)
+        skip_tensor_lr_on_two_devices(config)
+    joint, separate = mixed_parameters(devices), mixed_parameters(devices)
     frozen = nn.Parameter(torch.randint(9, (2, 3), device=devices[-1]), requires_grad=False)
     opts = [config.build([*joint, ("frozen", frozen)]), *(config.build([named_param]) for named_param in separate)]
     for step in range(3):
@@ -395,9 +395,9 @@ def test_set_default_dtype_works_with_foreach(config, default):
 @over("default", "sketch", "ratio 1")
 def test_foreach_large_tensor(config):
     """Elements are indexed in 64 bits: the last of 2**32 are stepped like the first."""
-    need = 2**32 * (2 + 2 + (8 if config.options.get("compress_ratio") == 1 else 1)) + 2**30
-    if torch.cuda.mem_get_info()[0] < need:
-        pytest.skip(f"needs {need / 2**30:.0f} GiB of free GPU memory")
+    required_bytes = 2**32 * (2 + 2 + (8 if config.options.get("compress_ratio") == 1 else 1)) + 2**30
+    if torch.cuda.mem_get_info()[0] < required_bytes:
+        pytest.skip(f"needs {required_bytes / 2**30:.0f} GiB of free GPU memory")
     p = torch.ones(2**32, dtype=torch.float16, device="cuda")
     p.grad = torch.ones_like(p)
     config.build([p], lr=1e-2, stochastic_rounding=False, rehash_period=None).step()

@@ -162,7 +162,7 @@ def test_schedules_are_adamws(case, in_backward):
 def test_cycle_lr_cycle_momentum_with_beta1_optimizer(config, case):
     """A beta1 that a schedule sets applies to the next step, as if it had been set directly."""
     tasks = Regression(config), Regression(config)
-    opt, manual_opt = (config.build(maybe_named(config, task)) for task in tasks)
+    opt, manual_opt = (config.build(groups_of(config, task)) for task in tasks)
     schedules = case(opt) if len(opt.param_groups) == 2 else []
     beta1s = set()
     for step in range(11):
@@ -176,7 +176,7 @@ def test_cycle_lr_cycle_momentum_with_beta1_optimizer(config, case):
     torch.testing.assert_close(tasks[0].params, tasks[1].params)
 
 
-def maybe_named(config, task):
+def groups_of(config, task):
     named_params = zip("wb", task.params, strict=True)
     return [{"params": [(name, p) if config.named else p]} for name, p in named_params]
 
@@ -257,7 +257,7 @@ def test_old_pattern_warning(config, overridden):
 @over("default", "memory host", "in backward", "named")
 def test_add_param_group_does_not_break_reduce_lr_on_plateau(config, min_lr):
     task = Regression(config)
-    opt = config.build(maybe_named(config, task))
+    opt = config.build(groups_of(config, task))
     schedule = lrs.ReduceLROnPlateau(opt, patience=1, min_lr=min_lr)
     for step in range(8):
         if step == 3:

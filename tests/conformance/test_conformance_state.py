@@ -214,7 +214,7 @@ def add_entry(opt):
 
 
 def move_entry(opt, state_dict):
-    state_dict["noted"] = state_dict["state"].pop("test", None) is not None
+    state_dict["had_entry"] = state_dict["state"].pop("test", None) is not None
     return state_dict
 
 
@@ -229,7 +229,7 @@ def test_state_dict_pre_hook(config):
 def test_state_dict_post_hook(config):
     opt = config.build(Regression(config).params)
     opt.register_state_dict_post_hook(move_entry)
-    assert opt.state_dict()["noted"] is False
+    assert opt.state_dict()["had_entry"] is False
 
 
 @uncompiled
@@ -239,7 +239,7 @@ def test_state_dict_pre_post_hook(config):
     opt.register_state_dict_pre_hook(add_entry)
     opt.register_state_dict_post_hook(move_entry)
     saved = opt.state_dict()
-    assert saved["noted"]
+    assert saved["had_entry"]
     assert "test" not in saved["state"]
     task.step(opt)  # steps ignore keys of state that are not parameters
     assert opt.state["test"] == 1
@@ -255,7 +255,7 @@ def lower_rate_in_a_copy(_, state_dict):
     return result
 
 
-def note_rate(opt):
+def record_rate(opt):
     opt.state["rate"] = float(opt.param_groups[0]["lr"])
 
 
@@ -277,7 +277,7 @@ def test_load_state_dict_pre_post_hook(config, lowers_rate):
     opt = config.build(Regression(config).params)
     if lowers_rate:
         opt.register_load_state_dict_pre_hook(lower_rate_in_a_copy)
-    opt.register_load_state_dict_post_hook(note_rate)
+    opt.register_load_state_dict_post_hook(record_rate)
     opt.load_state_dict(opt.state_dict())
     assert opt.state["rate"] == pytest.approx(0.003 if lowers_rate else float(config.lr()))
 

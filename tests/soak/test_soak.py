@@ -1,15 +1,15 @@
-"""What grows while an optimizer is used for long: nothing.
+"""Long use of an optimizer leaks no memory and no other resources.
 
-Run by name, as it takes minutes; what it found is printed at the end:
+These tests take minutes, and are run by name only. The growth that they measured is printed at the end:
 
     pytest -n 0 tests/soak
     pytest -n 0 -m cuda tests/soak  # on a GPU, with fewer steps
 
 `SOAK_STEPS`, a multiple of 1,000 and at least 2,000, and `SOAK_CYCLES` set the numbers of steps and of optimizers.
 
-After a warm-up the same must be there as at the end: tensors and their bytes, other Python objects, threads, file
-handles, streams, events, graphs, page-locked memory, and what the process and the device have taken. What leaks on
-purpose is found.
+Between the end of a warm-up and the end of the test nothing may grow: the number of tensors and their bytes, other
+Python objects, threads, file handles, streams, events, graphs, page-locked memory, and the memory of the process and of
+the device. Deliberate leaks are detected.
 """
 
 import copy
@@ -57,27 +57,28 @@ WAYS = {
     "host, in backward": {"memory": HOST, "in_backward": True},
     "mixed, in backward": {"memory": MIXED, "in_backward": True},
 }
-IN_GRAPHS = ("graphs", "universal", "orthogonal")  # on a GPU, where all others go through the kernel
-FAKE = ("host", "mixed", "host, in backward", "mixed, in backward")  # over streams that do all as oddly as they may
+GRAPH_WAYS = ("graphs", "universal", "orthogonal")  # on a GPU; the kernel performs all other ways
+FAKE_STREAM_WAYS = ("host", "mixed", "host, in backward", "mixed, in backward")  # also run over simulated streams
 
 
 @dataclass
-class Held:
-    """What the process holds.
+class Resources:
+    """The resources of the process.
 
     Attributes:
-        resident: bytes of memory, of the host.
-        used, device, allocated: bytes of the device that are in use, by graphs and kernels as well; that PyTorch has
-            reserved of them; that tensors have of those.
-        blocks: what PyTorch has allocated on the device.
-        pinned, host_cache: bytes of page-locked memory: in slabs, and in PyTorch's own cache.
-        tensors, tensor_bytes: alive, as the garbage collector sees them.
-        objects: of Python that it sees.
-        threads, files: of the process.
-        optimizers: that compiled code may find.
-        events, cuda_graphs: objects of CUDA.
-        streams: objects of CUDA, or of the fake device.
-        graphs: of the optimizer that is looked at.
+        resident: resident host memory, in bytes.
+        used: device memory in use, including that of graphs and kernels, in bytes.
+        device: the part of `used` that PyTorch's allocator has reserved.
+        allocated: the part of `device` that tensors use.
+        blocks: the number of blocks that PyTorch's allocator has allocated on the device.
+        pinned, host_cache: page-locked memory in slabs, and in PyTorch's own cache, in bytes.
+        tensors, tensor_bytes: the tensors that the garbage collector sees.
+        objects: the number of Python objects that it sees.
+        threads, files: the threads and open files of the process.
+        optimizers: the optimizers that are registered for compiled code.
+        events, cuda_graphs: CUDA events and graphs.
+        streams: CUDA streams, or those of the fake device.
+        graphs: the compiled graphs of the optimizer under test.
     """
 
     resident: int
@@ -104,12 +105,12 @@ class Held:
         used, on_device, on_host = 0, {}, {}
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # of pools of graphs that are gone
+            torch.cuda.empty_cache()  # frees the pools of deleted graphs
             free, total = torch.cuda.mem_get_info()
             used, on_device, on_host = total - free, torch.cuda.memory_stats(), torch.cuda.host_memory_stats()
         everything = gc.get_objects()
         kinds = Counter(map(type, everything))
-        # Not those that torch.compile keeps to trace with, which have no memory.
+        # This excludes the fake tensors that torch.compile keeps for tracing, which have no memory.
         tensors = [one for one in everything if type(one) in (torch.Tensor, torch.nn.Parameter)]
         process = psutil.Process()
         return cls(
@@ -126,9 +127,9 @@ class Held:
             process.num_threads(),
             process.num_fds(),
             len(tracing._optimizers),
-            _alive(kinds, torch.cuda.Event),
-            _alive(kinds, torch.cuda.CUDAGraph),
-            streams + _alive(kinds, torch.cuda.Stream),
+            count_of_type(kinds, torch.cuda.Event),
+            count_of_type(kinds, torch.cuda.CUDAGraph),
+            streams + count_of_type(kinds, torch.cuda.Stream),
             graphs,
         )
 
@@ -136,16 +137,23 @@ class Held:
         return {name: value - getattr(since, name) for name, value in asdict(self).items()}
 
 
-def _alive(kinds, kind):
-    return sum(count for one, count in kinds.items() if issubclass(one, kind))
+def count_of_type(kinds, kind):
+    return sum(count for each, count in kinds.items() if issubclass(each, kind))
 
 
-# What allocators round up, what the interpreter keeps for later, a program of a step or none. Nothing else may grow.
-ROOM = {"resident": 8 << 20, "used": 8 << 20, "device": 4 << 20, "host_cache": 1 << 16, "objects": 100, "events": 8}
+# Allocators round up, the interpreter keeps caches, and a step program may exist or not. Nothing else may grow.
+TOLERANCES = {
+    "resident": 8 << 20,
+    "used": 8 << 20,
+    "device": 4 << 20,
+    "host_cache": 1 << 16,
+    "objects": 100,
+    "events": 8,
+}
 
 
-def has_not_grown(growth):
-    assert all(by <= ROOM.get(name, 0) for name, by in growth.items()), growth
+def assert_not_grown(growth):
+    assert all(by <= TOLERANCES.get(name, 0) for name, by in growth.items()), growth
 
 
 class Run:
@@ -156,24 +164,25 @@ class Run:
         self.ps = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for shape in SHAPES]
         self.opt = Collins(self.ps, lr=1e-2, min_K=16, rehash_period=30, **options)
         self.fake = fake
-        self.chance = random.Random(0)
+        self.rng = random.Random(0)
         if fake is not None:
             on_fake_device(self.opt, fake)
         if kernel:
             with_kernel(self.opt)
 
     def step(self, number):
-        """With another rate each time; sometimes without a gradient of one, or frozen, or loaded from itself."""
+        """A step with a new learning rate; at times without the gradient of a parameter, with a parameter frozen or
+        replaced, or with the state reloaded."""
         opt, ps = self.opt, self.ps
         group = opt.param_groups[0]
         group["lr"], group["betas"] = 1e-2 / (1 + number % 97), (0.9 + 0.01 * (number % 7), 0.999)
-        left_out = self.chance.randrange(len(ps)) if number % 11 == 0 else None
+        left_out = self.rng.randrange(len(ps)) if number % 11 == 0 else None
         loss = sum((p * (0.1 + number % 5)).square().mean() for i, p in enumerate(ps) if i != left_out)
         opt.zero_grad()
         loss.backward()
         opt.step()
         if self.fake is not None:
-            self.fake.current.run_to(self.fake.current.given)
+            self.fake.current.run_to(self.fake.current.enqueued)
         if DEVICE == "cuda":  # so that as many buffers are in flight in each step
             torch.cuda.synchronize()
         if number % 250 == 1:
@@ -188,15 +197,15 @@ class Run:
             opt.state.pop(old, None)
             group["params"][:] = [ps[0] if p is old else p for p in group["params"]]
 
-    def held(self):
+    def resources(self):
         self.opt.zero_grad()
         self.opt._stepper.store.drain()
         streams = len(self.fake.streams) if self.fake is not None else 0
-        return Held.now(streams=streams, graphs=self.opt._stepper.engine.graphs)
+        return Resources.now(streams=streams, graphs=self.opt._stepper.engine.graphs)
 
 
-class Captured(Run):
-    """Steps that a CUDA graph replays from the fourth one on; without a GPU, what would be captured is called."""
+class CapturedRun(Run):
+    """Steps that a CUDA graph replays from the fourth one on; without a GPU, the step is called instead of replayed."""
 
     def __init__(self, options):
         super().__init__({**options, "capturable": True})
@@ -210,12 +219,12 @@ class Captured(Run):
                 p.grad = g
             self.count += 1
             if self.count == 4:
-                self.replay = self.captured()
+                self.replay = self.capture()
             self.replay()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    def captured(self):
+    def capture(self):
         if DEVICE != "cuda":
             return self.opt.step
         self.stream.synchronize()
@@ -225,14 +234,14 @@ class Captured(Run):
         return graph.replay
 
 
-def soaked(run, steps):
-    """What has grown between the warm-up, in which all that a step does has been done once or twice, and the end."""
-    before, warm_up = None, max(steps // 10, min(1000, steps // 2))
+def growth_over(run, steps):
+    """The growth of resources from the end of the warm-up, in which every kind of step occurs, to the end."""
+    baseline, warm_up = None, max(steps // 10, min(1000, steps // 2))
     for number in range(steps):
         if number == warm_up:
-            before = run.held()
+            baseline = run.resources()
         run.step(number)
-    return run.held().growth(before)
+    return run.resources().growth(baseline)
 
 
 LEAKS = {
@@ -241,49 +250,49 @@ LEAKS = {
     "objects": lambda kept: kept.extend([kept] for _ in range(3)),
     "resident": lambda kept: kept.append(os.urandom(1 << 17)),  # no object that the garbage collector sees
     "files": lambda kept: kept.append(open(os.devnull)),  # noqa: SIM115
-    "threads": lambda kept: kept.append(wait_in_a_thread()),
+    "threads": lambda kept: kept.append(start_waiting_thread()),
     "optimizers": lambda kept: kept.append(Collins([torch.nn.Parameter(torch.zeros(2))])),
 }
 
 
 @pytest.mark.parametrize("leak", LEAKS)
-def test_what_leaks_is_found(leak):
+def test_deliberate_leaks_are_found(leak):
     run, kept = Run({}), []
     step = run.step
 
-    def leaks(number):
+    def leaking_step(number):
         step(number)
         if number >= 100 and len(kept) < 300:
             LEAKS[leak](kept)
 
-    run.step = leaks
-    growth = soaked(run, 200)
-    for one in kept:
+    run.step = leaking_step
+    growth = growth_over(run, 200)
+    for leaked in kept:
         if leak == "files":
-            one.close()
+            leaked.close()
         if leak == "threads":
-            one.set()
+            leaked.set()
     assert growth[leak] > 0
     with pytest.raises(AssertionError):
-        has_not_grown(growth)
+        assert_not_grown(growth)
 
 
-def wait_in_a_thread():
+def start_waiting_thread():
     """Starts a thread that waits for an event; returns the event."""
     event = threading.Event()
     threading.Thread(target=event.wait).start()
     return event
 
 
-@pytest.mark.parametrize("what", Held.__dataclass_fields__)
-def test_one_more_of_what_is_counted_is_too_many(what):
-    counts = {**dict.fromkeys(asdict(Held.now()), 0), **ROOM}
-    has_not_grown(counts)
+@pytest.mark.parametrize("what", Resources.__dataclass_fields__)
+def test_growth_above_any_tolerance_is_an_error(what):
+    counts = {**dict.fromkeys(asdict(Resources.now()), 0), **TOLERANCES}
+    assert_not_grown(counts)
     with pytest.raises(AssertionError):
-        has_not_grown({**counts, what: counts[what] + 1})
+        assert_not_grown({**counts, what: counts[what] + 1})
 
 
-ON_GPU = {
+CUDA_COUNTERS = {
     "used": ("mem_get_info", lambda grown: (100 - grown, 100)),
     "device": ("memory_stats", lambda grown: {"reserved_bytes.all.current": grown}),
     "allocated": ("memory_stats", lambda grown: {"allocated_bytes.all.current": grown}),
@@ -292,32 +301,32 @@ ON_GPU = {
 }
 
 
-@pytest.mark.parametrize("what", [*ON_GPU, "events", "cuda_graphs", "streams"])
-def test_what_a_gpu_holds_is_counted(what, monkeypatch):
+@pytest.mark.parametrize("what", [*CUDA_COUNTERS, "events", "cuda_graphs", "streams"])
+def test_the_resources_of_a_gpu_are_counted(what, monkeypatch):
     """Without one: its runtime is replaced."""
     monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cuda")
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    for name, answer in ON_GPU.values():
+    for name, answer in CUDA_COUNTERS.values():
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer(0))
     for name in ("Event", "CUDAGraph", "Stream"):
         monkeypatch.setattr(torch.cuda, name, type(name, (), {}))
-    before, kept = Held.now(), []
-    if what in ON_GPU:
-        name, answer = ON_GPU[what]
+    before, kept = Resources.now(), []
+    if what in CUDA_COUNTERS:
+        name, answer = CUDA_COUNTERS[what]
         monkeypatch.setattr(torch.cuda, name, lambda: answer(3))
     else:
         kind = {"events": "Event", "cuda_graphs": "CUDAGraph", "streams": "Stream"}[what]
         kept += [getattr(torch.cuda, kind)() for _ in range(3)]
-    assert Held.now().growth(before)[what] == 3
+    assert Resources.now().growth(before)[what] == 3
 
 
 def soak(way, steps, figures):
-    run = Run(WAYS[way]) if way in WAYS else Captured({})
-    began = time.monotonic()
-    growth = soaked(run, steps)
-    figures(f"{steps:,} steps, {way}, on {DEVICE}", growth, time.monotonic() - began)
-    has_not_grown(growth)
+    run = Run(WAYS[way]) if way in WAYS else CapturedRun({})
+    started = time.monotonic()
+    growth = growth_over(run, steps)
+    figures(f"{steps:,} steps, {way}, on {DEVICE}", growth, time.monotonic() - started)
+    assert_not_grown(growth)
     if "mixed" in way:
         assert {row.tier for plan in run.opt.placement for row in plan.rows} == {"device", "host"}
 
@@ -328,80 +337,82 @@ def test_steps(way, figures):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("way", [*(way for way in WAYS if way not in IN_GRAPHS), "captured"])
+@pytest.mark.parametrize("way", [*(way for way in WAYS if way not in GRAPH_WAYS), "captured"])
 def test_steps_on_a_gpu(way, figures):
     soak(way, CUDA_STEPS, figures)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a real one")
-@pytest.mark.parametrize("way", FAKE)
+@pytest.mark.parametrize("way", FAKE_STREAM_WAYS)
 def test_steps_over_streams_of_a_fake_device(way, figures):
-    began = time.monotonic()
-    growth = soaked(Run(WAYS[way], FakeStreams(1)), STEPS)
-    figures(f"{STEPS:,} steps, {way}, fake streams", growth, time.monotonic() - began)
-    has_not_grown(growth)
+    started = time.monotonic()
+    growth = growth_over(Run(WAYS[way], FakeStreams(1)), STEPS)
+    figures(f"{STEPS:,} steps, {way}, fake streams", growth, time.monotonic() - started)
+    assert_not_grown(growth)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there it is what steps by default")
 def test_steps_of_the_kernel_under_the_interpreter(figures, monkeypatch):
-    """In few steps, as the interpreter is slow, with so few sets of tensors kept that all are made in the warm-up."""
+    """Few steps, since the interpreter is slow, and few cached sets of tensors, so that the warm-up fills the cache."""
     pytest.importorskip("triton")
     multi_tensor = pytest.importorskip("collins.compile.multi_tensor")
     monkeypatch.setattr(multi_tensor, "_KEPT_SETS", 2)
-    steps, began = STEPS // 10, time.monotonic()
-    growth = soaked(Run({}, kernel=True), steps)
-    figures(f"{steps:,} steps, kernel", growth, time.monotonic() - began)
-    has_not_grown(growth)
+    steps, started = STEPS // 10, time.monotonic()
+    growth = growth_over(Run({}, kernel=True), steps)
+    figures(f"{steps:,} steps, kernel", growth, time.monotonic() - started)
+    assert_not_grown(growth)
 
 
-def cycle(options, fake):
-    """A life: built, stepped, copied, saved and let go of, with its hooks, slabs and streams."""
-    run = Captured({}) if options is None else Run(options, FakeStreams(1) if fake else None)
+def use_an_optimizer(options, fake):
+    """Builds, steps, copies, saves and deletes an optimizer, with its hooks, slabs and streams; returns a weakref."""
+    run = CapturedRun({}) if options is None else Run(options, FakeStreams(1) if fake else None)
     for number in range(4, 9 if options is None else 6):  # neither frozen, nor loaded, nor replaced
         run.step(number)
     other = copy.deepcopy((run.ps, run.opt)) if not fake else None
     run.opt.state_dict()
-    there = weakref.ref(run.opt)
+    reference = weakref.ref(run.opt)
     del run, other
-    return there
+    return reference
 
 
 @pytest.mark.parametrize("way", [*WAYS, "captured"])
-def test_lives(way, figures):
-    live(way, CYCLES // 20 if way == "graphs" else CYCLES, figures)  # each is traced anew
+def test_optimizers(way, figures):
+    soak_optimizers(way, CYCLES // 20 if way == "graphs" else CYCLES, figures)  # each compiles its graphs again
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a real one")
-@pytest.mark.parametrize("way", FAKE)
-def test_lives_over_streams_of_a_fake_device(way, figures):
-    live(way, CYCLES, figures, fake=True)
+@pytest.mark.parametrize("way", FAKE_STREAM_WAYS)
+def test_optimizers_over_streams_of_a_fake_device(way, figures):
+    soak_optimizers(way, CYCLES, figures, fake=True)
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("way", [*(way for way in WAYS if way not in IN_GRAPHS), "captured"])
-def test_lives_on_a_gpu(way, figures):
-    live(way, CUDA_CYCLES, figures)
+@pytest.mark.parametrize("way", [*(way for way in WAYS if way not in GRAPH_WAYS), "captured"])
+def test_optimizers_on_a_gpu(way, figures):
+    soak_optimizers(way, CUDA_CYCLES, figures)
 
 
-def live(way, cycles, figures, *, fake=False):
-    before, began = None, time.monotonic()
+def soak_optimizers(way, cycles, figures, *, fake=False):
+    baseline, started = None, time.monotonic()
     for number in range(cycles):
         if number == cycles // 5:
-            before = Held.now()
-        there = cycle(WAYS.get(way), fake)
+            baseline = Resources.now()
+        reference = use_an_optimizer(WAYS.get(way), fake)
         if number % 10 == 0:
             gc.collect()
-            assert there() is None
-    growth = Held.now().growth(before)
-    figures(f"{cycles:,} lives, {way}, on {'fake streams' if fake else DEVICE}", growth, time.monotonic() - began)
-    has_not_grown(growth)
+            assert reference() is None
+    growth = Resources.now().growth(baseline)
+    figures(
+        f"{cycles:,} optimizers, {way}, on {'fake streams' if fake else DEVICE}", growth, time.monotonic() - started
+    )
+    assert_not_grown(growth)
 
 
 @pytest.fixture
 def figures(request):
-    """Notes what has grown in so many seconds."""
-    found = request.config.stash.setdefault(FIGURES, {})
-    return lambda name, growth, seconds: found.__setitem__(name, (growth, seconds))
+    """A function that records the growth of a test and its duration, for the summary."""
+    figures_by_name = request.config.stash.setdefault(FIGURES, {})
+    return lambda name, growth, seconds: figures_by_name.__setitem__(name, (growth, seconds))
 
 
 FIGURES = pytest.StashKey()
