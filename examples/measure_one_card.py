@@ -15,7 +15,9 @@ are checkpointed and compiled, the loss is computed in chunks, and Collins steps
 
 It prints the plan, then trains. Each step is timed against a forward and backward on the same batch whose gradients are
 dropped as they arrive: "optimizer adds" is the difference of the two medians, without the first of each, which
-compiles. The last line has all figures in JSON: sizes in bytes, times in seconds.
+compiles. On a GPU, both times end when the stream that computes is done: the last copies of tables back to the host,
+which streams of their own make, go on under the forward that follows, as in training. The last line has all figures in
+JSON: sizes in bytes, times in seconds.
 
 --memory-limit emulates a smaller card: PyTorch may allocate no more than that. On a card of that size the CUDA context
 would take about 0.5 GiB of it.

@@ -27,6 +27,7 @@ import torch
 
 from collins.offload.plan import Request
 from collins.offload.shapes import Transformer, numel
+from collins.offload.slabs import offsets
 from collins.parameter import state_tensors
 from collins.roles import found_roles, role_under
 from collins.rule import ELEMENTWISE
@@ -107,4 +108,5 @@ def requests_of(
     for (name, shape), found in zip(params, found_roles(params, model.by_module), strict=True):
         role = role_under(found, math.prod(shape), options)
         tensors, _ = state_tensors(shape, scheme_under(shape, dtype, options, role.kind, sharded=False))
-        yield Request(name, shape, sum(spec.nbytes for spec in tensors.values()), role)
+        nbytes, slab_bytes = sum(spec.nbytes for spec in tensors.values()), offsets(tensors.values())[1]
+        yield Request(name, shape, nbytes, role, slab_bytes)

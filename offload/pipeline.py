@@ -16,13 +16,13 @@ import os
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from torch import Tensor
 
+from collins.offload.ring import ring_of
 from collins.offload.slabs import Slab, carve
 from collins.offload.streams import Event, Stream, StreamKind, Streams, WaitFor
-
-_SLOT_ALIGNMENT = 512  # bytes: what PyTorch's device allocator aligns its own blocks to
 
 
 @dataclass(eq=False)
@@ -58,7 +58,8 @@ class Pipeline:
     step is used as the prediction for the next; a wrong prediction only costs time. A transfer of several parameters
     may be used in several parts (`more=True`); it is written back early if its slot is needed.
 
-    As long as the order of transfers stays the same, each one is staged at the same device addresses in every step.
+    Slots have two sizes, see `Ring`; a transfer is staged in one that it fits into. As long as the order of transfers
+    stays the same and is predicted, each one is staged at the same device addresses in every step.
 
     If compute raises, the parts of the transfer that it was given keep their values from before, on the device and in
     the slab; other parts and other transfers keep the values computed for them. The pipeline remains usable.
@@ -69,8 +70,11 @@ class Pipeline:
     Args:
         slabs: the transfers. Only the pipeline may access them, except after `drain`.
         streams: the streams of the computing device; see `streams_for`.
-        slots: the number of staging slots, each as large as the largest slab. With three, both directions and compute
+        slots: the most staging slots; there is no more than one for each slab. With three, both directions and compute
             overlap.
+
+    Attributes:
+        ring: the sizes of the slots.
 
     Raises:
         ValueError: without slabs or slots.
@@ -95,15 +99,15 @@ class Pipeline:
         self._clock = 0
         self.traffic = Traffic()
 
-        self.slot_bytes = max(slab.nbytes for slab in self.slabs)
-        stride = -(-self.slot_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
-        memory = streams.empty(slots * stride)
-        self._slots = []
-        for place in range(slots):
-            slot = _Slot(memory[place * stride :][:stride], streams.event(), streams.event(), streams.event())
+        self.ring = ring_of((slab.nbytes for slab in self.slabs), slots)
+        self._slots: list[_Slot] = []  # the largest first
+        for memory in streams.empty(self.ring.nbytes).split(self.ring.sizes):
+            slot = _Slot(memory, streams.event(), streams.event(), streams.event())
             # Fresh memory may still be in use on this stream by whoever freed it.
             streams.record(slot.free, StreamKind.CURRENT)
             self._slots.append(slot)
+        # How many of the slots each transfer fits into: these are the first ones.
+        self._fitting = [sum(slab.nbytes <= size for size in self.ring.sizes) for slab in self.slabs]
         # The arguments keep the slabs until the copies are done that still read and write them.
         weakref.finalize(self, _settle, streams, self._slots, self.slabs, os.getpid()).atexit = False
 
@@ -139,7 +143,7 @@ class Pipeline:
 
         Raises:
             ValueError: for a transfer or a part that does not exist.
-            RuntimeError: if the transfer is acquired already, or all slots hold acquired transfers.
+            RuntimeError: if the transfer is acquired already, or all slots that it fits into hold acquired transfers.
         """
         self._check(transfer)
         count = len(self.slabs[transfer].parts)
@@ -268,9 +272,11 @@ class Pipeline:
         if slot is None:
             slot = self._room(transfer, keep=ahead, force=True)
             if slot is None:
-                held = [other.transfer for other in self._slots]
+                fitting = self._slots[: self._fitting[transfer]]
+                which = "" if len(fitting) == len(self._slots) else f" of {self.slabs[transfer].nbytes:,} bytes or more"
                 raise RuntimeError(
-                    f"no slot for transfer {transfer}: all hold acquired transfers, {held}; release one first"
+                    f"no slot for transfer {transfer}: all{which} hold acquired transfers,"
+                    f" {[other.transfer for other in fitting]}; release one first"
                 )
             self._stage(transfer, slot)
         self.streams.wait(StreamKind.CURRENT, slot.staged, WaitFor.STAGED)
@@ -333,15 +339,13 @@ class Pipeline:
         """A slot for a transfer, which is emptied if necessary.
 
         An empty slot is preferred; then one whose transfer was staged unnecessarily and is not in `keep` (None: no such
-        slot). With `force`, any slot that is not held is used, unchanged ones first. Among empty slots the place in the
-        expected order decides, so that neighbours use different slots and every step uses the same ones.
+        slot). With `force`, any slot that is not held is used, unchanged ones first.
         """
-        home = self._expected.get(transfer, len(self._seen))
-        for turn in range(len(self._slots)):
-            slot = self._slots[(home + turn) % len(self._slots)]
+        choices = self._choices(transfer, force=force)
+        for slot in choices:
             if slot.transfer is None:
                 return slot
-        oldest = sorted((slot for slot in self._slots if slot.held is None), key=lambda slot: slot.touched)
+        oldest = sorted((slot for slot in choices if slot.held is None), key=lambda slot: slot.touched)
         unchanged = [slot for slot in oldest if not slot.changed]
         useless = [slot for slot in unchanged if keep is not None and slot.transfer not in keep]
         chosen = next(iter(useless + unchanged + oldest if force else useless), None)
@@ -351,12 +355,32 @@ class Pipeline:
             self._empty(chosen)
         return chosen
 
+    def _choices(self, transfer: int, *, force: bool) -> list[_Slot]:
+        """The slots that a transfer fits into, in the order in which empty ones are used.
+
+        The smaller ones come first. The place in the expected order decides among them, so that neighbours use
+        different slots and every step uses the same ones; a single smaller slot takes turns with the larger one. The
+        larger one is left to the larger transfers that are expected soon: with `force` it comes last then, else not
+        at all.
+        """
+        fitting = self._slots[: self._fitting[transfer]]
+        alike = [slot for slot in fitting if slot.memory.nbytes == fitting[-1].memory.nbytes]
+        turning = alike if len(alike) > 1 else fitting
+        home = self._expected.get(transfer, len(self._seen)) % len(turning)
+        choices = turning[home:] + turning[:home] + [slot for slot in fitting if slot not in turning]
+        if len(alike) < len(fitting):
+            soon = min((self._fitting[following] for following in self._upcoming(transfer)), default=len(fitting))
+            if soon < len(fitting):
+                kept = fitting[:soon]
+                choices = [slot for slot in choices if slot not in kept] + (kept if force else [])
+        return choices
+
     def _upcoming(self, transfer: int) -> list[int]:
         """The transfers expected after this one, as many as there are other slots."""
         if transfer not in self._expected:
             return []
-        order = list(self._expected)[self._expected[transfer] + 1 :]
-        return [following for following in order if following not in self._seen][: len(self._slots) - 1]
+        order = islice(self._expected, self._expected[transfer] + 1, None)
+        return list(islice((following for following in order if following not in self._seen), len(self._slots) - 1))
 
     def _acquired(self, transfer: int) -> tuple[_Slot, tuple[int, ...]]:
         slot = self._staged.get(transfer)

@@ -1,8 +1,8 @@
 """`place` assigns the tables of each parameter to the device or the host. It only computes with measured sizes.
 
 Rows are in the order of the parameters and are cut at one point: the rows before it are on the device, the others on
-the host. If any row is on the host, a ring of staging slots, each as large as the largest transfer, takes device memory
-too.
+the host. If any row is on the host, a ring of staging slots takes device memory too: the plan groups the rows into the
+transfers of the host tier, and counts the bytes that its pipeline will allocate.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from collins.offload.policy import MemoryPolicy
+from collins.offload.ring import Ring, rings
 from collins.offload.sizes import size_text
 from collins.roles import Role
 from collins.table import as_table, shape_text
@@ -28,6 +29,7 @@ class Request(NamedTuple):
     shape: tuple[int, ...]  # the parameter's
     bytes: int
     role: Role | None = None  # the parameter's, where it is known
+    slab_bytes: int | None = None  # with the gaps between them in a slab; None for `bytes`
 
 
 class PlacementRow(NamedTuple):
@@ -39,6 +41,7 @@ class PlacementRow(NamedTuple):
     role: Role | None
     tier: str
     why: str
+    slab_bytes: int | None = None  # as in `Request`
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,19 @@ class PlacementPlan:
         return self.device_bytes + self.host_bytes
 
     @property
+    def ring(self) -> Ring:
+        """The staging slots, on the device; none when nothing is on the host."""
+        return _rings([row for row in self.rows if row.tier == "host"], self.policy)[0]
+
+    @property
     def slot_bytes(self) -> int:
-        """Bytes of one staging slot: the largest transfer's, at most. 0 when nothing is on the host."""
-        return _slot([row.bytes for row in self.rows if row.tier == "host"], self.policy)
+        """Bytes of the largest staging slot. 0 when nothing is on the host."""
+        return self.ring.first
 
     @property
     def staging_bytes(self) -> int:
         """Bytes of the staging ring, on the device."""
-        return self.policy.staging_slots * self.slot_bytes
+        return self.ring.nbytes
 
     @property
     def pin_limit(self) -> int | None:
@@ -115,13 +123,13 @@ class PlacementPlan:
                 f"{_RAN_OUT} {name} of {size_text(self.bytes)} of tables under tier='device'; tier='auto' would put the"
                 " rest on the host"
             )
-        sizes = [row.bytes for row in self.rows]
+        before, staging = [0, *accumulate(row.bytes for row in self.rows)], _rings(self.rows, self.policy)
         shown = sum(row.bytes for row in self.rows[:from_row] if row.tier == "device") + self.staging_bytes
         cut = min(from_row, sum(row.tier == "device" for row in self.rows))
-        while cut and sum(sizes[:cut]) + self.policy.staging_slots * _slot(sizes[cut:], self.policy) > shown - leave:
+        while cut and before[cut] + staging[cut].nbytes > shown - leave:
             cut -= 1
-        if sum(sizes[cut:]) > self.limits.host:
-            raise MemoryError(f"{_RAN_OUT}. {_shortage(sizes, self)}")
+        if self.bytes - before[cut] > self.limits.host:
+            raise MemoryError(f"{_RAN_OUT}. {_shortage(self.rows, self)}")
         moved = [
             row._replace(tier="host", why=_ROOM if index < from_row else _RAN_OUT) if row.tier == "device" else row
             for index, row in enumerate(self.rows[cut:], start=cut)
@@ -155,7 +163,7 @@ class PlacementPlan:
     def totals(self) -> str:
         """Two lines: the bytes used and allowed in each memory, and the staging ring."""
         policy, limits = self.policy, self.limits
-        ring = f"{size_text(self.staging_bytes)} ({policy.staging_slots} slots of {size_text(self.slot_bytes)})"
+        ring = f"{size_text(self.staging_bytes)} ({self.ring})"
         where = "device"
         if self.device_free is None or self.device_total is None:
             where, kept = "device (the CPU)", f"{size_text(self.host_free)} free"
@@ -226,13 +234,12 @@ def place(
             f"device_free and device_total must both be given or both None, got {device_free=}, {device_total=}"
         )
     plan = PlacementPlan((), policy, device_free, device_total, host_free, host_total)
-    sizes = [request.bytes for request in requests]
-    cut = _cut(sizes, policy, plan.limits)
+    cut = _cut(requests, policy, plan.limits)
     if cut is None:
-        raise MemoryError(_shortage(sizes, plan))
-    on_device, on_host = _reasons(policy, plan, cut, len(sizes))
+        raise MemoryError(_shortage(requests, plan))
+    on_device, on_host = _reasons(policy, plan, cut, len(requests))
     rows = (
-        PlacementRow(*request, *(("device", on_device) if index < cut else ("host", on_host)))
+        PlacementRow(*request[:4], *(("device", on_device) if index < cut else ("host", on_host)), request.slab_bytes)
         for index, request in enumerate(requests)
     )
     return replace(plan, rows=tuple(rows))
@@ -251,28 +258,28 @@ def _limits(
     return Limits(device if budget is None else min(device, budget), host, shared)
 
 
-def _cut(sizes: Sequence[int], policy: MemoryPolicy, limits: Limits) -> int | None:
+def _cut(requests: Sequence[Request], policy: MemoryPolicy, limits: Limits) -> int | None:
     """The largest number of leading rows that fit on the device with the staging ring of the others; None if none."""
-    total, on_device = sum(sizes), [0, *accumulate(sizes)]
-    largest = [*accumulate(reversed(sizes), max, initial=0)][::-1]  # of the rows from here on
-    cuts = {"auto": range(len(sizes), -1, -1), "device": (len(sizes),), "host": (0,)}[policy.tier]
+    before, staging = [0, *accumulate(request.bytes for request in requests)], _rings(requests, policy)
+    cuts = {"auto": range(len(requests), -1, -1), "device": (len(requests),), "host": (0,)}[policy.tier]
     for cut in cuts:
-        on_host = total - on_device[cut]
-        device = on_device[cut] + policy.staging_slots * max(largest[cut], min(policy.transfer_bytes, on_host))
+        on_host = before[-1] - before[cut]
+        device = before[cut] + staging[cut].nbytes
         within_shared = limits.shared is None or device + on_host <= (limits.host if on_host else limits.shared)
         if device <= limits.device and on_host <= limits.host and within_shared:
             return cut
     return None
 
 
-def ring_bytes(sizes: Sequence[int], policy: MemoryPolicy) -> int:
-    """The device memory that staging takes if tables of these sizes are all on the host."""
-    return policy.staging_slots * _slot(sizes, policy)
+def ring_bytes(requests: Sequence[Request], policy: MemoryPolicy) -> int:
+    """The device memory that staging takes if all these tables are on the host."""
+    return _rings(requests, policy)[0].nbytes
 
 
-def _slot(host_sizes: Sequence[int], policy: MemoryPolicy) -> int:
-    """Bytes of a slot: of the largest row, or of as many rows as `transfer_size` allows together."""
-    return max(max(host_sizes, default=0), min(policy.transfer_bytes, sum(host_sizes)))
+def _rings(rows: Sequence[Request | PlacementRow], policy: MemoryPolicy) -> list[Ring]:
+    """For each cut, the ring if the rows from there on are on the host."""
+    members = [row.bytes if row.slab_bytes is None else row.slab_bytes for row in rows]
+    return rings(members, policy.transfer_bytes, policy.staging_slots)
 
 
 def _reasons(policy: MemoryPolicy, plan: PlacementPlan, cut: int, count: int) -> tuple[str, str]:
@@ -297,10 +304,9 @@ def _kept(free: int, name: str, reserve: int | str) -> str:
     return f"{size_text(free)} free less {name} {_written(reserve)}"
 
 
-def _shortage(sizes: Sequence[int], plan: PlacementPlan) -> str:
+def _shortage(rows: Sequence[Request | PlacementRow], plan: PlacementPlan) -> str:
     """The error of a failed placement, with all its numbers and the possible remedies."""
-    policy, limits = plan.policy, plan.limits
-    slots, slot = policy.staging_slots, _slot(sizes, policy)
+    policy, limits, ring = plan.policy, plan.limits, _rings(rows, plan.policy)[0]
     if plan.device_free is None:
         device = f"they are on the CPU, with {size_text(plan.host_free)} free"
     else:
@@ -309,10 +315,11 @@ def _shortage(sizes: Sequence[int], plan: PlacementPlan) -> str:
         device += f" and device_budget {_written(policy.device_budget)}"
     host = _kept(plan.host_free, "host_reserve", policy.host_reserve)
     forced = "" if policy.tier == "auto" else ", or use tier='auto'"
+    tables = size_text(sum(row.bytes for row in rows))
     return (
-        f"{size_text(sum(sizes))} of tables fit neither on the device nor on the host under tier={policy.tier!r}."
+        f"{tables} of tables fit neither on the device nor on the host under tier={policy.tier!r}."
         f" The device may give {size_text(limits.device)} ({device}); all tables on the host would need"
-        f" {size_text(slots * slot)} of it for staging ({slots} slots of {size_text(slot)})."
+        f" {size_text(ring.nbytes)} of it for staging ({ring})."
         f" The host may give {size_text(limits.host)} ({host})."
         " Free memory, lower a reserve, raise compress_ratio, choose table_dtype=torch.bfloat16, lower staging_slots or"
         f" transfer_size{forced}."

@@ -33,8 +33,9 @@ class MemoryPolicy:
             beyond the reserve.
         pin_limit: the most host memory that may be page-locked: size or share; None for no limit. Tables beyond it
             stay in pageable memory, whose copies are slower and do not overlap.
-        staging_slots: the number of transfers that are staged on the device at once, at least 2. With three, one can be
-            copied in and one out during the step of the third.
+        staging_slots: the most transfers that are staged on the device at once, at least 2. With three, one can be
+            copied in and one out during the step of the third. One slot is as large as the largest transfer, the others
+            as the third largest: a model has at most two token tables.
         transfer_size: bytes of tables that are copied together: a size. A larger parameter is a transfer of its own.
         bucket_size: the former name of `transfer_size`; deprecated.
 

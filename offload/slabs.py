@@ -31,7 +31,7 @@ def offsets(parts: Iterable[TensorSpec]) -> tuple[tuple[int, ...], int]:
     """The offset of each part in bytes, in sequence at multiples of `ALIGNMENT`, and the total size."""
     starts, end = [], 0
     for part in parts:
-        starts.append(_aligned(end))
+        starts.append(aligned(end))
         end = starts[-1] + part.nbytes
     return tuple(starts), end
 
@@ -64,9 +64,9 @@ def grouped(members: Sequence[Sequence[TensorSpec]], transfer_size: int) -> list
     end = 0
     for place, parts in enumerate(members):
         size = offsets(parts)[1]
-        if transfers and _aligned(end) + size <= transfer_size:
+        if transfers and aligned(end) + size <= transfer_size:
             transfers[-1].append(place)
-            end = _aligned(end) + size
+            end = aligned(end) + size
         else:
             transfers.append([place])
             end = size
@@ -247,5 +247,6 @@ def _forget_error() -> None:
         torch.ones(1, device="cuda")
 
 
-def _aligned(offset: int) -> int:
+def aligned(offset: int) -> int:
+    """The first multiple of `ALIGNMENT` that is at least `offset`."""
     return -(-offset // ALIGNMENT) * ALIGNMENT

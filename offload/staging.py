@@ -97,8 +97,7 @@ class HostTier:
                 first += len(parts[region])
         self._sizes = [len(regions) for regions in transfers]
         self._arrived: dict[int, int] = {}  # in backward: how many regions of each transfer have been used
-        slots = min(plan.policy.staging_slots, len(transfers))
-        self.pipeline = Pipeline(self._slabs, backend.streams(device), slots=slots)
+        self.pipeline = Pipeline(self._slabs, backend.streams(device), slots=plan.policy.staging_slots)
         self._free: set[int] = set()  # regions whose parameters no longer need them
         self._versions: list[list[int]] = [[] for _ in requests]
         for region in range(len(requests)):

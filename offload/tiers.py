@@ -28,6 +28,7 @@ from collins.offload.pipeline import Traffic
 from collins.offload.plan import PlacementPlan, Request, place, ring_bytes
 from collins.offload.policy import MemoryPolicy
 from collins.offload.sizes import size_text
+from collins.offload.slabs import offsets
 from collins.offload.staging import (
     MACHINE,
     Backend,
@@ -316,7 +317,7 @@ def device_room(spare: int, total: int, policy: MemoryPolicy, requests: Sequence
     """
     if policy.tier != "auto":
         return spare
-    ring = ring_bytes([request.bytes for request in requests], policy) + policy.device_reserve_of(total)
+    ring = ring_bytes(requests, policy) + policy.device_reserve_of(total)
     return max(spare - _TO_COME * largest, min(spare, ring))
 
 
@@ -332,7 +333,7 @@ def planned(
     backend: Backend,
 ) -> tuple[PlacementPlan, int]:
     """The plan for one device, and the bytes of it that must be free after all tables have been allocated."""
-    requests = [Request(t.name, tuple(t.p.shape), t.nbytes, t.role) for t in state_requests]
+    requests = [Request(t.name, tuple(t.p.shape), t.nbytes, t.role, offsets(t.tensors)[1]) for t in state_requests]
     free, total, leave = None, None, 0
     if device.type == "cuda":
         figures = backend.measure(device)
@@ -392,8 +393,7 @@ def _built(
         except torch.OutOfMemoryError as error:
             if cut == 0:
                 raise MemoryError(
-                    f"{device} has no room for the staging ring of {size_text(plan.staging_bytes)}"
-                    f" ({plan.policy.staging_slots} slots of {size_text(plan.slot_bytes)}): free memory, or lower"
-                    f" staging_slots or transfer_size\n{plan.totals()}"
+                    f"{device} has no room for the staging ring of {size_text(plan.staging_bytes)} ({plan.ring}): free"
+                    f" memory, or lower staging_slots or transfer_size\n{plan.totals()}"
                 ) from error
             plan = _spilled(plan, 0, leave)

@@ -51,6 +51,21 @@ def small(sources, monkeypatch, train_lm):
     return arguments
 
 
+def test_the_clock_waits_for_the_current_stream_only(load, monkeypatch):
+    """Copies back to the host go on under the next forward."""
+    waited = []
+
+    class Current:
+        def synchronize(self):
+            waited.append("current")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Current())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waited.append("all"))
+    clock = load("corpus").clock
+    assert 0 <= clock(torch.device("cpu")) <= clock(torch.device("cuda"))
+    assert waited == ["current"]
+
+
 def test_train_lm_compares_the_optimizers(train_lm, small, tmp_path, capsys):
     picture = tmp_path / "loss.png"
     optimizers = ("--optimizers", "adamw", "collins", "collins-published")

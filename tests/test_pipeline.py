@@ -6,7 +6,7 @@ Each wait is needed: without it, some order gives a wrong result.
 import gc
 import multiprocessing
 import weakref
-from itertools import chain, product
+from itertools import accumulate, chain, product
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from collins.rule import step_scalars
 from collins.update import HashKeys, UpdateSpec, UpdateTask, update_
 
 SHAPES = [(40, 3), (7,), (64, 4), (96,), (5, 5), (33, 8), (16,), (50, 2)]
+TOKENS = [(90, 16), *SHAPES[1:7], (80, 16)]  # two of them, the first and the last, exceed the smaller slots
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -39,10 +40,10 @@ def shuffled(count):
 class Model:
     """Parameters, their gradients, and the real update of one of them."""
 
-    def __init__(self, count=8, dtype=torch.float32, device="cpu"):
+    def __init__(self, count=8, dtype=torch.float32, device="cpu", shapes=SHAPES):
         self.device, self.dtype = torch.device(device), dtype
         generator = torch.Generator().manual_seed(count)
-        self.start = [torch.randn(shape, generator=generator) for shape in (SHAPES * 9)[:count]]
+        self.start = [torch.randn(shape, generator=generator) for shape in (shapes * 9)[:count]]
         self.p = [p.to(self.device, copy=True) for p in self.start]
         self.layouts = [bucketing_of(p.numel(), compress_ratio=4, min_K=20, hash="block") for p in self.p]
         self.parts = [[TensorSpec(self.moment_shape(i), dtype)] * 2 for i in range(count)]
@@ -152,11 +153,15 @@ def drain_and_check(staged):
     assert equal_bits(read, chain(*staged.moments)), "the slabs changed after the pipeline was drained"
 
 
+def staged_and_resident(streams, *, dtype=torch.float32, shapes=SHAPES, **options):
+    return Staged(streams, 8, dtype, shapes=shapes, **options), Resident(8, dtype, shapes=shapes)
+
+
 # Scenarios: each trains a few steps and returns whether the result is bitwise that of resident moments.
 
 
 def whole_steps(streams, **options):
-    staged, resident = Staged(streams, **options), Resident(8, options.get("dtype", torch.float32))
+    staged, resident = staged_and_resident(streams, **options)
     for step in (1, 2, 3):
         order = list(range(len(staged.members)))
         staged.whole_step(step, shuffled(len(order)) if step == 2 else order)
@@ -168,7 +173,7 @@ def whole_steps(streams, **options):
 
 def arrivals(streams, **options):
     """Orders that differ from step to step, parameters without gradient, and three streams in turn."""
-    staged, resident = Staged(streams, **options), Resident(8, options.get("dtype", torch.float32))
+    staged, resident = staged_and_resident(streams, **options)
     streams_in_turn = [streams.current, streams.new_stream("side"), streams.new_stream("other")]
     orders = [[7, 6, 5, 4, 3, 2, 1, 0], [7, 6, 5, 4, 3, 2, 1, 0], [0, 2, 4, 6, 7, 5, 1], [3, 0, 7], [1, 5, 0, 6, 2, 7]]
     for step, order in enumerate(orders, 1):
@@ -182,9 +187,9 @@ def arrivals(streams, **options):
 
 def failures(streams, **options):
     """The update of one parameter fails after others of its transfer have been updated."""
-    staged, resident = Staged(streams, **options), Resident(8, options.get("dtype", torch.float32))
+    staged, resident = staged_and_resident(streams, **options)
     for step, (order, fails) in enumerate(
-        [([0, 1, 2, 3, 4, 5, 6, 7], 2), ([7, 6, 5, 4, 3, 2, 1, 0], 1), ([2, 1], 2)], 1
+        [([0, 1, 2, 3, 4, 5, 6, 7], 2), ([7, 6, 5, 4, 3, 2, 1, 0], 1), ([2, 1], 2), ([7, 3, 0], 0)], 1
     ):
         staged.arrive(step, order, stop_at=fails)
         resident.step(step, [i for i in order if i != fails])
@@ -195,12 +200,17 @@ def failures(streams, **options):
 
 SCENARIOS = {"whole": whole_steps, "arrivals": arrivals, "failures": failures}
 SETTINGS = [
-    {"transfer_size": transfer_size, "slots": slots} for transfer_size, slots in [(1, 3), (600, 1), (600, 2), (1500, 3)]
+    *({"transfer_size": size, "slots": slots} for size, slots in [(1, 3), (600, 1), (600, 2), (1500, 3)]),
+    *({"transfer_size": size, "slots": slots, "shapes": TOKENS} for size, slots in [(1, 2), (600, 3), (1, 4)]),
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", SETTINGS, ids=lambda o: f"{o['transfer_size']}B-{o['slots']}slots")
+@pytest.mark.parametrize(
+    "options",
+    SETTINGS,
+    ids=lambda o: "-".join([f"{o['transfer_size']}B", f"{o['slots']}slots", *["tokens"] * ("shapes" in o)]),
+)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_results_bitwise_equal_resident_ones_in_every_order(scenario, mode, options, dtype):
@@ -213,7 +223,8 @@ def test_results_bitwise_equal_resident_ones_for_any_order_of_arrival(data):
     count = data.draw(st.integers(1, 9))
     streams = FakeStreams(data.draw(st.one_of(st.sampled_from(MODES), st.integers(0, 10_000))))
     options = {"transfer_size": data.draw(st.integers(1, 3000)), "slots": data.draw(st.integers(1, 5))}
-    staged, resident = Staged(streams, count, **options), Resident(count)
+    shapes = data.draw(st.sampled_from([SHAPES, TOKENS]))
+    staged, resident = Staged(streams, count, shapes=shapes, **options), Resident(count, shapes=shapes)
     streams_in_turn = [streams.current, streams.new_stream("side")]
     for step in range(1, data.draw(st.integers(2, 5))):
         indices = data.draw(st.permutations(range(count)))[: data.draw(st.integers(0, count))]
@@ -254,8 +265,8 @@ def gives_a_wrong_result(scenario, mode, options, mutation):
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_each_rule_is_needed(mutant):
     """Without it, some scenario fails; the tests above show that with it none does."""
-    attempts = product(SCENARIOS.values(), (*MODES, *range(4, 20)), SETTINGS)
-    assert any(gives_a_wrong_result(scenario, mode, options, MUTANTS[mutant]) for scenario, mode, options in attempts)
+    attempts = product((*MODES, *range(4, 20)), SETTINGS, SCENARIOS.values())
+    assert any(gives_a_wrong_result(scenario, mode, options, MUTANTS[mutant]) for mode, options, scenario in attempts)
 
 
 def test_slabs_are_freed_only_when_copies_are_complete():
@@ -316,6 +327,132 @@ def test_streams_and_addresses_are_the_same_in_every_step():
     assert len(streams.streams) == count
     assert addresses[0] == addresses[1] == addresses[2] == addresses[3]
     assert len({address for values in addresses[0].values() for address in values}) > 3
+
+
+SIZES = [3000, 100, 200, 100, 300, 100, 200, 2000]  # bytes: those of a model with two token tables
+
+
+def pipeline_of(sizes, streams, slots):
+    return Pipeline([Slab([TensorSpec((size,), torch.uint8)]) for size in sizes], streams, slots=slots)
+
+
+def spied(pipeline):
+    """The offsets in the ring at which transfers are acquired, and the transfers that had not been prefetched then."""
+    start = pipeline._slots[0].memory.data_ptr()
+    offsets, misses, acquire, stage = [], [], pipeline.acquire, pipeline._stage
+    acquiring = []
+
+    def logged_acquire(transfer, parts=None):
+        acquiring.append(transfer)
+        tensors = acquire(transfer, parts)
+        acquiring.clear()
+        offsets.append((transfer, tensors[0].data_ptr() - start))
+        return tensors
+
+    def logged_stage(transfer, slot):
+        misses.extend([transfer] if transfer in acquiring else [])
+        stage(transfer, slot)
+
+    pipeline.acquire, pipeline._stage = logged_acquire, logged_stage
+    return offsets, misses
+
+
+@given(
+    st.lists(st.sampled_from([100, 200, 300, 2000, 3000]), min_size=1, max_size=12),
+    st.integers(1, 5),
+    st.sampled_from(["whole", "arrive"]),
+    st.data(),
+)
+def test_addresses_in_a_ring_of_two_sizes_are_the_same_in_every_step(sizes, slots, way, data):
+    """From the first step on whose order is known, however much of it was prefetched before it began."""
+    pipeline, steps = pipeline_of(sizes, FakeStreams("late"), slots), []
+    offsets, _ = spied(pipeline)
+    order = data.draw(st.permutations(range(len(sizes))))
+    for _ in range(4):
+        if way == "whole":
+            pipeline.run(order, lambda transfer, tensors: None)
+        else:
+            for transfer in order:
+                with pipeline.using(transfer):
+                    pass
+            pipeline.finish()
+        steps.append(offsets.copy())
+        offsets.clear()
+        {"drain": pipeline.drain, "first": pipeline.prefetch_first, "nothing": lambda: None}[
+            data.draw(st.sampled_from(["drain", "first", "nothing"]))
+        ]()
+    known = steps if way == "whole" else steps[1:]
+    assert all(step == known[0] for step in known)
+    starts = list(accumulate(pipeline.ring.sizes, initial=0))
+    for transfer, offset in chain(*steps):
+        assert sizes[transfer] <= pipeline.ring.sizes[starts.index(offset)]
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4])
+def test_a_large_transfer_finds_its_slot_free_when_it_is_expected(slots):
+    """Small transfers leave the large slot to it, wherever in the order it comes, and use all slots otherwise."""
+    for count in range(3, 13):
+        pipeline = pipeline_of([3000, *[100] * count, 2000], FakeStreams("late"), slots)
+        offsets, misses = spied(pipeline)
+        for _ in range(3):
+            misses.clear()
+            offsets.clear()
+            pipeline.run(range(count + 2), lambda transfer, tensors: None)
+            pipeline.prefetch_first()
+        assert not {0, count + 1} & set(misses)
+        assert len(misses) <= (slots == 2)  # the transfer before a large one has the small slot only
+        if count >= 2 * slots:
+            assert len({offset for _, offset in offsets[1:-1]}) == slots
+
+
+@pytest.mark.parametrize(("slots", "expected"), [(2, [0, 1, 0, 1]), (3, [1, 2, 1, 2]), (4, [1, 2, 3, 1])])
+def test_neighbours_use_different_slots_before_any_order_is_known(slots, expected):
+    """The smaller slots in turn; a single one takes turns with the larger slot."""
+    pipeline = pipeline_of([3000, *[100] * 4, 2000], FakeStreams("late"), slots)
+    offsets, _ = spied(pipeline)
+    for transfer in (1, 2, 3, 4):
+        with pipeline.using(transfer):
+            pass
+    starts = list(accumulate(pipeline.ring.sizes, initial=0))
+    assert [starts.index(offset) for _, offset in offsets] == expected
+
+
+def test_a_transfer_uses_only_slots_that_it_fits_into():
+    pipeline = pipeline_of(SIZES, HostStreams(), 3)
+    assert pipeline.ring.sizes == (3072, 512, 512)
+    pipeline.acquire(0)
+    assert not pipeline.prefetch(7)
+    with pytest.raises(RuntimeError, match=r"no slot for transfer 7: all of 2,000 bytes or more .* transfers, \[0\];"):
+        pipeline.acquire(7)
+    pipeline.acquire(1)
+    pipeline.acquire(2)
+    with pytest.raises(RuntimeError, match=r"no slot for transfer 3: all hold acquired transfers, \[0, 2, 1\];"):
+        pipeline.acquire(3)
+    pipeline.release(0)
+    pipeline.acquire(7)
+    for transfer in (1, 2, 7):
+        pipeline.release(transfer)
+    pipeline.drain()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_large_transfer_evicts_a_small_one_that_has_not_been_written_back(mode):
+    streams = FakeStreams(mode)
+    pipeline = pipeline_of(SIZES, streams, 3)
+
+    def use(transfer, more):
+        with pipeline.using(transfer, more=more) as (m,):
+            streams.launch(lambda m: m.add_(transfer), m)
+
+    with pipeline.using(1), pipeline.using(2):  # both small slots
+        use(3, more=True)
+    assert pipeline._slots[0].transfer == 3
+    use(7, more=True)
+    use(4, more=False)
+    use(0, more=False)
+    pipeline.finish()
+    pipeline.drain()
+    assert [slab.tensors[0].unique().tolist() for slab in pipeline.slabs] == [[0], [0], [0], [3], [4], [0], [0], [7]]
 
 
 def test_both_directions_overlap_with_compute():
@@ -389,20 +526,21 @@ def test_staged_values_do_not_outlive_a_drain():
         assert m.tolist() == [5] * 4
 
 
+@pytest.mark.parametrize(("shapes", "fails"), [(SHAPES, 4), (TOKENS, 4), (TOKENS, 7)], ids=["alike", "small", "large"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_failed_transfer_keeps_its_values_and_the_pipeline_remains_usable(mode):
+def test_a_failed_transfer_keeps_its_values_and_the_pipeline_remains_usable(mode, shapes, fails):
     streams = FakeStreams(mode)
-    staged, resident = Staged(streams, transfer_size=1), Resident(8)
+    staged, resident = Staged(streams, transfer_size=1, shapes=shapes), Resident(8, shapes=shapes)
     staged.whole_step(1, range(8))
     resident.step(1, range(8))
     streams.finish_everything()
     before = [p.clone() for p in staged.p]
     with pytest.raises(ComputeError):
-        staged.whole_step(2, range(8), stop_at=4)
+        staged.whole_step(2, range(8), stop_at=fails)
     drain_and_check(staged)
     # The caller restores its parameters: here those of the failed transfer.
-    staged.p[4].copy_(before[4])
-    resident.step(2, range(4))
+    staged.p[fails].copy_(before[fails])
+    resident.step(2, range(fails))
     assert same_bits(staged, resident)
     staged.whole_step(3, range(8))
     resident.step(3, range(8))

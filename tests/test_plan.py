@@ -6,14 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collins import Collins
-from collins.offload import MemoryPolicy, Request, place
+from collins.offload import MemoryPolicy, Pipeline, Request, Slab, TensorSpec, grouped, place
 from collins.offload.budget import Training, budget_of, requests_of
+from collins.offload.ring import Ring
 from collins.offload.shapes import gpt2, llama, of_count
+from collins.offload.slabs import offsets
+from collins.offload.streams import HostStreams
 
-GIB = 2**30
+KIB, GIB = 2**10, 2**30
 DEFAULTS = {"compress_ratio": 32, "min_K": 1024, "hash": "block", "table_dtype": torch.float32}
 LLAMA_70B = llama(80, 8192, 28672, 1024, 128256)
-ANY_DEVICE = st.none() | st.integers(0, 800)
+ANY_DEVICE = st.none() | st.integers(0, 24_000)
 
 
 def requests(sizes):
@@ -21,15 +24,15 @@ def requests(sizes):
 
 
 def policies(tiers=("auto", "device", "host")):
-    size = st.integers(0, 200)
+    size = st.integers(0, 6000)
     return st.builds(
         MemoryPolicy,
         tier=st.sampled_from(tiers),
         device_reserve=size | st.sampled_from(["1%", "50%"]),
         host_reserve=size | st.sampled_from(["10%", "100%"]),
-        device_budget=st.none() | st.integers(0, 500),
+        device_budget=st.none() | st.integers(0, 15_000),
         staging_slots=st.integers(2, 4),
-        transfer_size=st.integers(1, 60),
+        transfer_size=st.integers(1, 2000),
     )
 
 
@@ -37,13 +40,25 @@ def bytes_of(value, total):
     return total * int(value[:-1]) // 100 if isinstance(value, str) else value
 
 
+def ring_of(sizes, policy):
+    """The bytes of the staging ring, computed from the transfers of these tables."""
+    parts = [[TensorSpec((size,), torch.uint8)] for size in sizes]
+    transfers = [
+        offsets(part for i in members for part in parts[i])[1] for members in grouped(parts, policy.transfer_size)
+    ]
+    slots = [-(-size // 512) * 512 for size in sorted(transfers, reverse=True)]
+    count = min(policy.staging_slots, len(slots))
+    if len(slots) < 3:
+        return count * max(slots, default=0)
+    return slots[0] + (count - 1) * slots[2]
+
+
 def fits(sizes, split, policy, figures):
     """Whether a split meets the limits, computed row by row from the docstring of `place`."""
     front, back = sizes[:split], sizes[split:]
     if (policy.tier == "device" and back) or (policy.tier == "host" and front):
         return False
-    slot = max([min(policy.transfer_size, sum(back)), *back])
-    device_bytes = sum(front) + policy.staging_slots * slot
+    device_bytes = sum(front) + ring_of(back, policy)
     if policy.device_budget is not None and device_bytes > policy.device_budget:
         return False
     reserve = bytes_of(policy.host_reserve, figures["host_total"])
@@ -57,14 +72,14 @@ def fits(sizes, split, policy, figures):
 
 @st.composite
 def cases(draw, tiers=("auto", "device", "host"), device=ANY_DEVICE):
-    sizes = draw(st.lists(st.integers(0, 100), max_size=12))
+    sizes = draw(st.lists(st.integers(0, 3000), max_size=12))
     device_free = draw(device)
-    host_free = draw(st.integers(0, 1500))
+    host_free = draw(st.integers(0, 45_000))
     figures = {
         "device_free": device_free,
-        "device_total": None if device_free is None else device_free + draw(st.integers(0, 200)),
+        "device_total": None if device_free is None else device_free + draw(st.integers(0, 6000)),
         "host_free": host_free,
-        "host_total": host_free + draw(st.integers(0, 200)),
+        "host_total": host_free + draw(st.integers(0, 6000)),
     }
     return sizes, draw(policies(tiers)), figures
 
@@ -79,7 +94,7 @@ def test_placed_in_order_within_every_limit_or_rejected_if_impossible(case):
         return
     plan = place(requests(sizes), policy, **figures)
     assert plan == place(requests(sizes), policy, **figures)
-    assert [row[:4] for row in plan.rows] == requests(sizes)
+    assert [Request(*row[:4]) for row in plan.rows] == requests(sizes)
     tiers = [row.tier for row in plan.rows]
     split = tiers.count("device")
     assert tiers == ["device"] * split + ["host"] * (len(sizes) - split)
@@ -89,14 +104,11 @@ def test_placed_in_order_within_every_limit_or_rejected_if_impossible(case):
     assert plan.bytes == sum(sizes)
     assert plan.device_bytes + plan.staging_bytes <= plan.limits.device
     assert plan.host_bytes <= plan.limits.host
-    if plan.host_bytes:
-        assert plan.staging_bytes == policy.staging_slots * plan.slot_bytes
-        assert plan.slot_bytes >= max(sizes[split:])
-    else:
-        assert plan.staging_bytes == 0
+    assert plan.staging_bytes == sum(plan.ring.sizes) == ring_of(sizes[split:], policy)
+    assert plan.slot_bytes >= max(sizes[split:], default=0)
 
 
-@given(cases(tiers=["auto"], device=st.integers(400, 1500)), st.data())
+@given(cases(tiers=["auto"], device=st.integers(12_000, 45_000)), st.data())
 def test_a_spill_uses_the_space_that_the_device_has_shown(case, data):
     sizes, policy, figures = case
     try:
@@ -115,7 +127,7 @@ def test_a_spill_uses_the_space_that_the_device_has_shown(case, data):
     split = [row.tier for row in spilled.rows].count("device")
     assert split <= failed_row
     assert [row.tier for row in spilled.rows] == ["device"] * split + ["host"] * (len(sizes) - split)
-    assert [row[:4] for row in spilled.rows] == requests(sizes)
+    assert [Request(*row[:4]) for row in spilled.rows] == requests(sizes)
     assert split == 0 or spilled.device_bytes + spilled.staging_bytes <= placed_bytes
     assert spilled.host_bytes <= plan.limits.host
     for before, after in zip(plan.rows, spilled.rows, strict=True):
@@ -123,19 +135,19 @@ def test_a_spill_uses_the_space_that_the_device_has_shown(case, data):
 
 
 def test_a_spill_names_its_reason_and_makes_room_for_the_ring():
-    policy = MemoryPolicy(device_reserve=0, host_reserve=0, staging_slots=2, transfer_size=10)
-    figures = {"device_free": 100, "device_total": 100, "host_free": 1000, "host_total": 1000}
-    plan = place(requests([10] * 10), policy, **figures)
+    policy = MemoryPolicy(device_reserve=0, host_reserve=0, staging_slots=2, transfer_size="1KiB")
+    figures = {"device_free": 10 * KIB, "device_total": 10 * KIB, "host_free": 100 * KIB, "host_total": 100 * KIB}
+    plan = place(requests([KIB] * 10), policy, **figures)
     assert plan.host_bytes == plan.staging_bytes == 0
-    spilled = plan.spilled(6)  # 60 bytes were available: 40 for tables, and two slots of 10
+    spilled = plan.spilled(6)  # 6 KiB were available: 4 for tables, and two slots of 1
     assert [row.tier for row in spilled.rows] == ["device"] * 4 + ["host"] * 6
     assert [row.why for row in spilled.rows[4:]] == ["makes room on the device"] * 2 + [
         "the device ran out of memory while placing"
     ] * 4
-    assert spilled.staging_bytes == 20
+    assert spilled.staging_bytes == 2 * KIB
     assert "ran out of memory" in str(spilled)
-    assert plan.spilled(6, leave=15).device_bytes == 20
-    assert plan.spilled(6, leave=1000).device_bytes == 0
+    assert plan.spilled(6, leave=3 * KIB // 2).device_bytes == 2 * KIB
+    assert plan.spilled(6, leave=100 * KIB).device_bytes == 0
     for from_row in (-1, 10):
         with pytest.raises(IndexError, match=rf"from_row must be in \[0, 9\], got {from_row}"):
             plan.spilled(from_row)
@@ -149,6 +161,70 @@ def test_placements_that_cannot_spill():
     plan = place(requests([10] * 5), MemoryPolicy(), **figures)
     with pytest.raises(MemoryError, match=r"ran out of memory while placing.*host may give 18 B"):
         plan.spilled(3)
+
+
+class Counting(HostStreams):
+    """Counts the bytes that are allocated."""
+
+    allocated = 0
+
+    def empty(self, nbytes):
+        self.allocated += nbytes
+        return super().empty(nbytes)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2000), min_size=1, max_size=4), min_size=1, max_size=10),
+    st.integers(1, 3000),
+    st.integers(2, 5),
+)
+def test_the_ring_of_a_plan_is_what_the_pipeline_allocates(tables, transfer_size, slots):
+    """Tables of several tensors, with gaps between them in a slab; for a plan, and for what a spill leaves of it."""
+    parts = [[TensorSpec((size,), torch.uint8) for size in sizes] for sizes in tables]
+    request_list = [Request(f"p{i}", (1,), sum(sizes), None, offsets(parts[i])[1]) for i, sizes in enumerate(tables)]
+    policy = MemoryPolicy(device_reserve=0, host_reserve=0, staging_slots=slots, transfer_size=transfer_size)
+    figures = {"device_free": GIB, "device_total": GIB, "host_free": GIB, "host_total": GIB}
+    plan = place(request_list, policy, **figures)
+    for from_row in range(len(tables)):
+        spilled = plan.spilled(from_row)
+        cut = sum(row.tier == "device" for row in spilled.rows)
+        slabs = [Slab(p for i in group for p in parts[cut:][i]) for group in grouped(parts[cut:], transfer_size)]
+        streams = Counting()
+        pipeline = Pipeline(slabs, streams, slots=slots)
+        assert streams.allocated == spilled.staging_bytes
+        assert pipeline.ring == spilled.ring
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slots", "expected"),
+    [
+        ([], 3, "0 slots of 0 B"),
+        ([KIB], 3, "1 slot of 1.0 KiB"),
+        ([4 * KIB, KIB], 3, "2 slots of 4.0 KiB"),
+        ([4 * KIB, KIB, KIB], 2, "1 slot of 4.0 KiB, 1 of 1.0 KiB"),
+        ([4 * KIB, KIB, KIB, 3 * KIB], 4, "1 slot of 4.0 KiB, 3 of 1.0 KiB"),
+        ([4 * KIB, KIB, 2 * KIB, 3 * KIB], 3, "1 slot of 4.0 KiB, 2 of 2.0 KiB"),
+        ([KIB, KIB - 511, KIB - 511], 3, "3 slots of 1.0 KiB"),  # in multiples of 512 bytes
+    ],
+)
+def test_one_slot_is_as_large_as_the_largest_transfer_the_others_as_the_third(sizes, slots, expected):
+    policy = MemoryPolicy("host", staging_slots=slots, transfer_size=1)
+    figures = {"device_free": GIB, "device_total": GIB, "host_free": GIB, "host_total": GIB}
+    plan = place(requests(sizes), policy, **figures)
+    assert str(plan.ring) == expected
+    assert len(plan.ring.sizes) == plan.ring.slots
+    assert plan.staging_bytes == sum(plan.ring.sizes)
+    if sizes:
+        assert f"({expected}) staging" in plan.totals()
+
+
+def test_a_plan_of_many_rows_is_quick():
+    """The ring is found for all cuts in one pass: a quadratic search would take minutes."""
+    figures = {"device_free": 2000 * KIB, "device_total": GIB, "host_free": GIB, "host_total": GIB}
+    policy = MemoryPolicy(device_reserve=0, transfer_size="64KiB")
+    plan = place(requests([KIB] * 50_000), policy, **figures)
+    assert plan.ring == Ring(3, 64 * KIB, 64 * KIB)
+    assert plan.device_bytes == (2000 - 3 * 64) * KIB
 
 
 def test_an_error_contains_every_figure_and_a_remedy():
@@ -185,21 +261,22 @@ def test_tables_of_parameters_on_the_cpu_stay_on_the_cpu():
     plan = place(requests([40, 40]), MemoryPolicy(), **host)  # 10% of the total is all that is free
     assert [(row.tier, row.why) for row in plan.rows] == [("device", "its parameter is on the CPU")] * 2
     assert plan.staging_bytes == 0
-    policy = MemoryPolicy(device_budget=60, host_reserve=0, staging_slots=2, transfer_size=10)
-    plan = place(requests([40, 10, 10]), policy, **host)
+    host = {"device_free": None, "device_total": None, "host_free": 100 * KIB, "host_total": 1000 * KIB}
+    policy = MemoryPolicy(device_budget="6KiB", host_reserve=0, staging_slots=2, transfer_size="1KiB")
+    plan = place(requests([4 * KIB, KIB, KIB]), policy, **host)
     assert [row.tier for row in plan.rows] == ["device", "device", "device"]
-    plan = place(requests([30, 10, 10, 10, 10]), policy, **host)
+    plan = place(requests([3 * KIB, KIB, KIB, KIB, KIB]), policy, **host)
     assert [row.tier for row in plan.rows] == ["device", "device", "host", "host", "host"]
     assert "device (the CPU)" in str(plan)
 
 
 def test_a_plan_prints_each_row_with_its_reason_and_a_summary_each_group():
-    policy = MemoryPolicy(device_reserve="1%", host_reserve=0, device_budget="25%", transfer_size=100)
+    policy = MemoryPolicy(device_reserve="1%", host_reserve=0, device_budget="25%", transfer_size="1KiB")
     plan = place(
-        [Request(f"layer.{i}.weight", (16, 16), 64) for i in range(10)],
+        [Request(f"layer.{i}.weight", (16, 16), KIB) for i in range(10)],
         policy,
-        device_free=2000,
-        device_total=2000,
+        device_free=26 * KIB,
+        device_total=26 * KIB,
         host_free=GIB,
         host_total=GIB,
     )
@@ -207,17 +284,17 @@ def test_a_plan_prints_each_row_with_its_reason_and_a_summary_each_group():
     assert [line.split()[:3] for line in lines[2:12]] == [
         [f"layer.{i}.weight", "16x16", "device" if i < 3 else "host"] for i in range(10)
     ]
-    assert "first within the device's 500 B" in lines[2]
-    assert "the device's 500 B are spent" in lines[11]
-    assert lines[12].split() == ["total", "640"]
+    assert "first within the device's 6.5 KiB" in lines[2]
+    assert "the device's 6.5 KiB are spent" in lines[11]
+    assert lines[12].split() == ["total", "10,240"]
     assert lines[13] == (
-        "device: 192 B of tables, 300 B (3 slots of 100 B) staging; may take 500 B"
-        " (2.0 KiB free less device_reserve 1%, device_budget 25%)"
+        "device: 3.0 KiB of tables, 3.0 KiB (3 slots of 1.0 KiB) staging; may take 6.5 KiB"
+        " (26.0 KiB free less device_reserve 1%, device_budget 25%)"
     )
     summary = plan.summary().splitlines()
     assert len(summary) == 2 + 2 + 1 + 2
-    assert summary[2].split()[-2:] == ["3", "192"]
-    assert summary[3].split()[-2:] == ["7", "448"]
+    assert summary[2].split()[-2:] == ["3", "3,072"]
+    assert summary[3].split()[-2:] == ["7", "7,168"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

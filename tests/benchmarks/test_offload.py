@@ -167,7 +167,7 @@ def test_pipeline(measure, tables, computes):
         pipeline.prefetch_first()
 
     name = "pipeline with Collins" if computes else "pipeline alone"
-    measure(step, name, 2 * tables.nbytes, SLOTS * pipeline.slot_bytes)
+    measure(step, name, 2 * tables.nbytes, pipeline.ring.nbytes)
 
 
 def test_resident(measure, tables):
