@@ -303,7 +303,7 @@ def step_of(name: str, state: Mapping[str, Any], where: str = "state_dict") -> f
     step = state.get("step")
     number: Any = step
     if isinstance(step, Tensor):
-        number = step.item() if unreadable(step) is None and step.numel() == 1 else None
+        number = step.detach().item() if unreadable(step) is None and step.numel() == 1 else None
     real = isinstance(number, Real) and not isinstance(number, bool)
     if not real or not 0 <= number <= LARGEST_STEP or number != int(number):
         raise invalid_step(name, where, step)

@@ -112,7 +112,9 @@ def equals_saved(state, saved):
         return not state
     return (
         all(
-            float(state[name]) == float(value) if name == "step" else alike(state[name], value)
+            float(state[name]) == torch.as_tensor(value).detach().item()
+            if name == "step"
+            else alike(state[name], value)
             for name, value in saved.items()
             if name in state
         )

@@ -362,6 +362,17 @@ def without_storage(t):
     return t
 
 
+def test_a_step_that_requires_a_gradient_is_read():
+    saved, target = saved_and_target()
+    saved = copy.deepcopy(saved)
+    for state in saved["state"].values():
+        state["step"] = torch.tensor(7.0, requires_grad=True)
+    target.load_state_dict(saved)
+    for state in target.state.values():
+        assert state["step"].item() == 7
+        assert not state["step"].requires_grad
+
+
 INVALID_MOMENTS = {
     "sparse": lambda t: t.to_sparse(),
     "meta": lambda t: t.to("meta"),
