@@ -290,7 +290,8 @@ class KernelLaunch:
         owners, rows, filled = table
         if skipped is None:  # no counter is wanted; without `skip` the kernel does not access the argument
             skipped = torch.zeros_like(rows[:1]) if self._skips else rows
-        kernels.step_(p, m, v, owners, rows, *args, skipped, *self._constants, filled, scaled)
+        constants: tuple[Any, ...] = *self._constants, filled, scaled
+        kernels.step_(p, m, v, owners, rows, *args, skipped, *constants)
         torch.autograd.graph.increment_version(p)
         if self.uploader.capturing():
             self._captured.append(table)
