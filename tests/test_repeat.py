@@ -129,6 +129,17 @@ def assert_equal_runs(first, second):
         assert all(torch.equal(bits(opt.state[p][name]), bits(other.state[q][name])) for name in opt.state[p])
 
 
+def run_with_change(change, set_gradients, **options):
+    """Parameters and optimizer after eight steps, with a change before the fifth."""
+    ps, opt = make_optimizer(**options)
+    for step in range(8):
+        set_gradients(step, ps)
+        if step == 4:
+            opt = change(ps, opt)
+        opt.step()
+    return ps, opt
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_repeated_step_equals_an_ordinary_step(change, monkeypatch):
     results, repeats = [], []
@@ -145,13 +156,7 @@ def test_a_repeated_step_equals_an_ordinary_step(change, monkeypatch):
                 patch.setattr(Stepper, "matching", counting)
             else:
                 patch.setattr(Stepper, "matching", lambda self, groups, states: None)
-            ps, opt = make_optimizer()
-            for step in range(8):
-                give_gradients(step, ps)
-                if step == 4:
-                    opt = change(ps, opt)
-                opt.step()
-            results.append((ps, opt))
+            results.append(run_with_change(change, give_gradients))
     assert repeats[:4] == [False, False, True, True]  # the program of the second step has guards
     assert repeats[-1]
     assert_equal_runs(*results)
@@ -168,13 +173,7 @@ def test_a_step_of_another_set_of_parameters_equals_one_that_checks_all(change, 
     for accepts in (counting, lambda *_: False):
         with monkeypatch.context() as patch:
             patch.setattr(ParamEntry, "accepts", accepts)
-            ps, opt = make_optimizer(compile=False)
-            for step in range(8):
-                set_gradients_of_some(step, ps)
-                if step == 4:
-                    opt = change(ps, opt)
-                opt.step()
-            results.append((ps, opt))
+            results.append(run_with_change(change, set_gradients_of_some, compile=False))
     assert all(accepted[-3:])
     assert_equal_runs(*results)
 
