@@ -35,6 +35,13 @@ STEP_WAYS = {
 }
 
 
+class KernelWithoutLaunch:
+    """Replaces the Triton kernel: a launch of it does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: None
+
+
 def with_kernel(opt):
     """Makes an optimizer step with the Triton kernel, which is interpreted if there is no GPU."""
     if DEVICE == "cpu":

@@ -13,6 +13,7 @@ import torch
 from helpers import (
     DEVICE,
     OPTIONS,
+    KernelWithoutLaunch,
     environment,
     give_gradients,
     moments,
@@ -215,13 +216,8 @@ def test_tables_of_addresses_of_changing_sets_are_freed(monkeypatch):
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_tables_of_replaced_parameters_are_freed(in_backward, memory, monkeypatch):
     """In a set, in a launch of its own, and alone: as an embedding is resized, or an expert exchanged."""
-
-    class Unlaunched:
-        def __getitem__(self, grid):
-            return lambda *args, **options: None
-
     uploads = record_uploads(monkeypatch)
-    monkeypatch.setattr(kernels, "_step", Unlaunched())  # which takes most of the time on a CPU
+    monkeypatch.setattr(kernels, "_step", KernelWithoutLaunch())  # which takes most of the time on a CPU
     monkeypatch.setattr(kernels, "_COMPILED", {})
     kept = [torch.nn.Parameter(torch.ones(64, 64, device=DEVICE)) for _ in range(2)]
     opt = with_kernel(Collins(kept, min_K=16, memory=memory, in_backward=in_backward))

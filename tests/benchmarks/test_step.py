@@ -19,7 +19,7 @@ import sys
 
 import pytest
 import torch
-from helpers import DEVICE, environment, output_of, with_kernel
+from helpers import DEVICE, KernelWithoutLaunch, environment, output_of, with_kernel
 from turns import Turns
 
 from collins import Collins
@@ -143,10 +143,6 @@ def test_host(benchmark, name, monkeypatch):
     if ON_CPU and name == "Collins":
         pytest.importorskip("triton")
         from collins.compile import kernels
-
-        class KernelWithoutLaunch:
-            def __getitem__(self, grid):
-                return lambda *args, **options: None
 
         monkeypatch.setattr(kernels, "_step", KernelWithoutLaunch())
         with_kernel(opt)
