@@ -313,17 +313,22 @@ TRACED_FILES = {
 
 
 class FailureAtLine:
-    """Counts the executed lines of `TRACED_FILES`, and raises a KeyboardInterrupt before the `failing`-th."""
+    """Counts the executed lines of `TRACED_FILES`, and raises a KeyboardInterrupt before the `failing`-th.
+
+    Garbage is not collected meanwhile: finalizers of other tests' optimizers would be counted too.
+    """
 
     def __init__(self, failing=None):
         self.failing, self.count, self.where = failing, 0, None
 
     def __enter__(self):
         self.before = sys.gettrace()
+        gc.disable()
         sys.settrace(self.trace_call)
 
     def __exit__(self, *_):
         sys.settrace(self.before)
+        gc.enable()
 
     def trace_call(self, frame, event, arg):
         return self.trace_line if frame.f_code.co_filename in TRACED_FILES else None
