@@ -125,9 +125,9 @@ def scaled(x, load, root, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def nearest(x):  # type: ignore[no-untyped-def]
-    """x rounded to the nearest integer, ties to even; |x| must be less than 2^22."""
-    return (x + 12582912.0) - 12582912.0
+def low_bits(x):  # type: ignore[no-untyped-def]
+    """The nearest integer to x, ties to even, in the lower 22 bits of the result; |x| must be less than 2^21."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 * 2^23, whose unit in the last place is 1
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def store_integers(  # type: ignore[no-untyped-def]
     blocks = tl.reshape(M, (COUNT // BLOCK, BLOCK))
     largest = tl.max(tl.abs(blocks), axis=1)
     inverse = LIMIT * reciprocal(tl.maximum(largest, _SMALLEST), FAST)
-    q = nearest(blocks * inverse[:, None]).to(tl.int32)
+    q = low_bits(blocks * inverse[:, None])
     block = tl.arange(0, COUNT // BLOCK)
     tl.store(scales + first // BLOCK + block, largest / LIMIT, mask=(first + block * BLOCK < end) | FILLED)
     # Tables of whole words are written word by word, others byte by byte: one 8-bit entry or two 4-bit entries.

@@ -50,9 +50,10 @@ _STRIDE = tl.constexpr(TICK_STRIDE)
 _GOLDEN = tl.constexpr(GOLDEN)
 _PART = tl.constexpr(PART_STRIDE)
 _PARAM, _FIRST, _SECOND = tl.constexpr(PARAM), tl.constexpr(FIRST), tl.constexpr(SECOND)
-_SMALLEST_ROOT = tl.constexpr(1e-15)  # r is divided by sqrt(kappa), which may be 0
+_SMALLEST_ROOT = tl.constexpr(1e-6)  # moments are divided by sqrt(kappa), which may be 0
 
 WIDE = 16  # bytes that a thread reads or copies at once
+_COPIES = 4  # copies of `WIDE` bytes of a parameter that a thread makes for a tile
 SPAN = 32768  # bytes of a parameter that a program steps, one tile after another
 
 # The columns of the table, which has one row per tensor: addresses, sizes and hash constants, all int64.
@@ -107,12 +108,16 @@ def _step(  # type: ignore[no-untyped-def]
     step1 = tl.load(scalars + 7).to(tl.float32) * lr
     inv_bias_correction2 = tl.load(scalars + 8).to(tl.float32)
     eps = tl.load(scalars + 9).to(tl.float32)
-    kappa_root = tl.maximum(tl.sqrt(tl.load(scalars + 11).to(tl.float32)), _SMALLEST_ROOT)
-    lr_rho = tl.load(scalars + 10).to(tl.float32) * lr / kappa_root
     own1 = tl.load(scalars + 12).to(tl.float32) * lr
     part = tl.load(scalars + 13).to(tl.uint32)
     grad_scale = tl.load(scalars + 14).to(tl.float32)
     tick = (step + part * _PART) * _STRIDE
+    if RESIDUAL:
+        # Numerator and denominator of the quotient are divided by sqrt(kappa), so that r^2 needs no factor.
+        inverse = 1 / tl.maximum(tl.sqrt(tl.load(scalars + 11).to(tl.float32)), _SMALLEST_ROOT)
+        step1, own1, eps = step1 * inverse, own1 * inverse, eps * inverse
+        lr_rho = tl.load(scalars + 10).to(tl.float32) * lr * inverse
+        inv_bias_correction2 *= inverse * inverse
 
     LANES: tl.constexpr = 32 if DENSE or LOAD > 32 else LOAD
     ROWS: tl.constexpr = TILE // LANES
@@ -131,8 +136,10 @@ def _step(  # type: ignore[no-untyped-def]
         if REHASH:
             period = tl.load(entry + 11).to(tl.uint32)
             begun = step // period
-            passed = step - begun * period
+            remaining = period - (step - begun * period)  # in (0, period]
             old_tick = begun * _STRIDE + sign1
+            # The phase of the buckets that begin a period in this step; partial steps after the first begin none.
+            resetting = tl.where(part == 0, tl.where(remaining == period, 0, remaining), period)
 
     # Triton's interpreter supports only constant bounds, so its tiles are never FILLED: those past the end are masked.
     for at in tl.range(0, end if FAST else SPAN, TILE, num_stages=STAGES):
@@ -173,9 +180,9 @@ def _step(  # type: ignore[no-untyped-def]
                 q = tl.sum(tl.reshape(q, (V_BUCKETS, V_LOAD)), axis=1) * (1 / v_load)
         else:
             if REHASH:
-                past = tl.umulhi((number + sign0) * _GOLDEN, period) + passed
-                ticks = tl.where(past >= period, old_tick + _STRIDE, old_tick)
-                resets = ((past == period) | (past == 0)) & (part == 0)
+                phase = tl.umulhi((number + sign0) * _GOLDEN, period)  # in [0, period)
+                ticks = tl.where(phase >= remaining, old_tick + _STRIDE, old_tick)
+                resets = phase == resetting
                 if not EVEN:  # an element that has a bucket to itself keeps its sign
                     ticks, resets = tl.where(size > 1.0, ticks, sign1), resets & (size > 1.0)
                 old_m = tl.where(resets, 0.0, old_m)
@@ -185,8 +192,8 @@ def _step(  # type: ignore[no-untyped-def]
             of_row = (start // LANES).to(tl.uint32) + (at // LANES + row).to(tl.uint32) if WORDS > 1 else number
             word = mix((of_row + sign0) ^ ticks)
             column = lane.to(tl.uint32)[None, :]
-            if LANES < 32:  # several rows share the 32 bits
-                word = word << (number * LOAD & 32 - LANES ^ 32 - LANES)
+            if LANES < 32:  # several rows share the 32 bits; tiles begin at a multiple of 32 elements
+                word = word << (bucket * LOAD & 32 - LANES ^ 32 - LANES)
             flips = word[:, None] << (LANES - 1 - column)
             g = tl.reshape(g, (ROWS, LANES))
             signed = flipped(g, flips, FAST)
@@ -225,8 +232,7 @@ def _step(  # type: ignore[no-untyped-def]
             v_b = V * scaled(inv_bias_correction2, v_load, v_root, V_SCALE)
             if RESIDUAL:
                 m_b, v_b = along(m_b, ROWS, WORDS)[:, None], along(v_b, ROWS, V_WORDS)[:, None]
-                # r is multiplied by sqrt(kappa), so that its square needs no factor.
-                r = signed * kappa_root - along(mu * kappa_root, ROWS, WORDS)[:, None]
+                r = signed - along(mu, ROWS, WORDS)[:, None]
                 change = quotient(m_b + lr_rho * r, v_b + r * r, eps, FAST)
             else:
                 change = quotient(m_b, along(v_b, BUCKETS, V_LOAD // LOAD), eps, FAST)
@@ -253,24 +259,20 @@ _DTYPES = {
 PARAMETERS = (torch.float32, torch.bfloat16, torch.float16)
 # Supported formats of the first moment.
 MOMENTS = ("float32", "bfloat16", *(name for name, format in FORMATS.items() if isinstance(format, IntFormat)))
-LARGEST_LOAD = 1024
+TILE = 1024  # elements; a tile holds whole buckets and whole blocks of integers
 
 # Inline PTX needs an NVIDIA compiler; ROCm and the interpreter use Triton's own operations.
 _FAST = torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") != "1"
-_SMALL_TILE = 1024  # elements
-_WARPS = 4
 
 
 class Tiling(NamedTuple):
-    """The tiles of a program's span.
+    """How a program computes its tiles.
 
     Attributes:
-        tile: elements of a tile.
         stages: the number of tiles that are pipelined.
         options: launch options: the number of warps, and the limit of registers per thread.
     """
 
-    tile: int
     stages: int
     options: dict[str, int]
 
@@ -284,7 +286,7 @@ def int_constants(format: str) -> tuple[int, int]:
 def takes(spec: UpdateSpec) -> bool:
     """Whether the kernel supports such moments. A tile must hold whole blocks of integers."""
     known = spec.m_format in MOMENTS and spec.v_format == second_format(spec.m_format)
-    return known and int(spec.load) * FORMATS[spec.m_format].unit <= LARGEST_LOAD
+    return known and int(spec.load) * FORMATS[spec.m_format].unit <= TILE
 
 
 def decode_constants(decode: str) -> tuple[float, float, bool]:
@@ -296,18 +298,19 @@ def decode_constants(decode: str) -> tuple[float, float, bool]:
 def tiling(itemsize: int, even: bool) -> Tiling:
     """The tiling for parameters of `itemsize` bytes per element.
 
-    Where tensors are even, the next two tiles are copied ahead to shared memory, which takes no registers; that pays
-    because a thread copies `WIDE` bytes at a time, twice for a tile. For other tensors a thread loads 8 elements and
-    computes them, and the latency of memory is hidden by other programs. The numbers of warps and registers are the
-    fastest of twenty combinations with spans and stages on an H200, for tables in int4.
+    Where tensors are even, the next two tiles are copied ahead to shared memory, which takes no registers. A thread
+    then computes many elements of a tile, which spreads the instructions that a tile and its sums need, and a program
+    has one or two warps, which hardly wait for each other. For other tensors a thread loads 8 elements and computes
+    them, and the latency of memory is hidden by other programs. The numbers of warps, registers, stages and copies are
+    the fastest of those that were tried on an H200, for tables in int4.
     """
     if not even:
-        return Tiling(_SMALL_TILE, 1, _options(80))
-    return Tiling(2 * WIDE * 32 * _WARPS // itemsize, 3, _options(96))
+        return Tiling(1, _options(4, 80))
+    return Tiling(3, _options(TILE * itemsize // (_COPIES * WIDE * 32), 168))
 
 
-def _options(registers: int) -> dict[str, int]:
-    return {"num_warps": _WARPS, **({"maxnreg": registers} if _FAST else {})}
+def _options(warps: int, registers: int) -> dict[str, int]:
+    return {"num_warps": warps, **({"maxnreg": registers} if _FAST else {})}
 
 
 def step_(
@@ -365,11 +368,11 @@ def step_(
             stream = current_raw_stream(owners.device.index)
             kernel[grid](owners, table, grads, scalars, skipped, *constants, stream=stream)
             return
-        tile, stages, launch_options = tiling(param.itemsize, even)
+        stages, launch_options = tiling(param.itemsize, even)
         constants = (
             _DTYPES[param], _DTYPES[moment], bits, block, load == 1, load, v_load, *decode, rehash,
             rounding and param in ROUNDED, rounding and moment in ROUNDED, maximize, skip, even,
-            filled and _FAST, scaled, one, _FAST, tile, SPAN // param.itemsize, stages,
+            filled and _FAST, scaled, one, _FAST, TILE, SPAN // param.itemsize, stages,
         )  # fmt: skip
         kernel = _step[grid](owners, table, grads, scalars, skipped, *constants, **launch_options)
         if isinstance(kernel, CompiledKernel):

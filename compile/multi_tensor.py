@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from collins.compile import kernels
-from collins.compile.kernels import COLUMNS, LARGEST_LOAD, PARAMETERS, SPAN, WIDE
+from collins.compile.kernels import COLUMNS, PARAMETERS, SPAN, TILE, WIDE
 from collins.compile.transfer import ArgUploader, LaunchArgs
 from collins.hashing import WORD
 from collins.identical import picker
@@ -50,7 +50,7 @@ class KernelLaunches:
         if (
             p.device.type != self._device_type
             or spec.hash == "universal"
-            or load > LARGEST_LOAD
+            or load > TILE
             or start % unit
             or p.dtype not in PARAMETERS
             or not kernels.takes(spec)
@@ -316,7 +316,7 @@ class KernelLaunch:
             rows[:, i] = column
         owners = np.repeat(np.arange(count, dtype=np.int32), programs)
         upload = self.uploader.to_device
-        filled = self._even and not (sizes % kernels.tiling(batch.p[0].element_size(), even=True).tile).any()
+        filled = self._even and not (sizes % TILE).any()
         return _Table(upload(torch.from_numpy(owners)), upload(torch.from_numpy(rows.reshape(-1))), bool(filled))
 
     def _table_of_set(self, batch: Batch) -> _Table:

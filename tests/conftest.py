@@ -60,8 +60,8 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session", autouse=True)
 def _short_programs():
-    """Shortens the span of a Triton program to two tiles: the interpreter executes the whole span, also beyond the end
-    of a tensor."""
+    """Shortens the span of a Triton program to a few tiles: the interpreter executes the whole span, also beyond the
+    end of a tensor."""
     if "TRITON_INTERPRET" not in os.environ or importlib.util.find_spec("triton") is None:
         yield
         return

@@ -106,7 +106,7 @@ def test_the_kernel_equals_eager_code(dtype, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"table_dtype": torch.float32}, {"compress_ratio": 1}], ids=str)
 def test_whole_tiles_are_stepped_without_masks_to_the_same_bits(dtype, options, monkeypatch):
-    tile = kernels.tiling(dtype.itemsize, True).tile
+    tile = kernels.TILE
     flags, original = [], kernels.step_
     monkeypatch.setattr(kernels, "step_", lambda *args: (flags.append(args[-2:]), original(*args)))
     sides = []
@@ -387,7 +387,7 @@ def ptx(param, moment, bits, load, v_load, rounding, one, filled, size, tiling):
         P=param, T=moment, BITS=bits, BLOCK=64, DENSE=load == 1, LOAD=load, V_LOAD=v_load, M_SCALE=0.5, V_SCALE=0.0,
         RESIDUAL=True, REHASH=load > 1, ROUND_P=rounding, ROUND_T=False, MAXIMIZE=False, SKIP=True, EVEN=True,
         FILLED=filled, SCALED=True, ONE=one, FAST=True,
-        TILE=tiling.tile, SPAN=kernels.SPAN // size, STAGES=tiling.stages,
+        TILE=kernels.TILE, SPAN=kernels.SPAN // size, STAGES=tiling.stages,
     )
     names = kernels._step.arg_names
     addresses = {"owners": "*i32", "table": "*i64", "grads": f"*{param}" if one else "*i64", "scalars": "*fp64"}
@@ -409,7 +409,7 @@ for param, moment, bits, load, v_load, rounding, one in (
         code = ptx(param, moment, bits, load, v_load, rounding, one, filled, size, tiling)
         copies = len(re.findall(r"cp\\.async\\.cg\\.shared\\.global .*, 0x10,", code))
         reads, writes = (len(re.findall(way + r"\\.global\\.v4\\.b32", code)) for way in ("ld", "st"))
-        accesses = tiling.tile * size // (32 * tiling.options["num_warps"]) // wide
+        accesses = kernels.TILE * size // (32 * tiling.options["num_warps"]) // wide
         print(accesses, tiling.stages, copies, reads, writes, load)
 """
 
