@@ -17,10 +17,16 @@ _EPS = 1e-5
 
 
 class Block(nn.Module):
-    """Pre-norm attention with `heads` queries to `kv_heads` keys and values, and a gated feed-forward."""
+    """Pre-norm attention with `heads` queries to `kv_heads` keys and values, and a gated feed-forward.
 
-    def __init__(self, hidden: int, ffn: int, heads: int, kv_heads: int) -> None:
+    Args:
+        checkpointed: whether it keeps its input alone for backward and is computed anew there. Compiled, all but its
+            last product is computed anew, which backward does not need.
+    """
+
+    def __init__(self, hidden: int, ffn: int, heads: int, kv_heads: int, *, checkpointed: bool) -> None:
         super().__init__()
+        self.checkpointed = checkpointed
         self.width = hidden // heads
         self.q = nn.Linear(hidden, hidden, bias=False)
         self.k = nn.Linear(hidden, kv_heads * self.width, bias=False)
@@ -32,6 +38,13 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.RMSNorm(hidden, eps=_EPS), nn.RMSNorm(hidden, eps=_EPS)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if not self.checkpointed:
+            return self._output(x, cos, sin)
+        # Nothing is random in a block.
+        output: Tensor = checkpoint(self._output, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+        return output
+
+    def _output(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         normed = self.norm1(x)
         q, k, v = (self._heads(projection(normed)) for projection in (self.q, self.k, self.v))
         attended = functional.scaled_dot_product_attention(
@@ -53,7 +66,7 @@ class Llama(nn.Module):
     Args:
         layers, hidden, ffn, heads, kv_heads, vocab: its shape; `hidden` is a multiple of twice `heads`, and `heads` of
             `kv_heads`.
-        checkpointed: whether blocks keep their input alone for backward and are computed anew there.
+        checkpointed: as for `Block`.
         rotary_base: the slowest channels turn once in about 2 pi `rotary_base` positions.
     """
 
@@ -72,9 +85,9 @@ class Llama(nn.Module):
         super().__init__()
         self.width = hidden // heads
         self.rotary_base = rotary_base
-        self.checkpointed = checkpointed
         self.token = nn.Embedding(vocab, hidden)
-        self.blocks = nn.ModuleList(Block(hidden, ffn, heads, kv_heads) for _ in range(layers))
+        blocks = (Block(hidden, ffn, heads, kv_heads, checkpointed=checkpointed) for _ in range(layers))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(hidden, eps=_EPS)
         self.head = nn.Linear(hidden, vocab, bias=False)
 
@@ -98,10 +111,7 @@ class Llama(nn.Module):
         x = self.token(tokens)
         cos, sin = rotations(x.shape[1], self.width, x, self.rotary_base)
         for block in self.blocks:
-            if self.checkpointed:  # nothing is random in a block
-                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, cos, sin)
+            x = block(x, cos, sin)
         normed: Tensor = self.norm(x)
         return normed
 

@@ -231,16 +231,14 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def _prepared(forward: Callable[..., Any], checkpointed: bool, backend: str | None) -> Callable[..., Any]:
-    run: Callable[..., Any] = forward if backend is None else torch.compile(forward, dynamic=False, backend=backend)
-    if not checkpointed:
-        return run
-
     def kept_alone(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return run(*args, **kwargs)
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    return kept_alone
+    # A checkpoint within the compiled function computes only what backward needs anew, not the last product.
+    run = kept_alone if checkpointed else forward
+    return run if backend is None else torch.compile(run, dynamic=False, backend=backend)
 
 
 def _set_forward(module: Any, forward: Callable[..., Any]) -> None:
