@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch.utils._pytree import (
 __all__ = [
     "GUARDS_AVAILABLE",
     "current_raw_stream",
+    "dispatching_to_autograd",
     "dtensor",
     "foreach_add_",
     "foreach_copy_",
@@ -92,6 +94,20 @@ def _guards_available() -> bool:
         return bool(guards.check(sample)) and not guards.check(other)
     except Exception:
         return False
+
+
+def dispatching_to_autograd() -> AbstractContextManager[Any]:
+    """A context in which operators on tensors take autograd's kernels, also within `TorchDispatchMode`.
+
+    torch.compile makes the first call of a compiled function within such a mode, which hides autograd's dispatch keys.
+    Guards compare those keys, so that they would reject the same tensors in all later calls. It is
+    `torch._C._ForceDispatchKeyGuard`, seen in 2.9 to 2.14. If absent, the step raises an AttributeError.
+    """
+    hidden = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)  # as for every other device
+    hidden |= torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    context: AbstractContextManager[Any] = torch._C._ForceDispatchKeyGuard(included, excluded - hidden)
+    return context
 
 
 GUARDS_AVAILABLE = _guards_available()

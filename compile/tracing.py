@@ -16,6 +16,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from collins._torch_internals import dispatching_to_autograd
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -78,7 +80,8 @@ def _perform(params: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence
             p.grad = None
         for place, g in zip(places, grads, strict=True):
             own[place].grad = g.detach()
-        optimizer.perform()
+        with dispatching_to_autograd():
+            optimizer.perform()
     finally:
         for p, g in zip(own, before, strict=True):
             p.grad = g

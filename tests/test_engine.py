@@ -204,8 +204,9 @@ def test_compiling_the_bound_step(compile, device):
         opt = Collins(ps, lr=1e-2, min_K=16, rehash_period=3, compile=inner)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=1e-2, total_steps=20)  # cycles the betas too
         step = wrap(opt.step)
+        traced = 1 if device.type == "cpu" else 2  # on CUDA devices Dynamo traces a step again once there is state
         for i in range(8):
-            with torch.compiler.set_stance("fail_on_recompile" if i > 1 else "default"):
+            with torch.compiler.set_stance("default" if i < traced else "fail_on_recompile"):
                 step()
             schedule.step()
         sides.append(ps)

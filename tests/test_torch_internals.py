@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from collins import _torch_internals as internals
 from collins.compile.graphs import _OPTIONS
@@ -129,6 +130,23 @@ def test_current_raw_stream_is_the_address_of_the_stream_in_use():
         assert function(index) == torch.cuda.current_stream().cuda_stream
         with torch.cuda.stream(stream):
             assert function(index) == stream.cuda_stream != 0
+
+
+def test_dispatching_to_autograd_keeps_what_guards_compare_within_a_dispatch_mode():
+    p, matches = nn.Parameter(torch.ones(2)), []
+    guards = internals.tensor_guards([p])
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            matches.append(guards.check(p))
+            with internals.dispatching_to_autograd():
+                matches.append(guards.check(p))
+            matches.append(guards.check(p))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        torch.ones(1)
+    assert matches == [False, True, False]
 
 
 guarded = pytest.mark.skipif(not internals.GUARDS_AVAILABLE, reason="this torch has no such guards")
