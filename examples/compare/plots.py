@@ -70,7 +70,9 @@ def against_bytes(axes: Any, group: Group) -> None:
             textcoords="offset points",
             fontsize="small",
         )
-    axes.set_xscale("symlog", linthresh=0.01)  # some optimizers have almost no state
+    axes.set_xscale("symlog", linthresh=0.01, subs=(2, 5))  # some optimizers have almost no state
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set(xlabel="bytes of state per parameter", ylabel="validation loss (nats), best rate")
     axes.grid(alpha=0.3)
 
@@ -83,6 +85,9 @@ def against_rates(axes: Any, group: Group) -> None:
             [cell.lr for cell in cells], [cell.mean for cell in cells], marker="o", label=_label(best, rate=False)
         )
     axes.set_xscale("log")
+    rates = sorted({cell.lr for name in drawn(group) for cell in group.cells_of(name)})
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
+    axes.minorticks_off()
     axes.set(xlabel="learning rate", ylabel="validation loss (nats)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
