@@ -11,7 +11,9 @@ import time
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from helpers import DEVICE, EXAMPLES, environment
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional
 
 import collins
@@ -522,6 +524,51 @@ def test_compiled_layers_share_one_graph_with_the_same_result(load):
     language_model.prepare(backend=backend)
     torch.testing.assert_close(gradients(model, language_model.loss(batch)), expected, rtol=1e-4, atol=1e-6)
     assert 1 <= len(graphs) <= 2  # full attention, and in a window
+
+
+def counting_backend(products):
+    """A backend of torch.compile that divides forward and backward as inductor does, and runs both eagerly.
+
+    Args:
+        products: the number of matrix products of each graph that is run is appended to it.
+    """
+
+    def compiled(graph, _):
+        own = sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes)
+
+        def run(*args):
+            products.append(own)
+            return graph(*args)
+
+        return make_boxed_func(run)
+
+    return aot_autograd(fw_compiler=compiled, bw_compiler=compiled, partition_fn=min_cut_rematerialization_partition)
+
+
+def own_model(load, backend):
+    model = load("llama").Llama(3, 32, 48, 2, 2, VOCABULARY)
+    for block in model.blocks:
+        block.compile(backend=backend)
+    return lambda: model.loss(torch.arange(17)[None], 1)
+
+
+def model_of_transformers(load, backend):
+    model = tiny_model("llama", torch.float32, num_hidden_layers=3)
+    language_model = load("finetuning.causal_lm").CausalLM(model, chunks=1)
+    language_model.prepare(backend=backend)
+    return lambda: language_model.loss(probe(language_model))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile's own look at its inputs
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # transformers' own
+@pytest.mark.parametrize("loss_of", [own_model, model_of_transformers])
+def test_compiled_layers_compute_all_but_their_last_product_again(load, loss_of):
+    torch._dynamo.reset()
+    products = []
+    loss = loss_of(load, counting_backend(products))
+    loss().backward()
+    # Of three layers with seven products; backward has two for each of them.
+    assert products == [7] * 3 + [6 + 14] * 3
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
