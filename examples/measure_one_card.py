@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 from corpus import batches, clock, standard_library
+from finetuning.arguments import memory_policy
 from finetuning.causal_lm import CausalLM
 from finetuning.forecast import advice, figures, machine_of, refuse_weights, trial_of, with_index
 from finetuning.packing import Batch
@@ -264,7 +265,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--memory-limit", type=_size, metavar="SIZE", help="limit of PyTorch's device memory, as 24GiB")
     parser.add_argument(
-        "--policy", type=_policy, metavar="FILE|TIER", help="memory policy (default: auto; a file for 70b)"
+        "--policy", type=memory_policy, metavar="FILE|TIER", help="memory policy (default: auto; a file for 70b)"
     )
     args = parser.parse_args(arguments)
     given = {field_.name: value for field_ in fields(Shape) if (value := getattr(args, field_.name)) is not None}
@@ -310,13 +311,6 @@ def _model(args: argparse.Namespace, given: dict[str, int]) -> tuple[Shape | Non
     if shape.vocab < 256:
         raise ValueError(f"--vocab must be at least 256, the number of bytes, got {shape.vocab}")
     return shape, None
-
-
-def _policy(text: str) -> MemoryPolicy:
-    try:
-        return MemoryPolicy.of(text)
-    except (ValueError, OSError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _size(text: str) -> int:

@@ -51,7 +51,7 @@ def parse(description: str | None, arguments: list[str] | None) -> argparse.Name
     add("--residual-weight", type=float, default=0.8, help="residual_weight of Collins (default: %(default)s)")
     add(
         "--policy",
-        type=_policy,
+        type=memory_policy,
         metavar="FILE|TIER",
         help="memory policy: a file, auto, device or host (default: auto on a GPU)",
     )
@@ -105,7 +105,8 @@ def _accumulation(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _policy(text: str) -> MemoryPolicy:
+def memory_policy(text: str) -> MemoryPolicy:
+    """Parses --policy: a file or the name of a tier."""
     try:
         return MemoryPolicy.of(text)
     except (ValueError, OSError) as error:
