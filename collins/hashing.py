@@ -236,8 +236,8 @@ class BlockHash:
         numel: N, the number of elements.
         block: c, a power of two: the load of every bucket but the last, which holds the remaining elements.
         seed, key: the signs derive from these; `key` is that of the parameter.
-        period: steps after which a bucket draws new signs (the `rehash_period` of `Collins`, whose default differs);
-            None for signs that never change.
+        period: steps after which a bucket draws new signs (the `rehash_period` of `Collins`); None for signs that
+            never change.
 
     Raises:
         ValueError: for a `block` that is not a power of two, and a `period` below 1.
@@ -248,7 +248,7 @@ class BlockHash:
     block: int
     seed: int = 0
     key: int = 0
-    period: int | None = 100
+    period: int | None = 400
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.block & (self.block - 1):

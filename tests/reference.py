@@ -29,7 +29,7 @@ def constants(seed: int, key: int, purpose: str) -> int:
 class Block:
     """hash="block" for N elements in buckets of c."""
 
-    def __init__(self, N, c, seed=0, key=0, T=100):
+    def __init__(self, N, c, seed=0, key=0, T=400):
         self.N, self.c, self.T = N, c, T
         self.K = math.ceil(N / c)
         bits = constants(seed, key, "sign")
