@@ -516,7 +516,8 @@ def test_an_optimizer_that_is_not_installed_is_reported_and_skipped(command, arg
     for line in (
         f"lm-small: muon is left out: torch {torch.__version__} has no torch.optim.Muon",
         "lm-small: torchao-4bit is left out: torchao is not installed: pip install torchao",
-        "lm-small: apollo-mini is left out: apollo_torch is not installed: pip install apollo-torch",
+        "lm-small: apollo-mini is left out: apollo_torch and bitsandbytes are not installed: pip install apollo_torch"
+        " bitsandbytes",
         "lm-small: bitsandbytes-8bit is left out: bitsandbytes is not installed: pip install bitsandbytes",
     ):
         assert line in output

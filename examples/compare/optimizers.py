@@ -106,7 +106,7 @@ class Spec:
         has_beta2: whether it has a decay of second moments to sweep.
         unit: the ratio of its learning rates to AdamW's. The rates of the task, if no others are given, are multiplied
             by it, and weight decay is divided by it.
-        package, pip: the package that it needs, if any, and that package's name for pip, if it has another one.
+        packages: the packages that it needs, by a name for import and for pip.
         torch_class: the name of its class in `torch.optim`, if some versions of torch do not have it.
         on_gpu: whether it needs a GPU.
         options: names of the options that are accepted as `NAME:OPTION=VALUE`.
@@ -120,8 +120,7 @@ class Spec:
     make: Callable[[Setup], Sequence[Optimizer]]
     has_beta2: bool = True
     unit: float = 1.0
-    package: str | None = None
-    pip: str | None = None
+    packages: tuple[str, ...] = ()
     torch_class: str | None = None
     on_gpu: bool = False
     options: frozenset[str] = frozenset()
@@ -131,8 +130,10 @@ class Spec:
 
     def missing(self, device: torch.device) -> str | None:
         """The reason why it cannot be used on a device, or None if it can."""
-        if self.package is not None and importlib.util.find_spec(self.package) is None:
-            return f"{self.package} is not installed: pip install {self.pip or self.package}"
+        absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if absent:
+            are = "is" if len(absent) == 1 else "are"
+            return f"{' and '.join(absent)} {are} not installed: pip install {' '.join(absent)}"
         if self.torch_class is not None and not hasattr(torch.optim, self.torch_class):
             return f"torch {torch.__version__} has no torch.optim.{self.torch_class}"
         return "it needs a GPU" if self.on_gpu and device.type != "cuda" else None
@@ -345,11 +346,11 @@ OPTIMIZERS: dict[str, Spec] = {
             has_beta2=False,
             computed=_scale_bytes,
         ),
-        Spec("bitsandbytes-8bit", "bitsandbytes AdamW8bit", _bitsandbytes, package="bitsandbytes", on_gpu=True),
-        Spec("torchao-8bit", "torchao AdamW8bit", _torchao(8), package="torchao"),
-        Spec("torchao-4bit", "torchao AdamW4bit", _torchao(4), package="torchao"),
-        Spec("apollo-mini", "APOLLO-Mini", _apollo, package="apollo_torch", pip="apollo-torch"),
-        Spec("stable-spam", "Stable-SPAM", _stable_spam, package="pytorch_optimizer", pip="pytorch_optimizer"),
+        Spec("bitsandbytes-8bit", "bitsandbytes AdamW8bit", _bitsandbytes, packages=("bitsandbytes",), on_gpu=True),
+        Spec("torchao-8bit", "torchao AdamW8bit", _torchao(8), packages=("torchao",)),
+        Spec("torchao-4bit", "torchao AdamW4bit", _torchao(4), packages=("torchao",)),
+        Spec("apollo-mini", "APOLLO-Mini", _apollo, packages=("apollo_torch", "bitsandbytes")),  # imports both
+        Spec("stable-spam", "Stable-SPAM", _stable_spam, packages=("pytorch_optimizer",)),
     )
 }
 
