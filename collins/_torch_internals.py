@@ -101,7 +101,8 @@ def dispatching_to_autograd() -> AbstractContextManager[Any]:
 
     torch.compile makes the first call of a compiled function within such a mode, which hides autograd's dispatch keys.
     Guards compare those keys, so that they would reject the same tensors in all later calls. It is
-    `torch._C._ForceDispatchKeyGuard`, seen in 2.9 to 2.14. If absent, the step raises an AttributeError.
+    `torch._C._ForceDispatchKeyGuard` with `_dispatch_tls_local_include_set` and `_dispatch_tls_local_exclude_set`, seen
+    in 2.11 and 2.13. If absent, the step raises an AttributeError.
     """
     hidden = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)  # as for every other device
     hidden |= torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
